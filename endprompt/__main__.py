@@ -1,0 +1,4 @@
+from endprompt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The command line: ``endprompt prepare|train|evaluate|inspect RECIPE METHOD``.
+
+Exit codes: 0 done, 2 bad input (one line says what, where and how to mend it), 1 failure while running.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from endprompt import BadInput, __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="endprompt", description="Extend the context window of LLaMA-family models by training on short rows.",
+                                   epilog="exit codes: 0 done, 2 bad input, 1 failure while running")
+    root.add_argument("--version", action="version", version=f"endprompt {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in {
+        "prepare": "tokenize the corpus and write shards of rows with explicit positions",
+        "train": "train on the shards (start it with torchrun or deepspeed for several ranks)",
+        "evaluate": "score the method's model, or any other with --model",
+        "inspect": "print a row of the shards with its positions, and verify their checksums",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("recipe", metavar="RECIPE", help="a recipe file, for example recipes/tiny.yaml")
+        command.add_argument("method", metavar="METHOD", help="a row of the method table, for example endprompt")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key by its dotted name; may be repeated")
+        command.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results go to DIR/<recipe>/<method>")
+        command.add_argument("--dry-run", action="store_true", help="check the recipe, print it resolved, and stop")
+        if name == "prepare":
+            command.add_argument("--workers", type=int, default=None, metavar="N", help="tokenizer processes; default: one a core, at most 16")
+        if name == "train":
+            command.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+        if name == "evaluate":
+            command.add_argument("--model", default=None, metavar="DIR", help="score this Hugging Face model instead of the run's own")
+        if name == "inspect":
+            command.add_argument("--row", type=int, default=0, metavar="N", help="row to print")
+    return root
+
+
+def _claim(recipe, method, run: Path) -> None:
+    """Keeps the resolved recipe in the run's folder; refuses a folder whose training belongs to another one."""
+    import yaml
+
+    from endprompt import shards
+
+    # How often to report or save does not change what is trained.
+    harmless = {"logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "dataloader_num_workers"}
+    path, text = run / "recipe.yaml", recipe.dump(method.name)
+    if path.exists() and ((run / "checkpoints").exists() or (run / "model").exists()):
+        old, new = yaml.safe_load(path.read_text()), yaml.safe_load(text)
+        flat = [{f"{section}.{key}": value for section in ("model", "lengths", "data", "rope", "train") for key, value in tree.get(section, {}).items()
+                 if key not in harmless} for tree in (old, new)]
+        differing = sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
+        if differing:
+            raise BadInput(f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or delete the folder")
+    run.mkdir(parents=True, exist_ok=True)
+    shards.write_atomically(path, text.encode())
+
+
+def _prepare(arguments, recipe, method, run: Path) -> None:
+    from endprompt import model, prepare, provenance
+
+    if not method.trained:
+        print(f"{method.name} trains nothing, so it needs no shards")
+        return
+    if arguments.workers is not None and arguments.workers < 1:
+        raise BadInput(f"--workers {arguments.workers}: at least one process is needed")
+    model.load_config(recipe)
+    tokenizer = model.load_tokenizer(recipe)
+    workers = arguments.workers or min(16, os.cpu_count() or 1)
+    _claim(recipe, method, run)
+    manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")))
+    print(f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens ({manifest['prompt_tokens']} of end prompts) in {len(manifest['shards'])} shards")
+
+
+def _train(arguments, recipe, method, run: Path) -> None:
+    if not method.trained:
+        print(f"{method.name} trains nothing")
+        return
+    main_rank = os.environ.get("RANK", "0") == "0"
+    if main_rank:
+        _claim(recipe, method, run)
+    if (run / "model").exists():
+        print(f"{run / 'model'} is there already; nothing to train")
+        return
+    from endprompt.train import train
+
+    train(recipe, method, run)
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    # Communication threads of gloo and DeepSpeed that are still running when the interpreter tears down its statics abort the
+    # process ("terminate called without an active exception") after everything was saved.  All files are closed by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _evaluate(arguments, recipe, method, run: Path) -> None:
+    from endprompt.eval.run import evaluate
+
+    evaluate(recipe, method, run, arguments.model)
+
+
+def _inspect(arguments, recipe, method, run: Path) -> None:
+    from endprompt import inspection, model, shards
+
+    folder = run / "shards"
+    manifest = shards.read_manifest(folder)
+    shards.verify(folder, manifest)
+    print(f"{folder}: {len(manifest['shards'])} shards, {manifest['rows']} rows, {manifest['tokens']} tokens; all checksums hold")
+    print(inspection.describe(folder, manifest, model.load_tokenizer(recipe), arguments.row))
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    # Ranks other than the first fail alike; one message is enough.
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        from endprompt import config, methods
+
+        method = methods.get(arguments.method)
+        recipe = config.load(arguments.recipe, arguments.overrides)
+        if arguments.dry_run:
+            print(recipe.dump(method.name), end="")
+            return
+        run = arguments.out / recipe.name / method.name
+        for above in [run, *run.parents]:
+            if above.exists() and not above.is_dir():
+                raise BadInput(f"--out: {above} is a file, not a folder; choose another")
+        {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command](arguments, recipe, method, run)
+    except BadInput as error:
+        if speaks:
+            print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        # Full disk, missing permission: the file and the reason say it all.
+        if speaks:
+            print(f"endprompt: {error.filename or arguments.out}: {error.strerror}; nothing half-written was kept", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("endprompt: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        raise SystemExit(130) from None

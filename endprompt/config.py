@@ -1,0 +1,260 @@
+"""The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
+
+import functools
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from endprompt import BadInput, methods
+from endprompt.rope import TYPES
+
+# The three prompts the paper measures (Eq. 10, appendix B.1).
+END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
+
+# Settings of the HF Trainer that belong to the run's folder, the collator or the shards, not to a recipe.
+RESERVED = {"output_dir": "--out", "resume_from_checkpoint": "resuming is automatic", "remove_unused_columns": "the collator needs them",
+            "do_train": "the command", "do_eval": "the command", "do_predict": "the command", "label_names": "the shards",
+            "logging_dir": "--out", "push_to_hub": "upload the folder model/ yourself"}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ModelSection(Section):
+    name_or_path: str = Field(min_length=1)
+    gguf_file: str | None = None
+    revision: str | None = None
+    original_length: int | None = Field(None, gt=0)
+    attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
+
+
+class LengthsSection(Section):
+    physical: int = Field(gt=1)
+    target: int = Field(gt=1)
+
+    @model_validator(mode="after")
+    def ordered(self):
+        if self.physical > self.target:
+            raise ValueError(f"lengths.physical {self.physical} is greater than lengths.target {self.target}; rows cannot be longer than "
+                             "the positions they span, so lower physical or raise target")
+        return self
+
+
+class DataSection(Section):
+    corpus: str | list[str]
+    text_column: str = "text"
+    split: str = "train"
+    tokens: int = Field(gt=0)
+    end_prompts: list[str] = Field(["EP_1"], min_length=1)
+    prompt_loss_weight: float = Field(0.1, ge=0)
+    packing: Literal["cut", "document"] = "cut"
+    rows_per_shard: int = Field(4096, gt=0)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def whole(cls, value):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("prompt_loss_weight", mode="before")
+    @classmethod
+    def real(cls, value):
+        return float(value) if type(value) is int else value
+
+    @field_validator("end_prompts")
+    @classmethod
+    def worded(cls, value):
+        if any(not prompt.strip() for prompt in value):
+            raise ValueError("an end prompt without text; name EP_1, EP_2, EP_3 or write one")
+        return value
+
+
+class RopeSection(Section):
+    type: Literal[TYPES] | None = None
+
+
+class EvalSection(Section):
+    tasks: list[Literal["passkey", "perplexity"]] = ["passkey"]
+    lengths: list[int] = Field([4096, 8192, 16384, 32768, 65536], min_length=1)
+    samples: int = Field(100, gt=0)
+    depths: int = Field(10, gt=0)
+    seed: int = Field(42, ge=0)
+    perplexity_corpus: str | None = None
+    perplexity_tokens: int = Field(65536, gt=0)
+    perplexity_stride: int = Field(256, gt=0)
+
+    @field_validator("lengths")
+    @classmethod
+    def positive(cls, value):
+        if min(value) < 1:
+            raise ValueError(f"{min(value)} is not a length; use positive numbers of tokens")
+        return value
+
+    @model_validator(mode="after")
+    def has_corpus(self):
+        if "perplexity" in self.tasks and not self.perplexity_corpus:
+            raise ValueError("eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from eval.tasks")
+        return self
+
+
+class Recipe(Section):
+    model: ModelSection
+    lengths: LengthsSection
+    data: DataSection
+    rope: RopeSection = RopeSection()
+    train: dict[str, Any] = {}
+    eval: EvalSection = EvalSection()
+
+    name: str = Field(exclude=True)
+    folder: Path = Field(exclude=True)
+
+    def path(self, value: str) -> Path | None:
+        """``value`` as an existing path: as given, beside the recipe, or one folder above it; None if there is none."""
+        for base in (Path(), self.folder, self.folder.parent):
+            if (base / value).expanduser().exists():
+                return (base / value).expanduser()
+        return None
+
+    def row_length(self, method: methods.Method) -> int:
+        return self.lengths.target if method.row_length == "target" else self.lengths.physical
+
+    def dump(self, method: str) -> str:
+        return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error and 2e-5 is a number (YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text; quote it")
+            if key in seen:
+                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise BadInput(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+
+
+def _override(tree: dict, assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise BadInput(f"--set {assignment}: write it as section.key=value, for example --set lengths.target=32768")
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise BadInput(f"--set {assignment}: {part!r} is a value, not a section")
+    tree[parts[-1]] = parse_yaml(value, f"--set {key}")
+
+
+def _message(error: ValidationError) -> str:
+    """All complaints of pydantic in one line, each with its dotted key and the mend where we know one."""
+    found = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        given = repr(item.get("input"))[:60]
+        if item["type"] == "extra_forbidden":
+            section = Recipe.model_fields[item["loc"][0]].annotation if len(item["loc"]) > 1 else Recipe
+            known = ", ".join(name for name, field in section.model_fields.items() if not field.exclude)
+            found.append(f"unknown key {key}; known here: {known}")
+        elif item["type"] == "missing":
+            found.append(f"{key} is missing; add it")
+        else:
+            found.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})" if item["type"] != "value_error"
+                         else item["msg"].removeprefix("Value error, ") if key == "lengths" or key == "eval"
+                         else f"{key}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(found)
+
+
+@functools.cache
+def _training_types() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return typing.get_type_hints(TrainingArguments)
+
+
+def _check_train(train: dict[str, Any]) -> dict[str, Any]:
+    """``train`` with every value in the type that HF's TrainingArguments declares; raises BadInput naming the key."""
+    types, checked = _training_types(), {}
+    for key, value in train.items():
+        if key in RESERVED:
+            raise BadInput(f"train.{key} is not for recipes ({RESERVED[key]}); remove it")
+        if key not in types:
+            import difflib
+
+            near = difflib.get_close_matches(key, types, 1)
+            raise BadInput(f"unknown key train.{key}; it takes the names of transformers.TrainingArguments"
+                           + (f", for example {near[0]}" if near else ""))
+        try:
+            checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise BadInput(f"train.{key}: {error.errors()[0]['msg']} (given: {value!r})") from None
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "num_train_epochs", "learning_rate"):
+        if key in checked and not checked[key] > 0:
+            raise BadInput(f"train.{key}: must be greater than 0 (given: {checked[key]!r})")
+    return checked
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"recipe: there is no file {path}; recipes/ holds the ones that come with the repository") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
+    # A resolved copy names its recipe and method: it loads again under the same name.
+    name = tree.pop("recipe", path.stem) if "method" in tree else path.stem
+    tree.pop("method", None)
+    for assignment in overrides:
+        _override(tree, assignment)
+    for key in ("name", "folder"):
+        if key in tree:
+            raise BadInput(f"{path}: unknown key {key}; known here: model, lengths, data, rope, train, eval")
+    try:
+        recipe = Recipe.model_validate({**tree, "name": name, "folder": path.parent})
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_message(error)}") from None
+    try:
+        recipe.train = _check_train(recipe.train)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    deepspeed = recipe.train.get("deepspeed")
+    if isinstance(deepspeed, str):
+        found = recipe.path(deepspeed)
+        if found is None:
+            raise BadInput(f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json")
+        try:
+            import json
+
+            json.loads(found.read_text())
+        except ValueError as error:
+            raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}") from None
+        recipe.train["deepspeed"] = str(found)
+    return recipe

@@ -1,0 +1,123 @@
+"""Reading a corpus: local jsonl / parquet / txt (plain, .gz, .zst; files or folders) or a dataset on the hub, streamed."""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from endprompt import BadInput
+from endprompt.config import Recipe
+
+KINDS = (".jsonl", ".json", ".parquet", ".txt")
+PACKED = (".gz", ".zst")
+DATASET_ID = r"[\w.-]+(/[\w.-]+)?"
+
+
+def kind(path: Path) -> str | None:
+    """".jsonl", ".parquet" or ".txt" of a supported file, None of any other."""
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    if suffix not in KINDS or (suffix == ".parquet" and path.suffix in PACKED):
+        return None
+    return ".jsonl" if suffix == ".json" else suffix
+
+
+def local_files(recipe: Recipe) -> list[Path] | None:
+    """The corpus files in reading order; None if ``data.corpus`` is a hub id.  Raises BadInput if there is nothing to read."""
+    import re
+
+    corpus = recipe.data.corpus if isinstance(recipe.data.corpus, list) else [recipe.data.corpus]
+    if not corpus:
+        raise BadInput("data.corpus is empty; name a folder, files, or a dataset of the hub")
+    found: list[Path] = []
+    for entry in corpus:
+        path = recipe.path(entry) if entry else None
+        if path is None:
+            if len(corpus) == 1 and re.fullmatch(DATASET_ID, entry) and kind(Path(entry)) is None:
+                return None
+            raise BadInput(f"data.corpus: there is no file or folder {entry!r}; give an existing path, or the id of a dataset on the hub")
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and kind(file)) if path.is_dir() else [path]
+        if not inside:
+            raise BadInput(f"data.corpus: the folder {path} holds no {', '.join(KINDS)} file (nor one packed as .gz or .zst)")
+        for file in inside:
+            if kind(file) is None:
+                raise BadInput(f"data.corpus: {file} is of no known kind; use {', '.join(KINDS)}, plain or packed as .gz or .zst")
+        found += inside
+    return found
+
+
+def _open(path: Path) -> io.TextIOBase:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _text(row, column: str, where: str) -> str:
+    if not isinstance(row, dict) or column not in row:
+        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise BadInput(f"data.text_column: {where} has no {column!r}; it has {there}")
+    if not isinstance(row[column], str):
+        raise BadInput(f"{where}: {column!r} is {type(row[column]).__name__}, not text; mend or drop that row")
+    return row[column]
+
+
+def _file_texts(path: Path, column: str) -> Iterator[str]:
+    if kind(path) == ".parquet":
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise BadInput(f"data.text_column: {path} has no {column!r}; it has {', '.join(file.schema_arrow.names)}")
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=[column]):
+            for row in batch.to_pylist():
+                number += 1
+                yield _text(row, column, f"{path} row {number}")
+    elif kind(path) == ".txt":
+        with _open(path) as file:
+            yield file.read()
+    else:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise BadInput(f"{path} line {number}: not JSON: {error}; a .jsonl file has one object a line") from None
+                yield _text(row, column, f"{path} line {number}")
+
+
+def documents(recipe: Recipe, files: list[Path] | None) -> Iterator[tuple[str, str]]:
+    """(document id, text) in the corpus' own order; the id names the file and the number of the document in it.
+
+    Documents without any text are passed over.  Raises BadInput naming file and line where something cannot be read.
+    """
+    column = recipe.data.text_column
+    if files is None:
+        import datasets
+
+        try:
+            stream = datasets.load_dataset(recipe.data.corpus, split=recipe.data.split, streaming=True)
+            for number, row in enumerate(stream):
+                text = _text(row, column, f"{recipe.data.corpus} row {number}")
+                if text.strip():
+                    yield f"{recipe.data.corpus}#{number}", text
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"data.corpus: {recipe.data.corpus!r} is no local path and cannot be streamed from the hub "
+                           f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the id, the network and data.split") from None
+        return
+    for path in files:
+        try:
+            for number, text in enumerate(_file_texts(path, column)):
+                if text.strip():
+                    yield f"{path.name}#{number}", text
+        except BadInput:
+            raise
+        except Exception as error:  # gzip, zstd, Arrow and UTF-8 each raise their own
+            raise BadInput(f"data.corpus: {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+                           "it may be damaged, or not be what its name says") from None

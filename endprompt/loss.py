@@ -1,0 +1,95 @@
+"""Weighted next-token loss (paper Eq. 11) that never builds the full logits matrix.
+
+The output layer keeps its class, name and weight; while training it can also return the loss of hidden states, chunk by
+chunk over tokens.  The gradient of a chunk is formed right after its logits, in the forward pass, so three matrix products
+serve where recomputation would need four (the idea of Liger-Kernel's fused linear cross-entropy, in plain PyTorch).
+"""
+
+import types
+
+import torch
+from torch import nn
+
+CHUNK_ELEMENTS = 2**24  # logits held at a time; 64 MiB in float32
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, token_weights, chunk):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        nll = torch.zeros_like(token_weights)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs_bias else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            target = labels[part].clamp_min(0)[:, None]
+            scale = token_weights[part, None]
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+            nll[part] = (log_normalizer - logits.gather(1, target))[:, 0] * (labels[part] >= 0)
+            if needs_hidden or needs_weight or grad_bias is not None:
+                gradient = logits.sub_(log_normalizer).exp_()
+                gradient.scatter_add_(1, target, torch.full_like(scale, -1.0))
+                gradient.mul_(scale * (labels[part, None] >= 0))
+                if grad_bias is not None:
+                    grad_bias += gradient.sum(0)
+                gradient = gradient.to(hidden.dtype)
+                if needs_hidden:
+                    grad_hidden[part] = gradient @ weight
+                if needs_weight:
+                    if weight.dtype == torch.float32:
+                        grad_weight.addmm_(gradient.t(), hidden[part])
+                    else:  # summing many chunks in bf16 would lose the small ones
+                        grad_weight += gradient.t() @ hidden[part]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype))
+        ctx.mark_non_differentiable(nll)
+        return (nll * token_weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=None, chunk=None):
+    """Sum over tokens of token_weights * cross entropy of ``hidden @ weight.T + bias`` against ``labels``.
+
+    hidden [N, D]; weight [V, D]; bias [V] or None; labels int64 [N], negative where there is no target; token_weights float32 [N].
+    Returns (sum, float32 scalar with gradient; cross entropy float32 [N] without gradient, 0 where there is no target), both in nats.
+    """
+    chunk = chunk or max(16, CHUNK_ELEMENTS // weight.shape[0])
+    return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, labels, token_weights, chunk)
+
+
+class LossHead(nn.Linear):
+    """An output layer that also computes the loss.
+
+    The loss has to live inside this module's forward: under ZeRO-3 the weight is whole only there.
+    """
+
+    def forward(self, hidden, shift_labels=None, shift_weights=None):
+        if shift_labels is None:
+            return super().forward(hidden)
+        total, nll = chunked_linear_cross_entropy(hidden.flatten(0, 1), self.weight, shift_labels.flatten(), shift_weights.flatten(), self.bias)
+        return total, nll.view(shift_labels.shape)
+
+
+def _forward_with_loss(self, input_ids=None, attention_mask=None, position_ids=None, shift_labels=None, shift_weights=None, **kwargs):
+    if shift_labels is None:
+        return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+    hidden = self.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+    loss_sum, nll = self.get_output_embeddings()(hidden, shift_labels, shift_weights)
+    return {"loss_sum": loss_sum, "nll": nll}
+
+
+def attach(model) -> None:
+    """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and shift_weights.
+
+    Parameters, their names and the state dict stay as they are.  Raises RuntimeError if the output layer is not a plain nn.Linear.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise RuntimeError(f"the output layer is {type(head).__name__}, not nn.Linear; its loss cannot be chunked")
+    head.__class__ = LossHead
+    model.forward = types.MethodType(_forward_with_loss, model)

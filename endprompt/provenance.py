@@ -1,0 +1,49 @@
+"""What every result carries: commit, versions, device, time."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("endprompt", "torch", "transformers", "deepspeed", "accelerate", "tokenizers", "datasets", "pyarrow", "numpy")
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The repository's commit, with "+changes" if tracked files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed.strip() else "")
+
+
+def device() -> str:
+    """The accelerator's name, or the processor's with the number of threads torch uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    name = platform.processor() or platform.machine()
+    try:
+        name = next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"CPU: {name}, {torch.get_num_threads()} thread(s)"
+
+
+def stamp() -> dict:
+    return {"commit": commit(), "versions": versions(), "device": device(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}

@@ -1,0 +1,209 @@
+"""Training: the HF Trainer on DeepSpeed, with a weighted loss and the guards that run before the first step."""
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from endprompt import BadInput, attention, checkpoint, loss, model, prepare, provenance, shards
+from endprompt.collate import Collator
+from endprompt.config import Recipe
+from endprompt.methods import Method
+
+# The paper's (appendix A.1), where a recipe does not say otherwise.
+DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "weight_decay": 0.0, "num_train_epochs": 1,
+            "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 10, "save_steps": 200,
+            "save_total_limit": 2, "report_to": ["tensorboard"]}
+
+# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
+    """(per_device_train_batch_size, gradient_accumulation_steps) that keep the recipe's tokens a step when rows are longer.
+
+    The recipe counts rows of ``physical_length``; a method with rows of ``target_length`` takes fewer of them.
+    Raises BadInput if the recipe's step holds less than one such row a device.
+    """
+    rows, accumulation = recipe.train.get("per_device_train_batch_size", 1), recipe.train.get("gradient_accumulation_steps", 1)
+    ratio = recipe.row_length(method) / recipe.lengths.physical
+    if ratio == 1:
+        return rows, accumulation
+    total = rows * accumulation / ratio
+    if total < 1 or total != int(total):
+        raise BadInput(f"train: {rows} x {accumulation} rows of {recipe.lengths.physical} tokens are {total:g} rows of {recipe.row_length(method)}, which "
+                       f"{method.name} trains on; make per_device_train_batch_size x gradient_accumulation_steps a multiple of {ratio:g}")
+    wide = math.gcd(int(total), max(1, int(rows / ratio)))
+    return wide, int(total) // wide
+
+
+def flops_per_token(config, row_length: int) -> float:
+    """Training FLOPs a token: 6 per weight of every matrix product (the output layer's too, the embedding look-up none), and causal
+    attention's 6 x layers x heads x head_dim x row_length (QK^T and AV, forward and backward, half of the square)."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, kv = config.num_attention_heads * head_dim, (config.num_key_value_heads or config.num_attention_heads) * head_dim
+    layer = config.hidden_size * (2 * heads + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
+    return 6 * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size) + 6 * config.num_hidden_layers * heads * row_length
+
+
+class WeightedTrainer(Trainer):
+    """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
+    are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted)."""
+
+    def __init__(self, *args, row_length: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.row_length = row_length
+        self.loss_is_scaled_for_ga = True
+        self.last_metrics: dict[str, float] = {}
+        self._sums = torch.zeros(4, dtype=torch.float64)  # text nats, text targets, prompt nats, prompt targets; this rank, since the last log
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weights = sum((batch["shift_weights"].sum(dtype=torch.float64) for batch in batches), torch.zeros((), dtype=torch.float64)).to(device)
+        return batches, self.accelerator.reduce(weights, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        is_prompt = inputs.pop("shift_prompt")
+        outputs = model(**inputs)
+        # Gradients are averaged over ranks; the divisor already counts all ranks' weights.
+        total = outputs["loss_sum"] * (self.args.world_size / num_items_in_batch).to(torch.float32)
+        with torch.no_grad():
+            nll, target = outputs["nll"], inputs["shift_labels"] >= 0
+            text = target & ~is_prompt
+            self._sums = self._sums.to(nll.device) + torch.stack([(nll * text).sum(), text.sum(), (nll * is_prompt).sum(), is_prompt.sum()]).double()
+        self._tokens += inputs["input_ids"].numel()
+        return (total, outputs) if return_outputs else total
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            text, texts, prompt, prompts = self.accelerator.reduce(self._sums, "sum").tolist()
+            seconds = time.perf_counter() - self._since
+            speed = self._tokens * self.args.world_size / seconds
+            logs = {**logs, "text_loss": text / max(texts, 1), "tokens_per_second": round(speed, 1)}
+            if prompts:
+                logs["end_prompt_loss"] = prompt / prompts
+            if torch.cuda.is_available():
+                name = torch.cuda.get_device_name()
+                peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+                if peak:
+                    logs["mfu"] = round(speed * flops_per_token(self.model.config, self.row_length) / (peak * self.args.world_size), 4)
+                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            else:
+                import resource
+
+                logs["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+            self.last_metrics = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+            self._sums.zero_()
+            self._tokens, self._since = 0, time.perf_counter()
+        super().log(logs, start_time)
+
+
+class Probe(TrainerCallback):
+    """Runs the liveness probe on every rank, on the wrapped model and a batch of the collator, before the first step."""
+
+    def __init__(self, dataset, collator):
+        self.dataset, self.collator, self.moved = dataset, collator, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        batch = self.collator([self.dataset[rank % len(self.dataset)]])
+        training = model.training
+        model.train()  # attention may differ between training and inference; what trains is what is probed
+        self.moved = attention.probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+        model.train(training)
+
+
+def set_up_environment() -> bool:
+    """Decides GPU or CPU and tells DeepSpeed, which reads its environment on import; returns whether there is a GPU."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed calls collectives by names that newer torch renamed; at every step and layer, that is a flood.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    return cuda
+
+
+def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) -> TrainingArguments:
+    rows, accumulation = batch_shape(recipe, method)
+    platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
+    # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+    # The Trainer reads the TensorBoard folder from the environment.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "logs")
+    try:
+        return TrainingArguments(**{
+            "seed": recipe.data.seed, **DEFAULTS, **platform, **recipe.train, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
+            "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
+            "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool):
+    """The shards as a memory-mapped dataset.  Raises BadInput where they are missing, damaged, or of another recipe or tokenizer."""
+    manifest = shards.read_manifest(folder)
+    if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
+        raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); prepare them again, or mend the recipe")
+    if verify:
+        shards.verify(folder, manifest)
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset("parquet", data_files=[str(path) for path in shards.files(folder, manifest)], split="train",
+                                 cache_dir=str(folder / ".cache"), keep_in_memory=False), manifest
+
+
+def train(recipe: Recipe, method: Method, run: Path) -> dict:
+    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model``; returns the summary it wrote to train.json.
+
+    Goes on from the newest whole checkpoint.  Raises BadInput on unusable input, RuntimeError when a guard refuses the run.
+    """
+    cuda = set_up_environment()
+    main = int(os.environ["RANK"]) == 0
+    tokenizer = model.load_tokenizer(recipe)
+    dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
+    arguments = training_arguments(recipe, method, run, cuda)
+    if arguments.deepspeed:
+        import deepspeed
+
+        # Partitioned loading below asks DeepSpeed for the number of ranks; on CPU accelerate has not told it yet.
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    config = model.load_config(recipe)
+    scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
+    network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
+    loss.attach(network)
+    network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
+                                "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target}
+    collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target)
+    probe = Probe(dataset, collator)
+    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, row_length=recipe.row_length(method),
+                              callbacks=[probe, checkpoint.MarkComplete()])
+    newest = checkpoint.newest_complete(run / "checkpoints", sys.stderr if main else None)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    seconds = time.perf_counter() - started
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    summary = {"recipe": recipe.name, "method": method.name, "steps": trainer.state.global_step, "resumed_from": newest.name if newest else None,
+               "rows": manifest["rows"], "tokens": manifest["tokens"], "world_size": arguments.world_size, "seconds": round(seconds, 1), "probe": probe.moved,
+               **{f"final_{key}": value for key, value in trainer.last_metrics.items() if key not in ("epoch",)}, "history": history, **provenance.stamp()}
+    if main:
+        shards.write_json(run / "train.json", summary)
+        print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
+    return summary

@@ -1,0 +1,1 @@
+"""Evaluation; importable as ``endprompt.eval``."""

@@ -1,0 +1,108 @@
+"""Scores one model on the recipe's tasks; one JSON file a task and length, skipped where it exists for the same question."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from endprompt import BadInput, corpus, model, provenance, shards
+from endprompt.config import Recipe
+from endprompt.eval import figures, passkey, perplexity
+from endprompt.methods import Method
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of a saved model: SHA-256 over its config and over size, first and last MiB of every safetensors file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def load(recipe: Recipe, method: Method, run: Path, other: str | None):
+    """(model, tokenizer, what identifies the model).  Raises BadInput if there is no model to score."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if other is None and not method.trained:
+        network = model.build(recipe, method, dtype, cuda)
+        tokenizer = model.load_tokenizer(recipe)
+        identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
+                    "rope_parameters": network.config.rope_parameters}
+    else:
+        folder = Path(other) if other else run / "model"
+        if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
+            raise BadInput(f"--model: there is no folder {folder}" if other else f"{folder} is missing; train {method.name} first, or name a model with --model")
+        try:
+            network = AutoModelForCausalLM.from_pretrained(other or folder, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda))
+            tokenizer = AutoTokenizer.from_pretrained(other or folder)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--model: {other or folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
+    # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
+    tokenizer.model_max_length = sys.maxsize
+    return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
+
+
+def held_out(recipe: Recipe, tokenizer) -> list[list[int]]:
+    value = recipe.eval.perplexity_corpus
+    reader = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": value})})
+    files = corpus.local_files(reader)
+    return [tokenizer(text)["input_ids"] for _, text in corpus.documents(reader, files)]
+
+
+def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None) -> None:
+    """Writes ``run``/eval/<task>/<length>.json (``run``/eval-<name> for another model) and a picture, and prints a line a score.
+
+    Raises BadInput if there is no model, a length is too short for its task, or the held-out documents are shorter than a length.
+    """
+    options, folder = recipe.eval, run / ("eval" if other is None else f"eval-{Path(other).name}")
+    network, tokenizer, identity = load(recipe, method, run, other)
+    documents = held_out(recipe, tokenizer) if "perplexity" in options.tasks else []
+    longest = max(options.lengths)
+    for task in options.tasks:
+        for length in sorted(options.lengths):
+            question = {"task": task, "length": length, "model": identity, "seed": options.seed}
+            if task == "passkey":
+                question |= {"samples": options.samples, "depths": options.depths}
+            else:
+                question |= {"corpus": options.perplexity_corpus, "stride": options.perplexity_stride, "scored_tokens": options.perplexity_tokens, "longest": longest}
+            path = folder / task / f"{length}.json"
+            result = _existing(path, question)
+            if result is None:
+                try:
+                    if task == "passkey":
+                        scores = passkey.score(network, tokenizer, length, options.depths, options.samples, options.seed)
+                    else:
+                        scores = perplexity.score(network, documents, length, longest, options.perplexity_stride, options.perplexity_tokens)
+                except ValueError as error:
+                    raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
+                result = {"question": question, "recipe": recipe.name, "method": method.name, "scores": scores, **provenance.stamp()}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shards.write_json(path, result)
+            scores = result["scores"]
+            shown = f"{scores['accuracy']:6.1%}" if task == "passkey" else f"{scores['perplexity']:8.3f}"
+            low, high = (f"{scores[end]:.1%}" if task == "passkey" else f"{scores[end]:.3f}" for end in ("low", "high"))
+            print(f"{method.name:14} {task:10} {length:>7} {shown}  [{low}, {high}]", flush=True)
+    if "passkey" in options.tasks:
+        figures.heatmaps({method.name: figures.read(folder / "passkey")}, folder / "passkey.png")
+
+
+def _existing(path: Path, question: dict) -> dict | None:
+    """A result already there for the very same question; None, after saying so, if there is one for another."""
+    try:
+        result = json.loads(path.read_text())
+        if result["question"] == json.loads(json.dumps(question)):
+            return result
+        print(f"{path}: was scored for another model or setting; scoring again", file=sys.stderr)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        print(f"{path}: cannot be read; scoring again", file=sys.stderr)
+    return None

@@ -1,0 +1,105 @@
+"""Trains the base model of the embedded default: a small LLaMA with a 256-token window that can look things up.
+
+Two parts in one run of the Hugging Face Trainer.  First rows of random spans that repeat periodically: predicting them
+takes an induction head and nothing else, so one forms early.  Then documents of ``corpus.py`` no longer than a row, whose
+facts recur within the window.  The extension corpus (seed 1) and the evaluation are never seen here (seeds from 1000 up).
+
+    python recipes/tiny/train_base.py --out recipes/tiny/base      # about 40 minutes on two CPU cores
+"""
+
+import argparse
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import torch
+from corpus import document, plain_sentence
+from torch.utils.data import IterableDataset
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, Trainer, TrainingArguments, set_seed
+
+WINDOW = 256
+
+
+def train_tokenizer(folder: Path, vocabulary: int) -> LlamaTokenizer:
+    rng = random.Random(1000)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text("\n".join([document(rng, 40) for _ in range(1500)] + [plain_sentence(rng) for _ in range(5000)]))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(Path(scratch) / "tokenizer"), vocab_size=vocabulary, model_type="bpe", byte_fallback=True,
+            split_digits=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, num_threads=1, max_sentence_length=65536, minloglevel=2)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(scratch) / "tokenizer.model", folder / "tokenizer.model")
+    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=False, add_bos_token=True, add_eos_token=False)
+    tokenizer.model_max_length = WINDOW
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+class Rows(IterableDataset):
+    """``first`` rows of repeated random spans, then mostly document rows, for ever; dictionaries of ``input_ids`` and ``labels`` [WINDOW]."""
+
+    def __init__(self, tokenizer, first: int, span_share: float, seed: int):
+        self.tokenizer, self.first, self.span_share, self.seed = tokenizer, first, span_share, seed
+        self.digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+
+    def spans(self, rng: random.Random) -> list[int]:
+        """Random spans, each repeated at once; some of a few distinct tokens or of digits, where one token of context is not enough."""
+        row = []
+        while len(row) < WINDOW:
+            period = rng.randint(4, 40) if rng.random() < 0.8 else rng.randint(40, WINDOW // 2)
+            kind = rng.random()
+            tokens = self.digits if kind < 0.15 else [rng.randrange(3, len(self.tokenizer)) for _ in range(12 if kind < 0.3 else period)]
+            row += rng.choices(tokens, k=period) * rng.randint(2, 5)
+        return row
+
+    def documents(self, rng: random.Random) -> list[int]:
+        row = []
+        while len(row) < WINDOW:
+            row += self.tokenizer(document(rng, rng.randint(4, 12), rng.choice([0.16, 0.3, 0.6])))["input_ids"] + [self.tokenizer.eos_token_id]
+        return row
+
+    def __iter__(self):
+        rng, count = random.Random(self.seed), 0
+        while True:
+            spans = count < self.first or rng.random() < self.span_share
+            row = torch.tensor((self.spans(rng) if spans else self.documents(rng))[:WINDOW])
+            count += 1
+            yield {"input_ids": row, "labels": row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
+    parser.add_argument("--vocabulary", type=int, default=896)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--span-steps", type=int, default=900)
+    parser.add_argument("--span-share", type=float, default=0.2, help="of the rows after the first part")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=1001)
+    arguments = parser.parse_args()
+
+    set_seed(arguments.seed)
+    tokenizer = train_tokenizer(arguments.out, arguments.vocabulary)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=arguments.width, intermediate_size=3 * arguments.width, num_hidden_layers=arguments.layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=WINDOW, tie_word_embeddings=False, initializer_range=0.02,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    with tempfile.TemporaryDirectory() as scratch:
+        training = TrainingArguments(
+            output_dir=scratch, max_steps=arguments.steps, per_device_train_batch_size=arguments.rows, learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=100, weight_decay=0.01, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50, save_strategy="no",
+            report_to="none", use_cpu=not torch.cuda.is_available(), seed=arguments.seed, disable_tqdm=True, remove_unused_columns=False)
+        Trainer(model=model, args=training, train_dataset=Rows(tokenizer, arguments.span_steps * arguments.rows, arguments.span_share, arguments.seed)).train()
+    model.save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
