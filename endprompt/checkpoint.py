@@ -69,7 +69,8 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     saved = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = file.keys()
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wrong = [name for name, parameter in model.named_parameters() if saved.get(name, None) != tuple(parameter.shape) and name not in tied]
     if wrong:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad input (one line says what, where and how to mend it), 
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="endprompt", description="Extend the context window of LLaMA-family models by training on short rows.",
                                    epilog="exit codes: 0 done, 2 bad input, 1 failure while running")
     root.add_argument("--version", action="version", version=f"endprompt {__version__}")
+    root.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher puts it first
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {
         "prepare": "tokenize the corpus and write shards of rows with explicit positions",
@@ -31,8 +33,6 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--dry-run", action="store_true", help="check the recipe, print it resolved, and stop")
         if name == "prepare":
             command.add_argument("--workers", type=int, default=None, metavar="N", help="tokenizer processes; default: one a core, at most 16")
-        if name == "train":
-            command.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
         if name == "evaluate":
             command.add_argument("--model", default=None, metavar="DIR", help="score this Hugging Face model instead of the run's own")
         if name == "inspect":
@@ -40,17 +40,22 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _claim(recipe, method, run: Path) -> None:
-    """Keeps the resolved recipe in the run's folder; refuses a folder whose training belongs to another one."""
+@contextlib.contextmanager
+def _claim(recipe, method, run: Path):
+    """Keeps the resolved recipe in the run's folder, unless what is done in this context is refused; refuses a folder whose
+    training belongs to another recipe."""
     import yaml
 
-    from endprompt import shards
+    from endprompt import config, shards
 
     # How often to report or save does not change what is trained.
     harmless = {"logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "dataloader_num_workers"}
     path, text = run / "recipe.yaml", recipe.dump(method.name)
-    if path.exists() and ((run / "checkpoints").exists() or (run / "model").exists()):
-        old, new = yaml.safe_load(path.read_text()), yaml.safe_load(text)
+    before = path.read_bytes() if path.exists() else None
+    if before is not None and ((run / "checkpoints").exists() or (run / "model").exists()):
+        old, new = config.parse_yaml(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
+        if not isinstance(old, dict):
+            raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
         flat = [{f"{section}.{key}": value for section in ("model", "lengths", "data", "rope", "train") for key, value in tree.get(section, {}).items()
                  if key not in harmless} for tree in (old, new)]
         differing = sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
@@ -58,6 +63,15 @@ def _claim(recipe, method, run: Path) -> None:
             raise BadInput(f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or delete the folder")
     run.mkdir(parents=True, exist_ok=True)
     shards.write_atomically(path, text.encode())
+    try:
+        yield
+    except BadInput:
+        # The results that are there still belong to the recipe before.
+        if before is None:
+            path.unlink()
+        else:
+            shards.write_atomically(path, before)
+        raise
 
 
 def _prepare(arguments, recipe, method, run: Path) -> None:
@@ -71,8 +85,8 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
     model.load_config(recipe)
     tokenizer = model.load_tokenizer(recipe)
     workers = arguments.workers or min(16, os.cpu_count() or 1)
-    _claim(recipe, method, run)
-    manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")))
+    with _claim(recipe, method, run):
+        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")))
     print(f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens ({manifest['prompt_tokens']} of end prompts) in {len(manifest['shards'])} shards")
 
 
@@ -81,14 +95,13 @@ def _train(arguments, recipe, method, run: Path) -> None:
         print(f"{method.name} trains nothing")
         return
     main_rank = os.environ.get("RANK", "0") == "0"
-    if main_rank:
-        _claim(recipe, method, run)
-    if (run / "model").exists():
-        print(f"{run / 'model'} is there already; nothing to train")
-        return
-    from endprompt.train import train
+    with _claim(recipe, method, run) if main_rank else contextlib.nullcontext():
+        if (run / "model").exists():
+            print(f"{run / 'model'} is there already; nothing to train")
+            return
+        from endprompt.train import train
 
-    train(recipe, method, run)
+        train(recipe, method, run)
     import torch
 
     if torch.distributed.is_initialized():
@@ -108,13 +121,16 @@ def _evaluate(arguments, recipe, method, run: Path) -> None:
 
 
 def _inspect(arguments, recipe, method, run: Path) -> None:
-    from endprompt import inspection, model, shards
+    from endprompt import inspection, model, prepare, shards
 
     folder = run / "shards"
     manifest = shards.read_manifest(folder)
+    tokenizer = model.load_tokenizer(recipe)
+    if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
+        raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own")
     shards.verify(folder, manifest)
     print(f"{folder}: {len(manifest['shards'])} shards, {manifest['rows']} rows, {manifest['tokens']} tokens; all checksums hold")
-    print(inspection.describe(folder, manifest, model.load_tokenizer(recipe), arguments.row))
+    print(inspection.describe(folder, manifest, tokenizer, arguments.row))
 
 
 def main(argv: list[str] | None = None) -> None:

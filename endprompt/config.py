@@ -1,5 +1,6 @@
 """The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
 
+import enum
 import functools
 import re
 import typing
@@ -17,12 +18,12 @@ END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP
 
 # Settings of the HF Trainer that belong to the run's folder, the collator or the shards, not to a recipe.
 RESERVED = {"output_dir": "--out", "resume_from_checkpoint": "resuming is automatic", "remove_unused_columns": "the collator needs them",
-            "do_train": "the command", "do_eval": "the command", "do_predict": "the command", "label_names": "the shards",
+            "do_train": "the command", "do_eval": "the command", "eval_strategy": "endprompt evaluate scores", "do_predict": "the command", "label_names": "the shards",
             "logging_dir": "--out", "push_to_hub": "upload the folder model/ yourself"}
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -35,7 +36,7 @@ class ModelSection(Section):
 
 class LengthsSection(Section):
     physical: int = Field(gt=1)
-    target: int = Field(gt=1)
+    target: int = Field(gt=1, le=2**31)  # shards hold positions as int32
 
     @model_validator(mode="after")
     def ordered(self):
@@ -54,7 +55,7 @@ class DataSection(Section):
     prompt_loss_weight: float = Field(0.1, ge=0)
     packing: Literal["cut", "document"] = "cut"
     rows_per_shard: int = Field(4096, gt=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @field_validator("tokens", mode="before")
     @classmethod
@@ -83,7 +84,7 @@ class EvalSection(Section):
     lengths: list[int] = Field([4096, 8192, 16384, 32768, 65536], min_length=1)
     samples: int = Field(100, gt=0)
     depths: int = Field(10, gt=0)
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     perplexity_corpus: str | None = None
     perplexity_tokens: int = Field(65536, gt=0)
     perplexity_stride: int = Field(256, gt=0)
@@ -116,8 +117,11 @@ class Recipe(Section):
     def path(self, value: str) -> Path | None:
         """``value`` as an existing path: as given, beside the recipe, or one folder above it; None if there is none."""
         for base in (Path(), self.folder, self.folder.parent):
-            if (base / value).expanduser().exists():
-                return (base / value).expanduser()
+            try:
+                if (found := (base / value).expanduser()).exists():
+                    return found
+            except (OSError, RuntimeError):  # a name too long for a path, the home of a user who is not there
+                pass
         return None
 
     def row_length(self, method: methods.Method) -> int:
@@ -208,9 +212,15 @@ def _check_train(train: dict[str, Any]) -> dict[str, Any]:
             raise BadInput(f"unknown key train.{key}; it takes the names of transformers.TrainingArguments"
                            + (f", for example {near[0]}" if near else ""))
         try:
-            checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
             raise BadInput(f"train.{key}: {error.errors()[0]['msg']} (given: {value!r})") from None
+        # HF declares these "an enumeration or any text", and finds out what the text is worth when training starts.
+        names = [name.value for kind in typing.get_args(types[key]) if isinstance(kind, enum.EnumType) for name in kind]
+        if names and isinstance(value, str) and value not in names:
+            raise BadInput(f"train.{key}: choose one of {', '.join(names)} (given: {value!r})")
+        if isinstance(value, bool) and type(checked[key]) in (int, float):
+            raise BadInput(f"train.{key}: a number is wanted (given: {value!r})")
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "num_train_epochs", "learning_rate"):
         if key in checked and not checked[key] > 0:
             raise BadInput(f"train.{key}: must be greater than 0 (given: {checked[key]!r})")
@@ -238,7 +248,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         if key in tree:
             raise BadInput(f"{path}: unknown key {key}; known here: model, lengths, data, rope, train, eval")
     try:
-        recipe = Recipe.model_validate({**tree, "name": name, "folder": path.parent})
+        recipe = Recipe.model_validate({**tree, "name": name, "folder": path.parent.absolute()})
     except ValidationError as error:
         raise BadInput(f"{path}: {_message(error)}") from None
     try:
@@ -248,13 +258,15 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     deepspeed = recipe.train.get("deepspeed")
     if isinstance(deepspeed, str):
         found = recipe.path(deepspeed)
-        if found is None:
+        if found is None or not found.is_file():
             raise BadInput(f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json")
         try:
             import json
 
-            json.loads(found.read_text())
-        except ValueError as error:
+            options = json.loads(found.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}") from None
+        if not isinstance(options, dict):
+            raise BadInput(f"{path}: train.deepspeed: {found} is no mapping of DeepSpeed's options, but {type(options).__name__}")
         recipe.train["deepspeed"] = str(found)
     return recipe

@@ -11,7 +11,7 @@ from endprompt.config import Recipe
 
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 PACKED = (".gz", ".zst")
-DATASET_ID = r"[\w.-]+(/[\w.-]+)?"
+DATASET_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 
 def kind(path: Path) -> str | None:
@@ -46,13 +46,45 @@ def local_files(recipe: Recipe) -> list[Path] | None:
     return found
 
 
+class _Zstd(io.RawIOBase):
+    """The bytes in a .zst file of any number of frames.  zstandard's own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, path: Path):
+        self._pieces, self._piece = self._decompressed(path), memoryview(b"")
+
+    @staticmethod
+    def _decompressed(path: Path) -> Iterator[bytes]:
+        import zstandard
+
+        frame = None
+        with path.open("rb") as file:
+            while packed := file.read(2**17):
+                while packed:
+                    frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                    yield frame.decompress(packed)
+                    packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise EOFError("the file ends in the middle of a zstd frame")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._piece:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._piece = memoryview(piece)
+        count = min(len(buffer), len(self._piece))
+        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
+
+
 def _open(path: Path) -> io.TextIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
-        import zstandard
-
-        return zstandard.open(path, "rt", encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_Zstd(path)), encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
@@ -62,6 +94,10 @@ def _text(row, column: str, where: str) -> str:
         raise BadInput(f"data.text_column: {where} has no {column!r}; it has {there}")
     if not isinstance(row[column], str):
         raise BadInput(f"{where}: {column!r} is {type(row[column]).__name__}, not text; mend or drop that row")
+    try:
+        row[column].encode()
+    except UnicodeEncodeError:  # JSON can escape one half of a UTF-16 pair; no tokenizer reads it
+        raise BadInput(f"{where}: {column!r} holds half of a UTF-16 surrogate pair, which is no text; mend or drop that row") from None
     return row[column]
 
 
@@ -101,14 +137,15 @@ def documents(recipe: Recipe, files: list[Path] | None) -> Iterator[tuple[str, s
     if files is None:
         import datasets
 
+        name = recipe.data.corpus if isinstance(recipe.data.corpus, str) else recipe.data.corpus[0]
         try:
-            stream = datasets.load_dataset(recipe.data.corpus, split=recipe.data.split, streaming=True)
+            stream = datasets.load_dataset(name, split=recipe.data.split, streaming=True)
             for number, row in enumerate(stream):
-                text = _text(row, column, f"{recipe.data.corpus} row {number}")
+                text = _text(row, column, f"{name} row {number}")
                 if text.strip():
-                    yield f"{recipe.data.corpus}#{number}", text
+                    yield f"{name}#{number}", text
         except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(f"data.corpus: {recipe.data.corpus!r} is no local path and cannot be streamed from the hub "
+            raise BadInput(f"data.corpus: {name!r} is no local path and cannot be streamed from the hub "
                            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the id, the network and data.split") from None
         return
     for path in files:

@@ -59,6 +59,8 @@ def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=Non
     Returns (sum, float32 scalar with gradient; cross entropy float32 [N] without gradient, 0 where there is no target), both in nats.
     """
     chunk = chunk or max(16, CHUNK_ELEMENTS // weight.shape[0])
+    if not torch.is_grad_enabled():  # inside the function, parameters would still ask for a gradient
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, labels, token_weights, chunk)
 
 

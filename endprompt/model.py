@@ -1,13 +1,18 @@
 """Loading: tokenizer and config, the scaled model, and what of them can be refused early."""
 
 import importlib.util
+import struct
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from endprompt import BadInput, rope
 from endprompt.config import Recipe
 from endprompt.methods import Method
 
 SUPPORTED = ("llama", "mistral", "qwen2")
+# What transformers raises on files that are missing, damaged or of another kind; the last two are those of cut safetensors and GGUF files.
+UNREADABLE = (OSError, ValueError, KeyError, SafetensorError, struct.error)
 
 
 def locate(recipe: Recipe) -> dict:
@@ -36,11 +41,9 @@ def locate(recipe: Recipe) -> dict:
 
 
 def _loading(what: str, recipe: Recipe, function):
-    from huggingface_hub.errors import HFValidationError
-
     try:
         return function()
-    except (OSError, ValueError, HFValidationError, KeyError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason}") from None
 
@@ -110,12 +113,15 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
     chosen = scaling(recipe, method, config)
     rope.apply(config, chosen, recipe.lengths.target)
     attention = attention_implementation(recipe, cuda)
+    arguments = locate(recipe)
+    if recipe.model.gguf_file:
+        from transformers import GgufConfig
+
+        # Else the model stays marked as quantized, and transformers refuses to train and to save it.
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
     model, information = _loading("weights", recipe, lambda: AutoModelForCausalLM.from_pretrained(
-        **locate(recipe), config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True))
+        **arguments, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True))
     if information["missing_keys"]:
         raise RuntimeError(f"model: the files of {recipe.model.name_or_path!r} lack {sorted(information['missing_keys'])[:5]}; these would train from random values")
     rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, chosen, theta)
-    # A dequantized GGUF model still carries this and then refuses to be saved.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     return model

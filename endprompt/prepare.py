@@ -6,14 +6,16 @@ begins.  So the bytes do not depend on the number of workers, and a killed run g
 
 import hashlib
 import json
+import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +62,16 @@ def end_prompts(recipe: Recipe, tokenizer) -> list[EndPrompt]:
 _tokenizer = None  # of a worker process
 
 
-def _start_worker(definition: str, eos: int) -> None:
-    import os
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
+
+def _start_worker(definition: str, eos: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if parent := parent_process():
+        # A killed parent cannot end its pool, whose workers would wait for ever.
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from tokenizers import Tokenizer
 
     global _tokenizer
@@ -252,7 +260,7 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
     stream = tokenized(documents, tokenizer, workers)
     cursor = Cursor(stream, state["document"], state["offset"])
     bar = tqdm(total=wanted * recipe.row_length(method), initial=number * recipe.row_length(method), unit="tok", unit_scale=True,
-               desc=f"prepare {method.name}", mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr)
+               desc=f"prepare {method.name}", mininterval=0.5 if sys.stderr.isatty() else 10, delay=1, file=sys.stderr)
     try:
         with bar:
             while number < wanted:

@@ -1,5 +1,6 @@
 """What every result carries: commit, versions, device, time."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -37,10 +38,8 @@ def device() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     name = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         name = next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return f"CPU: {name}, {torch.get_num_threads()} thread(s)"
 
 

@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         raise BadInput(f"shards: {path} is not of schema version {SCHEMA_VERSION}; prepare again with this version")
     shards = manifest.get("shards")
-    if not isinstance(shards, list) or not shards or not all(
+    if not {"rows", "tokens"} <= set(manifest) or not isinstance(shards, list) or not shards or not all(
             isinstance(shard, dict) and {"file", "rows", "sha256"} <= set(shard) and Path(str(shard["file"])).name == shard["file"] for shard in shards):
         raise BadInput(f"shards: {path} does not list its shards; delete the folder and prepare again")
     return manifest

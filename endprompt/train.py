@@ -182,6 +182,9 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
     if arguments.deepspeed:
         import deepspeed
 
+        if not cuda:
+            # DeepSpeed would compile a C++ all-reduce over shared memory first; gloo does it, and the first run starts a minute earlier.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Partitioned loading below asks DeepSpeed for the number of ranks; on CPU accelerate has not told it yet.
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     config = model.load_config(recipe)

@@ -43,14 +43,16 @@ def main() -> None:
     parser.add_argument("--title", default=None)
     arguments = parser.parse_args()
     results = {name: rows for name in methods.METHODS if (rows := figures.read(arguments.folder / name / "eval" / "passkey"))}
-    if not results:
+    if not any((arguments.folder / name / "eval").is_dir() for name in methods.METHODS):
         print(f"compare: {arguments.folder} holds no evaluated method; run `endprompt evaluate` first", file=sys.stderr)
         raise SystemExit(2)
     text = table(arguments.folder)
     (arguments.folder / "comparison.md").write_text(text + "\n")
-    figures.heatmaps(results, arguments.folder / "comparison.png", arguments.title)
     print(text)
-    print(f"\n{arguments.folder / 'comparison.png'}\n{arguments.folder / 'comparison.md'}")
+    print(f"\n{arguments.folder / 'comparison.md'}")
+    if results:
+        figures.heatmaps(results, arguments.folder / "comparison.png", arguments.title)
+        print(arguments.folder / "comparison.png")
 
 
 if __name__ == "__main__":

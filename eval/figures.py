@@ -5,8 +5,10 @@ from pathlib import Path
 
 
 def read(folder: Path) -> list[dict]:
-    """All results in ``folder`` (one JSON file a length), by length."""
-    return sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda result: result["scores"]["length"])
+    """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by length."""
+    results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    newest = max(results, key=lambda result: result["date"])["question"]["model"] if results else None
+    return sorted((result for result in results if result["question"]["model"] == newest), key=lambda result: result["scores"]["length"])
 
 
 def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = None) -> None:

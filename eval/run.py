@@ -14,9 +14,9 @@ from endprompt.methods import Method
 
 
 def fingerprint(folder: Path) -> str:
-    """Identity of a saved model: SHA-256 over its config and over size, first and last MiB of every safetensors file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    """Identity of a saved model: SHA-256 over name, size, first and last MiB of its config and of every file of weights."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix in (".safetensors", ".gguf", ".bin")):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
             file.seek(max(0, path.stat().st_size - 2**20))
@@ -33,17 +33,21 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
     if other is None and not method.trained:
         network = model.build(recipe, method, dtype, cuda)
         tokenizer = model.load_tokenizer(recipe)
+        folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
         identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
-                    "rope_parameters": network.config.rope_parameters}
+                    "rope_parameters": network.config.rope_parameters, "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     else:
         folder = Path(other) if other else run / "model"
         if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
             raise BadInput(f"--model: there is no folder {folder}" if other else f"{folder} is missing; train {method.name} first, or name a model with --model")
         try:
-            network = AutoModelForCausalLM.from_pretrained(other or folder, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda))
+            network, information = AutoModelForCausalLM.from_pretrained(
+                other or folder, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda), output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(other or folder)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"--model: {other or folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        except model.UNREADABLE as error:
+            raise BadInput(f"--model: {other or folder} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+        if information["missing_keys"]:
+            raise BadInput(f"--model: {other or folder} lacks {sorted(information['missing_keys'])[:5]}; random values would be scored in their place")
         identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
@@ -53,8 +57,11 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
 def held_out(recipe: Recipe, tokenizer) -> list[list[int]]:
     value = recipe.eval.perplexity_corpus
     reader = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": value})})
-    files = corpus.local_files(reader)
-    return [tokenizer(text)["input_ids"] for _, text in corpus.documents(reader, files)]
+    try:
+        files = corpus.local_files(reader)
+        return [tokenizer(text)["input_ids"] for _, text in corpus.documents(reader, files)]
+    except BadInput as error:
+        raise BadInput(str(error).replace("data.corpus", "eval.perplexity_corpus")) from None
 
 
 def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None) -> None:

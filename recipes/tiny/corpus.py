@@ -2,10 +2,11 @@
 
 Every document is a stream of plain sentences about people, places and things.  Between them it states facts with random
 values ("The door code of Mara is 40817.") and states each of them again later, so a reader who looks back predicts the
-second statement and nobody else can.  The distances between two statements are log-uniform from a sentence to the whole
-document: rows of 256 tokens and rows of 2048 tokens of the same text both contain recurrences.
+second statement and nobody else can.  Most facts recur within a chapter (some 170 tokens), others chapters later, at log-uniform
+distances: rows of 256 tokens and rows of 2048 tokens of the same text both contain recurrences.
 
-    python recipes/tiny/corpus.py --documents 400 --sentences 380 --seed 1 --out recipes/tiny/corpus.jsonl.gz
+    python recipes/tiny/corpus.py                                      # the text that the demo trains on
+    python recipes/tiny/corpus.py --documents 4 --seed 2 --out recipes/tiny/heldout.jsonl.gz
 """
 
 import argparse
@@ -74,10 +75,11 @@ def new_fact(rng: random.Random, taken: set):
     return lambda: rng.choice(wordings)
 
 
-def document(rng: random.Random, sentences: int, facts_per_sentence: float = 0.16) -> str:
-    """One document of about ``sentences`` sentences, of which every fact appears at least twice."""
+def document(rng: random.Random, sentences: int, facts_per_sentence: float = 0.16, framed: bool = False, taken: set | None = None) -> str:
+    """One document of about ``sentences`` sentences, of which every fact appears at least twice; ``framed`` by one more fact
+    that opens it and closes it, so that the whole length is bridged.  Keys in ``taken`` are not used, and those used are added."""
     slots: list[list[str]] = [[plain_sentence(rng)] for _ in range(sentences)]
-    taken: set = set()
+    taken = set() if taken is None else taken
     for _ in range(max(1, round(sentences * facts_per_sentence))):
         fact, place = new_fact(rng, taken), rng.randrange(sentences)
         slots[place].append(fact())
@@ -86,24 +88,46 @@ def document(rng: random.Random, sentences: int, facts_per_sentence: float = 0.1
             if place >= sentences:
                 place = rng.randrange(sentences)
             slots[place].append(fact())
+    if framed:
+        fact = new_fact(rng, taken)
+        slots[0].insert(0, fact())
+        slots[-1].append(fact())
     return " ".join(sentence for slot in slots for sentence in slot)
 
 
-def write(path: Path, documents: int, sentences: int, seed: int) -> None:
+def story(rng: random.Random, chapters: int) -> str:
+    """One long document: chapters that are documents of their own, about 170 tokens each, and facts that bridge chapters."""
+    named: set = set()
+    parts: list[list[str]] = []
+    for _ in range(chapters):
+        taken = set(named)  # a name's key is used once in a story; "the pass key" may be another one in each chapter
+        parts.append([document(rng, rng.randint(4, 12), rng.choice([0.16, 0.3, 0.6]), framed=rng.random() < 0.4, taken=taken)])
+        named |= {key for key in taken if isinstance(key, tuple)}
+    taken = named | set(SECRETS)
+    for place in range(chapters - 1):
+        fact = new_fact(rng, taken)
+        parts[place].append(fact())
+        for _ in range(rng.choice([1, 2])):
+            later = place + round(math.exp(rng.uniform(0, math.log(chapters))))
+            parts[min(later, chapters - 1)].append(fact())
+    return " ".join(sentence for part in parts for sentence in part)
+
+
+def write(path: Path, documents: int, chapters: int, seed: int) -> None:
     rng = random.Random(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     # mtime=0 and no file name: the same arguments give the same bytes.
     with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
         for index in range(documents):
-            row = {"id": f"tiny-{seed}-{index:04d}", "text": document(rng, sentences)}
+            row = {"id": f"tiny-{seed}-{index:04d}", "text": story(rng, chapters)}
             packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=400)
-    parser.add_argument("--sentences", type=int, default=380, help="per document; about 11 tokens each")
+    parser.add_argument("--documents", type=int, default=130)
+    parser.add_argument("--chapters", type=int, default=24, help="in a document, about 170 tokens each")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "corpus.jsonl.gz")
     arguments = parser.parse_args()
-    write(arguments.out, arguments.documents, arguments.sentences, arguments.seed)
+    write(arguments.out, arguments.documents, arguments.chapters, arguments.seed)

@@ -10,8 +10,9 @@ PYTHON=${PYTHON:-$root/.venv/bin/python}
 export PYTHON
 logs=$OUT/tiny/demo-logs
 mkdir -p "$logs"
-start=$SECONDS
-say() { printf '[%3d s] %s\n' $((SECONDS - start)) "$*"; }
+start=$(date +%s)
+export logs start
+say() { printf "[%3d s] %s\n" $(($(date +%s) - start)) "$*"; }
 stage() { # stage method: one stage of one method, its output in a file that is shown if it fails
   local log=$logs/$2.$1.log
   if ! STAGES=$1 bash recipes/run.sh recipes/tiny.yaml "$2" >"$log" 2>&1; then
@@ -22,14 +23,16 @@ stage() { # stage method: one stage of one method, its output in a file that is 
   say "$1 $2"
 }
 
+export -f say stage
+
 for method in short endprompt full_length; do
   stage prepare "$method"
   stage train "$method"
 done
 # Two evaluations at a time, one thread each.
 for method in base interpolation short endprompt full_length; do echo "$method"; done |
-  xargs -P 2 -I{} bash -c 'STAGES=evaluate bash recipes/run.sh recipes/tiny.yaml {} >"$1/{}.evaluate.log" 2>&1 || { cat "$1/{}.evaluate.log" >&2; exit 255; }' _ "$logs"
-say "evaluated all"
+  xargs -P 2 -I{} bash -c "stage evaluate {}"
+
 echo
 "$PYTHON" -m endprompt.eval.compare "$OUT/tiny" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
 say "done"

@@ -40,35 +40,49 @@ def train_tokenizer(folder: Path, vocabulary: int) -> LlamaTokenizer:
 
 
 class Rows(IterableDataset):
-    """``first`` rows of repeated random spans, then mostly document rows, for ever; dictionaries of ``input_ids`` and ``labels`` [WINDOW]."""
+    """``first`` rows of repeated random spans, then mostly document rows, for ever; dictionaries of ``input_ids`` and ``labels``.
+
+    The first rows are half a window long: an induction head forms within 600 steps on them.  Spans over few distinct tokens,
+    where one token of context is not enough to find the place, come only afterwards: before it, they keep the head from forming.
+    """
 
     def __init__(self, tokenizer, first: int, span_share: float, seed: int):
         self.tokenizer, self.first, self.span_share, self.seed = tokenizer, first, span_share, seed
         self.digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
 
-    def spans(self, rng: random.Random) -> list[int]:
-        """Random spans, each repeated at once; some of a few distinct tokens or of digits, where one token of context is not enough."""
+    def span(self, rng: random.Random, length: int, longest: int) -> list[int]:
+        span = [rng.randrange(3, len(self.tokenizer)) for _ in range(rng.randint(8, longest))]
+        return (span * (length // len(span) + 1))[:length]
+
+    def hard_spans(self, rng: random.Random) -> list[int]:
         row = []
         while len(row) < WINDOW:
-            period = rng.randint(4, 40) if rng.random() < 0.8 else rng.randint(40, WINDOW // 2)
-            kind = rng.random()
-            tokens = self.digits if kind < 0.15 else [rng.randrange(3, len(self.tokenizer)) for _ in range(12 if kind < 0.3 else period)]
-            row += rng.choices(tokens, k=period) * rng.randint(2, 5)
-        return row
+            tokens = self.digits if rng.random() < 0.5 else [rng.randrange(3, len(self.tokenizer)) for _ in range(12)]
+            row += rng.choices(tokens, k=rng.randint(5, 30)) * rng.randint(2, 4)
+        return row[:WINDOW]
 
     def documents(self, rng: random.Random) -> list[int]:
         row = []
+        if rng.random() < 0.4:  # a document of nearly a window, bridged from its first sentence to its last
+            for sentences in range(rng.randint(4, 11), 0, -1):
+                row = self.tokenizer(document(rng, sentences, 0.16, framed=True))["input_ids"] + [self.tokenizer.eos_token_id]
+                if len(row) <= WINDOW:
+                    break
         while len(row) < WINDOW:
             row += self.tokenizer(document(rng, rng.randint(4, 12), rng.choice([0.16, 0.3, 0.6])))["input_ids"] + [self.tokenizer.eos_token_id]
-        return row
+        return row[:WINDOW]
 
     def __iter__(self):
         rng, count = random.Random(self.seed), 0
         while True:
-            spans = count < self.first or rng.random() < self.span_share
-            row = torch.tensor((self.spans(rng) if spans else self.documents(rng))[:WINDOW])
+            if count < self.first:
+                row = self.span(rng, WINDOW // 2, 60)
+            elif rng.random() < self.span_share:
+                row = self.span(rng, WINDOW, WINDOW // 2) if rng.random() < 0.5 else self.hard_spans(rng)
+            else:
+                row = self.documents(rng)
             count += 1
-            yield {"input_ids": row, "labels": row}
+            yield {"input_ids": torch.tensor(row), "labels": torch.tensor(row)}
 
 
 def main() -> None:
@@ -77,10 +91,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=896)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--span-steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1900)
+    parser.add_argument("--span-steps", type=int, default=700)
     parser.add_argument("--span-share", type=float, default=0.2, help="of the rows after the first part")
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1001)
     arguments = parser.parse_args()

@@ -1,0 +1,54 @@
+"""Small random models and rows that several test files use."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from endprompt import methods
+
+THETA = 500000.0
+
+
+def configuration(model_type: str = "llama", **changes):
+    """Config of a two-layer model with grouped-query attention; vocabulary 96, window 64, rope_theta 500000."""
+    from transformers import AutoConfig
+
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+    if model_type == "mistral":
+        shape["sliding_window"] = None
+    return AutoConfig.for_model(model_type, **{**shape, **changes})
+
+
+def network(config, seed: int = 0):
+    """The model of ``config`` with random weights, large enough to tell logits apart."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def saved(folder: Path, tokenizer_from: Path, model_type: str = "llama", **changes) -> Path:
+    """A model folder with random weights and the tokenizer of another."""
+    vocabulary = json.loads((tokenizer_from / "config.json").read_text())["vocab_size"]
+    network(configuration(model_type, vocab_size=vocabulary, **changes)).save_pretrained(folder)
+    for file in tokenizer_from.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def row(a: int, b: int, target: int, vocabulary: int, seed: int = 0, prompt_weight: float = 0.1) -> dict:
+    """A shard row of random tokens: the ``endprompt`` method's if b > 0, else a contiguous one."""
+    rng = np.random.default_rng(seed)
+    plan = methods.get("endprompt" if b else "short").plan
+    weights = [0.0] + [1.0] * (a - 1) + [prompt_weight] * b
+    return {"input_ids": rng.integers(3, vocabulary, a + b).tolist(), "position_ids": plan(a, b, target, rng).tolist(), "loss_weights": weights,
+            "text_length": a, "prompt_length": b, "prompt_name": "EP_1" if b else "", "document_ids": ["random#0"]}

@@ -1,0 +1,161 @@
+"""The recipe: what YAML may say, overrides, paths, the resolved copy, and the files that come with the repository."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import REPOSITORY, run_main
+
+from endprompt import BadInput, config, methods
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+ZERO_FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def name(path):
+    return path.name
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1.0e9", 1e9), ("2e-5", 2e-5), ("2.0e-5", 2e-5), ("1E3", 1000.0), ("+1e+3", 1000.0), ("-2.5e-3", -0.0025), (".5e1", 5.0), ("1_000e3", 1e6),
+    ("0.1", 0.1), ("12", 12), ("1e", "1e"), ("e5", "e5"), ("2e-5x", "2e-5x"), ("'2e-5'", "2e-5"), ("", None), ("null", None), ("[1e3, a]", [1000.0, "a"]),
+])
+def test_yaml_values(text, value):
+    read = config.parse_yaml(text, "here")
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("text, telling", [
+    ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is given twice"),
+    ("a:\n  b: 1\n  b: 1", "line 3: the key 'b' is given twice"),
+    ("a: {b: 1, b: 2}", "'b' is given twice"),
+    ("[{a: 1, a: 2}]", "'a' is given twice"),
+    ("a: 1\n'a': 2", "'a' is given twice"),
+    ("1: a", "line 1: the key 1 is not text"),
+    ("a: [1", "not valid YAML at line 1"),
+    ("a: 1\n\tb: 2", "not valid YAML at line 2"),
+])
+def test_yaml_errors(text, telling):
+    with pytest.raises(BadInput, match="^here: ") as caught:
+        config.parse_yaml(text, "here")
+    assert telling in str(caught.value)
+
+
+def test_duplicate_key_in_a_recipe(recipe_file):
+    path = recipe_file()
+    path.write_text(path.read_text() + "rope: {type: linear}\nrope: {type: null}\n")
+    with pytest.raises(BadInput, match="'rope' is given twice"):
+        config.load(path)
+
+
+def test_numbers_reach_their_types(recipe_file):
+    path = recipe_file()
+    path.write_text(path.read_text().replace("tokens: 4096", "tokens: 1.0e9").replace("prompt_loss_weight: 0.1", "prompt_loss_weight: 1")
+                    .replace("learning_rate: 0.0003", "learning_rate: 2e-5"))
+    recipe = config.load(path)
+    assert recipe.data.tokens == 10**9 and type(recipe.data.tokens) is int
+    assert recipe.data.prompt_loss_weight == 1.0 and type(recipe.data.prompt_loss_weight) is float
+    assert recipe.train["learning_rate"] == 2e-5
+
+
+def test_overrides(recipe_file):
+    recipe = config.load(recipe_file(), [
+        "lengths.target=1024", "data.end_prompts=[EP_2, 'So it ends.']", "data.tokens=2e3", "train.weight_decay=1e-2", "rope.type=linear",
+        "train.gradient_checkpointing_kwargs.use_reentrant=false", "train.lr_scheduler_type=cosine", "model.revision='1'", "data.seed=7", "lengths.target = 2048"])
+    assert recipe.lengths.target == 2048
+    assert recipe.data.end_prompts == ["EP_2", "So it ends."]
+    assert recipe.data.tokens == 2000
+    assert recipe.data.seed == 7
+    assert recipe.rope.type == "linear"
+    assert recipe.model.revision == "1"
+    assert recipe.train["weight_decay"] == 0.01
+    assert recipe.train["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    assert recipe.lengths.physical == 64
+
+
+def test_an_override_takes_text_with_equals_signs(recipe_file):
+    assert config.load(recipe_file(), ["data.end_prompts=['a = b']"]).data.end_prompts == ["a = b"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_resolved_copy_is_the_same_recipe(path, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    code, out, err = run_main("prepare", path, method, "--set", "train.lr_scheduler_type=cosine", "--set", "data.tokens=1e6", "--dry-run", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "out").exists()
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(out)
+    original = config.load(path, ["train.lr_scheduler_type=cosine", "data.tokens=1e6"])
+    again = config.load(copy)
+    assert again.name == original.name == path.stem
+    assert again.model_dump() == original.model_dump()
+    assert again.dump(method) == out
+    assert yaml.safe_load(out)["method"] == method
+    assert yaml.safe_load(out)["data"]["tokens"] == 1000000
+
+
+def test_every_recipe_is_checked():
+    assert {"tiny.yaml", "smollm2-135m-64k.yaml"} <= {path.name for path in RECIPES}
+    assert {"zero2.json", "zero3.json", "zero3_offload.json"} <= {path.name for path in ZERO_FILES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipes_load_from_anywhere(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from_elsewhere = config.load(path).train["deepspeed"]
+    monkeypatch.chdir(path.parent)
+    recipe = config.load(path.name)
+    assert Path(from_elsewhere) == Path(recipe.train["deepspeed"]) in ZERO_FILES
+    if path.stem == "tiny":
+        assert recipe.path(recipe.model.name_or_path).samefile(REPOSITORY / "recipes/tiny/base")
+        assert recipe.path(recipe.data.corpus).samefile(REPOSITORY / "recipes/tiny/corpus.jsonl.gz")
+
+
+def test_paths_are_sought_here_then_beside_the_recipe_then_above(recipe_file, tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
+    recipe = config.load(recipe_file().rename(folder / "r.yaml"))
+    monkeypatch.chdir(elsewhere)
+    assert recipe.path("some.txt") is None
+    for place in (tmp_path, folder, elsewhere):
+        (place / "some.txt").touch()
+        assert recipe.path("some.txt").samefile(place / "some.txt")
+    assert recipe.path(str(tmp_path / "some.txt")) == tmp_path / "some.txt"
+    monkeypatch.setenv("HOME", str(folder))
+    assert recipe.path("~/some.txt") == folder / "some.txt"
+
+
+@pytest.mark.parametrize("value", ["no/such", "a" * 5000, "~nobody-of-this-name/x", "\0"])
+def test_a_path_that_cannot_be_is_none(value, recipe_file):
+    assert config.load(recipe_file()).path(value) is None
+
+
+@pytest.mark.parametrize("path", ZERO_FILES, ids=name)
+def test_zero_files(path, tmp_path):
+    """transformers fills every "auto", and what results passes DeepSpeed's own schema."""
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    filled = HfTrainerDeepSpeedConfig(str(path))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, learning_rate=2e-5)
+    filled.trainer_config_process(arguments)
+    filled.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=4096)), num_training_steps=10)
+    options = filled.config
+    assert "auto" not in json.dumps(options)
+    # DeepSpeed refuses unknown keys inside its sections, but not beside them.
+    assert set(options) <= {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
+    schema = DeepSpeedConfig(options)
+    assert schema.zero_config.stage == (2 if path.stem == "zero2" else 3)
+    assert schema.train_batch_size == 8
+    assert (schema.zero_config.offload_optimizer is not None) == ("offload" in path.stem)
+
+
+def test_zero_file_in_the_recipe_itself(recipe_file):
+    options = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
+    assert config.load(recipe_file(train={"deepspeed": options})).train["deepspeed"] == options
+    assert config.load(recipe_file(train={"deepspeed": None})).train["deepspeed"] is None

@@ -1,0 +1,189 @@
+"""Reading documents: every kind and packing gives the same ones, and what cannot be read is named."""
+
+import gzip
+import json
+import random
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from endprompt import BadInput, config, corpus
+
+TEXTS = ["First.\nIt has two lines.", "Zwölf Boxkämpfer \u2028 \u0085 jagen 🙂.", "  \n ", "", "{\"not\": \"json\"}", "last"]
+KEPT = [text for text in TEXTS if text.strip()]
+
+
+def jsonl(texts, column="text"):
+    return "".join(json.dumps({"n": 1, column: text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def parquet(path, texts, column="text", **options):
+    pq.write_table(pa.table({"n": list(range(len(texts))), column: texts}), path, **options)
+    return path
+
+
+PACKINGS = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.fixture
+def read(recipe_file):
+    """read(corpus, column="text") -> [(document id, text), ...]"""
+
+    def documents(where, column="text", split="train"):
+        where = [str(item) for item in where] if isinstance(where, list) else str(where)
+        recipe = config.load(recipe_file(data={"corpus": where, "text_column": column, "split": split}))
+        return list(corpus.documents(recipe, corpus.local_files(recipe)))
+
+    return documents
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_jsonl(read, tmp_path, suffix, packing):
+    path = tmp_path / f"some.text{suffix}{packing}"
+    path.write_bytes(PACKINGS[packing](jsonl(TEXTS)))
+    assert read(path) == [(f"{path.name}#{TEXTS.index(text)}", text) for text in KEPT]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_txt_is_one_document(read, tmp_path, packing):
+    path = tmp_path / f"a.txt{packing}"
+    path.write_bytes(PACKINGS[packing]("\n".join(TEXTS).encode()))
+    assert read(path) == [(f"{path.name}#0", "\n".join(TEXTS))]
+
+
+def test_parquet(read, tmp_path):
+    path = parquet(tmp_path / "a.parquet", TEXTS * 200, "body", row_group_size=300)
+    assert [text for _, text in read(path, "body")] == KEPT * 200
+    assert read(path, "body")[-1][0] == f"a.parquet#{200 * len(TEXTS) - 1}"
+
+
+def test_blank_lines_and_documents_are_passed_over(read, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n\n" + jsonl(["", "one"]) + b"   \n" + jsonl(["\t", "two"])[:-1])
+    assert [text for _, text in read(path)] == ["one", "two"]
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    assert read(blank) == []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files that sort as their texts say, and others to be left alone."""
+    root = tmp_path / "folder"
+    (root / "c").mkdir(parents=True)
+    (root / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(["3", "4"])))
+    (root / "a.jsonl").write_bytes(jsonl(["1", "2"]))
+    (root / "c" / "a.txt").write_text("5")
+    parquet(root / "d.parquet", ["6"])
+    (root / "e.json.zst").write_bytes(zstandard.compress(jsonl(["7"])))
+    for other in ("README.md", "a.jsonl.bz2", "d.parquet.gz", "noname"):
+        (root / other).write_bytes(b"\xff")
+    return root
+
+
+def test_folder_is_read_in_sorted_order(read, folder):
+    assert [text for _, text in read(folder)] == list("1234567")
+
+
+def test_files_and_lists_are_read_as_given(read, folder):
+    assert [text for _, text in read(folder / "b.jsonl.gz")] == ["3", "4"]
+    assert [text for _, text in read([folder / "d.parquet", folder / "a.jsonl", folder / "c"])] == list("6125")
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("a.jsonl", ".jsonl"), ("a.json", ".jsonl"), ("a.json.zst", ".jsonl"), ("a.b.txt.gz", ".txt"), ("a.parquet", ".parquet"),
+    ("a.parquet.gz", None), ("a.gz", None), ("a.csv", None), ("jsonl", None), ("a.jsonl.bz2", None),
+])
+def test_kind(tmp_path, name, kind):
+    assert corpus.kind(tmp_path / name) == kind
+
+
+def test_zst_of_several_frames(read, tmp_path):
+    lines = [jsonl([f"document {number} {'x' * 30000}"]) for number in range(12)]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(b"".join(lines[start:start + 4])) for start in (0, 4, 8)))
+    assert [text.split()[1] for _, text in read(path)] == [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_a_packed_file_cut_short_is_not_taken_for_a_whole_one(read, tmp_path, packing):
+    # Noise, so that there are several blocks; cut at every place where zstandard's own reader would just stop.
+    texts = [random.Random(number).randbytes(40000).hex() for number in range(8)]
+    whole = PACKINGS[packing](jsonl(texts))
+    path = tmp_path / f"a.jsonl{packing}"
+    for keep in (len(whole) // 2, len(whole) - 1, 20):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(BadInput, match=f"a.jsonl{packing}"):
+            read(path)
+    path.write_bytes(whole)
+    assert [text for _, text in read(path)] == texts
+
+
+def test_text_longer_than_any_buffer(read, tmp_path):
+    text = "".join(random.Random(1).choices("abcdefgh ä\n", k=1_500_000)) + "."
+    for packing, pack in PACKINGS.items():
+        path = tmp_path / f"long.txt{packing}"
+        path.write_bytes(pack(text.encode()))
+        assert [found for _, found in read(path)] == [text]
+
+
+class Hub:
+    """Stands in for datasets.load_dataset, and notes how it was called."""
+
+    def __init__(self, rows=(), error=None, after=None):
+        self.rows, self.error, self.after, self.calls = rows, error, after, []
+
+    def __call__(self, path, **options):
+        self.calls.append((path, options))
+        if self.error:
+            raise self.error
+        return self.stream()
+
+    def stream(self):
+        yield from self.rows
+        if self.after:
+            raise self.after
+
+
+@pytest.mark.parametrize("where", ["some-user/Some.set_6B", ["some-user/Some.set_6B"]])
+def test_hub_id_is_streamed(read, monkeypatch, where):
+    hub = Hub([{"body": "one"}, {"body": " "}, {"body": "three"}])
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert read(where, "body", "validation") == [("some-user/Some.set_6B#0", "one"), ("some-user/Some.set_6B#2", "three")]
+    assert hub.calls == [("some-user/Some.set_6B", {"split": "validation", "streaming": True})]
+
+
+def test_hub_is_not_asked_before_it_is_read(recipe_file, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    recipe = config.load(recipe_file(data={"corpus": "wikitext"}))
+    assert corpus.local_files(recipe) is None
+    corpus.documents(recipe, None)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("hub, telling", [
+    (Hub(error=FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub\nsecond line")), "FileNotFoundError: Dataset 'a/b' doesn't exist"),
+    (Hub(error=ConnectionError("no route")), "ConnectionError: no route"),
+    (Hub(error=ValueError("Bad split: train. Available splits: ['test']")), "Available splits"),
+    (Hub(error=RuntimeError()), "RuntimeError"),
+    (Hub([{"text": "fine"}], after=OSError("lost while streaming")), "lost while streaming"),
+    (Hub([{"content": "x", "id": 1}]), "a/b row 0 has no 'text'; it has content, id"),
+    (Hub([{"text": "fine"}, {"text": None}]), "a/b row 1: 'text' is NoneType"),
+])
+def test_hub_errors(read, monkeypatch, hub, telling):
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(BadInput) as caught:
+        read("a/b")
+    assert telling in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["no/such/folder", "/no/such", "./name", "name.jsonl", "user/name.parquet", "", "a b", ["a/b", "c/d"], []])
+def test_what_can_be_no_hub_id(read, monkeypatch, where):
+    monkeypatch.setattr(datasets, "load_dataset", Hub(error=AssertionError("the hub was asked")))
+    with pytest.raises(BadInput, match="data.corpus"):
+        read(where)

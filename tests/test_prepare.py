@@ -1,0 +1,445 @@
+"""Rows and shards: exact tokens, exact positions, the same bytes however the work was done, and nothing damaged gets through."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPOSITORY, run_main, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from endprompt import BadInput, config, methods, prepare, shards
+from endprompt.config import END_PROMPTS
+
+TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
+PROMPTS = {"EP_1": END_PROMPTS["EP_1"], "EP_3": "End.", "So it ends here.": "So it ends here."}
+
+
+@pytest.fixture
+def make(recipe_file, tokenizer, tmp_path):
+    """make("endprompt", ["data.seed=1"], out="other", workers=2, texts=[...]) -> (shards folder, manifest)"""
+
+    def run(method="endprompt", overrides=(), out="out", workers=1, tokenizer=tokenizer, texts=None, **sections):
+        if texts is not None:
+            sections["data"] = {**sections.get("data", {}), "corpus": str(write_jsonl(tmp_path / "texts.jsonl", texts))}
+        recipe = config.load(recipe_file(**sections), list(overrides))
+        folder = tmp_path / out
+        return folder, prepare.prepare(recipe, methods.get(method), tokenizer, folder, workers, {})
+
+    return run
+
+
+def rows(made):
+    return list(shards.rows(*made))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def text_stream(made):
+    return [token for row in rows(made) for token in row["input_ids"][:row["text_length"]]]
+
+
+def without_bos(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def expected_stream(texts, tokenizer):
+    """(ids, document number of each id) as the Hugging Face tokenizer writes the documents, each ended by EOS."""
+    ids, source = [], []
+    for number, text in enumerate(texts):
+        document = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        ids += document
+        source += [number] * len(document)
+    return ids, source
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_rows(make, method, tokenizer, tiny_text):
+    made = make(method)
+    manifest, chosen, found = made[1], methods.get(method), rows(made)
+    length = 512 if chosen.row_length == "target" else 64
+    prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if chosen.end_prompt else []
+    a, b = length - len(prompt), len(prompt)
+    assert len(found) == manifest["rows"] == 4096 // length
+    assert (manifest["tokens"], manifest["text_tokens"], manifest["prompt_tokens"]) == (4096, a * len(found), b * len(found))
+    ids, source = expected_stream(tiny_text, tokenizer)
+    for number, row in enumerate(found):
+        part = slice(number * a, (number + 1) * a)
+        assert (row["text_length"], row["prompt_length"], row["prompt_name"]) == (a, b, "EP_1" if b else "")
+        assert row["input_ids"] == ids[part] + prompt
+        assert row["position_ids"] == [*range(a), *range(512 - b, 512)]
+        assert row["loss_weights"] == [0.0] + [1.0] * (a - 1) + [float(np.float32(0.1))] * b
+        assert row["document_ids"] == [f"corpus.jsonl#{document}" for document in sorted(set(source[part]))]
+    assert ids[0] == tokenizer.bos_token_id  # as this tokenizer adds it
+    assert manifest["documents"] == len(set(source[:a * len(found)]))
+
+
+def test_short_and_full_length_are_the_same_text(make):
+    assert text_stream(make("short", out="short")) == text_stream(make("full_length", out="full"))
+
+
+@pytest.mark.parametrize("method", ["endprompt", "full_length"])
+def test_packing_by_document(make, method, tokenizer, tiny_text):
+    texts = ["Short.", *tiny_text[:5], "End."]
+    found = rows(make(method, ["data.packing=document"], texts=texts))
+    chosen = methods.get(method)
+    prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if chosen.end_prompt else []
+    room = (512 if chosen.row_length == "target" else 64) - len(prompt)
+    for number, (row, text) in enumerate(zip(found, texts, strict=True)):
+        whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        a = row["text_length"]
+        assert row["input_ids"] == whole[:room] + prompt
+        assert row["position_ids"] == [*range(a), *range(512 - len(prompt), 512)]
+        assert row["document_ids"] == [f"texts.jsonl#{number}"]
+    assert found[0]["text_length"] < room
+
+
+def test_blank_documents_keep_their_number(make, tokenizer):
+    found = rows(make("short", ["data.packing=document", "data.rows_per_shard=1"], texts=["one", " ", "three"]))
+    assert [row["document_ids"] for row in found] == [["texts.jsonl#0"], ["texts.jsonl#2"]]
+
+
+def test_tokenizers_differ_in_what_they_add(make, tokenizer, tiny_text):
+    from tokenizers.processors import TemplateProcessing
+
+    bare, both, cutting = (copy.deepcopy(tokenizer) for _ in range(3))
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    both.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)])
+    cutting.backend_tokenizer.enable_truncation(8)
+    as_it_is = text_stream(make("short", out="as_it_is"))
+    # EOS is not doubled, and a tokenizer that was saved while cutting its input still reads whole documents.
+    assert text_stream(make("short", out="both", tokenizer=both)) == as_it_is
+    assert text_stream(make("short", out="cutting", tokenizer=cutting)) == as_it_is
+    assert tokenizer.bos_token_id not in text_stream(make("short", out="bare", tokenizer=bare))
+    # Prompts are written without such tokens.
+    ends = {tuple(rows(make(out=f"{name}-prompt", tokenizer=kind))[0]["input_ids"][-5:]) for name, kind in (("bare", bare), ("both", both), ("plain", tokenizer))}
+    assert ends == {tuple(without_bos(tokenizer, END_PROMPTS["EP_1"])[-5:])}
+
+
+def test_prompts_are_sampled_by_seed_and_row(make, tokenizer):
+    options = [f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.prompt_loss_weight=0.25"]
+    made = make(overrides=options, out="one")
+    found = rows(made)
+    for row in found:
+        b = row["prompt_length"]
+        prompt = next(text for name, text in PROMPTS.items() if row["prompt_name"] == (name if name in END_PROMPTS else "custom"))
+        assert row["input_ids"][-b:] == without_bos(tokenizer, prompt)
+        assert len(row["input_ids"]) == 64 == row["text_length"] + b
+        assert row["position_ids"][-b:] == list(range(512 - b, 512))
+        assert row["loss_weights"][-b:] == [0.25] * b
+    names = [row["prompt_name"] for row in found]
+    assert set(names) == {"EP_1", "EP_3", "custom"}
+    assert [prompt["text"] for prompt in made[1]["end_prompts"]] == list(PROMPTS.values())
+    # Which rows were made before, in which shard or run, does not matter.
+    again = make(overrides=[*options, "data.rows_per_shard=3"], out="two")
+    assert [row["prompt_name"] for row in rows(again)] == names
+    other = make(overrides=[*options, "data.seed=1"], out="three")
+    assert [row["prompt_name"] for row in rows(other)] != names
+    # Cut rows take the text in order, whatever their prompts leave room for.
+    shortest = min(len(text_stream(made)), len(text_stream(other)))
+    assert text_stream(made)[:shortest] == text_stream(other)[:shortest]
+
+
+def test_special_token_as_prompt(make, tokenizer):
+    with pytest.raises(BadInput, match=r"no special token <\|eot_id\|>"):
+        make(overrides=["data.end_prompts=[EP_2]"])
+    knowing = copy.deepcopy(tokenizer)
+    knowing.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    row = rows(make(overrides=["data.end_prompts=[EP_2]"], tokenizer=knowing))[0]
+    assert row["prompt_length"] == 1 and row["input_ids"][-1] == knowing.convert_tokens_to_ids("<|eot_id|>")
+    assert row["position_ids"][-2:] == [62, 511]
+
+
+@pytest.mark.parametrize("packing", ["cut", "document"])
+def test_bytes_do_not_depend_on_workers(make, monkeypatch, packing):
+    # Batches of a few documents: enough of them for every worker.
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 3000)
+    options = [f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", f"data.packing={packing}", "data.tokens=3000"]
+    one, two, three = (make(overrides=options, out=f"out{workers}", workers=workers)[0] for workers in (1, 2, 3))
+    assert contents(one) == contents(two) == contents(three)
+    assert len(contents(one)) > 2
+
+
+def test_documents_are_read_as_they_are_needed(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10)
+    taken = []
+    endless = ((taken.append(number) or str(number), "some words of text") for number in count())
+    stream = prepare.tokenized(endless, tokenizer, 2)
+    assert [name for name, _ in islice(stream, 6)] == [str(number) for number in range(6)]
+    stream.close()
+    assert len(taken) <= 6 + 2 * 2 + 1
+
+
+def test_other_seed_other_rows_same_text(make):
+    options = [f"data.end_prompts={json.dumps(list(PROMPTS))}"]
+    zero, one, again = (contents(make(overrides=[*options, f"data.seed={seed}"], out=out)[0]) for seed, out in ((0, "a"), (1, "b"), (0, "c")))
+    assert zero == again
+    assert zero["shard-00000.parquet"] != one["shard-00000.parquet"]
+
+
+@given(lengths=st.lists(st.integers(1, 9), max_size=12), takes=st.lists(st.integers(1, 12), max_size=12), by_document=st.booleans(), data=st.data())
+def test_a_cursor_goes_on_where_another_stood(lengths, takes, by_document, data):
+    documents = [(str(number), np.arange(length, dtype=np.int32) + 100 * number) for number, length in enumerate(lengths)]
+
+    def taken(cursor, counts):
+        function = cursor.take_document if by_document else cursor.take
+        return [None if part is None else (part[0].tolist(), part[1]) for part in map(function, counts)]
+
+    whole = taken(prepare.Cursor(iter(documents), 0, 0), takes)
+    cut = data.draw(st.integers(0, len([part for part in whole if part])))
+    first = prepare.Cursor(iter(documents), 0, 0)
+    head = taken(first, takes[:cut])
+    second = prepare.Cursor(iter(documents[first.document:]), first.document, first.offset)
+    assert head + taken(second, takes[cut:]) == whole
+    if not by_document:
+        flat = [int(token) for _, ids in documents for token in ids]
+        assert [token for part in whole if part for token in part[0]] == flat[:sum(size for size, part in zip(takes, whole, strict=True) if part)]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("packing", ["cut", "document"])
+def test_resumes_from_every_write(make, monkeypatch, packing):
+    """Killed before, in the middle of, and right after each write in turn, the run ends in the same bytes."""
+    options = [f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=9", "data.tokens=2000", f"data.packing={packing}"]
+    whole = contents(make(overrides=options, out="whole")[0])
+    write, writes = shards.write_atomically, 0
+
+    def dying(path, data):
+        nonlocal writes
+        writes += 1
+        if writes == at and moment == "after":
+            write(path, data)
+        if writes == at:
+            if moment == "amid":
+                path.with_name(f".{path.name}.1.part").write_bytes(data[:len(data) // 2])
+            raise Killed
+        write(path, data)
+
+    last = 2 * len([name for name in whole if name.startswith("shard-")]) + 1
+    assert last >= 9
+    for at in range(1, last + 1):
+        for moment in ("before", "amid", "after"):
+            writes, out = 0, f"killed-{at}-{moment}"
+            monkeypatch.setattr(shards, "write_atomically", dying)
+            with pytest.raises(Killed):
+                make(overrides=options, out=out)
+            monkeypatch.setattr(shards, "write_atomically", write)
+            folder, _ = make(overrides=options, out=out)
+            (folder / prepare.PROGRESS).unlink(missing_ok=True)  # outlives a kill right after the manifest
+            assert {name: data for name, data in contents(folder).items() if not name.startswith(".manifest")} == whole
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
+def test_sigkill(recipe_file, tmp_path, tiny_text):
+    path = recipe_file(data={"tokens": 64 * 400, "rows_per_shard": 2})
+    write_jsonl(tmp_path / "corpus.jsonl", tiny_text * 4)
+    command = [sys.executable, "-m", "endprompt", "prepare", str(path), "endprompt", "--workers", "2", "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "killed/small/endprompt/shards"
+    try:
+        while len(list(folder.glob("shard-*.parquet"))) < 5 and process.poll() is None:
+            time.sleep(0.002)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (folder / prepare.PROGRESS).exists() and not (folder / shards.MANIFEST).exists(), "it was done before it was killed"
+    assert len(children) >= 2
+    until = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, children)), "workers outlive the process that was killed"
+
+    before = contents(folder)
+    code, out, err = run_main("prepare", path, "endprompt", "--workers", 1, "--out", tmp_path / "killed")
+    assert (code, err) == (0, "") and "400 rows, 25600 tokens" in out
+    assert run_main("prepare", path, "endprompt", "--workers", 1, "--out", tmp_path / "whole")[0] == 0
+    after = contents(folder)
+    assert after == contents(tmp_path / "whole/small/endprompt/shards")
+    kept = json.loads(before[prepare.PROGRESS])["shards"]
+    assert len(kept) >= 4 and all(after[shard["file"]] == before[shard["file"]] for shard in kept)
+
+
+def test_prepared_shards_are_left_alone(recipe_file, tmp_path):
+    path = recipe_file()
+    assert run_main("prepare", path, "endprompt", "--out", tmp_path / "o", "--workers", 1)[0] == 0
+    run = tmp_path / "o/small/endprompt"
+
+    def state():
+        return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (run / "shards").iterdir()}
+
+    before, resolved = state(), (run / "recipe.yaml").read_bytes()
+    assert set(before) == {"manifest.json", "shard-00000.parquet"}
+    code, out, _ = run_main("prepare", path, "endprompt", "--out", tmp_path / "o", "--workers", 1)
+    assert code == 0 and "64 rows" in out
+    assert state() == before
+    # What the shards do not depend on may change.
+    assert run_main("prepare", path, "endprompt", "--out", tmp_path / "o", "--set", "train.learning_rate=1e-5", "--set", "eval.samples=9")[0] == 0
+    assert state() == before
+    resolved = (run / "recipe.yaml").read_bytes()
+    for other in ("data.seed=1", "lengths.target=1024", "data.tokens=2048", "data.end_prompts=[EP_3]", "data.prompt_loss_weight=0.2"):
+        code, _, err = run_main("prepare", path, "endprompt", "--out", tmp_path / "o", "--set", other)
+        assert code == 2 and "another setting" in err
+    assert state() == before
+    assert (run / "recipe.yaml").read_bytes() == resolved
+
+
+def test_a_started_preparation_of_another_setting_is_refused(make, monkeypatch):
+    write = shards.write_atomically
+
+    def dying(path, data):
+        write(path, data)
+        if path.name == prepare.PROGRESS:
+            raise Killed
+
+    monkeypatch.setattr(shards, "write_atomically", dying)
+    with pytest.raises(Killed):
+        make(overrides=["data.rows_per_shard=9"])
+    monkeypatch.setattr(shards, "write_atomically", write)
+    with pytest.raises(BadInput, match="started preparation of another setting .seed is 0, expected 1"):
+        make(overrides=["data.rows_per_shard=9", "data.seed=1"])
+    assert make(overrides=["data.rows_per_shard=9"])[1]["rows"] == 64
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {"flipped byte": flip, "truncated": lambda path: os.truncate(path, path.stat().st_size - 1), "missing": lambda path: path.unlink()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_shards_are_refused(make, monkeypatch, tmp_path, damage, finished):
+    write, options = shards.write_atomically, ["data.rows_per_shard=16"]
+    if not finished:
+        def dying(path, data):
+            if path.name == "shard-00003.parquet":
+                raise Killed
+            write(path, data)
+
+        monkeypatch.setattr(shards, "write_atomically", dying)
+        with pytest.raises(Killed):
+            make(overrides=options, out="damaged")
+        monkeypatch.setattr(shards, "write_atomically", write)
+    else:
+        make(overrides=options, out="damaged")
+    folder = tmp_path / "damaged"
+    DAMAGES[damage](folder / "shard-00001.parquet")
+    before = contents(folder)
+    with pytest.raises(BadInput, match="shard-00001.parquet") as caught:
+        make(overrides=options, out="damaged")
+    assert ("missing" if damage == "missing" else "damaged") in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_leftovers_of_a_killed_run_are_removed(make):
+    folder, _ = make(out="fresh")
+    expected = contents(folder)
+    stale = folder.parent / "stale"
+    stale.mkdir()
+    for name in (".shard-00000.parquet.77.part", ".progress.json.77.part", "shard-00000.parquet", "shard-00007.parquet"):
+        (stale / name).write_bytes(b"half")
+    assert make(out="stale")[0] == stale
+    assert contents(stale) == expected
+
+
+def test_manifest(make, tokenizer):
+    folder, manifest = make(overrides=["data.rows_per_shard=25"])
+    assert manifest == json.loads((folder / "manifest.json").read_text())
+    assert [shard["rows"] for shard in manifest["shards"]] == [25, 25, 14]
+    assert [shard["bytes"] for shard in manifest["shards"]] == [path.stat().st_size for path in shards.files(folder, manifest)]
+    assert (manifest["method"], manifest["physical_length"], manifest["target_length"], manifest["corpus_ended"]) == ("endprompt", 64, 512, False)
+    assert manifest["tokenizer_fingerprint"] == prepare.tokenizer_fingerprint(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["another"])
+    assert prepare.tokenizer_fingerprint(other) != manifest["tokenizer_fingerprint"]
+    cutting = copy.deepcopy(tokenizer)
+    cutting.backend_tokenizer.enable_truncation(8)
+    assert prepare.tokenizer_fingerprint(cutting) == manifest["tokenizer_fingerprint"]
+
+
+def test_position_column_is_next_to_free(tokenizer, tmp_path, base):
+    recipe = config.load(REPOSITORY / "recipes/tiny.yaml", ["lengths.physical=8192", "lengths.target=65536", f"model.name_or_path={base}"])
+    prepare.prepare(recipe, methods.get("endprompt"), tokenizer, tmp_path / "out", 1, {})
+    metadata, sizes = pq.ParquetFile(tmp_path / "out/shard-00000.parquet").metadata, {}
+    for group in range(metadata.num_row_groups):
+        for column in (metadata.row_group(group).column(index) for index in range(metadata.num_columns)):
+            sizes[column.path_in_schema] = sizes.get(column.path_in_schema, 0) + column.total_compressed_size
+            if column.path_in_schema.startswith("position_ids"):
+                assert "DELTA_BINARY_PACKED" in column.encodings and "PLAIN" not in column.encodings
+    positions = next(size for path, size in sizes.items() if path.startswith("position_ids"))
+    assert positions < 0.02 * sum(sizes.values())
+
+
+def test_datasets_reads_the_shards(make, tmp_path):
+    import datasets
+
+    made = make(overrides=["data.rows_per_shard=25"])
+    loaded = datasets.load_dataset("parquet", data_files=[str(path) for path in shards.files(*made)], split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == rows(made)
+    assert {name: str(feature.feature.dtype) for name, feature in loaded.features.items() if hasattr(feature, "feature")} == {
+        "input_ids": "int32", "position_ids": "int32", "loss_weights": "float32", "document_ids": "string"}
+
+
+def test_corpus_that_ends_before_the_budget(make, tokenizer, tiny_text, capsys):
+    made = make("short", ["data.tokens=1e6"], texts=tiny_text[:10])
+    available = len(expected_stream(tiny_text[:10], tokenizer)[0])
+    assert made[1]["corpus_ended"] is True
+    assert made[1]["rows"] == available // 64 == len(rows(made))
+    assert f"warning: the corpus ended after {available // 64} of 15625 rows" in capsys.readouterr().err
+    assert make("short", ["data.tokens=1e6"], texts=tiny_text[:10])[1] == made[1]
+
+
+def test_budget_is_met_exactly_by_whole_rows(make, capsys):
+    assert make("short", ["data.tokens=1000"])[1]["rows"] == 15
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_corpus_of_less_than_a_row(make, tmp_path):
+    with pytest.raises(BadInput, match="fewer tokens than one row of 64"):
+        make(texts=["Too little."])
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_shows_a_row(recipe_file, tmp_path, tokenizer):
+    path = recipe_file()
+    run_main("prepare", path, "endprompt", "--out", tmp_path / "o", "--workers", 1)
+    code, out, err = run_main("inspect", path, "endprompt", "--out", tmp_path / "o", "--row", 3)
+    b = len(without_bos(tokenizer, END_PROMPTS["EP_1"]))
+    assert (code, err) == (0, "")
+    for telling in ("64 rows, 4096 tokens; all checksums hold", f"row 3: {64 - b} text tokens + {b} of end prompt EP_1", f"0..{63 - b}, {512 - b}..511 of 0..511",
+                    f"never seen: {64 - b}..{512 - 64}", f"gap {64 - b}..{512 - 64}", END_PROMPTS["EP_1"]):
+        assert telling in out
+
+
+def test_methods_without_training_need_no_shards(recipe_file, tmp_path):
+    for method in ("base", "interpolation"):
+        code, out, err = run_main("prepare", recipe_file(), method, "--out", tmp_path / "o")
+        assert (code, err) == (0, "") and "needs no shards" in out
+    assert not (tmp_path / "o").exists()

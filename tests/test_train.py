@@ -1,0 +1,236 @@
+"""Training end to end on the tiny base: ranks, accumulation, kills, launchers, guards.  Every run is a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
+from safetensors.torch import load_file
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run(command: list, expect: int = 0) -> str:
+    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=240)
+    assert result.returncode == expect, result.stdout[-4000:]
+    return result.stdout
+
+
+def train(recipe: Path, method: str, out: Path, *options, ranks: int = 1) -> list:
+    launcher = [sys.executable] if ranks == 1 else TORCHRUN
+    return [*launcher, "-m", "endprompt", "train", recipe, method, "--out", out, *options]
+
+
+def prepared(recipe: Path, method: str, out: Path) -> Path:
+    code, _, error = run_main("prepare", recipe, method, "--out", out, "--workers", 1)
+    assert code == 0, error
+    return out / recipe.stem / method
+
+
+def losses(folder: Path) -> list[tuple]:
+    history = json.loads((folder / "train.json").read_text())["history"]
+    return [(entry["loss"], entry["text_loss"], entry["end_prompt_loss"]) for entry in history]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same(one: dict, two: dict, tolerance: float) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, base) -> Path:
+    """64 rows of 40 to 128 tokens (a document a row: padded batches), 8 steps of 8 rows, a checkpoint every 2 steps."""
+    folder = tmp_path_factory.mktemp("train")
+    # Documents of different lengths, so that ranks and micro-batches carry unequal weights.
+    texts = [text for sentences in (2, 4, 6, 9) for text in tiny_documents(16, sentences, seed=sentences)]
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({
+        "model": {"name_or_path": str(base)},
+        "lengths": {"physical": 128, "target": 1024},
+        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", texts)), "tokens": 64 * 128, "packing": "document", "prompt_loss_weight": 0.5},
+        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+                  "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1, "save_steps": 2, "save_total_limit": 10},
+        "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
+    }))
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_ranks(recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    folder = prepared(recipe, "endprompt", out)
+    run(train(recipe, "endprompt", out, ranks=2))
+    return folder
+
+
+@pytest.mark.distributed
+def test_two_ranks_equal_one_however_rows_are_split(recipe, two_ranks, tmp_path):
+    folder = prepared(recipe, "endprompt", tmp_path)
+    run(train(recipe, "endprompt", tmp_path, "--set", "train.per_device_train_batch_size=8", "--set", "train.gradient_accumulation_steps=1"))
+    one, two = losses(folder), losses(two_ranks)
+    assert len(one) == len(two) == 8
+    assert all(a == pytest.approx(b, rel=2e-4) for a, b in zip(one, two, strict=True)), (one, two)
+    assert one[-1][0] < one[0][0] - 0.1, "nothing was learned, so equality would say nothing"
+    # Adam divides by the gradient's own size: where that is near zero, rounding alone moves a weight by a share of the step.
+    assert_same(weights(folder), weights(two_ranks), tolerance=2e-3)
+
+
+def test_the_model_reloads_in_plain_transformers_with_its_scaling(two_ranks):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(two_ranks / "model")
+    tokenizer = AutoTokenizer.from_pretrained(two_ranks / "model")
+    assert model.config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    assert model.config.max_position_embeddings == 1024
+    dim = model.config.hidden_size // model.config.num_attention_heads
+    expected = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) / 4
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-6, atol=0)
+    ids = tokenizer("The pass key is", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 4
+    assert not list((two_ranks / "model").glob("*.bin"))
+    assert model.config.endprompt == {"method": "endprompt", "original_length": 256, "physical_length": 128, "target_length": 1024}
+
+
+def test_losses_speed_and_memory_are_logged_apart(two_ranks):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(two_ranks / "logs"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/text_loss", "train/end_prompt_loss", "train/tokens_per_second", "train/peak_memory_gib"} <= tags
+    summary = json.loads((two_ranks / "train.json").read_text())
+    assert summary["probe"] > 1e-3 and summary["world_size"] == 2 and summary["commit"]
+    loss, text, prompt = losses(two_ranks)[0]
+    assert min(text, prompt) < loss < max(text, prompt)
+
+
+KILL = """
+import os, signal
+from endprompt import checkpoint
+def die(self, args, state, control, **kwargs):
+    if state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.MarkComplete.on_step_end = die
+from endprompt.cli import main
+main()
+"""
+
+
+@pytest.mark.distributed
+def test_a_killed_run_resumes_to_the_same_weights(recipe, two_ranks, tmp_path):
+    folder = prepared(recipe, "endprompt", tmp_path)
+    script = tmp_path / "killed.py"
+    script.write_text(KILL)
+    run([*TORCHRUN, script, "train", recipe, "endprompt", "--out", tmp_path], expect=1)
+    assert (folder / "checkpoints/checkpoint-4/complete.json").exists() and not (folder / "model").exists()
+    # What a kill in the middle of writing leaves: a newer folder without its marker.
+    (folder / "checkpoints/checkpoint-6").mkdir()
+    output = run(train(recipe, "endprompt", tmp_path, ranks=2))
+    assert "checkpoint-6 is half-written and passed over" in output
+    assert json.loads((folder / "train.json").read_text())["resumed_from"] == "checkpoint-4"
+    assert losses(folder) == losses(two_ranks)
+    assert_same(weights(folder), weights(two_ranks), tolerance=0)
+
+
+@pytest.mark.distributed
+def test_the_deepspeed_launcher_starts_it_too(recipe, two_ranks, tmp_path):
+    folder = prepared(recipe, "endprompt", tmp_path)
+    run([Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--module", "endprompt", "train", recipe, "endprompt", "--out", tmp_path])
+    assert losses(folder) == losses(two_ranks)
+
+
+PATCHES = {
+    "no mask": ("""
+from endprompt import collate
+whole = collate.Collator.__call__
+collate.Collator.__call__ = lambda self, rows: {name: value for name, value in whole(self, rows).items() if name != "attention_mask"}
+""", "liveness probe: changing all"),
+    "other theta": ("""
+from endprompt import rope
+merge = rope.apply
+def careless(config, scaling, target_length):
+    merge(config, scaling, target_length)
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 500000.0}
+rope.apply = careless
+""", "RoPE check: the model's inv_freq differs"),
+    "scaled too late": ("""
+from endprompt import rope
+merge = rope.apply
+rope.apply = lambda config, scaling, target_length: None
+""", "RoPE check: the model's inv_freq differs"),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_broken_run_is_refused_before_the_first_step(name, recipe, tmp_path):
+    folder = prepared(recipe, "endprompt", tmp_path)
+    patch, message = PATCHES[name]
+    script = tmp_path / "patched.py"
+    script.write_text(f"{patch}\nfrom endprompt.cli import main\nmain()\n")
+    output = run([sys.executable, script, "train", recipe, "endprompt", "--out", tmp_path], expect=1)
+    assert message in output
+    assert not (folder / "model").exists() and not list((folder / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.mark.distributed
+def test_run_sh_goes_through_all_stages_and_skips_what_is_done(recipe, tmp_path):
+    options = ["--set", "data.packing=cut", "--set", "data.tokens=4096", "--set", "lengths.target=512", "--set", "train.gradient_accumulation_steps=4"]
+
+    def go(method: str) -> str:
+        return run(["env", f"OUT={tmp_path}", f"PYTHON={sys.executable}", "NPROC=2", "bash", "recipes/run.sh", recipe, method, *options])
+
+    first = go("full_length")
+    folder = tmp_path / "small/full_length"
+    assert "passkey" in first and (folder / "eval/passkey.png").stat().st_size > 5000
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors", ".json")}
+    row = json.loads((folder / "shards/manifest.json").read_text())
+    assert row["row_length"] == 512 and row["rows"] == 8
+    second = go("full_length")
+    assert "nothing to train" in second
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert "scoring again" not in second
+
+
+def test_a_folder_trained_under_another_recipe_is_refused(recipe, two_ranks):
+    out = two_ranks.parents[1]
+    code, _, error = run_main("train", recipe, "endprompt", "--out", out, "--set", "train.learning_rate=0.5")
+    assert code == 2 and "train.learning_rate" in error and error.count("\n") == 1
+
+
+def test_longer_rows_keep_the_tokens_of_a_step(recipe):
+    from endprompt import BadInput, config, methods
+    from endprompt.train import batch_shape
+
+    def shape(method: str, rows: int, accumulation: int) -> tuple[int, int]:
+        loaded = config.load(recipe, [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}"])
+        return batch_shape(loaded, methods.get(method))
+
+    assert shape("short", 4, 2) == (4, 2)
+    assert shape("full_length", 8, 1) == (1, 1)
+    assert shape("full_length", 16, 2) == (2, 2)
+    assert shape("full_length", 4, 8) == (1, 4)
+    with pytest.raises(BadInput, match="multiple of 8"):
+        shape("full_length", 2, 2)
+
+
+def test_flops_count_the_matrix_products():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from endprompt.train import flops_per_token
+
+    config = LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=100, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config)
+    matrices = sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() == 2 and "embed" not in name)
+    assert flops_per_token(config, 0) == 6 * matrices
+    assert flops_per_token(config, 1000) - flops_per_token(config, 0) == 6 * 3 * 64 * 1000
