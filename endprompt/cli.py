@@ -56,8 +56,15 @@ def _claim(recipe, method, run: Path):
         old, new = config.parse_yaml(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
         if not isinstance(old, dict):
             raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
-        flat = [{f"{section}.{key}": value for section in ("model", "lengths", "data", "rope", "train") for key, value in tree.get(section, {}).items()
-                 if key not in harmless} for tree in (old, new)]
+
+        def flatten(tree: dict) -> dict:
+            return {f"{section}.{key}": value for section in ("model", "lengths", "data", "rope", "train")
+                    for key, value in (tree.get(section) or {}).items() if key not in harmless}
+
+        flat = [flatten(old), flatten(new)]
+        for settings in flat:  # the same file has another path in another clone
+            if isinstance(settings.get("train.deepspeed"), str):
+                settings["train.deepspeed"] = Path(settings["train.deepspeed"]).name
         differing = sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
         if differing:
             raise BadInput(f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or delete the folder")

@@ -2,8 +2,10 @@
 
 import importlib.util
 import struct
+import sys
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from endprompt import BadInput, rope
@@ -11,8 +13,8 @@ from endprompt.config import Recipe
 from endprompt.methods import Method
 
 SUPPORTED = ("llama", "mistral", "qwen2")
-# What transformers raises on files that are missing, damaged or of another kind; the last two are those of cut safetensors and GGUF files.
-UNREADABLE = (OSError, ValueError, KeyError, SafetensorError, struct.error)
+# What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types, cut safetensors and GGUF files.
+UNREADABLE = (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError, SafetensorError, struct.error)
 
 
 def locate(recipe: Recipe) -> dict:
@@ -23,6 +25,8 @@ def locate(recipe: Recipe) -> dict:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise BadInput(f"model.name_or_path: the Python package {package!r} is not installed; pip install {package.replace('_', '-')}, or name a folder or hub id")
+        if recipe.model.gguf_file and Path(recipe.model.gguf_file).name != recipe.model.gguf_file:
+            raise BadInput(f"model.gguf_file: {recipe.model.gguf_file!r} is a path; with package:{package} give the file's name alone")
         # A data file may sit anywhere in the package: take the folder that holds the one asked for.
         root = Path(next(iter(spec.submodule_search_locations)))
         found = next(iter(sorted(root.rglob(recipe.model.gguf_file or "config.json"))), None)
@@ -49,12 +53,22 @@ def _loading(what: str, recipe: Recipe, function):
 
 
 def load_config(recipe: Recipe):
-    """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, an attention window, or a target that extends nothing."""
-    from transformers import AutoConfig
+    """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, an attention window, or a target that extends nothing.
+
+    transformers fills a missing window or rope_theta with a default of its own: the window is then an error, the theta a warning.
+    """
+    from transformers import AutoConfig, PretrainedConfig
 
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**locate(recipe)))
     if config.model_type not in SUPPORTED:
         raise BadInput(f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)} models is")
+    rope.refuse_scaled(config)
+    if not recipe.model.gguf_file:
+        written = _loading("config", recipe, lambda: PretrainedConfig.get_config_dict(**locate(recipe))[0])
+        if "max_position_embeddings" not in written and recipe.model.original_length is None:
+            raise BadInput("model: its config.json has no max_position_embeddings, the window to extend; set model.original_length")
+        if "rope_theta" not in {**written, **(written.get("rope_parameters") or {})}:
+            print(f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is assumed, the default of {config.model_type}", file=sys.stderr)
     windowed = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if windowed and windowed < recipe.lengths.target:
         raise BadInput(f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row; use a base model without one")
@@ -103,7 +117,8 @@ def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
 def build(recipe: Recipe, method: Method, dtype, cuda: bool):
     """The base model with the method's RoPE in place before it is built and its inv_freq checked afterwards.
 
-    dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file) parameters load partitioned.
+    dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file) parameters load partitioned,
+    except a GGUF file's, which every rank holds whole until DeepSpeed starts.
     Raises BadInput on unusable files; RuntimeError if weights are missing from them or the frequencies are not the expected ones.
     """
     from transformers import AutoModelForCausalLM

@@ -4,6 +4,7 @@ Everything random about a row comes from (seed, row number), and every shard rem
 begins.  So the bytes do not depend on the number of workers, and a killed run goes on from its last whole shard.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from endprompt.methods import Method
 
 PROGRESS = "progress.json"
 BATCH_CHARACTERS = 400_000
+SHARD_TOKENS = 2**25
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,15 @@ def _resume(folder: Path, expected: dict) -> dict:
     try:
         state = json.loads(path.read_text())
         differing = shards.disagreements(state["settings"], expected)
+        kept = {shard["file"] for shard in state["shards"] if fresh.keys() <= state.keys() and {"rows", "sha256"} <= shard.keys()}
     except FileNotFoundError:
-        state, differing = fresh, []
+        state, differing, kept = fresh, [], set()
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again") from None
     if differing:
         raise BadInput(f"shards: {folder} holds a started preparation of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
-    kept = {shard["file"] for shard in state["shards"]}
+    if len(kept) < len(state["shards"]):
+        raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again")
     for file in folder.glob("*.part"):
         file.unlink()
     for file in folder.glob("shard-*.parquet"):
@@ -233,6 +237,10 @@ def _resume(folder: Path, expected: dict) -> dict:
     return state
 
 
+def _sizes(files: list[Path]) -> list:
+    return [[path.name, path.stat().st_size] for path in files]
+
+
 def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int, versions: dict) -> dict:
     """Writes the shards of ``method`` into ``folder`` and returns their manifest; goes on where a killed run stopped.
 
@@ -242,9 +250,13 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
 
     expected = settings(recipe, method, tokenizer)
     if (folder / shards.MANIFEST).exists():
-        manifest = shards.read_manifest(folder)
+        manifest, files = shards.read_manifest(folder), None
         if differing := shards.disagreements(manifest, expected):
             raise BadInput(f"shards: {folder} holds those of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
+        with contextlib.suppress(BadInput):  # shards serve where their corpus is not
+            files = corpus.local_files(recipe)
+        if files is not None and manifest.get("corpus_files") != _sizes(files):
+            raise BadInput(f"shards: the corpus files are not those that {folder} was made of (names or sizes differ); delete the folder and prepare again")
         shards.verify(folder, manifest)
         return manifest
     wanted = recipe.data.tokens // recipe.row_length(method)
@@ -252,6 +264,8 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
         raise BadInput(f"data.tokens: {recipe.data.tokens} tokens are less than one row of {recipe.row_length(method)}; raise it")
     prompts = end_prompts(recipe, tokenizer) if method.end_prompt else []
     make = row_maker(recipe, method, prompts)
+    # Longer rows, fewer of them: a shard is held in memory while it is made.
+    rows_per_shard = max(1, min(recipe.data.rows_per_shard, SHARD_TOKENS // recipe.row_length(method)))
     files = corpus.local_files(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     state = _resume(folder, expected)
@@ -265,7 +279,7 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
         with bar:
             while number < wanted:
                 rows = []
-                while len(rows) < min(recipe.data.rows_per_shard, wanted - number) and (row := make(number + len(rows), cursor)) is not None:
+                while len(rows) < min(rows_per_shard, wanted - number) and (row := make(number + len(rows), cursor)) is not None:
                     rows.append(row)
                     bar.update(len(row["input_ids"]))
                 if not rows:
@@ -289,7 +303,7 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
         print(f"warning: the corpus ended after {number} of {wanted} rows; data.tokens asks for more text than there is", file=sys.stderr)
     manifest = {**expected, "rows": number, "tokens": state["text_tokens"] + state["prompt_tokens"], "text_tokens": state["text_tokens"],
                 "prompt_tokens": state["prompt_tokens"], "documents": cursor.document + (cursor.offset > 0), "corpus_ended": number < wanted,
-                "shards": state["shards"], "versions": versions}
+                "corpus_files": _sizes(files) if files is not None else None, "shards": state["shards"], "versions": versions}
     shards.write_json(folder / shards.MANIFEST, manifest)
     (folder / PROGRESS).unlink()
     return manifest

@@ -57,16 +57,22 @@ def head_dimension(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def refuse_scaled(config) -> None:
+    """Raises BadInput if the config's RoPE is scaled already: a second scaling on top would be silently wrong."""
+    current = getattr(config, "rope_parameters", None) or {}
+    if current.get("rope_type", "default") != "default":
+        raise BadInput(f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled base model")
+
+
 def apply(config, scaling: Scaling, target_length: int) -> None:
     """Merges ``scaling`` into ``config.rope_parameters`` in place, keeping rope_theta, and sets max_position_embeddings.
 
-    Raises BadInput if the config has no rope_theta or is scaled already (a second scaling on top would be silently wrong).
+    Raises BadInput if the config has no rope_theta or is scaled already.
     """
     current = dict(getattr(config, "rope_parameters", None) or {})
     if not isinstance(current.get("rope_theta"), (int, float)):
         raise BadInput(f"model: its config has no rope_theta (rope_parameters: {current}); add it to config.json")
-    if current.get("rope_type", "default") != "default":
-        raise BadInput(f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled base model")
+    refuse_scaled(config)
     config.rope_parameters = {**current, **scaling.hf_parameters()}
     if not isinstance(scaling, Default):
         config.max_position_embeddings = target_length

@@ -37,42 +37,56 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
                     "rope_parameters": network.config.rope_parameters, "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     else:
-        folder = Path(other) if other else run / "model"
+        folder = Path(other).expanduser() if other else run / "model"
         if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
             raise BadInput(f"--model: there is no folder {folder}" if other else f"{folder} is missing; train {method.name} first, or name a model with --model")
+        source = folder if folder.is_dir() else other  # else an id of the hub
         try:
             network, information = AutoModelForCausalLM.from_pretrained(
-                other or folder, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda), output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(other or folder)
+                source, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda), output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(source)
         except model.UNREADABLE as error:
-            raise BadInput(f"--model: {other or folder} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+            raise BadInput(f"--model: {source} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
         if information["missing_keys"]:
-            raise BadInput(f"--model: {other or folder} lacks {sorted(information['missing_keys'])[:5]}; random values would be scored in their place")
+            raise BadInput(f"--model: {source} lacks {sorted(information['missing_keys'])[:5]}; random values would be scored in their place")
         identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
+    identity |= {"dtype": str(network.dtype), "attention": network.config._attn_implementation}
     return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
 
 
-def held_out(recipe: Recipe, tokenizer) -> list[list[int]]:
-    value = recipe.eval.perplexity_corpus
+def held_out(recipe: Recipe, tokenizer, longest: int) -> list[list[int]]:
+    """The token ids of as many held-out documents as the perplexity of windows up to ``longest`` tokens needs, in order."""
+    value, found, scored = recipe.eval.perplexity_corpus, [], 0
     reader = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": value})})
     try:
         files = corpus.local_files(reader)
-        return [tokenizer(text)["input_ids"] for _, text in corpus.documents(reader, files)]
+        for _, text in corpus.documents(reader, files):
+            ids = tokenizer(text)["input_ids"]
+            if len(ids) >= longest:
+                found.append(ids)
+                scored += ((len(ids) - longest) // recipe.eval.perplexity_stride + 1) * recipe.eval.perplexity_stride
+            if scored >= recipe.eval.perplexity_tokens:
+                break
+        return found
     except BadInput as error:
         raise BadInput(str(error).replace("data.corpus", "eval.perplexity_corpus")) from None
 
 
 def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None) -> None:
-    """Writes ``run``/eval/<task>/<length>.json (``run``/eval-<name> for another model) and a picture, and prints a line a score.
+    """Writes ``run``/eval/<task>/<length>.json (``run``/eval-<name>-<hash of its path> for another model) and a picture, and prints
+    a line a score.
 
     Raises BadInput if there is no model, a length is too short for its task, or the held-out documents are shorter than a length.
     """
-    options, folder = recipe.eval, run / ("eval" if other is None else f"eval-{Path(other).name}")
+    options, folder = recipe.eval, run / "eval"
+    if other is not None:
+        path = Path(other).expanduser().resolve()
+        folder = run / f"eval-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     network, tokenizer, identity = load(recipe, method, run, other)
-    documents = held_out(recipe, tokenizer) if "perplexity" in options.tasks else []
     longest = max(options.lengths)
+    documents = held_out(recipe, tokenizer, longest) if "perplexity" in options.tasks else []
     for task in options.tasks:
         for length in sorted(options.lengths):
             question = {"task": task, "length": length, "model": identity, "seed": options.seed}

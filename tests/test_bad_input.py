@@ -511,11 +511,12 @@ def test_processes(recipe_file, tmp_path, model_copy):
         ("yaml", {"lengths": {"physical": 1024}}, ["prepare", "--workers", "2"], "greater than lengths.target"),
         ("line", {"data": {"corpus": str(tmp_path / "bad.jsonl")}}, ["prepare", "--workers", "2"], "bad.jsonl line 2: not JSON"),
         ("damaged", {}, ["inspect"], "shard-00000.parquet is damaged"),
-        ("scaled", {"model": {"name_or_path": str(model_copy)}, "train": {"deepspeed": None}}, ["train"], "scaled already"),
+        ("scaled", {"model": {"name_or_path": str(model_copy)}}, ["prepare"], "scaled already"),
+        ("other", {"train": {"deepspeed": None}}, ["train", "--set", "data.seed=7"], "seed is 0, expected 7"),
     ]
     out = tmp_path / "out"
     paths = {name: recipe_file(name, **sections) for name, sections, _, _ in cases}
-    for name in ("damaged", "scaled"):
+    for name in ("damaged", "other"):
         assert run_main("prepare", paths[name], "endprompt", "--out", out, "--workers", 1)[0] == 0
     flip(out / "damaged/endprompt/shards/shard-00000.parquet")
     before = files(out)

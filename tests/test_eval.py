@@ -335,9 +335,9 @@ def test_fingerprint(tmp_path, name, at, seen):
 def test_another_model_has_its_own_folder(recipe, base, tmp_path):
     checked = recipe(tasks=["passkey"], lengths=[96])
     run.evaluate(checked, methods.get("endprompt"), tmp_path / "run", str(base))
-    found = results(tmp_path / "run/eval-base")["passkey/96.json"]
-    assert found["question"]["model"] == {"name_or_path": str(base), "fingerprint": run.fingerprint(base)}
-    assert not (tmp_path / "run/eval").exists() and (tmp_path / "run/eval-base/passkey.png").exists()
+    found = results(next((tmp_path / "run").glob("eval-base-*")))["passkey/96.json"]
+    assert found["question"]["model"] == {"name_or_path": str(base), "fingerprint": run.fingerprint(base), "dtype": "torch.float32", "attention": "sdpa"}
+    assert not (tmp_path / "run/eval").exists() and next((tmp_path / "run").glob("eval-base-*/passkey.png"))
 
 
 def test_interpolated_model_is_scored_with_its_scaling(recipe, base, tmp_path):
@@ -481,3 +481,14 @@ def test_heatmap_shows_a_missing_cell_as_missing(tmp_path, monkeypatch):
     figures.heatmaps({"one": rows}, tmp_path / "folder/picture.png")
     np.testing.assert_array_equal(drawn[0], [[1.0, 0.5], [0.0, np.nan]])
     assert (tmp_path / "folder/picture.png").exists()
+
+
+def test_the_tiny_base_retrieves_in_its_window_and_fails_beyond_it(base):
+    """Else the demo would show nothing: at least 95 % of keys at 256 tokens, hardly any at twice that."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    assert sum(path.stat().st_size for path in base.iterdir()) < 8e6
+    assert passkey.score(model, tokenizer, 256, 10, 100, 42)["accuracy"] >= 0.95
+    assert passkey.score(model, tokenizer, 512, 10, 50, 42)["accuracy"] <= 0.2
+    assert passkey.score(model, tokenizer, 1024, 10, 20, 42)["accuracy"] == 0

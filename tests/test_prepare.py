@@ -443,3 +443,14 @@ def test_methods_without_training_need_no_shards(recipe_file, tmp_path):
         code, out, err = run_main("prepare", recipe_file(), method, "--out", tmp_path / "o")
         assert (code, err) == (0, "") and "needs no shards" in out
     assert not (tmp_path / "o").exists()
+
+
+def test_an_edited_corpus_is_not_taken_for_the_old_one(recipe_file, tmp_path, tiny_text):
+    path = recipe_file()
+    arguments = ("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1)
+    assert run_main(*arguments)[0] == 0
+    write_jsonl(tmp_path / "corpus.jsonl", [*tiny_text, "one more"])
+    code, _, error = run_main(*arguments)
+    assert code == 2 and "corpus files are not those" in error
+    (tmp_path / "corpus.jsonl").unlink()
+    assert run_main(*arguments)[0] == 0, "shards must serve on a machine without their corpus"
