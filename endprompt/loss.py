@@ -64,15 +64,33 @@ def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=Non
     return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, labels, token_weights, chunk)
 
 
+def liger_kernel(hidden):
+    """Liger's fused linear cross-entropy where it can run (a GPU, and the package of the ``gpu`` extra), else None."""
+    if not hidden.is_cuda:
+        return None
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyFunction.apply
+
+
 class LossHead(nn.Linear):
     """An output layer that also computes the loss.
 
     The loss has to live inside this module's forward: under ZeRO-3 the weight is whole only there.
+    uniform: every target has weight 1.  Then Liger's kernel, which knows no weights a token, gives the same sum and is used on a GPU.
     """
+
+    uniform = False
 
     def forward(self, hidden, shift_labels=None, shift_weights=None):
         if shift_labels is None:
             return super().forward(hidden)
+        if self.uniform and (kernel := liger_kernel(hidden)):
+            # ignore_index -100, no z-loss, no smoothing, summed; weight gradients of the chunks accumulate in float32, as ours do.
+            total = kernel(hidden.flatten(0, 1), self.weight, shift_labels.flatten(), self.bias, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+            return total, None
         total, nll = chunked_linear_cross_entropy(hidden.flatten(0, 1), self.weight, shift_labels.flatten(), shift_weights.flatten(), self.bias)
         return total, nll.view(shift_labels.shape)
 
@@ -85,13 +103,15 @@ def _forward_with_loss(self, input_ids=None, attention_mask=None, position_ids=N
     return {"loss_sum": loss_sum, "nll": nll}
 
 
-def attach(model) -> None:
+def attach(model, uniform: bool = False) -> None:
     """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and shift_weights.
 
+    uniform: promise that every target's weight is 1 (see LossHead); nll is None where Liger's kernel made the sum.
     Parameters, their names and the state dict stay as they are.  Raises RuntimeError if the output layer is not a plain nn.Linear.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise RuntimeError(f"the output layer is {type(head).__name__}, not nn.Linear; its loss cannot be chunked")
     head.__class__ = LossHead
+    head.uniform = uniform
     model.forward = types.MethodType(_forward_with_loss, model)

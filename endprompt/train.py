@@ -75,9 +75,13 @@ class WeightedTrainer(Trainer):
         # Gradients are averaged over ranks; the divisor already counts all ranks' weights.
         total = outputs["loss_sum"] * (self.args.world_size / num_items_in_batch).to(torch.float32)
         with torch.no_grad():
-            nll, target = outputs["nll"], inputs["shift_labels"] >= 0
-            text = target & ~is_prompt
-            self._sums = self._sums.to(nll.device) + torch.stack([(nll * text).sum(), text.sum(), (nll * is_prompt).sum(), is_prompt.sum()]).double()
+            target = inputs["shift_labels"] >= 0
+            if outputs["nll"] is None:  # a kernel that only sums; all of it is text
+                sums = [outputs["loss_sum"], target.sum(), target.new_zeros(()), target.new_zeros(())]
+            else:
+                text = target & ~is_prompt
+                sums = [(outputs["nll"] * text).sum(), text.sum(), (outputs["nll"] * is_prompt).sum(), is_prompt.sum()]
+            self._sums = self._sums.to(target.device) + torch.stack([value.double() for value in sums])
         self._tokens += inputs["input_ids"].numel()
         return (total, outputs) if return_outputs else total
 
@@ -150,6 +154,9 @@ def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) ->
         return TrainingArguments(**{
             "seed": recipe.data.seed, **DEFAULTS, **platform, **recipe.train, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
+            # The loss stays ours: Liger's patched forward would not know the weights.
+            **({"liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False, **(recipe.train.get("liger_kernel_config") or {})}}
+               if recipe.train.get("use_liger_kernel") else {}),
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
@@ -190,7 +197,7 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
     config = model.load_config(recipe)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
-    loss.attach(network)
+    loss.attach(network, uniform=not method.end_prompt)
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target}
     collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target)

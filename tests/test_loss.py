@@ -1,5 +1,10 @@
 """The chunked weighted loss against the plain one, in value, gradient and memory."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,3 +257,42 @@ def test_another_output_layer_is_refused():
     model.lm_head = nn.Sequential(nn.Linear(32, 96))
     with pytest.raises(RuntimeError, match="output layer is Sequential"):
         loss.attach(model)
+
+
+LIGER = """
+import torch
+from endprompt import loss
+from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+generator = torch.Generator().manual_seed(0)
+hidden = torch.randn(2, 12, 16, generator=generator)
+labels = torch.randint(0, 50, (2, 12), generator=generator)
+labels[0, 3] = labels[1, 11] = -100
+results = []
+for kernel in (lambda hidden: None, lambda hidden: LigerFusedLinearCrossEntropyFunction.apply):
+    loss.liger_kernel = kernel
+    head = loss.LossHead(16, 50, bias=False)
+    head.uniform = True
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(50, 16, generator=torch.Generator().manual_seed(1)))
+    inputs = hidden.clone().requires_grad_()
+    total, nll = head(inputs, labels, (labels >= 0).float())
+    (total * 0.5).backward()
+    results.append((total.detach(), inputs.grad, head.weight.grad))
+assert nll is None
+for ours, theirs in zip(*results):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(not all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton")), reason="liger-kernel and triton (the gpu extra) are not installed")
+def test_liger_gives_the_same_where_all_weights_are_one():
+    """Through Triton's interpreter, which runs the kernel on a CPU."""
+    result = subprocess.run([sys.executable, "-c", LIGER], capture_output=True, text=True, timeout=200, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
+
+
+def test_liger_is_not_used_on_cpu_nor_with_weights():
+    assert loss.liger_kernel(torch.zeros(1)) is None
+    assert loss.LossHead.uniform is False

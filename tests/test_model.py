@@ -120,6 +120,38 @@ def test_scaled_or_thetaless_models_are_refused(recipe, base, tmp_path):
         build(recipe(folder))
 
 
+def drop_config(folder, *keys):
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in keys}))
+
+
+def test_a_missing_window_is_not_guessed(recipe, base, tmp_path):
+    """transformers would say 2048, and the factor would be wrong."""
+    folder = saved(tmp_path / "model", base)
+    drop_config(folder, "max_position_embeddings")
+    with pytest.raises(BadInput, match="no max_position_embeddings.*set model.original_length"):
+        model.load_config(recipe(folder, lengths={"target": 8192}))
+    assert model.scaling(recipe(folder, original_length=64), ENDPROMPT, model.load_config(recipe(folder, original_length=64))).factor == 8
+
+
+def test_a_guessed_theta_is_said(recipe, base, tmp_path, capsys):
+    folder = saved(tmp_path / "model", base)
+    capsys.readouterr()
+    model.load_config(recipe(folder))
+    assert capsys.readouterr().err == ""
+    drop_config(folder, "rope_parameters", "rope_theta")
+    model.load_config(recipe(folder))
+    assert "config.json has no rope_theta; 10000.0 is assumed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"max_position_embeddings": None}])
+def test_configs_of_wrong_types(recipe, base, tmp_path, changes):
+    folder = saved(tmp_path / "model", base)
+    change_config(folder, **changes)
+    with pytest.raises(BadInput):
+        model.load_config(recipe(folder))
+
+
 @pytest.mark.parametrize("content, complaint", [("{not json", "config of .* cannot be loaded"), ("{}", "config of .* cannot be loaded")])
 def test_broken_config(recipe, base, tmp_path, content, complaint):
     folder = saved(tmp_path / "model", base)
