@@ -65,7 +65,7 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     with torch.device("meta"):
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    rope.verify(type(model.get_decoder().rotary_emb)(config).inv_freq, config, scaling, rope_theta)
+    rope.verify(type(model.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
     saved = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

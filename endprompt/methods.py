@@ -5,7 +5,7 @@ setting; the method is chosen beside it, so two methods of one recipe differ in 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Method:
     end_prompt: whether a row ends in a prompt (b > 0).
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
+    rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     end_prompt: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
+    rope_share: dict[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def trained(self) -> bool:
@@ -55,3 +57,7 @@ register(Method("interpolation", "position interpolation alone, no training", No
 register(Method("short", "the control: interpolation, trained on plain short rows", positions.contiguous))
 register(Method("endprompt", "text at 0..a-1, end prompt at L-b..L-1", positions.text_then_end_prompt, end_prompt=True))
 register(Method("full_length", "interpolation, trained on rows of the target length", positions.contiguous, row_length="target"))
+# LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
+# which it means.  Dynamic NTK at half of L / C is the default here, rope.type linear or yarn (both at L / C) the others.
+register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows of the target length", positions.contiguous, row_length="target",
+                rope="dynamic", rope_share={"dynamic": 0.5}))
