@@ -6,6 +6,7 @@ setting; the method is chosen beside it, so two methods of one recipe differ in 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +24,8 @@ class Method:
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
     rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
+    attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
+    lora: settings of endprompt.lora.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Method:
     row_length: str = "physical"
     rope: str | None = "linear"
     rope_share: dict[str, float] = field(default_factory=dict, hash=False)
+    attention: Literal["s2"] | None = None
+    lora: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def trained(self) -> bool:
@@ -61,3 +66,5 @@ register(Method("full_length", "interpolation, trained on rows of the target len
 # which it means.  Dynamic NTK at half of L / C is the default here, rope.type linear or yarn (both at L / C) the others.
 register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows of the target length", positions.contiguous, row_length="target",
                 rope="dynamic", rope_share={"dynamic": 0.5}))
+register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
+                row_length="target", attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))

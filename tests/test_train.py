@@ -12,7 +12,8 @@ import yaml
 from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 from safetensors.torch import load_file
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Scripts elsewhere would else import the package that is installed, which is another one in a second work tree.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
