@@ -74,6 +74,10 @@ class WeightedTrainer(Trainer):
         weights = sum((batch["shift_weights"].sum(dtype=torch.float64) for batch in batches), torch.zeros((), dtype=torch.float64)).to(device)
         return batches, self.accelerator.reduce(weights, "sum")
 
+    def _prepare_input(self, data):
+        # Under DeepSpeed the Trainer casts floats to the model's dtype: in bf16 the loss would refuse the weights, and 0.1 be another number than in the divisor.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_prompt = inputs.pop("shift_prompt")
         outputs = model(**inputs)

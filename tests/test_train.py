@@ -116,6 +116,14 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
     assert min(text, prompt) < loss < max(text, prompt)
 
 
+@pytest.mark.distributed
+def test_half_precision_keeps_the_weights_of_the_loss(recipe, two_ranks, tmp_path):
+    """Under DeepSpeed the Trainer would cast them to bf16 too, which the loss refuses."""
+    folder = prepared(recipe, "endprompt", tmp_path)
+    run(train(recipe, "endprompt", tmp_path, "--set", "train.bf16=true", "--set", "train.max_steps=2", "--set", "train.gradient_accumulation_steps=4"))
+    assert all(a == pytest.approx(b, rel=2e-2) for a, b in zip(losses(folder), losses(two_ranks)[:2], strict=True))
+
+
 KILL = """
 import os, signal
 from endprompt import checkpoint
