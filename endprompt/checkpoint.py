@@ -48,7 +48,7 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
     difference = None
     if adapted is not None:
         expected = lora.logits(trainer.model, adapted, trainer.args.device)
-        lora.merge(trainer.model)
+        traces = lora.merge(trainer.model)
     partial = folder.with_name(folder.name + ".part")
     if trainer.args.should_save and partial.exists():
         shutil.rmtree(partial)
@@ -60,7 +60,7 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml beside the folder says the same
         verify_saved(partial, scaling, rope_theta)
         if adapted is not None:
-            difference = lora.verify_merged(partial, adapted, expected, trainer.args.device)
+            difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
         os.replace(partial, folder)
     barrier()
     return difference
