@@ -158,6 +158,17 @@ def test_text_of_a_later_span(make, method, tokenizer, tiny_text):
     assert moved >= 5
 
 
+def test_later_text_reaches_to_the_target_length(make, tokenizer, tiny_text):
+    texts = [" ".join(tiny_text[number:number + 4]) for number in range(40)]
+    options = ["data.packing=document", "data.pose_text=later_span", "data.tokens=50000", "lengths.physical=508"]
+    reached = set()
+    for row, text in zip(rows(make("pose", options, texts=texts)), texts, strict=True):
+        whole = tokenizer(text)["input_ids"]
+        assert len(whole) > 600
+        reached |= {skip for skip in range(9) if row["input_ids"][-30:] == whole[478 + skip:508 + skip]}
+    assert reached == {0, 1, 2, 3, 4}
+
+
 def test_chunks_of_documents_too_short_for_them(make):
     found = rows(make("pose", ["data.packing=document", "data.pose_chunks=9", "data.pose_text=later_span"], texts=["", "a", "a b", "a b c d"]))
     assert len(found) == 3
