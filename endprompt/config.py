@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from endprompt import BadInput, methods
+from endprompt.lora import Lora
 from endprompt.rope import TYPES
 
 # The three prompts the paper measures (Eq. 10, appendix B.1).
@@ -32,6 +33,7 @@ class ModelSection(Section):
     revision: str | None = None
     original_length: int | None = Field(None, gt=0)
     attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
+    s2_group_size: int | None = Field(None, gt=1)  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
 
 
 class LengthsSection(Section):
@@ -136,6 +138,15 @@ class Recipe(Section):
     def row_length(self, method: methods.Method) -> int:
         return self.lengths.target if method.row_length == "target" else self.lengths.physical
 
+    def group_size(self, method: methods.Method) -> int | None:
+        """Tokens a group of shifted sparse attention, or None where ``method`` attends in full."""
+        return None if method.attention != "s2" else self.model.s2_group_size or max(2, self.row_length(method) // 4)
+
+    def lora(self, method: methods.Method) -> Lora | None:
+        """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also from null, trains all weights."""
+        given = self.train.get("lora", method.lora)
+        return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
+
     def dump(self, method: str) -> str:
         return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
 
@@ -208,10 +219,27 @@ def _training_types() -> dict[str, Any]:
     return typing.get_type_hints(TrainingArguments)
 
 
+def _check_lora(value: Any) -> dict[str, Any] | None:
+    """The keys of ``train.lora`` that are given, checked; raises BadInput naming the first wrong one."""
+    if value is None:
+        return None
+    try:
+        return Lora.model_validate(value).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in ("train.lora", *item["loc"]))
+        if item["type"] == "extra_forbidden":
+            raise BadInput(f"unknown key {key}; known here: {', '.join(Lora.model_fields)}") from None
+        raise BadInput(f"{key}: {item['msg']} (given: {item['input']!r})") from None
+
+
 def _check_train(train: dict[str, Any]) -> dict[str, Any]:
-    """``train`` with every value in the type that HF's TrainingArguments declares; raises BadInput naming the key."""
+    """``train`` with every value in the type that HF's TrainingArguments declares, and our own ``lora``; raises BadInput naming the key."""
     types, checked = _training_types(), {}
     for key, value in train.items():
+        if key == "lora":
+            checked[key] = _check_lora(value)
+            continue
         if key in RESERVED:
             raise BadInput(f"train.{key} is not for recipes ({RESERVED[key]}); remove it")
         if key not in types:
@@ -219,7 +247,7 @@ def _check_train(train: dict[str, Any]) -> dict[str, Any]:
 
             near = difflib.get_close_matches(key, types, 1)
             raise BadInput(f"unknown key train.{key}; it takes the names of transformers.TrainingArguments"
-                           + (f", for example {near[0]}" if near else ""))
+                           + (f", for example {near[0]}" if near else ", and lora"))
         try:
             checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:

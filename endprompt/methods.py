@@ -5,7 +5,8 @@ setting; the method is chosen beside it, so two methods of one recipe differ in 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +25,9 @@ class Method:
         [k] of the chunks in the place of a.
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
+    rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
+    attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
+    lora: settings of endprompt.lora.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
 
     name: str
@@ -33,6 +37,9 @@ class Method:
     chunked: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
+    rope_share: dict[str, float] = field(default_factory=dict, hash=False)
+    attention: Literal["s2"] | None = None
+    lora: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def trained(self) -> bool:
@@ -61,3 +68,9 @@ register(Method("endprompt_random", "text at 0..a-1, end prompt ending anywhere 
 register(Method("pose", "text in two chunks, the second shifted by a random skip", positions.skipwise, chunked=True))
 register(Method("endprompt_pose", "text in chunks as in pose, end prompt at L-b..L-1", positions.skipwise_then_end_prompt, end_prompt=True, chunked=True))
 register(Method("full_length", "interpolation, trained on rows of the target length", positions.contiguous, row_length="target"))
+# LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
+# which it means.  Dynamic NTK at half of L / C is the default here, rope.type linear or yarn (both at L / C) the others.
+register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows of the target length", positions.contiguous, row_length="target",
+                rope="dynamic", rope_share={"dynamic": 0.5}))
+register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
+                row_length="target", attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
