@@ -56,6 +56,8 @@ class DataSection(Section):
     end_prompts: list[str] = Field(["EP_1"], min_length=1)
     prompt_loss_weight: float = Field(0.1, ge=0)
     packing: Literal["cut", "document"] = "cut"
+    pose_chunks: int = Field(2, ge=2)
+    pose_text: Literal["contiguous", "later_span"] = "contiguous"
     rows_per_shard: int = Field(4096, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -75,6 +77,13 @@ class DataSection(Section):
         if any(not prompt.strip() for prompt in value):
             raise ValueError("an end prompt without text; name EP_1, EP_2, EP_3 or write one")
         return value
+
+    @model_validator(mode="after")
+    def spans_within_documents(self):
+        if self.pose_text == "later_span" and self.packing == "cut":
+            raise ValueError("data.pose_text: later_span takes chunks from later in the same document, but with data.packing: cut a row has no "
+                             "document of its own and the text between would be lost; set data.packing=document, or data.pose_text=contiguous")
+        return self
 
 
 class RopeSection(Section):
@@ -198,7 +207,7 @@ def _message(error: ValidationError) -> str:
             found.append(f"{key} is missing; add it")
         else:
             found.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})" if item["type"] != "value_error"
-                         else item["msg"].removeprefix("Value error, ") if key == "lengths" or key == "eval"
+                         else item["msg"].removeprefix("Value error, ") if key in ("lengths", "data", "eval")
                          else f"{key}: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(found)
 
