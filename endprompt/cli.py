@@ -171,6 +171,9 @@ def main(argv: list[str] | None = None) -> None:
         if speaks:
             print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of our output, `head` say, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError):
             raise

@@ -22,7 +22,8 @@ from endprompt import BadInput, config, methods, positions, prepare, shards
 from endprompt.config import END_PROMPTS
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
-PLAIN = ["short", "endprompt", "full_length"]  # one plan for every row; the others draw theirs
+# One plan for every row; the others draw theirs.
+PLAIN = [name for name in TRAINED if methods.get(name).plan in (positions.contiguous, positions.text_then_end_prompt)]
 PROMPTS = {"EP_1": END_PROMPTS["EP_1"], "EP_3": "End.", "So it ends here.": "So it ends here."}
 
 
