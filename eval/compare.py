@@ -1,58 +1,144 @@
-"""One table and one picture over all methods of a recipe that were evaluated.
+"""One table and pictures over all methods of a recipe that were evaluated; with several folders, over seeds.
 
     python -m endprompt.eval.compare runs/tiny
+    python -m endprompt.eval.compare runs/seed0/tiny runs/seed1/tiny runs/seed2/tiny
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-from endprompt import methods
-from endprompt.eval import figures
+import yaml
+
+from endprompt import BadInput, methods, provenance, shards
+from endprompt.eval import figures, intervals
+
+TRAINING = (("tokens", "trained tokens", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("final_text_loss", "text loss", "{:.3f}"),
+            ("final_end_prompt_loss", "end-prompt loss", "{:.3f}"))
+TASKS = {"passkey": ("accuracy", 1.0, "{:.0%}"), "perplexity": ("perplexity", float("inf"), "{:.2f}")}
+NOTE = ("Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or that of one seed's own samples "
+        "(Wilson for passkey) where there is one seed, or where all seeds agree exactly.")
 
 
-def table(folder: Path) -> str:
-    """Markdown: a row a method, passkey accuracy with its 95 % Wilson interval and perplexity by length, training beside it."""
-    found = [name for name in methods.METHODS if (folder / name / "eval").is_dir()]
-    passkey = {name: {row["scores"]["length"]: row["scores"] for row in figures.read(folder / name / "eval" / "passkey")} for name in found}
-    perplexity = {name: {row["scores"]["length"]: row["scores"] for row in figures.read(folder / name / "eval" / "perplexity")} for name in found}
-    keys = sorted({length for scores in passkey.values() for length in scores})
-    texts = sorted({length for scores in perplexity.values() for length in scores})
-    head = ["method", *[f"passkey {length}" for length in keys], *[f"perplexity {length}" for length in texts], "trained tokens", "train s", "text loss", "end-prompt loss"]
+def _setting(path: Path) -> tuple[int | None, dict]:
+    """(seed, what must be equal among seeds) of a run's recipe.yaml; (None, {}) if it is not there."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+        data, train = dict(tree["data"]), dict(tree.get("train") or {})
+    except FileNotFoundError:
+        return None, {}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{path} is no recipe; restore it, or leave its folder out") from None
+    train.pop("deepspeed", None)  # the same file has another path in another clone
+    return data.pop("seed", None), {"model": tree.get("model"), "lengths": tree.get("lengths"), "data": data, "rope": tree.get("rope"), "train": train}
+
+
+def check(folders: list[Path]) -> None:
+    """Raises BadInput if two folders are the same, a seed comes twice, or their runs differ in more than the seed."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise BadInput("a folder is named twice; a seed counts once")
+    for name in methods.METHODS:
+        seeds, first = {}, None
+        questions: dict[tuple, tuple] = {}
+        for folder in folders:
+            if not (folder / name / "eval").is_dir():
+                continue
+            seed, setting = _setting(folder / name / "recipe.yaml")
+            if setting and methods.METHODS[name].trained:
+                if seed in seeds:
+                    raise BadInput(f"{seeds[seed]} and {folder / name} both have data.seed {seed}; name one folder a seed")
+                seeds[seed] = folder / name
+            if setting and first and setting != first[0]:
+                differing = [key for key in setting if setting[key] != first[0][key]]
+                raise BadInput(f"{first[1]} and {folder / name} differ in more than the seed ({', '.join(differing)}); compare runs of one setting")
+            first = first or ((setting, folder / name) if setting else None)
+            for task in TASKS:
+                for row in figures.read(folder / name / "eval" / task):
+                    asked = {key: value for key, value in row["question"].items() if key != "model"}
+                    before = questions.setdefault((task, row["scores"]["length"]), (asked, folder))
+                    if before[0] != asked:
+                        raise BadInput(f"{before[1] / name} and {folder / name} were asked different questions ({task} at {row['scores']['length']}); evaluate them alike")
+
+
+def summary(folders: list[Path]) -> dict[str, dict]:
+    """{method: {task: {length: cell of ``intervals.over_seeds``}, "training": {key: mean}}} of the methods that were evaluated."""
+    result = {}
+    for name in methods.METHODS:
+        runs = [folder / name for folder in folders if (folder / name / "eval").is_dir()]
+        if not runs:
+            continue
+        result[name] = {}
+        for task, (key, ceiling, _) in TASKS.items():
+            by_length: dict[int, list[dict]] = {}
+            for row in (row for run in runs for row in figures.read(run / "eval" / task)):
+                by_length.setdefault(row["scores"]["length"], []).append(row["scores"])
+            result[name][task] = {length: intervals.over_seeds([score[key] for score in scores], (scores[0]["low"], scores[0]["high"]), 0.0, ceiling)
+                                  for length, scores in sorted(by_length.items())}
+        records = [json.loads(path.read_text()) for run in runs if (path := run / "train.json").exists()]
+        values = {key: [record[key] for record in records if record.get(key) is not None] for key, _, _ in TRAINING}
+        result[name]["training"] = {key: sum(found) / len(found) for key, found in values.items() if found}
+    return result
+
+
+def table(*folders: Path) -> str:
+    """Markdown: a row a method, passkey accuracy and perplexity by length with 95 % intervals, training beside it.
+
+    With several folders, a seed each, every cell also says of how many seeds it is the mean.
+    """
+    found, several = summary(list(folders)), len(folders) > 1
+    columns = [(task, length) for task in TASKS for length in sorted({length for cells in found.values() for length in cells[task]})]
+    head = ["method", *[f"{task} {length}" for task, length in columns], *[title for _, title, _ in TRAINING]]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name in found:
+    for name, row in found.items():
         cells = [name]
-        for length in keys:
-            score = passkey[name].get(length)
-            cells.append(f"{score['accuracy']:.0%} [{score['low']:.0%}, {score['high']:.0%}]" if score else "not run")
-        for length in texts:
-            score = perplexity[name].get(length)
-            cells.append(f"{score['perplexity']:.2f}" if score else "not run")
-        path = folder / name / "train.json"
-        training = json.loads(path.read_text()) if path.exists() else {}
-        for key, form in (("tokens", "{:,}"), ("seconds", "{:.0f}"), ("final_text_loss", "{:.3f}"), ("final_end_prompt_loss", "{:.3f}")):
-            cells.append(form.format(training[key]) if training.get(key) is not None else "-")
+        for task, length in columns:
+            cell, form = row[task].get(length), TASKS[task][2]
+            if cell is None:
+                cells.append("not run")
+                continue
+            text = form.format(cell["mean"])
+            if several or task == "passkey":
+                text += f" [{form.format(cell['low'])}, {form.format(cell['high'])}]"
+            cells.append(text + (f" n={cell['seeds']}" if several else ""))
+        cells += [form.format(row["training"][key]) if key in row["training"] else "-" for key, _, form in TRAINING]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", NOTE]) if several else "\n".join(lines)
+
+
+def compare(folders: list[Path], out: Path | None = None, title: str | None = None) -> None:
+    """Writes comparison.md, comparison.json and the pictures into ``out`` (one folder: itself; several: comparison-<recipe> in the folder
+    above them all) and prints the table.  Raises BadInput if nothing was evaluated or the folders do not belong together."""
+    for folder in folders:
+        if not any((folder / name / "eval").is_dir() for name in methods.METHODS):
+            raise BadInput(f"{folder} holds no evaluated method; run `endprompt evaluate` first")
+    check(folders)
+    if out is None:
+        out = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders])) / f"comparison-{folders[0].absolute().name}"
+    out.mkdir(parents=True, exist_ok=True)
+    text, found = table(*folders), summary(folders)
+    (out / "comparison.md").write_text(text + "\n")
+    shards.write_json(out / "comparison.json", {"folders": [str(folder) for folder in folders], "methods": found, **provenance.stamp()})
+    print(f"{text}\n\n{out / 'comparison.md'}\n{out / 'comparison.json'}")
+    results = {name: rows for name in found if (rows := figures.pool([figures.read(folder / name / "eval" / "passkey") for folder in folders]))}
+    if results:
+        figures.heatmaps(results, out / "comparison.png", title)
+        figures.lines({name: found[name]["passkey"] for name in results}, out / "comparison-lines.png", title)
+        print(f"{out / 'comparison.png'}\n{out / 'comparison-lines.png'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="DIR/<recipe> of the runs")
+    parser.add_argument("folder", type=Path, nargs="+", help="DIR/<recipe> of the runs; several of one recipe are its seeds")
     parser.add_argument("--title", default=None)
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="where table and pictures go")
     arguments = parser.parse_args()
-    results = {name: rows for name in methods.METHODS if (rows := figures.read(arguments.folder / name / "eval" / "passkey"))}
-    if not any((arguments.folder / name / "eval").is_dir() for name in methods.METHODS):
-        print(f"compare: {arguments.folder} holds no evaluated method; run `endprompt evaluate` first", file=sys.stderr)
-        raise SystemExit(2)
-    text = table(arguments.folder)
-    (arguments.folder / "comparison.md").write_text(text + "\n")
-    print(text)
-    print(f"\n{arguments.folder / 'comparison.md'}")
-    if results:
-        figures.heatmaps(results, arguments.folder / "comparison.png", arguments.title)
-        print(arguments.folder / "comparison.png")
+    try:
+        compare(arguments.folder, arguments.out, arguments.title)
+    except BadInput as error:
+        print(f"compare: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of results: length x depth heatmaps, one panel a method."""
+"""Pictures of results: length x depth heatmaps, one panel a method, and accuracy against length, one line a method."""
 
 import json
 from pathlib import Path
@@ -11,15 +11,44 @@ def read(folder: Path) -> list[dict]:
     return sorted((result for result in results if result["question"]["model"] == newest), key=lambda result: result["scores"]["length"])
 
 
-def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = None) -> None:
-    """Draws accuracy by length (across) and depth of the key (down) for each named list of passkey results, into one PNG."""
+def pool(seeds: list[list[dict]]) -> list[dict]:
+    """Passkey results of several seeds as one, by length: the samples of a depth are added up."""
+    pooled: dict[int, dict[float, dict]] = {}
+    for row in (row for rows in seeds for row in rows):
+        cells = pooled.setdefault(row["scores"]["length"], {})
+        for cell in row["scores"]["cells"]:
+            kept = cells.setdefault(cell["depth"], {"depth": cell["depth"], "correct": 0, "total": 0})
+            kept["correct"] += cell["correct"]
+            kept["total"] += cell["total"]
+    result = []
+    for length, cells in sorted(pooled.items()):
+        correct, total = (sum(cell[key] for cell in cells.values()) for key in ("correct", "total"))
+        result.append({"scores": {"length": length, "correct": correct, "total": total, "accuracy": correct / total, "cells": list(cells.values())}})
+    return result
+
+
+def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path, title: str | None) -> None:
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)
+
+
+def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = None) -> None:
+    """Draws accuracy by length (across) and depth of the key (down) for each named list of passkey results, into one PNG."""
     import numpy as np
 
-    figure, axes = plt.subplots(1, len(results), figsize=(1.2 + 2.3 * len(results), 3.6), squeeze=False, sharey=True, layout="constrained")
+    figure, axes = _pyplot().subplots(1, len(results), figsize=(1.2 + 2.3 * len(results), 3.6), squeeze=False, sharey=True, layout="constrained")
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
         depths = sorted({cell["depth"] for row in rows for cell in row["scores"]["cells"]})
         grid = np.full((len(depths), len(rows)), np.nan)
@@ -33,8 +62,24 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
     axes[0][0].set_ylabel("depth of the key")
     figure.supxlabel("length in tokens, and accuracy over all depths", fontsize=9)
     figure.colorbar(image, ax=axes[0].tolist(), label="keys found", shrink=0.9)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path, title)
+
+
+def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = None) -> None:
+    """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against length, into one PNG."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    every = sorted({length for cells in results.values() for length in cells})
+    for number, (name, cells) in enumerate(results.items()):
+        lengths, means = sorted(cells), [cells[length]["mean"] for length in sorted(cells)]
+        bars = [[max(0.0, cells[length]["mean"] - cells[length]["low"]) for length in lengths], [max(0.0, cells[length]["high"] - cells[length]["mean"]) for length in lengths]]
+        # Side by side, so that bars at the same length can be told apart.
+        across = [length * 1.025 ** (number - (len(results) - 1) / 2) for length in lengths]
+        axis.errorbar(across, means, bars, label=name, marker="os^Dvph<>"[number % 9], markersize=4, capsize=3, linewidth=1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(every, [str(length) for length in every])
+    axis.minorticks_off()
+    axis.set(ylim=(-0.03, 1.03), xlabel="length in tokens", ylabel="keys found, with 95 % interval")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path, title)

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Every method of the method table, trained and evaluated with several seeds, then one table and its pictures; what is finished is skipped.
+#   bash recipes/compare.sh [RECIPE] [--set key=value ...]     (RECIPE: recipes/tiny.yaml)
+# Environment: SEEDS ("0 1 2"), METHODS (default: all rows of the table), OUT (runs), PYTHON (python), and what run.sh takes.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+recipe=$root/recipes/tiny.yaml
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+  recipe=$1
+  shift
+fi
+if [ ! -f "$recipe" ] || { [ $# -gt 0 ] && [ "$1" != --set ]; }; then
+  sed -n '2,4s/^# //p' "$0" >&2
+  exit 2
+fi
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python
+  [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
+fi
+export PYTHON
+read -ra seeds <<<"${SEEDS:-0 1 2}"
+OUT=${OUT:-runs}
+METHODS=${METHODS:-$("$PYTHON" -c 'from endprompt import methods; print(*methods.METHODS)')}
+# The seed orders and draws training rows: it is nothing to a method that trains nothing, so that one seed is all of these.
+untrained=" $("$PYTHON" -c 'from endprompt import methods; print(*(name for name in methods.METHODS if not methods.METHODS[name].trained))') "
+name=$(basename "$recipe"); name=${name%.*}
+
+folders=()
+for seed in "${seeds[@]}"; do
+  logs=$OUT/seed$seed/$name/logs
+  mkdir -p "$logs"
+  for method in $METHODS; do
+    if [ "$seed" != "${seeds[0]}" ] && [[ $untrained == *" $method "* ]]; then
+      continue
+    fi
+    start=$SECONDS
+    if ! OUT=$OUT/seed$seed bash "$root/recipes/run.sh" "$recipe" "$method" "$@" --set "data.seed=$seed" >"$logs/$method.log" 2>&1; then
+      tail -n 30 "$logs/$method.log" >&2
+      echo "compare.sh: $method with seed $seed failed; its log is $logs/$method.log; the same command goes on from there" >&2
+      exit 1
+    fi
+    printf 'seed %s  %-18s %5d s\n' "$seed" "$method" $((SECONDS - start))
+  done
+  # Nothing but untrained methods: only the first seed has results.
+  if compgen -G "$OUT/seed$seed/$name/*/eval" >/dev/null; then
+    folders+=("$OUT/seed$seed/$name")
+  fi
+done
+"$PYTHON" -m endprompt.eval.compare "${folders[@]}" --title "$name over seeds ${seeds[*]}"
