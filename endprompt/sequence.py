@@ -2,6 +2,10 @@
 
 Around attention, all-to-all exchanges swap a share of the tokens for a share of the heads, so that every rank attends over whole
 rows with some of the heads.  Ulysses drops the attention mask, so rows must be contiguous, equally long and without padding.
+
+DeepSpeed's data loader deals every rank its own micro-batch, then lets the N ranks of a group work through their N micro-batches.  With
+several groups, N consecutive steps therefore hold the rows that they would hold without, but in another order, unless
+gradient_accumulation_steps is a multiple of N.
 Sources: arXiv:2309.14509, arXiv:2506.13996; deepspeed/runtime/sequence_parallel/ulysses_sp.py.
 """
 

@@ -79,11 +79,15 @@ def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["zero3", "zero2"])
-def test_the_gradient_has_its_size_at_every_stage_of_zero(stage, recipe, by_gradient, tmp_path):
+@pytest.mark.parametrize("stage, ranks", [("zero3", 2), ("zero2", 2), ("zero3", 4)])
+def test_the_gradient_has_its_size(stage, ranks, recipe, by_gradient, tmp_path):
+    """At every stage of ZeRO, and with two groups of two ranks that also accumulate."""
     alone, options = by_gradient
     folder = prepared(recipe, "lceg", tmp_path)
-    run(train(recipe, "lceg", tmp_path, *options, *TOGETHER, "--set", f"train.deepspeed={REPOSITORY}/ds_configs/{stage}.json", ranks=2))
+    if ranks == 4:
+        options = [*options, "--set", "train.per_device_train_batch_size=2", "--set", "train.gradient_accumulation_steps=2"]
+    command = train(recipe, "lceg", tmp_path, *options, *TOGETHER, "--set", f"train.deepspeed={REPOSITORY}/ds_configs/{stage}.json", ranks=2)
+    run([f"--nproc_per_node={ranks}" if part == TORCHRUN[-1] else part for part in command])
     assert_equal(alone, folder, tolerance=1e-4)
 
 
