@@ -18,11 +18,14 @@ class Collator:
 
     input_ids, position_ids int64; attention_mask int64, 1 for tokens and 0 for padding; already shifted, so that column t
     speaks of token t + 1: shift_labels int64 (-100: no target), shift_weights float32, shift_prompt bool (an end-prompt token).
-    Raises ValueError if a row's positions do not increase strictly inside [0, target_length).
+    sharded: for sequence parallelism, which takes no mask: none is sent, and DeepSpeed's data loader gets the ``labels`` that it
+    shifts into the same shift_labels.
+    Raises ValueError if a row's positions do not increase strictly inside [0, target_length), or, sharded, jump or need padding.
     """
 
     pad_token_id: int
     target_length: int
+    sharded: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
@@ -40,4 +43,8 @@ class Collator:
             batch["shift_labels"][index, :n - 1] = ids[1:]
             batch["shift_weights"][index, :n - 1] = row["loss_weights"][1:]
             batch["shift_prompt"][index, max(row["text_length"] - 1, 0):n - 1] = row["prompt_length"] > 0
+        if self.sharded:
+            if not batch.pop("attention_mask").all() or (np.diff(batch["position_ids"], axis=1) != 1).any():
+                raise ValueError("sequence parallelism: a row has padding or a jump in its positions, which only a mask could mend")
+            batch["labels"] = np.pad(batch["shift_labels"][:, :-1], ((0, 0), (1, 0)), constant_values=-100)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

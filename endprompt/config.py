@@ -147,6 +147,11 @@ class Recipe(Section):
         given = self.train.get("lora", method.lora)
         return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
 
+    @property
+    def sequence_parallel(self) -> int:
+        """Ranks that share a row; 1 is none."""
+        return self.train.get("sequence_parallel", 1)
+
     def dump(self, method: str) -> str:
         return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
 
@@ -234,20 +239,25 @@ def _check_lora(value: Any) -> dict[str, Any] | None:
 
 
 def _check_train(train: dict[str, Any]) -> dict[str, Any]:
-    """``train`` with every value in the type that HF's TrainingArguments declares, and our own ``lora``; raises BadInput naming the key."""
+    """``train`` with every value in the type that HF's TrainingArguments declares, and our own ``lora`` and ``sequence_parallel``; raises BadInput naming the key."""
     types, checked = _training_types(), {}
     for key, value in train.items():
         if key == "lora":
             checked[key] = _check_lora(value)
+            continue
+        if key == "sequence_parallel":
+            if type(value) is not int or value < 1:
+                raise BadInput(f"train.sequence_parallel: a whole number of ranks from 1 on is wanted (given: {value!r})")
+            checked[key] = value
             continue
         if key in RESERVED:
             raise BadInput(f"train.{key} is not for recipes ({RESERVED[key]}); remove it")
         if key not in types:
             import difflib
 
-            near = difflib.get_close_matches(key, types, 1)
+            near = difflib.get_close_matches(key, [*types, "lora", "sequence_parallel"], 1)
             raise BadInput(f"unknown key train.{key}; it takes the names of transformers.TrainingArguments"
-                           + (f", for example {near[0]}" if near else ", and lora"))
+                           + (f", for example {near[0]}" if near else ", lora and sequence_parallel"))
         try:
             checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:

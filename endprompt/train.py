@@ -6,12 +6,15 @@ import os
 import sys
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import torch
+import transformers.trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, attention, checkpoint, lora, loss, model, prepare, provenance, s2, shards
+from endprompt import BadInput, attention, checkpoint, lora, loss, model, prepare, provenance, s2, sequence, shards
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -26,19 +29,20 @@ PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 9
 
 
 def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
-    """(per_device_train_batch_size, gradient_accumulation_steps) that keep the recipe's tokens a step when rows are longer.
+    """(per_device_train_batch_size, gradient_accumulation_steps) that keep the recipe's tokens a step when rows are longer or shared.
 
-    The recipe counts rows of ``physical_length``; a method with rows of ``target_length`` takes fewer of them.
-    Raises BadInput if the recipe's step holds less than one such row a device.
+    The recipe counts rows of ``physical_length`` a device; a method with rows of ``target_length`` takes fewer of them, and N devices
+    that share rows (sequence parallelism) take N times as many together.
+    Raises BadInput if the recipe's step holds less than one such row for each of those that share it.
     """
     rows, accumulation = recipe.train.get("per_device_train_batch_size", 1), recipe.train.get("gradient_accumulation_steps", 1)
-    ratio = recipe.row_length(method) / recipe.lengths.physical
+    ratio = Fraction(recipe.row_length(method), recipe.lengths.physical * recipe.sequence_parallel)
     if ratio == 1:
         return rows, accumulation
     total = rows * accumulation / ratio
-    if total < 1 or total != int(total):
-        raise BadInput(f"train: {rows} x {accumulation} rows of {recipe.lengths.physical} tokens are {total:g} rows of {recipe.row_length(method)}, which "
-                       f"{method.name} trains on; make per_device_train_batch_size x gradient_accumulation_steps a multiple of {ratio:g}")
+    if total.denominator != 1:
+        raise BadInput(f"train: {rows} x {accumulation} rows of {recipe.lengths.physical} tokens are {float(total):g} rows of {recipe.row_length(method)}, which "
+                       f"{method.name} trains on; make per_device_train_batch_size x gradient_accumulation_steps a multiple of {ratio.numerator}")
     wide = math.gcd(int(total), max(1, int(rows / ratio)))
     return wide, int(total) // wide
 
@@ -61,9 +65,10 @@ class WeightedTrainer(Trainer):
     """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
     are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted)."""
 
-    def __init__(self, *args, token_flops: float, **kwargs):
+    def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.token_flops = token_flops
+        self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
         self.loss_is_scaled_for_ga = True
         self.last_metrics: dict[str, float] = {}
         self._sums = torch.zeros(4, dtype=torch.float64)  # text nats, text targets, prompt nats, prompt targets; this rank, since the last log
@@ -81,8 +86,8 @@ class WeightedTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_prompt = inputs.pop("shift_prompt")
         outputs = model(**inputs)
-        # Gradients are averaged over ranks; the divisor already counts all ranks' weights.
-        total = outputs["loss_sum"] * (self.args.world_size / num_items_in_batch).to(torch.float32)
+        # DeepSpeed averages gradients over so many ranks; the divisor already counts all ranks' weights.
+        total = outputs["loss_sum"] * (self.averaged / num_items_in_batch).to(torch.float32)
         with torch.no_grad():
             target = inputs["shift_labels"] >= 0
             if outputs["nll"] is None:  # a kernel that only sums; all of it is text
@@ -93,6 +98,10 @@ class WeightedTrainer(Trainer):
             self._sums = self._sums.to(target.device) + torch.stack([value.double() for value in sums])
         self._tokens += inputs["input_ids"].numel()
         return (total, outputs) if return_outputs else total
+
+    def training_step(self, *args, **kwargs):
+        # What is logged is the mean of this over all ranks.
+        return super().training_step(*args, **kwargs) * (self.args.world_size / self.averaged)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -121,15 +130,17 @@ class WeightedTrainer(Trainer):
 class Probe(TrainerCallback):
     """Runs the liveness probe on every rank, on the wrapped model and a batch of the collator, before the first step."""
 
-    def __init__(self, dataset, collator):
-        self.dataset, self.collator, self.moved = dataset, collator, None
+    def __init__(self, dataset, collator, sequence_parallel: int):
+        self.dataset, self.collator, self.sequence_parallel, self.moved = dataset, collator, sequence_parallel, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        batch = self.collator([self.dataset[rank % len(self.dataset)]])
+        row, shared = self.dataset[rank // self.sequence_parallel % len(self.dataset)], self.sequence_parallel > 1
+        # Ulysses is built for micro-batches of one size.
+        batch = self.collator([row] * (args.per_device_train_batch_size if shared else 1))
         training = model.training
         model.train()  # attention may differ between training and inference; what trains is what is probed
-        self.moved = attention.probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+        self.moved = (sequence if shared else attention).probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
         model.train(training)
 
 
@@ -154,7 +165,7 @@ def set_up_environment() -> bool:
 
 def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) -> TrainingArguments:
     rows, accumulation = batch_shape(recipe, method)
-    given = {key: value for key, value in recipe.train.items() if key != "lora"}
+    given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel")}
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
@@ -167,6 +178,8 @@ def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) ->
             # The loss stays ours: Liger's patched forward would not know the weights.
             **({"liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False, **(recipe.train.get("liger_kernel_config") or {})}}
                if recipe.train.get("use_liger_kernel") else {}),
+            **({"parallelism_config": sequence.parallelism(recipe.sequence_parallel, model.attention_implementation(recipe, cuda), int(os.environ["WORLD_SIZE"]))}
+               if recipe.sequence_parallel > 1 else {}),
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
@@ -202,6 +215,8 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
     main = int(os.environ["RANK"]) == 0
     tokenizer = model.load_tokenizer(recipe)
     dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
+    config, shared = model.load_config(recipe), recipe.sequence_parallel
+    sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), int(os.environ["WORLD_SIZE"]), manifest)
     arguments = training_arguments(recipe, method, run, cuda)
     if arguments.deepspeed:
         import deepspeed
@@ -211,7 +226,6 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Partitioned loading below asks DeepSpeed for the number of ranks; on CPU accelerate has not told it yet.
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    config = model.load_config(recipe)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
     loss.attach(network, uniform=not method.end_prompt)
@@ -219,19 +233,26 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
     if adapters:
         lora.inject(network, adapters, arguments.seed)
     own_attention = s2.install(network, group) if group else None
+    if shared > 1:
+        plain_attention = ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation]  # DeepSpeed puts its own in this place
+        sequence.hold_frequencies(network, recipe.row_length(method))
+        transformers.trainer.skip_first_batches = sequence.skip_first_batches
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
                                 **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
-    collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target)
-    probe = Probe(dataset, collator)
-    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator,
+    collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
+    probe = Probe(dataset, collator, shared)
+    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, sequence_parallel=shared,
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
-                              callbacks=[probe, checkpoint.MarkComplete()])
+                              callbacks=[probe, checkpoint.MarkComplete(), *([sequence.NewEpoch()] if shared > 1 else [])])
     newest = checkpoint.newest_complete(run / "checkpoints", sys.stderr if main else None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     seconds = time.perf_counter() - started
+    if shared > 1:
+        ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation] = plain_attention
+        collator.sharded = False
     if own_attention:
         s2.uninstall(network, own_attention)
     merged = checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None)
