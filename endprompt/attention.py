@@ -8,7 +8,8 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     """Replaces the first part of a row by other tokens and measures how far the last part's logits move.
 
     The first part is everything before the last jump in ``position_ids`` (the text before an end prompt), or the first half of
-    a row without a jump.  batch: one collator output; only its first row is used, at the batch's device.  Under ZeRO-3 all ranks
+    a row without a jump (with shifted sparse attention, where one half of the heads has a border the other has none, so some token
+    beyond the middle sees across it in every layer).  batch: one collator output; only its first row is used, at the batch's device.  Under ZeRO-3 all ranks
     must call it together.  Returns the largest change in units of the logits' standard deviation (0.0 exactly when cut off).
     Raises RuntimeError if it is below 1e-3: the run would train segments that cannot see each other.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from endprompt import rope, shards
+from endprompt import lora, rope, shards
 
 MARKER = "complete.json"
 
@@ -39,8 +39,16 @@ def newest_complete(folder: Path, log=sys.stderr) -> Path | None:
     return None
 
 
-def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float) -> None:
-    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, and only then gives it its name."""
+def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, adapted: dict[str, torch.Tensor] | None = None) -> float | None:
+    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, and only then gives it its name.
+
+    adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are merged, and the saved
+    model must give the adapter model's logits on that batch.  Returns how far they differ (see lora.verify_merged) on rank 0, else None.
+    """
+    difference = None
+    if adapted is not None:
+        expected = lora.logits(trainer.model, adapted, trainer.args.device)
+        traces = lora.merge(trainer.model)
     partial = folder.with_name(folder.name + ".part")
     if trainer.args.should_save and partial.exists():
         shutil.rmtree(partial)
@@ -51,8 +59,11 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
         tokenizer.save_pretrained(partial)
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml beside the folder says the same
         verify_saved(partial, scaling, rope_theta)
+        if adapted is not None:
+            difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
         os.replace(partial, folder)
     barrier()
+    return difference
 
 
 def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None:
@@ -65,7 +76,7 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     with torch.device("meta"):
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    rope.verify(type(model.get_decoder().rotary_emb)(config).inv_freq, config, scaling, rope_theta)
+    rope.verify(type(model.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
     saved = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "prepare": "tokenize the corpus and write shards of rows with explicit positions",
         "train": "train on the shards (start it with torchrun or deepspeed for several ranks)",
         "evaluate": "score the method's model, or any other with --model",
-        "inspect": "print a row of the shards with its positions, and verify their checksums",
+        "inspect": "print a row of the shards with its positions, and verify their checksums; or see which distances are supervised",
     }.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--model", default=None, metavar="DIR", help="score this Hugging Face model instead of the run's own")
         if name == "inspect":
             command.add_argument("--row", type=int, default=0, metavar="N", help="row to print")
+            command.add_argument("--coverage", action="store_true", help="print instead which query-key distances are supervised and how often, of the shards or, "
+                                 "without any, of sampled rows, and draw all methods that train into coverage.png in the run's folder")
     return root
 
 
@@ -131,6 +133,14 @@ def _inspect(arguments, recipe, method, run: Path) -> None:
     from endprompt import inspection, model, prepare, shards
 
     folder = run / "shards"
+    if arguments.coverage:
+        tokenizer = model.load_tokenizer(recipe)
+        print(inspection.describe_coverage(recipe, method, tokenizer, arguments.out, arguments.row))
+        image = inspection.draw_coverage(recipe, tokenizer, arguments.out)
+        run.mkdir(parents=True, exist_ok=True)
+        shards.write_atomically(run / "coverage.png", image)
+        print(f"\nall methods that train: {run / 'coverage.png'}")
+        return
     manifest = shards.read_manifest(folder)
     tokenizer = model.load_tokenizer(recipe)
     if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
@@ -161,6 +171,9 @@ def main(argv: list[str] | None = None) -> None:
         if speaks:
             print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of our output, `head` say, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError):
             raise

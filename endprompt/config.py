@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from endprompt import BadInput, methods
+from endprompt.lora import Lora
 from endprompt.rope import TYPES
 
 # The three prompts the paper measures (Eq. 10, appendix B.1).
@@ -32,6 +33,7 @@ class ModelSection(Section):
     revision: str | None = None
     original_length: int | None = Field(None, gt=0)
     attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
+    s2_group_size: int | None = Field(None, gt=1)  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
 
 
 class LengthsSection(Section):
@@ -54,6 +56,8 @@ class DataSection(Section):
     end_prompts: list[str] = Field(["EP_1"], min_length=1)
     prompt_loss_weight: float = Field(0.1, ge=0)
     packing: Literal["cut", "document"] = "cut"
+    pose_chunks: int = Field(2, ge=2)
+    pose_text: Literal["contiguous", "later_span"] = "contiguous"
     rows_per_shard: int = Field(4096, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -73,6 +77,13 @@ class DataSection(Section):
         if any(not prompt.strip() for prompt in value):
             raise ValueError("an end prompt without text; name EP_1, EP_2, EP_3 or write one")
         return value
+
+    @model_validator(mode="after")
+    def spans_within_documents(self):
+        if self.pose_text == "later_span" and self.packing == "cut":
+            raise ValueError("data.pose_text: later_span takes chunks from later in the same document, but with data.packing: cut a row has no "
+                             "document of its own and the text between would be lost; set data.packing=document, or data.pose_text=contiguous")
+        return self
 
 
 class RopeSection(Section):
@@ -126,6 +137,15 @@ class Recipe(Section):
 
     def row_length(self, method: methods.Method) -> int:
         return self.lengths.target if method.row_length == "target" else self.lengths.physical
+
+    def group_size(self, method: methods.Method) -> int | None:
+        """Tokens a group of shifted sparse attention, or None where ``method`` attends in full."""
+        return None if method.attention != "s2" else self.model.s2_group_size or max(2, self.row_length(method) // 4)
+
+    def lora(self, method: methods.Method) -> Lora | None:
+        """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also from null, trains all weights."""
+        given = self.train.get("lora", method.lora)
+        return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
 
     def dump(self, method: str) -> str:
         return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
@@ -187,7 +207,7 @@ def _message(error: ValidationError) -> str:
             found.append(f"{key} is missing; add it")
         else:
             found.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})" if item["type"] != "value_error"
-                         else item["msg"].removeprefix("Value error, ") if key == "lengths" or key == "eval"
+                         else item["msg"].removeprefix("Value error, ") if key in ("lengths", "data", "eval")
                          else f"{key}: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(found)
 
@@ -199,10 +219,27 @@ def _training_types() -> dict[str, Any]:
     return typing.get_type_hints(TrainingArguments)
 
 
+def _check_lora(value: Any) -> dict[str, Any] | None:
+    """The keys of ``train.lora`` that are given, checked; raises BadInput naming the first wrong one."""
+    if value is None:
+        return None
+    try:
+        return Lora.model_validate(value).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in ("train.lora", *item["loc"]))
+        if item["type"] == "extra_forbidden":
+            raise BadInput(f"unknown key {key}; known here: {', '.join(Lora.model_fields)}") from None
+        raise BadInput(f"{key}: {item['msg']} (given: {item['input']!r})") from None
+
+
 def _check_train(train: dict[str, Any]) -> dict[str, Any]:
-    """``train`` with every value in the type that HF's TrainingArguments declares; raises BadInput naming the key."""
+    """``train`` with every value in the type that HF's TrainingArguments declares, and our own ``lora``; raises BadInput naming the key."""
     types, checked = _training_types(), {}
     for key, value in train.items():
+        if key == "lora":
+            checked[key] = _check_lora(value)
+            continue
         if key in RESERVED:
             raise BadInput(f"train.{key} is not for recipes ({RESERVED[key]}); remove it")
         if key not in types:
@@ -210,7 +247,7 @@ def _check_train(train: dict[str, Any]) -> dict[str, Any]:
 
             near = difflib.get_close_matches(key, types, 1)
             raise BadInput(f"unknown key train.{key}; it takes the names of transformers.TrainingArguments"
-                           + (f", for example {near[0]}" if near else ""))
+                           + (f", for example {near[0]}" if near else ", and lora"))
         try:
             checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:

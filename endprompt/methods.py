@@ -5,13 +5,14 @@ setting; the method is chosen beside it, so two methods of one recipe differ in 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
 from endprompt import BadInput, positions
 
-Plan = Callable[[int, int, int, np.random.Generator], np.ndarray]
+Plan = Callable[[int | np.ndarray, int, int, np.random.Generator], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,25 @@ class Method:
 
     plan: (text_length a, prompt_length b, target_length L, generator) -> int64 positions [a + b]; None: nothing is trained.
     end_prompt: whether a row ends in a prompt (b > 0).
+    chunked: whether the text is cut at random as ``data.pose_chunks`` and ``data.pose_text`` say; the plan then gets the int64 lengths
+        [k] of the chunks in the place of a.
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
+    rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
+    attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
+    lora: settings of endprompt.lora.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
 
     name: str
     summary: str
     plan: Plan | None
     end_prompt: bool = False
+    chunked: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
+    rope_share: dict[str, float] = field(default_factory=dict, hash=False)
+    attention: Literal["s2"] | None = None
+    lora: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def trained(self) -> bool:
@@ -54,4 +64,13 @@ register(Method("base", "the model as it came: neither scaled nor trained", None
 register(Method("interpolation", "position interpolation alone, no training", None))
 register(Method("short", "the control: interpolation, trained on plain short rows", positions.contiguous))
 register(Method("endprompt", "text at 0..a-1, end prompt at L-b..L-1", positions.text_then_end_prompt, end_prompt=True))
+register(Method("endprompt_random", "text at 0..a-1, end prompt ending anywhere up to L-1", positions.text_then_random_prompt, end_prompt=True))
+register(Method("pose", "text in two chunks, the second shifted by a random skip", positions.skipwise, chunked=True))
+register(Method("endprompt_pose", "text in chunks as in pose, end prompt at L-b..L-1", positions.skipwise_then_end_prompt, end_prompt=True, chunked=True))
 register(Method("full_length", "interpolation, trained on rows of the target length", positions.contiguous, row_length="target"))
+# LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
+# which it means.  Dynamic NTK at half of L / C is the default here, rope.type linear or yarn (both at L / C) the others.
+register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows of the target length", positions.contiguous, row_length="target",
+                rope="dynamic", rope_share={"dynamic": 0.5}))
+register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
+                row_length="target", attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))

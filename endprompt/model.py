@@ -111,7 +111,7 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
 
 def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
     rope_type = None if method.rope is None else recipe.rope.type or method.rope
-    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target)
+    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.rope_share.get(rope_type, 1.0))
 
 
 def build(recipe: Recipe, method: Method, dtype, cuda: bool):
@@ -138,5 +138,5 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
         **arguments, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True))
     if information["missing_keys"]:
         raise RuntimeError(f"model: the files of {recipe.model.name_or_path!r} lack {sorted(information['missing_keys'])[:5]}; these would train from random values")
-    rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, chosen, theta)
+    rope.verify(model.get_decoder().rotary_emb, model.config, chosen, theta)
     return model

@@ -171,8 +171,13 @@ class Cursor:
 
 
 def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Callable[[int, Cursor], dict | None]:
-    """A function (row number, cursor) -> row of the shard schema, None at the end of the corpus."""
+    """A function (row number, cursor) -> row of the shard schema, None at the end of the corpus.
+
+    With ``data.pose_text: later_span`` the chunks of a chunked row are spread over the first target_length tokens of its document, as
+    github.com/dwzhu-pku/PoSE does; the positions are those of contiguous text.
+    """
     length, target = recipe.row_length(method), recipe.lengths.target
+    later = method.chunked and recipe.data.pose_text == "later_span"
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if longest >= length:
         raise BadInput(f"lengths.physical: rows of {length} tokens leave no room for text beside an end prompt of {longest}; raise it")
@@ -181,17 +186,21 @@ def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Calla
         rng = np.random.default_rng([recipe.data.seed, number])
         prompt = prompts[int(rng.integers(len(prompts)))] if prompts else None
         b = len(prompt.ids) if prompt else 0
-        taken = cursor.take(length - b) if recipe.data.packing == "cut" else cursor.take_document(length - b)
+        taken = cursor.take(length - b) if recipe.data.packing == "cut" else cursor.take_document(target if later else length - b)
         if taken is None:
             return None
         text, names = taken
-        position_ids = method.plan(len(text), b, target, rng)
+        a = min(len(text), length - b)
+        parts = positions.chunk_lengths(a, recipe.data.pose_chunks, rng) if method.chunked else a
+        position_ids = method.plan(parts, b, target, rng)
         positions.check(position_ids, target)
-        weights = np.ones(len(text) + b, np.float32)
+        if later:
+            text = text[positions.spread(parts, len(text), rng)]
+        weights = np.ones(a + b, np.float32)
         weights[0] = 0  # nothing predicts the first token
-        weights[len(text):] = recipe.data.prompt_loss_weight
+        weights[a:] = recipe.data.prompt_loss_weight
         return {"input_ids": np.concatenate([text, prompt.ids]) if prompt else text, "position_ids": position_ids.astype(np.int32),
-                "loss_weights": weights, "text_length": len(text), "prompt_length": b,
+                "loss_weights": weights, "text_length": a, "prompt_length": b,
                 "prompt_name": prompt.name if prompt else "", "document_ids": names}
 
     return make
@@ -207,6 +216,7 @@ def settings(recipe: Recipe, method: Method, tokenizer) -> dict:
         "seed": recipe.data.seed, "rows_per_shard": recipe.data.rows_per_shard, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "end_prompts": [{"name": prompt.name, "text": prompt.text, "ids": prompt.ids.tolist()} for prompt in prompts],
         "prompt_loss_weight": recipe.data.prompt_loss_weight if prompts else None,
+        **({"pose_chunks": recipe.data.pose_chunks, "pose_text": recipe.data.pose_text} if method.chunked else {}),
     }
 
 

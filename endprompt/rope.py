@@ -2,9 +2,14 @@
 
 On transformers 5, assigning ``config.rope_scaling`` after loading wipes rope_theta, and setting it on a built model does
 nothing at all.  So the scaling is merged into ``config.rope_parameters`` before the model is built, and the built model's
-``inv_freq`` is compared with the frequencies computed here, independently, in float64.
+frequencies are compared with those computed here, independently, in float64.
+
+Every scheme gives: ``inv_freq`` [head_dim / 2] float64, radians a position, of a row that ends at the target length;
+``attention_factor``, by which cos and sin are multiplied; ``hf_parameters``, its part of ``config.rope_parameters``; and
+``window``, what ``config.max_position_embeddings`` must say (None: leave it alone).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +22,16 @@ class Default:
     """The model's own frequencies, theta^(-2i/d) (RoFormer, Eq. 15)."""
 
     name = "default"
+    attention_factor = 1.0
 
     def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
-        """Inverse frequencies [head_dim / 2], float64, radians per position."""
         return rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
     def hf_parameters(self) -> dict:
         return {"rope_type": "default"}
+
+    def window(self, target_length: int) -> int | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Linear:
 
     factor: float
     name = "linear"
+    attention_factor = 1.0
 
     def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
         return Default().inv_freq(rope_theta, head_dim) / self.factor
@@ -39,18 +48,84 @@ class Linear:
     def hf_parameters(self) -> dict:
         return {"rope_type": "linear", "factor": self.factor}
 
+    def window(self, target_length: int) -> int | None:
+        return target_length
 
-Scaling = Default | Linear
-TYPES = ("linear",)
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Dynamic NTK: theta grows with the row's own length n, by (factor x n / C - (factor - 1))^(d / (d - 2)) once n exceeds C.
+
+    n is the greatest position plus 1, so a row that ends at L - 1 turns at L's frequencies however few tokens it has, and a row
+    within C (every row of the method ``short``) is not scaled at all.  transformers measures n against
+    ``max_position_embeddings``, which must therefore stay C: with L there, nothing would be scaled up to L.  Between C and the
+    longest row it has met, transformers keeps that row's frequencies.  Source: transformers' ``dynamic``; bloc97, emozilla.
+    """
+
+    factor: float
+    original_length: int
+    target_length: int
+    name = "dynamic"
+    attention_factor = 1.0
+
+    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
+        stretch = self.factor * self.target_length / self.original_length - (self.factor - 1)
+        return Default().inv_freq(rope_theta * stretch ** (head_dim / (head_dim - 2)), head_dim)
+
+    def hf_parameters(self) -> dict:
+        return {"rope_type": "dynamic", "factor": self.factor}
+
+    def window(self, target_length: int) -> int | None:
+        return self.original_length
 
 
-def scaling_for(rope_type: str | None, original_length: int, target_length: int) -> Scaling:
-    """The scaling from ``original_length`` C to ``target_length`` L; the factor is s = L / C.  Raises BadInput on an unknown type."""
-    if rope_type is None:
-        return Default()
-    if rope_type not in TYPES:
-        raise BadInput(f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own")
-    return Linear(target_length / original_length)
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071, section 3): frequencies that turn more than 32 times within C stay, those that turn less than once are
+    divided by s, a linear ramp over the dimensions joins them; attention is sharpened by 0.1 ln(s) + 1 on both query and key."""
+
+    factor: float
+    original_length: int
+    name = "yarn"
+    fast, slow = 32, 1  # turns within C; the paper's alpha and beta for LLaMA
+
+    @property
+    def attention_factor(self) -> float:
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
+        def dimension(turns: float) -> float:  # the (real-valued) index whose wave turns that often within C
+            return head_dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(rope_theta))
+
+        first, last = max(math.floor(dimension(self.fast)), 0), min(math.ceil(dimension(self.slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - first) / (last - first or 1e-3), 0, 1)
+        return Default().inv_freq(rope_theta, head_dim) * (1 - ramp + ramp / self.factor)
+
+    def hf_parameters(self) -> dict:
+        # Without the original length, transformers would take the new window for it.
+        return {"rope_type": "yarn", "factor": self.factor, "original_max_position_embeddings": self.original_length}
+
+    def window(self, target_length: int) -> int | None:
+        return target_length
+
+
+Scaling = Default | Linear | Dynamic | Yarn
+TYPES = ("linear", "dynamic", "yarn")
+
+
+def scaling_for(rope_type: str | None, original_length: int, target_length: int, share: float = 1.0) -> Scaling:
+    """The scaling from ``original_length`` C to ``target_length`` L; the factor is ``share`` x L / C.  Raises BadInput on an unknown type."""
+    factor = share * target_length / original_length
+    match rope_type:
+        case None:
+            return Default()
+        case "linear":
+            return Linear(factor)
+        case "dynamic":
+            return Dynamic(factor, original_length, target_length)
+        case "yarn":
+            return Yarn(factor, original_length)
+    raise BadInput(f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own")
 
 
 def head_dimension(config) -> int:
@@ -65,7 +140,7 @@ def refuse_scaled(config) -> None:
 
 
 def apply(config, scaling: Scaling, target_length: int) -> None:
-    """Merges ``scaling`` into ``config.rope_parameters`` in place, keeping rope_theta, and sets max_position_embeddings.
+    """Merges ``scaling`` into ``config.rope_parameters`` in place, keeping rope_theta, and sets max_position_embeddings to its window.
 
     Raises BadInput if the config has no rope_theta or is scaled already.
     """
@@ -74,21 +149,46 @@ def apply(config, scaling: Scaling, target_length: int) -> None:
         raise BadInput(f"model: its config has no rope_theta (rope_parameters: {current}); add it to config.json")
     refuse_scaled(config)
     config.rope_parameters = {**current, **scaling.hf_parameters()}
-    if not isinstance(scaling, Default):
-        config.max_position_embeddings = target_length
+    if (window := scaling.window(target_length)) is not None:
+        config.max_position_embeddings = window
 
 
-def verify(inv_freq, config, scaling: Scaling, rope_theta: float) -> float:
-    """Compares a built model's ``inv_freq`` tensor with ``scaling``'s own; returns the largest relative error (about 1e-7).
-
-    Raises RuntimeError if they differ by more than 1e-5: wrong factor, wrong or lost theta, or frequencies cast to bf16.
-    """
+def _compare(what: str, inv_freq, expected: np.ndarray, scaling: Scaling, rope_theta: float) -> float:
     built = inv_freq.detach().double().cpu().numpy()
-    expected = scaling.inv_freq(rope_theta, head_dimension(config))
     if built.shape != expected.shape:
         raise RuntimeError(f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected")
     error = float(np.max(np.abs(built - expected) / expected))
     if not error < 1e-5:
-        raise RuntimeError(f"RoPE check: the model's inv_freq differs from {scaling} with rope_theta {rope_theta:g} by {error:.2g} "
+        raise RuntimeError(f"RoPE check: the model's inv_freq differs from {scaling}{what} with rope_theta {rope_theta:g} by {error:.2g} "
                            f"(relative); built {built[:2]}..., expected {expected[:2]}...")
+    return error
+
+
+def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
+    """Compares a built rotary module with ``scaling``; returns the largest relative error of its frequencies (about 1e-7).
+
+    rotary: the decoder's ``rotary_emb``.  Linear, yarn and default have one set of frequencies, the buffer ``inv_freq``.  Dynamic
+    has one a length: the module is called at position L - 1 and must then hold those of the target length L, and at position 0
+    before and after, where it must hold the unscaled ones; it is left in that state, as it was built.
+    Raises RuntimeError if the model computes another scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta, a window that switches dynamic
+    scaling off, frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's attention factor.
+    """
+    import torch
+
+    head_dim = head_dimension(config)
+    if rotary.rope_type != scaling.name:  # at rest, dynamic scaling has the frequencies of none
+        raise RuntimeError(f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}")
+    if not math.isclose(rotary.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
+        raise RuntimeError(f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, {scaling} by {scaling.attention_factor:g}")
+    if not isinstance(scaling, Dynamic):
+        return _compare("", rotary.inv_freq, scaling.inv_freq(rope_theta, head_dim), scaling, rope_theta)
+
+    def at(position: int):
+        rotary(rotary.inv_freq[:1], torch.tensor([[position]], device=rotary.inv_freq.device))
+        return rotary.inv_freq
+
+    unscaled = Default().inv_freq(rope_theta, head_dim)
+    _compare(" at rest", rotary.inv_freq, unscaled, scaling, rope_theta)
+    error = _compare(f" at length {scaling.target_length}", at(scaling.target_length - 1), scaling.inv_freq(rope_theta, head_dim), scaling, rope_theta)
+    _compare(" at rest again", at(0), unscaled, scaling, rope_theta)
     return error

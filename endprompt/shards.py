@@ -114,3 +114,11 @@ def rows(folder: Path, manifest: dict) -> Iterator[dict]:
     for path in files(folder, manifest):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
             yield from batch.to_pylist()
+
+
+def position_ids(folder: Path, manifest: dict) -> Iterator[np.ndarray]:
+    """The positions [T] of every row in order, int32; the other columns are not read."""
+    for path in files(folder, manifest):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=64, columns=["position_ids"]):
+            for row in batch.column(0):
+                yield row.values.to_numpy()

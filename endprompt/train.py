@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from endprompt import BadInput, attention, checkpoint, loss, model, prepare, provenance, shards
+from endprompt import BadInput, attention, checkpoint, lora, loss, model, prepare, provenance, s2, shards
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -43,22 +43,27 @@ def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
     return wide, int(total) // wide
 
 
-def flops_per_token(config, row_length: int) -> float:
+def flops_per_token(config, attended: int, layers_frozen: bool = False, head_frozen: bool = False) -> float:
     """Training FLOPs a token: 6 per weight of every matrix product (the output layer's too, the embedding look-up none), and causal
-    attention's 6 x layers x heads x head_dim x row_length (QK^T and AV, forward and backward, half of the square)."""
+    attention's 6 x layers x heads x head_dim x attended (QK^T and AV, forward and backward, half of the square).
+
+    attended: the row's length, or the group's in shifted sparse attention.  A frozen weight costs 4, having no gradient of its own;
+    the adapters' share, some r / hidden_size of it, is left out.
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv = config.num_attention_heads * head_dim, (config.num_key_value_heads or config.num_attention_heads) * head_dim
     layer = config.hidden_size * (2 * heads + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
-    return 6 * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size) + 6 * config.num_hidden_layers * heads * row_length
+    matrices = (4 if layers_frozen else 6) * config.num_hidden_layers * layer + (4 if head_frozen else 6) * config.vocab_size * config.hidden_size
+    return matrices + 6 * config.num_hidden_layers * heads * attended
 
 
 class WeightedTrainer(Trainer):
     """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
     are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted)."""
 
-    def __init__(self, *args, row_length: int, **kwargs):
+    def __init__(self, *args, token_flops: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.row_length = row_length
+        self.token_flops = token_flops
         self.loss_is_scaled_for_ga = True
         self.last_metrics: dict[str, float] = {}
         self._sums = torch.zeros(4, dtype=torch.float64)  # text nats, text targets, prompt nats, prompt targets; this rank, since the last log
@@ -68,6 +73,10 @@ class WeightedTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         weights = sum((batch["shift_weights"].sum(dtype=torch.float64) for batch in batches), torch.zeros((), dtype=torch.float64)).to(device)
         return batches, self.accelerator.reduce(weights, "sum")
+
+    def _prepare_input(self, data):
+        # Under DeepSpeed the Trainer casts floats to the model's dtype: in bf16 the loss would refuse the weights, and 0.1 be another number than in the divisor.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_prompt = inputs.pop("shift_prompt")
@@ -97,7 +106,7 @@ class WeightedTrainer(Trainer):
                 name = torch.cuda.get_device_name()
                 peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
                 if peak:
-                    logs["mfu"] = round(speed * flops_per_token(self.model.config, self.row_length) / (peak * self.args.world_size), 4)
+                    logs["mfu"] = round(speed * self.token_flops / (peak * self.args.world_size), 4)
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
             else:
                 import resource
@@ -145,6 +154,7 @@ def set_up_environment() -> bool:
 
 def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) -> TrainingArguments:
     rows, accumulation = batch_shape(recipe, method)
+    given = {key: value for key, value in recipe.train.items() if key != "lora"}
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
@@ -152,7 +162,7 @@ def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) ->
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "logs")
     try:
         return TrainingArguments(**{
-            "seed": recipe.data.seed, **DEFAULTS, **platform, **recipe.train, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
+            "seed": recipe.data.seed, **DEFAULTS, **platform, **given, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
             # The loss stays ours: Liger's patched forward would not know the weights.
             **({"liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False, **(recipe.train.get("liger_kernel_config") or {})}}
@@ -174,6 +184,13 @@ def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: b
     datasets.disable_progress_bars()
     return datasets.load_dataset("parquet", data_files=[str(path) for path in shards.files(folder, manifest)], split="train",
                                  cache_dir=str(folder / ".cache"), keep_in_memory=False), manifest
+
+
+def sample(dataset, collator: Collator, ends: int = 64) -> dict[str, torch.Tensor]:
+    """The first row's first and last ``ends`` tokens at their positions, as a batch; the same on every rank."""
+    row = dict(dataset[0])
+    kept = sorted({*range(len(row["input_ids"]))[:ends], *range(len(row["input_ids"]))[-ends:]})
+    return collator([{**row, **{name: [row[name][index] for index in kept] for name in ("input_ids", "position_ids", "loss_weights")}}])
 
 
 def train(recipe: Recipe, method: Method, run: Path) -> dict:
@@ -198,20 +215,30 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
     loss.attach(network, uniform=not method.end_prompt)
+    adapters, group = recipe.lora(method), recipe.group_size(method)
+    if adapters:
+        lora.inject(network, adapters, arguments.seed)
+    own_attention = s2.install(network, group) if group else None
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
-                                "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target}
+                                "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
+                                **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
     collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target)
     probe = Probe(dataset, collator)
-    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, row_length=recipe.row_length(method),
+    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator,
+                              token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
+                                                          not network.get_output_embeddings().weight.requires_grad),
                               callbacks=[probe, checkpoint.MarkComplete()])
     newest = checkpoint.newest_complete(run / "checkpoints", sys.stderr if main else None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     seconds = time.perf_counter() - started
-    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta)
+    if own_attention:
+        s2.uninstall(network, own_attention)
+    merged = checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     summary = {"recipe": recipe.name, "method": method.name, "steps": trainer.state.global_step, "resumed_from": newest.name if newest else None,
                "rows": manifest["rows"], "tokens": manifest["tokens"], "world_size": arguments.world_size, "seconds": round(seconds, 1), "probe": probe.moved,
+               **({"merge_difference": merged} if adapters else {}),
                **{f"final_{key}": value for key, value in trainer.last_metrics.items() if key not in ("epoch",)}, "history": history, **provenance.stamp()}
     if main:
         shards.write_json(run / "train.json", summary)

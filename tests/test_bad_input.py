@@ -93,6 +93,10 @@ SETTINGS = [
     ("model.name=x", "unknown key model.name;", "name_or_path"),
     ("lengths.window=64", "unknown key lengths.window", "physical, target"),
     ("data.token=64", "unknown key data.token;", "tokens"),
+    ("data.pose_chunks=1", "data.pose_chunks", "greater than or equal to 2"),
+    ("data.pose_chunks=two", "data.pose_chunks", "integer"),
+    ("data.pose_text=later", "data.pose_text", "later_span"),
+    ("data.pose_text=later_span", "data.pose_text", "set data.packing=document"),
     ("rope.factor=8", "unknown key rope.factor", "type"),
     ("eval.task=passkey", "unknown key eval.task;", "tasks"),
     ("train.learning_rat=1e-4", "unknown key train.learning_rat;", "for example learning_rate"),
@@ -132,7 +136,7 @@ SETTINGS = [
     ("data.rows_per_shard=0", "data.rows_per_shard"),
     ("data.seed=-1", "data.seed"),
     ("data.seed=4294967296", "data.seed"),
-    ("rope.type=yarn", "rope.type", "linear"),
+    ("rope.type=ntk", "rope.type", "linear"),
     ("eval.tasks=[ruler]", "eval.tasks", "passkey"),
     ("eval.tasks=[perplexity]", "eval.perplexity_corpus is missing"),
     ("eval.lengths=[]", "eval.lengths"),
@@ -476,7 +480,7 @@ def test_weights(recipe_file, model_copy, case, damage):
 
 
 def test_method_and_recipe_that_are_not_there(recipe_file, out, tmp_path):
-    refused(run_main("prepare", recipe_file(), "endpromt", "--out", out), "'endpromt'", "short, endprompt, full_length")
+    refused(run_main("prepare", recipe_file(), "endpromt", "--out", out), "'endpromt'", ", ".join(methods.METHODS))
     refused(run_main("prepare", tmp_path / "none.yaml", "endprompt", "--out", out), "there is no file", "none.yaml", "recipes/")
     refused(run_main("prepare", tmp_path, "endprompt", "--out", out), "cannot be read")
 

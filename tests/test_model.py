@@ -42,7 +42,7 @@ def test_supported_types_load_and_scale(recipe, base, tmp_path, model_type, tied
     loaded = build(recipe(folder))
     assert loaded.config.model_type == model_type and loaded.dtype == torch.float32
     assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": THETA, "factor": 8.0} and loaded.config.max_position_embeddings == 512
-    rope.verify(loaded.get_decoder().rotary_emb.inv_freq, loaded.config, rope.Linear(8.0), THETA)
+    rope.verify(loaded.get_decoder().rotary_emb, loaded.config, rope.Linear(8.0), THETA)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert all(torch.equal(one, other) for one, other in zip(loaded.state_dict().values(), plain.state_dict().values(), strict=True))
 
@@ -231,7 +231,7 @@ def test_smollm2_from_its_package(recipe, tmp_path):
     checked = recipe(SMOLLM2["name_or_path"], {"physical": 8192, "target": 65536}, gguf_file=SMOLLM2["gguf_file"])
     tokenizer, loaded = model.load_tokenizer(checked), build(checked).eval()
     assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": 100000.0, "factor": 8.0} and loaded.dtype == torch.float32
-    assert rope.verify(loaded.get_decoder().rotary_emb.inv_freq, loaded.config, rope.Linear(8.0), 100000.0) < 1e-6
+    assert rope.verify(loaded.get_decoder().rotary_emb, loaded.config, rope.Linear(8.0), 100000.0) < 1e-6
     assert not loaded.is_quantized and all(parameter.requires_grad for parameter in loaded.parameters())
     ids = tokenizer("The capital of France is Paris, and the capital of Italy is Rome. The largest city of the United States is", return_tensors="pt")["input_ids"]
     loaded.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Segment plans of every trained method, and the distances a row supervises (paper Eq. 5, 8, 9)."""
+"""Segment plans of every method that trains (paper Eq. 5; PoSE Eq. 3-5)."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ GENERATOR = np.random.default_rng(0)
 each_trained = pytest.mark.parametrize("method", TRAINED, ids=[method.name for method in TRAINED])
 
 
-def plan(method, a, b, L):
-    return method.plan(a, b if method.end_prompt else 0, L, np.random.default_rng(a))
+def plan(method, a, b, L, chunks=2, seed=None):
+    rng = np.random.default_rng(a if seed is None else seed)
+    return method.plan(positions.chunk_lengths(a, chunks, rng) if method.chunked else a, b if method.end_prompt else 0, L, rng)
 
 
 @st.composite
@@ -33,26 +34,31 @@ def rows(draw):
     return row.astype(np.int64), int(row[-1]) + draw(st.integers(1, 5))
 
 
-def brute_force(row):
-    return sorted({int(query - key) for i, query in enumerate(row) for key in row[: i + 1]})
+@each_trained
+@given(sizes=fitting(), chunks=st.integers(2, 5))
+def test_plan(method, sizes, chunks):
+    a, b, L = sizes
+    row = plan(method, a, b, L, chunks)
+    assert row.dtype == np.int64
+    assert len(row) == (a + b if method.end_prompt else a)
+    assert np.all(np.diff(row) > 0)
+    assert row[0] == 0 and row[-1] < L
+    if method.end_prompt:
+        end = row[-1] + 1 if method.name == "endprompt_random" else L
+        assert row[a:].tolist() == list(range(end - b, end))
+        assert row[a - 1] <= end - b - 1
+    if method.chunked:
+        assert len(positions.segments(row[:a])) <= chunks
+    else:
+        assert row[:a].tolist() == list(range(a))
+    positions.check(row, L)
 
 
 @each_trained
-@given(sizes=fitting())
-def test_plan(method, sizes):
+@given(sizes=fitting(largest=60), seed=st.integers(0, 2**32))
+def test_plan_is_the_same_for_the_same_generator(method, sizes, seed):
     a, b, L = sizes
-    row = plan(method, a, b, L)
-    assert row.dtype == np.int64
-    assert row[:a].tolist() == list(range(a))
-    assert np.all(np.diff(row) > 0)
-    assert row[0] >= 0 and row[-1] < L
-    if method.end_prompt:
-        assert len(row) == a + b
-        assert row[-1] == L - 1
-        assert row[a:].tolist() == list(range(L - b, L))
-    else:
-        assert len(row) == a
-    positions.check(row, L)
+    assert plan(method, a, b, L, seed=seed).tolist() == plan(method, a, b, L, seed=seed).tolist()
 
 
 @each_trained
@@ -64,9 +70,82 @@ def test_plan_that_does_not_fit(method, a, b, short):
 
 
 @pytest.mark.parametrize("a, b", [(0, 4), (-1, 4), (4, 0), (4, -1)])
-def test_end_prompt_plan_wants_text_and_prompt(a, b):
+@pytest.mark.parametrize("function", [positions.text_then_end_prompt, positions.text_then_random_prompt])
+def test_end_prompt_plans_want_text_and_prompt(function, a, b):
     with pytest.raises(ValueError, match="fit"):
-        positions.text_then_end_prompt(a, b, 100, GENERATOR)
+        function(a, b, 100, GENERATOR)
+
+
+def test_random_prompt_ends_anywhere():
+    """Every end in [a + b, L], each about as often (paper's random-position variant)."""
+    a, b, L = 5, 3, 12
+    rng = np.random.default_rng(3)
+    ends = np.array([positions.text_then_random_prompt(a, b, L, rng)[-1] + 1 for _ in range(5000)])
+    values, times = np.unique(ends, return_counts=True)
+    assert values.tolist() == [8, 9, 10, 11, 12]
+    assert np.all(np.abs(times - 1000) < 150)  # 5 standard deviations
+    assert positions.text_then_random_prompt(a, b, 8, rng).tolist() == list(range(8))
+
+
+@given(a=st.integers(1, 300), chunks=st.integers(1, 320), seed=st.integers(0, 2**32))
+def test_chunk_lengths(a, chunks, seed):
+    parts = positions.chunk_lengths(a, chunks, np.random.default_rng(seed))
+    assert parts.dtype == np.int64
+    assert parts.sum() == a
+    assert np.all(parts[:-1] > 0) and parts[-1] >= 0
+    assert len(parts) == min(chunks, 1 + (chunks - 1) * (a + 1) // chunks)
+    assert parts[-1] >= a - (chunks - 1) * (a + 1) // chunks
+
+
+@pytest.mark.parametrize("a", [1, 2, 7, 8])
+def test_first_of_two_chunks(a):
+    """U[1, (n+1)//2], as in PoSE's code."""
+    rng = np.random.default_rng(a)
+    firsts = [int(positions.chunk_lengths(a, 2, rng)[0]) for _ in range(4000)]
+    values, times = np.unique(firsts, return_counts=True)
+    assert values.tolist() == list(range(1, (a + 1) // 2 + 1))
+    assert np.all(np.abs(times - 4000 / len(values)) < 150)
+
+
+@pytest.mark.parametrize("a, chunks", [(0, 2), (-1, 2), (5, 0)])
+def test_chunk_lengths_refuse(a, chunks):
+    with pytest.raises(ValueError, match="cannot be cut"):
+        positions.chunk_lengths(a, chunks, GENERATOR)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any), st.integers(0, 200), st.integers(0, 2**32))
+def test_spread(chunks, room, seed):
+    n = sum(chunks)
+    row = positions.spread(np.array(chunks), n + room, np.random.default_rng(seed))
+    skips = row - np.arange(n)
+    assert row.dtype == np.int64 and len(row) == n
+    assert np.all(np.diff(skips) >= 0) and skips[0] >= 0 and skips[-1] <= room
+    assert np.all(skips[:chunks[0]] == 0)
+    starts = np.cumsum([0, *chunks])
+    assert all(len(set(skips[low:high])) <= 1 for low, high in zip(starts, starts[1:], strict=False))
+
+
+def test_spread_skips():
+    """One skip is uniform in [0, L - n]; of two, the second is uniform from the first on (PoSE Eq. 4)."""
+    rng = np.random.default_rng(1)
+    values, times = np.unique([positions.spread(np.array([2, 3]), 9, rng)[-1] - 4 for _ in range(5000)], return_counts=True)
+    assert values.tolist() == [0, 1, 2, 3, 4] and np.all(np.abs(times - 1000) < 150)
+    rows = [positions.spread(np.array([1, 1, 1]), 4, rng) for _ in range(4000)]
+    values, times = np.unique([row[1:] - [1, 2] for row in rows], axis=0, return_counts=True)
+    assert values.tolist() == [[0, 0], [0, 1], [1, 1]] and np.all(np.abs(times - [1000, 1000, 2000]) < 170)
+
+
+@pytest.mark.parametrize("chunks, length", [([3, 3], 5), ([0], 5), ([1], -2)])
+def test_spread_refuses(chunks, length):
+    with pytest.raises(ValueError, match="fit"):
+        positions.spread(np.array(chunks), length, GENERATOR)
+
+
+def test_skipwise_plans_want_the_right_prompt():
+    with pytest.raises(ValueError, match="no end prompt"):
+        positions.skipwise(np.array([2, 2]), 1, 100, GENERATOR)
+    with pytest.raises(ValueError, match="fit"):
+        positions.skipwise_then_end_prompt(np.array([2, 2]), 0, 100, GENERATOR)
 
 
 @pytest.mark.parametrize("a, b, message", [(0, 0, "fit"), (-3, 0, "fit"), (4, 2, "no end prompt")])
@@ -76,42 +155,11 @@ def test_contiguous_wants_text_alone(a, b, message):
 
 
 @given(rows())
-def test_observed_distances_are_those_of_all_causal_pairs(row_and_length):
-    row, L = row_and_length
-    assert positions.observed_distances(row).tolist() == brute_force(row)
-    positions.check(row, L)
-
-
-@given(rows())
 def test_segments_cover_the_row(row_and_length):
     row, _ = row_and_length
     parts = positions.segments(row)
     assert [p for first, last in parts for p in range(first, last + 1)] == row.tolist()
     assert all(later[0] > earlier[1] + 1 for earlier, later in zip(parts, parts[1:], strict=False))
-
-
-@given(fitting(largest=40).map(lambda sizes: (sizes[0], sizes[1], min(sizes[2], sizes[0] + sizes[1] + 300))))
-def test_distances_of_text_then_end_prompt(sizes):
-    a, b, L = sizes
-    row = positions.text_then_end_prompt(a, b, L, GENERATOR)
-    observed = positions.observed_distances(row)
-    closed = set(range(a)) | set(range(b)) | set(range(L - a - b + 1, L))
-    assert observed.tolist() == sorted(closed) == brute_force(row)
-    gap = positions.distance_gap(a, b, L)
-    missing = sorted(set(range(L)) - closed)
-    assert missing == (list(range(gap[0], gap[1] + 1)) if gap else [])
-
-
-def test_gap_of_the_paper():
-    a, b, L = 8172, 20, 65536
-    assert positions.distance_gap(a, b, L) == (8172, 57344)
-    observed = positions.observed_distances(positions.text_then_end_prompt(a, b, L, GENERATOR))
-    assert observed.tolist() == [*range(8172), *range(57345, 65536)]
-
-
-def test_no_gap_where_the_row_spans_half_the_window():
-    assert positions.distance_gap(50, 10, 100) is None
-    assert positions.distance_gap(50, 10, 110) == (50, 50)
 
 
 @pytest.mark.parametrize("row, L, message", [

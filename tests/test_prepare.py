@@ -1,6 +1,7 @@
 """Rows and shards: exact tokens, exact positions, the same bytes however the work was done, and nothing damaged gets through."""
 
 import copy
+import hashlib
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ from conftest import REPOSITORY, run_main, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt import BadInput, config, methods, prepare, shards
+from endprompt import BadInput, config, methods, positions, prepare, shards
 from endprompt.config import END_PROMPTS
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
+# One plan for every row; the others draw theirs.
+PLAIN = [name for name in TRAINED if methods.get(name).plan in (positions.contiguous, positions.text_then_end_prompt)]
 PROMPTS = {"EP_1": END_PROMPTS["EP_1"], "EP_3": "End.", "So it ends here.": "So it ends here."}
 
 
@@ -78,7 +81,9 @@ def test_rows(make, method, tokenizer, tiny_text):
         part = slice(number * a, (number + 1) * a)
         assert (row["text_length"], row["prompt_length"], row["prompt_name"]) == (a, b, "EP_1" if b else "")
         assert row["input_ids"] == ids[part] + prompt
-        assert row["position_ids"] == [*range(a), *range(512 - b, 512)]
+        if method in PLAIN:
+            assert row["position_ids"] == [*range(a), *range(512 - b, 512)]
+        positions.check(np.array(row["position_ids"]), 512)
         assert row["loss_weights"] == [0.0] + [1.0] * (a - 1) + [float(np.float32(0.1))] * b
         assert row["document_ids"] == [f"corpus.jsonl#{document}" for document in sorted(set(source[part]))]
     assert ids[0] == tokenizer.bos_token_id  # as this tokenizer adds it
@@ -87,6 +92,132 @@ def test_rows(make, method, tokenizer, tiny_text):
 
 def test_short_and_full_length_are_the_same_text(make):
     assert text_stream(make("short", out="short")) == text_stream(make("full_length", out="full"))
+
+
+def text_hash(made, tokens):
+    return hashlib.sha256(np.array(text_stream(made)[:tokens], np.int32).tobytes()).hexdigest()
+
+
+def test_all_methods_of_one_setting_see_the_same_text(make):
+    """In the same order: the streams differ in nothing but where they end, as end prompts take room within the token budget."""
+    options = [f"data.end_prompts={json.dumps(list(PROMPTS))}"]
+    made = {method: make(method, options, out=method) for method in TRAINED}
+    common = min(len(text_stream(one)) for one in made.values())
+    assert common > 2000
+    assert len({text_hash(one, common) for one in made.values()}) == 1
+    assert text_hash(make("pose", [*options, "data.seed=1"], out="other"), common) == text_hash(made["pose"], common)
+    assert text_hash(made["pose"], common - 1) != text_hash(made["pose"], common)
+
+
+DRAWN = [method for method in TRAINED if method not in PLAIN]
+
+
+@pytest.mark.parametrize("options", [[], ["data.packing=document", "data.pose_text=later_span", "data.pose_chunks=3"]], ids=["default", "later span"])
+@pytest.mark.parametrize("method", DRAWN)
+def test_drawn_positions_are_reproducible(make, monkeypatch, method, options):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 3000)
+    options = [*options, f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", "data.tokens=3000"]
+    one, two = (make(method, options, out=f"out{workers}", workers=workers) for workers in (1, 2))
+    assert contents(one[0]) == contents(two[0]) and len(contents(one[0])) > 2
+    drawn = [row["position_ids"] for row in rows(one)]
+    # Not by shard, and not the same for every row or seed.
+    assert drawn == [row["position_ids"] for row in rows(make(method, [*options, "data.rows_per_shard=3"], out="small shards"))]
+    assert len(set(map(tuple, drawn))) > len(drawn) // 2
+    assert drawn != [row["position_ids"] for row in rows(make(method, [*options, "data.seed=1"], out="seed"))]
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("method", ["pose", "endprompt_pose"])
+def test_chunked_rows(make, method, chunks):
+    made = make(method, [f"data.pose_chunks={chunks}"])
+    assert (made[1]["pose_chunks"], made[1]["pose_text"]) == (chunks, "contiguous")
+    found = rows(made)
+    parts = [len(positions.segments(np.array(row["position_ids"][:row["text_length"]]))) for row in found]
+    assert max(parts) == chunks and np.mean(parts) > 0.9 * chunks
+    assert all(row["position_ids"][row["text_length"]:] == list(range(512 - row["prompt_length"], 512)) for row in found)
+
+
+@pytest.mark.parametrize("method", ["pose", "endprompt_pose"])
+def test_text_of_a_later_span(make, method, tokenizer, tiny_text):
+    """Chunks of one document in order, the first from its start, within its first 512 tokens; positions as with contiguous text."""
+    long = " ".join(tiny_text[5:10])
+    texts, document = ["Short.", *tiny_text[:5], long, "End."], "data.packing=document"
+    plain, later = (make(method, [document, f"data.pose_text={text}"], texts=texts, out=text) for text in ("contiguous", "later_span"))
+    assert later[1]["pose_text"] == "later_span"
+    moved = 0
+    for row, other, text in zip(rows(later), rows(plain), texts, strict=True):
+        assert all(row[key] == other[key] for key in row if key != "input_ids")
+        a, whole = row["text_length"], (tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])[:512]
+        ids, prompt = row["input_ids"][:a], row["input_ids"][a:]
+        assert prompt == other["input_ids"][a:]
+        first = [(cut, skip) for cut in range(1, (a + 1) // 2 + 1) for skip in range(len(whole) - a + 1) if whole[:cut] + whole[cut + skip:a + skip] == ids]
+        assert first, "not two chunks of the document"
+        parts = positions.segments(np.array(row["position_ids"][:a]))
+        if len(parts) == 2:  # where the positions jump, the text does
+            assert any(cut == parts[0][1] + 1 for cut, _ in first)
+        moved += ids != other["input_ids"][:a]
+    assert moved >= 5
+
+
+def test_later_text_reaches_to_the_target_length(make, tokenizer, tiny_text):
+    texts = [" ".join(tiny_text[number:number + 4]) for number in range(40)]
+    options = ["data.packing=document", "data.pose_text=later_span", "data.tokens=50000", "lengths.physical=508"]
+    reached = set()
+    for row, text in zip(rows(make("pose", options, texts=texts)), texts, strict=True):
+        whole = tokenizer(text)["input_ids"]
+        assert len(whole) > 600
+        reached |= {skip for skip in range(9) if row["input_ids"][-30:] == whole[478 + skip:508 + skip]}
+    assert reached == {0, 1, 2, 3, 4}
+
+
+def test_chunks_of_documents_too_short_for_them(make):
+    found = rows(make("pose", ["data.packing=document", "data.pose_chunks=9", "data.pose_text=later_span"], texts=["", "a", "a b", "a b c d"]))
+    assert len(found) == 3
+    for row in found:
+        positions.check(np.array(row["position_ids"]), 512)
+
+
+def test_options_bind_the_methods_that_use_them(make):
+    make("pose", out="pose")
+    with pytest.raises(BadInput, match="pose_chunks is 2, expected 3"):
+        make("pose", ["data.pose_chunks=3"], out="pose")
+    assert "pose_chunks" not in make("short", out="short")[1]
+    assert make("short", ["data.pose_chunks=3"], out="short")[1]["rows"] == 64
+    document = ["data.packing=document"]
+    make("endprompt_pose", document, out="document")
+    with pytest.raises(BadInput, match="pose_text is 'contiguous', expected 'later_span'"):
+        make("endprompt_pose", [*document, "data.pose_text=later_span"], out="document")
+
+
+def test_training_refuses_shards_of_other_options(recipe_file, tmp_path):
+    path = recipe_file()
+    assert run_main("prepare", path, "pose", "--out", tmp_path / "o", "--workers", 1)[0] == 0
+    code, _, err = run_main("train", path, "pose", "--out", tmp_path / "o", "--set", "data.pose_chunks=3")
+    assert code == 2 and "pose_chunks is 2, expected 3" in err
+
+
+@pytest.fixture
+def ninth():
+    """A method that is in the table because it was registered, and for no other reason."""
+    def every_other(a, b, L, rng):
+        return np.arange(a, dtype=np.int64) * 2 + rng.integers(2)
+
+    yield methods.register(methods.Method("ninth", "every other position", every_other))
+    del methods.METHODS["ninth"]
+
+
+def test_a_method_is_one_registration(recipe_file, tmp_path, ninth):
+    path, out = recipe_file(), tmp_path / "o"
+    assert "method: ninth" in run_main("prepare", path, "ninth", "--dry-run")[1]
+    code, told, err = run_main("prepare", path, "ninth", "--out", out, "--workers", 2)
+    assert (code, err) == (0, "") and "64 rows, 4096 tokens" in told
+    found = rows((out / "small/ninth/shards", shards.read_manifest(out / "small/ninth/shards")))
+    assert {row["position_ids"][0] for row in found} == {0, 1} and all(row["position_ids"][1] - row["position_ids"][0] == 2 for row in found)
+    code, told, err = run_main("inspect", path, "ninth", "--out", out)
+    assert (code, err) == (0, "") and "64 of 512 supervised" in told
+    code, told, err = run_main("inspect", path, "ninth", "--coverage", "--out", out)
+    assert (code, err) == (0, "") and "64 prepared rows" in told and "never seen: 448 of the distances" in told
+    assert (out / "small/ninth/coverage.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("method", ["endprompt", "full_length"])
@@ -393,8 +524,8 @@ def test_position_column_is_next_to_free(tokenizer, tmp_path, base):
             sizes[column.path_in_schema] = sizes.get(column.path_in_schema, 0) + column.total_compressed_size
             if column.path_in_schema.startswith("position_ids"):
                 assert "DELTA_BINARY_PACKED" in column.encodings and "PLAIN" not in column.encodings
-    positions = next(size for path, size in sizes.items() if path.startswith("position_ids"))
-    assert positions < 0.02 * sum(sizes.values())
+    share = next(size for path, size in sizes.items() if path.startswith("position_ids"))
+    assert share < 0.02 * sum(sizes.values())
 
 
 def test_datasets_reads_the_shards(make, tmp_path):

@@ -67,7 +67,122 @@ def test_default_leaves_the_window_alone():
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": THETA} and config.max_position_embeddings == 64
 
 
+SCHEMES = [rope.Linear(8.0), rope.Dynamic(8.0, 64, 512), rope.Dynamic(4.0, 64, 512), rope.Yarn(8.0, 64)]
+
+
+def built(scaling, theta=THETA, model_type="llama", **changes):
+    """The config with ``scaling`` and 512 positions, and its rotary module."""
+    config = configuration(model_type, rope_parameters={"rope_type": "default", "rope_theta": theta}, **changes)
+    rope.apply(config, scaling, 512)
+    return config, LlamaRotaryEmbedding(config)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("factor, original", [(1.0, 512), (2.0, 4096), (8.0, 8192), (16.0, 64), (32 / 3, 768)])
+def test_yarn_is_that_of_transformers(theta, head_dim, factor, original):
+    scaling = rope.Yarn(factor, original)
+    config = configuration(hidden_size=4 * head_dim, head_dim=head_dim, max_position_embeddings=original, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    rope.apply(config, scaling, round(original * factor))
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    np.testing.assert_allclose(inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6)
+    assert attention_factor == pytest.approx(scaling.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("factor, original, target", [(1.0, 512, 4096), (4.0, 8192, 65536), (8.0, 8192, 65536), (8.0, 256, 2048), (16 / 3, 768, 8192)])
+def test_dynamic_is_that_of_transformers_at_the_target_length(theta, head_dim, factor, original, target):
+    scaling = rope.Dynamic(factor, original, target)
+    config = configuration(hidden_size=4 * head_dim, head_dim=head_dim, max_position_embeddings=original, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    rope.apply(config, scaling, target)
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=target)
+    np.testing.assert_allclose(inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6)
+    assert attention_factor == scaling.attention_factor == 1
+    assert config.max_position_embeddings == original
+
+
+def test_dynamic_and_yarn_by_hand():
+    # d = 4, theta = 16, n / C = 8, factor 4: theta grows by 29^(4/2) = 841.
+    np.testing.assert_allclose(rope.Dynamic(4.0, 64, 512).inv_freq(16.0, 4), [1.0, (16 * 841) ** -0.5], rtol=1e-14)
+    # d = 16, C = 64: the wave that turns once within C has index 8 ln(64 / 2 pi) / ln 10^4 = 2.02, so the ramp runs from 0 to 3.
+    kept = rope.Yarn(8.0, 64).inv_freq(1e4, 16) / rope.Default().inv_freq(1e4, 16)
+    np.testing.assert_allclose(kept, [1, 1 - 7 / 24, 1 - 14 / 24] + 5 * [1 / 8], rtol=1e-12)
+    assert rope.Yarn(8.0, 64).attention_factor == pytest.approx(1.2079441541679836)
+
+
+@pytest.mark.parametrize("scaling", SCHEMES, ids=str)
+def test_verify_passes_every_scheme_and_leaves_no_trace(scaling):
+    config, rotary = built(scaling)
+    before = copy.deepcopy(rotary.state_dict()), rotary.inv_freq.clone()
+    assert rope.verify(rotary, config, scaling, THETA) < 3e-6
+    assert torch.equal(rotary.inv_freq, before[1])
+    positions = torch.arange(48)[None]
+    for one, other in zip(rotary(torch.zeros(1), positions), LlamaRotaryEmbedding(config)(torch.zeros(1), positions), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scaling", SCHEMES, ids=str)
+@pytest.mark.parametrize("other", [*SCHEMES, rope.Default(), rope.Yarn(4.0, 64), rope.Yarn(8.0, 4096), rope.Dynamic(8.0, 128, 512)], ids=str)
+def test_verify_tells_the_schemes_apart(scaling, other):
+    config, rotary = built(scaling)
+    if scaling != other:
+        with pytest.raises(RuntimeError, match="RoPE check"):
+            rope.verify(rotary, config, other, THETA)
+
+
+@pytest.mark.parametrize("scaling", SCHEMES, ids=str)
+def test_verify_refuses_another_theta_for_every_scheme(scaling):
+    config, rotary = built(scaling, theta=1e4)
+    with pytest.raises(RuntimeError, match="RoPE check"):
+        rope.verify(rotary, config, scaling, THETA)
+
+
+def test_a_dynamic_window_at_the_target_switches_scaling_off_and_is_refused():
+    config, _ = built(SCHEMES[1])
+    config.max_position_embeddings = 512
+    rotary = LlamaRotaryEmbedding(config)
+    rotary(torch.zeros(1), torch.tensor([[511]]))
+    np.testing.assert_allclose(rotary.inv_freq.double().numpy(), rope.Default().inv_freq(THETA, 8), rtol=3e-6)  # the trap
+    with pytest.raises(RuntimeError, match="at length 512"):
+        rope.verify(rotary, config, SCHEMES[1], THETA)
+
+
+def test_yarn_without_its_attention_factor_is_refused():
+    config, rotary = built(SCHEMES[3])
+    rotary.attention_scaling = 1.0
+    with pytest.raises(RuntimeError, match="multiplies cos and sin by 1"):
+        rope.verify(rotary, config, SCHEMES[3], THETA)
+
+
+@pytest.mark.parametrize("scaling", SCHEMES, ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_every_scheme_reloads_in_plain_transformers(tmp_path, model_type, scaling):
+    config, _ = built(scaling, model_type=model_type)
+    model = network(config)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.rope_parameters == model.config.rope_parameters and again.config.rope_parameters["rope_theta"] == THETA
+    assert rope.verify(again.get_decoder().rotary_emb, again.config, scaling, THETA) < 3e-6
+    ids, positions = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(1)), torch.cat([torch.arange(12), torch.arange(504, 512)])[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids, position_ids=positions).logits, model(ids, position_ids=positions).logits)
+
+
+def test_lceg_takes_half_the_factor_for_dynamic_alone():
+    from endprompt import methods
+
+    def chosen(name, rope_type):
+        method = methods.get(name)
+        return rope.scaling_for(rope_type, 8192, 65536, method.rope_share.get(rope_type, 1.0))
+
+    assert methods.get("lceg").rope == "dynamic" and chosen("lceg", "dynamic") == rope.Dynamic(4.0, 8192, 65536)
+    assert chosen("lceg", "yarn") == rope.Yarn(8.0, 8192) and chosen("lceg", "linear") == rope.Linear(8.0)
+    assert chosen("endprompt", "dynamic") == rope.Dynamic(8.0, 8192, 65536)
+
+
 def test_scaling_for():
+    assert rope.scaling_for("dynamic", 8192, 65536) == rope.Dynamic(8.0, 8192, 65536) and rope.scaling_for("yarn", 8192, 65536) == rope.Yarn(8.0, 8192)
     assert rope.scaling_for("linear", 8192, 65536) == rope.Linear(8.0)
     assert rope.scaling_for(None, 8192, 65536) == rope.Default()
     with pytest.raises(BadInput, match=r"rope\.type.*'ntk'.*linear"):
@@ -77,28 +192,31 @@ def test_scaling_for():
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_verify_passes_on_a_built_model(model_type):
     model = network(scaled(model_type))
-    assert rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, rope.Linear(8.0), THETA) < 1e-6
+    assert rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(8.0), THETA) < 1e-6
 
 
 def test_verify_passes_when_head_dim_is_not_hidden_over_heads():
     model = network(scaled(head_dim=16))
-    assert rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, rope.Linear(8.0), THETA) < 1e-6
+    assert rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(8.0), THETA) < 1e-6
 
 
 @pytest.mark.parametrize("scaling, theta", [(rope.Linear(7.99), THETA), (rope.Linear(1.0), THETA), (rope.Default(), THETA), (rope.Linear(8.0), 10000.0)])
 def test_verify_refuses_another_factor_or_theta(scaling, theta):
     model = network(scaled())
     with pytest.raises(RuntimeError, match="RoPE check.*differs"):
-        rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, scaling, theta)
+        rope.verify(model.get_decoder().rotary_emb, model.config, scaling, theta)
 
 
 def test_verify_refuses_another_number_of_frequencies_and_nan():
     model = network(scaled())
-    inv_freq = model.get_decoder().rotary_emb.inv_freq
+    rotary = model.get_decoder().rotary_emb
+    inv_freq = rotary.inv_freq
+    rotary.inv_freq = inv_freq[:3]
     with pytest.raises(RuntimeError, match="3 frequencies, 4 were expected"):
-        rope.verify(inv_freq[:3], model.config, rope.Linear(8.0), THETA)
+        rope.verify(rotary, model.config, rope.Linear(8.0), THETA)
+    rotary.inv_freq = torch.full_like(inv_freq, torch.nan)
     with pytest.raises(RuntimeError, match="differs"):
-        rope.verify(torch.full_like(inv_freq, torch.nan), model.config, rope.Linear(8.0), THETA)
+        rope.verify(rotary, model.config, rope.Linear(8.0), THETA)
 
 
 def test_a_factor_set_on_a_built_model_does_nothing_and_is_refused():
@@ -107,21 +225,21 @@ def test_a_factor_set_on_a_built_model_does_nothing_and_is_refused():
     rope.apply(model.config, rope.Linear(8.0), 512)
     assert torch.equal(model.get_decoder().rotary_emb.inv_freq, before)
     with pytest.raises(RuntimeError, match="RoPE check"):
-        rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, rope.Linear(8.0), THETA)
+        rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(8.0), THETA)
 
 
 def test_frequencies_cast_to_bf16_are_refused():
     model = network(scaled()).bfloat16()
     assert model.get_decoder().rotary_emb.inv_freq.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="RoPE check"):
-        rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, rope.Linear(8.0), THETA)
+        rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(8.0), THETA)
 
 
 def test_weights_loaded_in_bf16_keep_float32_frequencies(tmp_path):
     network(scaled()).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert model.get_output_embeddings().weight.dtype == torch.bfloat16
-    rope.verify(model.get_decoder().rotary_emb.inv_freq, model.config, rope.Linear(8.0), THETA)
+    rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(8.0), THETA)
 
 
 @pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
@@ -141,7 +259,7 @@ def test_theta_wiped_after_apply_is_detected():
     # A reader that falls back to 10000, as many do, builds this:
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 10000.0}
     with pytest.raises(RuntimeError, match="rope_theta 500000"):
-        rope.verify(LlamaRotaryEmbedding(config).inv_freq, config, rope.Linear(8.0), THETA)
+        rope.verify(LlamaRotaryEmbedding(config), config, rope.Linear(8.0), THETA)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": None}])

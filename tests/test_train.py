@@ -12,7 +12,8 @@ import yaml
 from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 from safetensors.torch import load_file
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Scripts elsewhere would else import the package that is installed, which is another one in a second work tree.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -113,6 +114,14 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
     assert summary["probe"] > 1e-3 and summary["world_size"] == 2 and summary["commit"]
     loss, text, prompt = losses(two_ranks)[0]
     assert min(text, prompt) < loss < max(text, prompt)
+
+
+@pytest.mark.distributed
+def test_half_precision_keeps_the_weights_of_the_loss(recipe, two_ranks, tmp_path):
+    """Under DeepSpeed the Trainer would cast them to bf16 too, which the loss refuses."""
+    folder = prepared(recipe, "endprompt", tmp_path)
+    run(train(recipe, "endprompt", tmp_path, "--set", "train.bf16=true", "--set", "train.max_steps=2", "--set", "train.gradient_accumulation_steps=4"))
+    assert all(a == pytest.approx(b, rel=2e-2) for a, b in zip(losses(folder), losses(two_ranks)[:2], strict=True))
 
 
 KILL = """
