@@ -96,7 +96,9 @@ def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
     theta, scaling = scaled.rope_parameters["rope_theta"], model.scaling(recipe, method, network.config)
     rope.apply(scaled, scaling, recipe.lengths.target)
     module = type(network.get_decoder().rotary_emb)(config=scaled)
-    rope.verify(module.inv_freq, scaled, scaling, theta)
+    rope.verify(module, scaled, scaling, theta)
+    # Dynamic scaling has frequencies of its own at every length: those of the target are meant.
+    module(module.inv_freq[:1], torch.tensor([[recipe.lengths.target - 1]]))
     return module.inv_freq.double().cpu().numpy(), float(module.attention_scaling), module
 
 

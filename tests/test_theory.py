@@ -118,6 +118,15 @@ def test_interpolation_shrinks_the_bounds_by_s_and_its_square(result):
     assert fall["S'"] == {"measured": pytest.approx(8, rel=0.2), "bound": pytest.approx(8)} and fall["S''"] == {"measured": pytest.approx(64, rel=0.2), "bound": pytest.approx(64)}
 
 
+@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn"])
+def test_every_scaling_is_measured_with_its_own_frequencies(network, name):
+    recipe = config.load(REPOSITORY / "recipes/tiny.yaml", [f"rope.type={name}"])
+    scaling = model.scaling(recipe, methods.get("interpolation"), network.config)
+    frequencies, factor, _ = theory.interpolated(network, recipe)
+    np.testing.assert_allclose(frequencies, scaling.inv_freq(10000.0, 32), rtol=1e-5)
+    assert factor == pytest.approx(scaling.attention_factor)
+
+
 @pytest.mark.parametrize("frequency", [1.0, 0.125, 0.01])
 def test_one_frequency_meets_its_bounds(frequency):
     """3 cos(f d): the bounds are reached, so half of one is no bound; the check must say so."""
