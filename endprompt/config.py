@@ -1,27 +1,20 @@
 """The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
 
-import enum
-import functools
+import json
 import re
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from endprompt import BadInput, methods
-from endprompt.lora import Lora
+from endprompt import BadInput, methods, training_keys
+from endprompt.eval import names
 from endprompt.rope import TYPES
+from endprompt.training_keys import Lora
 
 # The three prompts the paper measures (Eq. 10, appendix B.1).
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
-
-# Settings of the HF Trainer that belong to the run's folder, the collator or the shards, not to a recipe.
-RESERVED = {"output_dir": "--out", "resume_from_checkpoint": "resuming is automatic", "remove_unused_columns": "the collator needs them",
-            "do_train": "the command", "do_eval": "the command", "eval_strategy": "endprompt evaluate scores", "do_predict": "the command", "label_names": "the shards",
-            "logging_dir": "--out", "push_to_hub": "upload the folder model/ yourself"}
-
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -91,14 +84,25 @@ class RopeSection(Section):
 
 
 class EvalSection(Section):
-    tasks: list[Literal["passkey", "perplexity"]] = ["passkey"]
+    tasks: list[str] = ["passkey"]  # names and groups of endprompt/eval/names.py
     lengths: list[int] = Field([4096, 8192, 16384, 32768, 65536], min_length=1)
-    samples: int = Field(100, gt=0)
+    samples: int = Field(500, gt=0)  # a task and length, where the benchmark holds as many
     depths: int = Field(10, gt=0)
     seed: int = Field(42, ge=0, lt=2**32)
     perplexity_corpus: str | None = None
     perplexity_tokens: int = Field(65536, gt=0)
     perplexity_stride: int = Field(256, gt=0)
+    longbench_data: str | None = None  # a folder of the official jsonl files; null: from the hub
+    longbench_length: int = Field(32768, gt=1)  # tokens a prompt is cut to, in its middle
+    short_text_samples: int | None = Field(None, gt=0)  # a subtask; null: all
+    chat_template: bool = False
+    run_unsafe_code: bool = False  # HumanEval runs what the model writes
+    backend: Literal["hf", "vllm"] = "hf"
+
+    @field_validator("tasks")
+    @classmethod
+    def known(cls, value):
+        return names.expand(value)
 
     @field_validator("lengths")
     @classmethod
@@ -217,63 +221,6 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
-@functools.cache
-def _training_types() -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    return typing.get_type_hints(TrainingArguments)
-
-
-def _check_lora(value: Any) -> dict[str, Any] | None:
-    """The keys of ``train.lora`` that are given, checked; raises BadInput naming the first wrong one."""
-    if value is None:
-        return None
-    try:
-        return Lora.model_validate(value).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        item = error.errors()[0]
-        key = ".".join(str(part) for part in ("train.lora", *item["loc"]))
-        if item["type"] == "extra_forbidden":
-            raise BadInput(f"unknown key {key}; known here: {', '.join(Lora.model_fields)}") from None
-        raise BadInput(f"{key}: {item['msg']} (given: {item['input']!r})") from None
-
-
-def _check_train(train: dict[str, Any]) -> dict[str, Any]:
-    """``train`` with every value in the type that HF's TrainingArguments declares, and our own ``lora`` and ``sequence_parallel``; raises BadInput naming the key."""
-    types, checked = _training_types(), {}
-    for key, value in train.items():
-        if key == "lora":
-            checked[key] = _check_lora(value)
-            continue
-        if key == "sequence_parallel":
-            if type(value) is not int or value < 1:
-                raise BadInput(f"train.sequence_parallel: a whole number of ranks from 1 on is wanted (given: {value!r})")
-            checked[key] = value
-            continue
-        if key in RESERVED:
-            raise BadInput(f"train.{key} is not for recipes ({RESERVED[key]}); remove it")
-        if key not in types:
-            import difflib
-
-            near = difflib.get_close_matches(key, [*types, "lora", "sequence_parallel"], 1)
-            raise BadInput(f"unknown key train.{key}; it takes the names of transformers.TrainingArguments"
-                           + (f", for example {near[0]}" if near else ", lora and sequence_parallel"))
-        try:
-            checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value)
-        except ValidationError as error:
-            raise BadInput(f"train.{key}: {error.errors()[0]['msg']} (given: {value!r})") from None
-        # HF declares these "an enumeration or any text", and finds out what the text is worth when training starts.
-        names = [name.value for kind in typing.get_args(types[key]) if isinstance(kind, enum.EnumType) for name in kind]
-        if names and isinstance(value, str) and value not in names:
-            raise BadInput(f"train.{key}: choose one of {', '.join(names)} (given: {value!r})")
-        if isinstance(value, bool) and type(checked[key]) in (int, float):
-            raise BadInput(f"train.{key}: a number is wanted (given: {value!r})")
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "num_train_epochs", "learning_rate"):
-        if key in checked and not checked[key] > 0:
-            raise BadInput(f"train.{key}: must be greater than 0 (given: {checked[key]!r})")
-    return checked
-
-
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
     path = Path(path)
@@ -299,7 +246,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     except ValidationError as error:
         raise BadInput(f"{path}: {_message(error)}") from None
     try:
-        recipe.train = _check_train(recipe.train)
+        recipe.train = training_keys.check(recipe.train)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     deepspeed = recipe.train.get("deepspeed")
@@ -308,8 +255,6 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         if found is None or not found.is_file():
             raise BadInput(f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json")
         try:
-            import json
-
             options = json.loads(found.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}") from None

@@ -7,33 +7,10 @@ rounding to bf16 moves logits about as far as a lightly trained adapter does, of
 
 import contextlib
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-# The projections that llama, mistral and qwen2 layers have.  The output layer is not among them: the loss lives in it.
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Lora(BaseModel):
-    """``train.lora`` of a recipe: W + alpha / r x B A in place of W, with A [r, in] and B [out, r] trained (arXiv 2106.09685).
-
-    dropout: of the adapters' input.  train_embed_norm: every parameter whose name contains ``embed`` or ``norm`` is trained whole,
-    as in LongLoRA (section 3.3); a tied output layer is then trained with the embedding.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    r: int = Field(8, gt=0)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[Target] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
-    train_embed_norm: bool = False
-
-    @field_validator("alpha", "dropout", mode="before")
-    @classmethod
-    def real(cls, value):
-        return float(value) if type(value) is int else value
+from endprompt.training_keys import Lora
 
 
 def inject(model, lora: Lora, seed: int) -> None:

@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("endprompt", "torch", "transformers", "deepspeed", "accelerate", "tokenizers", "datasets", "pyarrow", "numpy")
+PACKAGES = ("endprompt", "torch", "transformers", "deepspeed", "accelerate", "tokenizers", "datasets", "pyarrow", "numpy", "lm_eval")
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

@@ -17,7 +17,8 @@ from endprompt.eval import figures, intervals
 
 TRAINING = (("tokens", "trained tokens", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("final_text_loss", "text loss", "{:.3f}"),
             ("final_end_prompt_loss", "end-prompt loss", "{:.3f}"))
-TASKS = {"passkey": ("accuracy", 1.0, "{:.0%}"), "perplexity": ("perplexity", float("inf"), "{:.2f}")}
+# (largest value, format)
+TASKS = {"passkey": (100.0, "{:.0f}%"), "perplexity": (float("inf"), "{:.2f}")}
 NOTE = ("Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or that of one seed's own samples "
         "(Wilson for passkey) where there is one seed, or where all seeds agree exactly.")
 
@@ -70,11 +71,11 @@ def summary(folders: list[Path]) -> dict[str, dict]:
         if not runs:
             continue
         result[name] = {}
-        for task, (key, ceiling, _) in TASKS.items():
+        for task, (ceiling, _) in TASKS.items():
             by_length: dict[int, list[dict]] = {}
             for row in (row for run in runs for row in figures.read(run / "eval" / task)):
                 by_length.setdefault(row["scores"]["length"], []).append(row["scores"])
-            result[name][task] = {length: intervals.over_seeds([score[key] for score in scores], (scores[0]["low"], scores[0]["high"]), 0.0, ceiling)
+            result[name][task] = {length: intervals.over_seeds([score["score"] for score in scores], (scores[0]["low"], scores[0]["high"]), 0.0, ceiling)
                                   for length, scores in sorted(by_length.items())}
         records = [json.loads(path.read_text()) for run in runs if (path := run / "train.json").exists()]
         values = {key: [record[key] for record in records if record.get(key) is not None] for key, _, _ in TRAINING}
@@ -94,7 +95,7 @@ def table(*folders: Path) -> str:
     for name, row in found.items():
         cells = [name]
         for task, length in columns:
-            cell, form = row[task].get(length), TASKS[task][2]
+            cell, form = row[task].get(length), TASKS[task][1]
             if cell is None:
                 cells.append("not run")
                 continue

@@ -23,7 +23,7 @@ def pool(seeds: list[list[dict]]) -> list[dict]:
     result = []
     for length, cells in sorted(pooled.items()):
         correct, total = (sum(cell[key] for cell in cells.values()) for key in ("correct", "total"))
-        result.append({"scores": {"length": length, "correct": correct, "total": total, "accuracy": correct / total, "cells": list(cells.values())}})
+        result.append({"scores": {"length": length, "correct": correct, "total": total, "score": 100 * correct / total, "cells": list(cells.values())}})
     return result
 
 
@@ -56,7 +56,7 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
             for cell in row["scores"]["cells"]:
                 grid[depths.index(cell["depth"]), column] = cell["correct"] / cell["total"]
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(range(len(rows)), [f"{row['scores']['length']}\n{row['scores']['accuracy']:.0%}" for row in rows], fontsize=8)
+        axis.set_xticks(range(len(rows)), [f"{row['scores']['length']}\n{row['scores']['score']:.0f}%" for row in rows], fontsize=8)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
         axis.set_title(name, fontsize=10)
     axes[0][0].set_ylabel("depth of the key")
@@ -79,7 +79,7 @@ def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = N
     axis.set_xscale("log", base=2)
     axis.set_xticks(every, [str(length) for length in every])
     axis.minorticks_off()
-    axis.set(ylim=(-0.03, 1.03), xlabel="length in tokens", ylabel="keys found, with 95 % interval")
+    axis.set(ylim=(-3, 103), xlabel="length in tokens", ylabel="keys found in %, with 95 % interval")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     _save(figure, path, title)

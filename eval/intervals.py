@@ -1,31 +1,31 @@
-"""Means over seeds with their 95 % intervals."""
+"""95 % intervals: of a proportion, of a mean over samples, of a mean over seeds."""
 
 import math
 
-
-def central_probability(t: float, degrees: int) -> float:
-    """P(|T| <= t) of Student's t with a whole number of ``degrees`` of freedom (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, odd = math.cos(angle), degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+import numpy as np
+from scipy import stats
 
 
-def quantile(degrees: int, probability: float = 0.95) -> float:
-    """The t with P(|T| <= t) = ``probability``.  Raises ValueError without a degree of freedom."""
-    if degrees < 1:
-        raise ValueError("Student's t needs at least one degree of freedom")
-    low, high = 0.0, 1.0
-    while central_probability(high, degrees) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if central_probability(middle, degrees) < probability else (low, middle)
-    return high
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion (Wilson, 1927), as (low, high)."""
+    interval = stats.binomtest(hits, total).proportion_ci(0.95, method="wilson")
+    return max(0.0, float(interval.low)), min(1.0, float(interval.high))
+
+
+def bootstrap(values: list[float], weights: list[float] | None = None, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval (Efron, 1979) of the mean of ``values``, weighted by ``weights``, over ``resamples`` draws of samples.
+
+    Samples that are all alike have no spread to draw from; where they are all 0 or all 100 percent the Wilson interval stands in its place.
+    """
+    found, shares = np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    if found.min() == found.max():
+        if weights is None and found[0] in (0, 100):
+            low, high = wilson(len(values) if found[0] else 0, len(values))
+            return 100 * low, 100 * high
+        return float(found[0]), float(found[0])
+    drawn = stats.bootstrap((found, shares), lambda x, w, axis=-1: (x * w).sum(axis) / w.sum(axis), paired=True, n_resamples=resamples, batch=200, method="percentile",
+                            rng=np.random.default_rng(seed))
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def over_seeds(values: list[float], alone: tuple[float, float], floor: float = 0.0, ceiling: float = math.inf) -> dict:
@@ -38,5 +38,5 @@ def over_seeds(values: list[float], alone: tuple[float, float], floor: float = 0
     if len(values) < 2 or max(values) == min(values):
         return {"mean": mean, "low": alone[0], "high": alone[1], "seeds": len(values), "interval": "samples"}
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
     return {"mean": mean, "low": max(floor, mean - half), "high": min(ceiling, mean + half), "seeds": len(values), "interval": "t"}

@@ -1,16 +1,24 @@
-"""Scores one model on the recipe's tasks; one JSON file a task and length, skipped where it exists for the same question."""
+"""Scores one model on the recipe's tasks; one JSON file a task and length, skipped where it exists for the same question.
+
+lm-evaluation-harness runs the model on the task files in eval/tasks (and on its own for short text); this module asks, keeps each answer beside
+its score in the official scripts' fields, and says where both come from.
+"""
 
 import hashlib
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
-from endprompt import BadInput, corpus, model, provenance, shards
+from endprompt import BadInput, model, provenance, shards
 from endprompt.config import Recipe
-from endprompt.eval import figures, passkey, perplexity
+from endprompt.eval import engine, figures, intervals, longbench, names, passkey, perplexity, ruler
 from endprompt.methods import Method
+
+SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
 
 
 def fingerprint(folder: Path) -> str:
@@ -25,12 +33,17 @@ def fingerprint(folder: Path) -> str:
 
 
 def load(recipe: Recipe, method: Method, run: Path, other: str | None):
-    """(model, tokenizer, what identifies the model).  Raises BadInput if there is no model to score."""
+    """(model, tokenizer, what identifies the model); the model is its folder's name, unloaded, for vLLM.
+
+    Raises BadInput if there is no model to score.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cuda = torch.cuda.is_available()
+    cuda, vllm = torch.cuda.is_available(), recipe.eval.backend == "vllm"
     dtype = torch.bfloat16 if cuda else torch.float32
     if other is None and not method.trained:
+        if vllm:
+            raise BadInput(f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model")
         network = model.build(recipe, method, dtype, cuda)
         tokenizer = model.load_tokenizer(recipe)
         folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
@@ -40,11 +53,11 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         folder = Path(other).expanduser() if other else run / "model"
         if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
             raise BadInput(f"--model: there is no folder {folder}" if other else f"{folder} is missing; train {method.name} first, or name a model with --model")
-        source = folder if folder.is_dir() else other  # else an id of the hub
+        source = str(folder) if folder.is_dir() else other  # else an id of the hub
         try:
-            network, information = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda), output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
+            network, information = (source, {"missing_keys": ()}) if vllm else AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda), output_loading_info=True)
         except model.UNREADABLE as error:
             raise BadInput(f"--model: {source} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
         if information["missing_keys"]:
@@ -52,67 +65,142 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
+    if vllm:
+        return network, tokenizer, identity | {"dtype": "bfloat16", "attention": "vllm"}
     identity |= {"dtype": str(network.dtype), "attention": network.config._attn_implementation}
     return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
 
 
-def held_out(recipe: Recipe, tokenizer, longest: int) -> list[list[int]]:
-    """The token ids of as many held-out documents as the perplexity of windows up to ``longest`` tokens needs, in order."""
-    value, found, scored = recipe.eval.perplexity_corpus, [], 0
-    reader = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": value})})
-    try:
-        files = corpus.local_files(reader)
-        for _, text in corpus.documents(reader, files):
-            ids = tokenizer(text)["input_ids"]
-            if len(ids) >= longest:
-                found.append(ids)
-                scored += ((len(ids) - longest) // recipe.eval.perplexity_stride + 1) * recipe.eval.perplexity_stride
-            if scored >= recipe.eval.perplexity_tokens:
-                break
-        return found
-    except BadInput as error:
-        raise BadInput(str(error).replace("data.corpus", "eval.perplexity_corpus")) from None
+def lengths(recipe: Recipe, task: str) -> list[int | None]:
+    """The lengths at which ``task`` is scored: the recipe's, LongBench's one length of truncation, or none for short text."""
+    if task in names.SHORT_TEXT:
+        return [None]
+    return [recipe.eval.longbench_length] if task.startswith("longbench_") else sorted(recipe.eval.lengths)
+
+
+def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> dict:
+    """All that the score depends on; a result that answers another question is scored again."""
+    options, found = recipe.eval, {"task": task, "length": length, "model": identity, "seed": recipe.eval.seed, "backend": recipe.eval.backend}
+    if task == "passkey":
+        return found | {"samples": options.samples, "depths": options.depths}
+    if task == "perplexity":
+        return found | {"corpus": options.perplexity_corpus, "stride": options.perplexity_stride, "scored_tokens": options.perplexity_tokens,
+                        "longest": max(options.lengths)}
+    found |= {"samples": options.samples, "chat_template": options.chat_template}
+    if task.startswith("ruler_"):
+        return found | {"generator": ruler.GENERATOR}
+    if task.startswith("longbench_"):
+        return found | {"data": options.longbench_data}
+    return found | {"few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
+
+
+class Scorer:
+    """A loaded model and what its tasks need: a folder of its tokenizer, and the recipe's options as the task files know them."""
+
+    def __init__(self, recipe: Recipe, network, tokenizer, folder: str):
+        self.recipe, self.tokenizer = recipe, tokenizer
+        tokenizer.save_pretrained(folder)
+        longest = max(*recipe.eval.lengths, recipe.eval.longbench_length + engine.LONGEST_ANSWER)
+        self.lm = engine.vllm(network, longest) if recipe.eval.backend == "vllm" else engine.LongLM(network, tokenizer)
+        options = recipe.eval
+        source = options.perplexity_corpus and recipe.path(options.perplexity_corpus)
+        data = options.longbench_data and recipe.path(options.longbench_data)
+        self.metadata = {"tokenizer": folder, "samples": options.samples, "seed": options.seed, "depths": options.depths, "stride": options.perplexity_stride,
+                         "scored_tokens": options.perplexity_tokens, "longest": max(options.lengths), "perplexity_corpus": str(source or options.perplexity_corpus or ""),
+                         "longbench_data": str(data or options.longbench_data or "") or None, "longbench_length": options.longbench_length}
+
+    def score(self, task: str, length: int | None) -> tuple[dict, list[dict]]:
+        """(what the result file holds under "scores", the predictions in the official fields).  Raises ValueError or BadInput."""
+        if task in names.SHORT_TEXT:
+            return self._short_text(task)
+        generation = None
+        if task.startswith("longbench_") and self.recipe.eval.backend == "hf":
+            generation = longbench.generation_kwargs(task.removeprefix("longbench_"), self.tokenizer) or None
+        chat = self.recipe.eval.chat_template and (not task.startswith("longbench_") or longbench.chat_template_allowed(task.removeprefix("longbench_")))
+        samples = engine.run(self.lm, f"endprompt_{task}", {**self.metadata, "max_seq_lengths": [length]}, generation=generation, chat_template=chat)[f"endprompt_{task}"]
+        documents = [sample["doc"] for sample in samples]
+        answers = [sample["filtered_resps"][0] for sample in samples]
+        if task == "perplexity":
+            return {"length": length, **perplexity.summary(documents, [-log_likelihood for log_likelihood, _ in answers])}, []
+        scores = [sample["score"] for sample in samples]
+        if task == "passkey":
+            predictions = [{"key": document["key"], "depth": document["depth"], "pred": answer} for document, answer in zip(documents, answers, strict=True)]
+            return {"length": length, **passkey.summary(documents, scores)}, predictions
+        low, high = intervals.bootstrap(scores)
+        found = {"length": length, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
+        if task.startswith("ruler_"):
+            name = task.removeprefix("ruler_")
+            predictions = [{"index": document["index"], "outputs": document["outputs"], "pred": answer, "length": document["length"]}
+                           for document, answer in zip(documents, answers, strict=True)]
+            found |= {"metric": ruler.metric(name), "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
+                      "lengths": ruler.report(documents, length)}
+        else:
+            name = task.removeprefix("longbench_")
+            predictions = [{"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length", "_id")}}
+                           for document, answer in zip(documents, answers, strict=True)]
+            found |= {"metric": longbench.metric(name), "category": longbench.category(name),
+                      "official": longbench.number(name, answers, [document["answers"] for document in documents], documents[0]["all_classes"])}
+        return found, predictions
+
+    def _short_text(self, task: str) -> tuple[dict, list[dict]]:
+        few_shots, metric = names.SHORT_TEXT[task]
+        limit = self.recipe.eval.short_text_samples
+        found = engine.run(self.lm, task, {}, defaults=True, few_shots=few_shots, limit=limit, chat_template=self.recipe.eval.chat_template,
+                           unsafe_code=self.recipe.eval.run_unsafe_code)
+        name, _, wanted = metric.partition(",")
+        scores = [100.0 * sample[name] for part in found.values() for sample in part if sample["filter"] == wanted]
+        low, high = intervals.bootstrap(scores)
+        return {"length": None, "metric": metric, "few_shots": few_shots, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}, []
 
 
 def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None) -> None:
-    """Writes ``run``/eval/<task>/<length>.json (``run``/eval-<name>-<hash of its path> for another model) and a picture, and prints
-    a line a score.
+    """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash of its path> for another model)
+    and a picture, and prints a line a score.
 
-    Raises BadInput if there is no model, a length is too short for its task, or the held-out documents are shorter than a length.
+    Raises BadInput if there is no model, a length is too short for its task, data are missing, or the held-out documents are shorter than a
+    length.
     """
     options, folder = recipe.eval, run / "eval"
     if other is not None:
         path = Path(other).expanduser().resolve()
         folder = run / f"eval-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if "humaneval" in options.tasks:
+        if not options.run_unsafe_code:
+            raise BadInput("eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may")
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    if any(task.startswith("longbench_") for task in options.tasks):
+        longbench.check_environment(any(task.removeprefix("longbench_") in names.LONGBENCH_ZH for task in options.tasks))
     network, tokenizer, identity = load(recipe, method, run, other)
-    longest = max(options.lengths)
-    documents = held_out(recipe, tokenizer, longest) if "perplexity" in options.tasks else []
-    for task in options.tasks:
-        for length in sorted(options.lengths):
-            question = {"task": task, "length": length, "model": identity, "seed": options.seed}
-            if task == "passkey":
-                question |= {"samples": options.samples, "depths": options.depths}
-            else:
-                question |= {"corpus": options.perplexity_corpus, "stride": options.perplexity_stride, "scored_tokens": options.perplexity_tokens, "longest": longest}
-            path = folder / task / f"{length}.json"
-            result = _existing(path, question)
+    with tempfile.TemporaryDirectory() as temporary:
+        scorer = Scorer(recipe, network, tokenizer, temporary)
+        todo = [(task, length) for task in options.tasks for length in lengths(recipe, task)]
+        asked = {(task, length): question(recipe, task, length, identity) for task, length in todo}
+        results = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
+        missing = [(task.removeprefix("ruler_"), length) for (task, length), result in results.items() if result is None and task.startswith("ruler_")]
+        if missing:  # made together, on all cores; the task files find them in the cache
+            ruler.generate(list(dict.fromkeys(task for task, _ in missing)), sorted({length for _, length in missing}), Path(temporary), options.samples, options.seed)
+        for task, length in todo:
+            result = results[task, length]
             if result is None:
                 try:
-                    if task == "passkey":
-                        scores = passkey.score(network, tokenizer, length, options.depths, options.samples, options.seed)
-                    else:
-                        scores = perplexity.score(network, documents, length, longest, options.perplexity_stride, options.perplexity_tokens)
+                    scores, predictions = scorer.score(task, length)
                 except ValueError as error:
                     raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
-                result = {"question": question, "recipe": recipe.name, "method": method.name, "scores": scores, **provenance.stamp()}
+                result = {"question": asked[task, length], "recipe": recipe.name, "method": method.name, "scores": scores, **provenance.stamp()}
+                path = _path(folder, task, length)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if predictions:
+                    shards.write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions).encode())
                 shards.write_json(path, result)
-            scores = result["scores"]
-            shown = f"{scores['accuracy']:6.1%}" if task == "passkey" else f"{scores['perplexity']:8.3f}"
-            low, high = (f"{scores[end]:.1%}" if task == "passkey" else f"{scores[end]:.3f}" for end in ("low", "high"))
-            print(f"{method.name:14} {task:10} {length:>7} {shown}  [{low}, {high}]", flush=True)
+            form = SHOWN.get(task, "{:.2f}%")
+            score, low, high = (form.format(result["scores"][key]) for key in ("score", "low", "high"))
+            print(f"{method.name:14} {task:22} {length or '-':>7} {score:>8}  [{low}, {high}]", flush=True)
     if "passkey" in options.tasks:
         figures.heatmaps({method.name: figures.read(folder / "passkey")}, folder / "passkey.png")
+
+
+def _path(folder: Path, task: str, length: int | None) -> Path:
+    return folder / task / f"{length or 'any'}.json"
 
 
 def _existing(path: Path, question: dict) -> dict | None:

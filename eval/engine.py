@@ -1,0 +1,103 @@
+"""What runs the models: lm-evaluation-harness, made safe for long prompts.
+
+The harness' HF backend cuts a prompt that is too long from the left without failing, pads prompts of different length in one batch, and keeps
+float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` refuses, groups, and keeps the scored logits alone.
+"""
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from endprompt import BadInput
+
+# Tokens in a batch of generation, and the logits of a batch that is scored in one piece.
+TOKENS_AT_ONCE = 16384
+LOGIT_BYTES = 2**30
+NO_LIMIT = 2**31 - 1
+LONGEST_ANSWER = 512  # tokens that the summarization tasks of LongBench generate
+
+TASKS = Path(__file__).parent / "tasks"
+
+for name in ("lm_eval", "lm-eval"):  # warnings that a model object was passed, that metadata exist, on every call
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class LongLM(HFLM):
+    """The harness' HF model without silent truncation; same scores otherwise.
+
+    ``window``: positions the model was made for; a prompt that does not fit with its answer is a ValueError (None: anything goes, as for
+    models that are tested beyond their window on purpose).
+    """
+
+    def __init__(self, network, tokenizer, window: int | None = None, **options):
+        super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1, **options)
+        self.window = window
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations of ``requests``, in order.  Prompts of equal length share a batch, so that nothing is padded.
+
+        Raises ValueError for a prompt that leaves no room for its answer within ``window``.
+        """
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            context, options = request.args
+            length = len(self.tok_encode(context))
+            if self.window is not None and length + options["max_gen_toks"] > self.window:
+                raise ValueError(f"a prompt of {length} tokens and {options['max_gen_toks']} to generate do not fit into the window of {self.window}")
+            groups[length].append(index)
+        results: list[str] = [""] * len(requests)
+        for length, indices in sorted(groups.items(), reverse=True):
+            self.batch_size_per_gpu = max(1, TOKENS_AT_ONCE // length)
+            for index, text in zip(indices, super().generate_until([requests[index] for index in indices], disable_tqdm), strict=True):
+                results[index] = text
+        return results
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+        longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+        batch = LOGIT_BYTES // (longest * self.model.config.vocab_size * 4)
+        if batch:
+            self.batch_size_per_gpu = min(64, batch, max(1, TOKENS_AT_ONCE // longest))
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        results = []
+        for _, context, continuation in requests:
+            ids = torch.tensor([context + continuation], device=self.device)
+            logits = self.model(ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]), use_cache=False, logits_to_keep=len(continuation)).logits[0].float()
+            targets = ids[0, -len(continuation):]
+            results.append((-torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), bool((logits.argmax(-1) == targets).all())))
+        return results
+
+
+def vllm(source: str, longest: int):
+    """The harness' vLLM model of the folder or hub id ``source``, for prompts up to ``longest`` tokens with their answers.
+
+    Raises BadInput if vLLM is not installed.
+    """
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine with a GPU), or use eval.backend=hf") from None
+    from lm_eval.models.vllm_causallms import VLLM
+
+    # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for scaled models (docs/footguns.md, 9).
+    return VLLM(pretrained=source, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto", gpu_memory_utilization=0.9)
+
+
+def run(lm, task: str, metadata: dict, *, defaults: bool = False, few_shots: int | None = None, generation: dict | None = None, limit: int | None = None,
+        chat_template: bool = False, unsafe_code: bool = False) -> dict[str, list[dict]]:
+    """{task or subtask: the harness' samples} of ``task`` on ``lm``, greedy.
+
+    ``metadata`` reaches the task's data function (tokenizer, max_seq_lengths, samples, seed, ...).  ``defaults``: whether ``task`` is one of the
+    harness' own, not of eval/tasks.  ``generation``: what is passed to ``generate`` beyond the task's own settings.  Errors of the data function
+    pass through.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if defaults else str(TASKS), include_defaults=defaults, metadata=metadata)
+    found = simple_evaluate(lm, tasks=[task], num_fewshot=few_shots, gen_kwargs=generation, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True,
+                            apply_chat_template=chat_template, confirm_run_unsafe_code=unsafe_code)
+    return found["samples"]
