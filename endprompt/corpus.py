@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from endprompt import BadInput
 from endprompt.config import Recipe
@@ -88,6 +89,18 @@ def _open(path: Path) -> io.TextIOBase:
     return path.open(encoding="utf-8")
 
 
+def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, what stands in it) of a .jsonl file, plain or packed as .gz or .zst.  Raises BadInput naming a line that is no JSON."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path} line {number}: not JSON: {error}; a .jsonl file has one object a line") from None
+
+
 def _text(row, column: str, where: str) -> str:
     if not isinstance(row, dict) or column not in row:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -117,15 +130,8 @@ def _file_texts(path: Path, column: str) -> Iterator[str]:
         with _open(path) as file:
             yield file.read()
     else:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{path} line {number}: not JSON: {error}; a .jsonl file has one object a line") from None
-                yield _text(row, column, f"{path} line {number}")
+        for number, row in jsonl(path):
+            yield _text(row, column, f"{path} line {number}")
 
 
 def documents(recipe: Recipe, files: list[Path] | None) -> Iterator[tuple[str, str]]:
