@@ -26,8 +26,9 @@ class Method:
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
     rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
+    whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
     attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
-    lora: settings of endprompt.lora.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
+    lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     row_length: str = "physical"
     rope: str | None = "linear"
     rope_share: dict[str, float] = field(default_factory=dict, hash=False)
+    whole_factor: bool = False
     attention: Literal["s2"] | None = None
     lora: dict[str, Any] | None = field(default=None, hash=False)
 
@@ -71,6 +73,6 @@ register(Method("full_length", "interpolation, trained on rows of the target len
 # LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
 # which it means.  Dynamic NTK at half of L / C is the default here, rope.type linear or yarn (both at L / C) the others.
 register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows of the target length", positions.contiguous, row_length="target",
-                rope="dynamic", rope_share={"dynamic": 0.5}))
+                rope="dynamic", rope_share={"dynamic": 0.5}, whole_factor=True))
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
-                row_length="target", attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
+                row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))

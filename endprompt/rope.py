@@ -113,9 +113,12 @@ Scaling = Default | Linear | Dynamic | Yarn
 TYPES = ("linear", "dynamic", "yarn")
 
 
-def scaling_for(rope_type: str | None, original_length: int, target_length: int, share: float = 1.0) -> Scaling:
-    """The scaling from ``original_length`` C to ``target_length`` L; the factor is ``share`` x L / C.  Raises BadInput on an unknown type."""
-    factor = share * target_length / original_length
+def scaling_for(rope_type: str | None, original_length: int, target_length: int, share: float = 1.0, whole: bool = False) -> Scaling:
+    """The scaling from ``original_length`` C to ``target_length`` L; the factor is ``share`` x L / C, or x ceil(L / C) if ``whole``.
+
+    Raises BadInput on an unknown type.
+    """
+    factor = share * (math.ceil(target_length / original_length) if whole else target_length / original_length)
     match rope_type:
         case None:
             return Default()

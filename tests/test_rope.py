@@ -172,13 +172,16 @@ def test_every_scheme_reloads_in_plain_transformers(tmp_path, model_type, scalin
 def test_lceg_takes_half_the_factor_for_dynamic_alone():
     from endprompt import methods
 
-    def chosen(name, rope_type):
+    def chosen(name, rope_type, target=65536):
         method = methods.get(name)
-        return rope.scaling_for(rope_type, 8192, 65536, method.rope_share.get(rope_type, 1.0))
+        return rope.scaling_for(rope_type, 8192, target, method.rope_share.get(rope_type, 1.0), method.whole_factor)
 
     assert methods.get("lceg").rope == "dynamic" and chosen("lceg", "dynamic") == rope.Dynamic(4.0, 8192, 65536)
     assert chosen("lceg", "yarn") == rope.Yarn(8.0, 8192) and chosen("lceg", "linear") == rope.Linear(8.0)
     assert chosen("endprompt", "dynamic") == rope.Dynamic(8.0, 8192, 65536)
+    # LongLoRA's and LCEG's code round L / C up: 100,000 / 8192 is 12.2.
+    assert chosen("lceg", "dynamic", 100_000) == rope.Dynamic(6.5, 8192, 100_000) and chosen("longlora", "linear", 100_000) == rope.Linear(13.0)
+    assert chosen("endprompt", "linear", 100_000) == rope.Linear(100_000 / 8192)
 
 
 def test_scaling_for():
