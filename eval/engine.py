@@ -4,6 +4,7 @@ The harness' HF backend cuts a prompt that is too long from the left without fai
 float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` refuses, groups, and keeps the scored logits alone.
 """
 
+import functools
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -44,9 +45,9 @@ class LongLM(HFLM):
         groups: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             context, options = request.args
-            length = len(self.tok_encode(context))
-            if self.window is not None and length + options["max_gen_toks"] > self.window:
-                raise ValueError(f"a prompt of {length} tokens and {options['max_gen_toks']} to generate do not fit into the window of {self.window}")
+            length, new = len(self.tok_encode(context)), options.get("max_gen_toks", self.max_gen_toks)
+            if self.window is not None and length + new > self.window:
+                raise ValueError(f"a prompt of {length} tokens and {new} to generate do not fit into the window of {self.window}")
             groups[length].append(index)
         results: list[str] = [""] * len(requests)
         for length, indices in sorted(groups.items(), reverse=True):
@@ -86,6 +87,14 @@ def vllm(source: str, longest: int):
     return VLLM(pretrained=source, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto", gpu_memory_utilization=0.9)
 
 
+@functools.cache
+def _own_tasks():
+    """The harness' own tasks; finding them takes some seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def run(lm, task: str, metadata: dict, *, defaults: bool = False, few_shots: int | None = None, generation: dict | None = None, limit: int | None = None,
         chat_template: bool = False, unsafe_code: bool = False) -> dict[str, list[dict]]:
     """{task or subtask: the harness' samples} of ``task`` on ``lm``, greedy.
@@ -97,7 +106,7 @@ def run(lm, task: str, metadata: dict, *, defaults: bool = False, few_shots: int
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if defaults else str(TASKS), include_defaults=defaults, metadata=metadata)
+    manager = _own_tasks() if defaults else TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     found = simple_evaluate(lm, tasks=[task], num_fewshot=few_shots, gen_kwargs=generation, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True,
                             apply_chat_template=chat_template, confirm_run_unsafe_code=unsafe_code)
     return found["samples"]

@@ -112,7 +112,8 @@ class Scorer:
     def score(self, task: str, length: int | None) -> tuple[dict, list[dict]]:
         """(what the result file holds under "scores", the predictions in the official fields).  Raises ValueError or BadInput."""
         if task in names.SHORT_TEXT:
-            return self._short_text(task)
+            options = self.recipe.eval
+            return short_text(self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code), []
         generation = None
         if task.startswith("longbench_") and self.recipe.eval.backend == "hf":
             generation = longbench.generation_kwargs(task.removeprefix("longbench_"), self.tokenizer) or None
@@ -142,15 +143,16 @@ class Scorer:
                       "official": longbench.number(name, answers, [document["answers"] for document in documents], documents[0]["all_classes"])}
         return found, predictions
 
-    def _short_text(self, task: str) -> tuple[dict, list[dict]]:
-        few_shots, metric = names.SHORT_TEXT[task]
-        limit = self.recipe.eval.short_text_samples
-        found = engine.run(self.lm, task, {}, defaults=True, few_shots=few_shots, limit=limit, chat_template=self.recipe.eval.chat_template,
-                           unsafe_code=self.recipe.eval.run_unsafe_code)
-        name, _, wanted = metric.partition(",")
-        scores = [100.0 * sample[name] for part in found.values() for sample in part if sample["filter"] == wanted]
-        low, high = intervals.bootstrap(scores)
-        return {"length": None, "metric": metric, "few_shots": few_shots, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}, []
+
+def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
+    """The scores of one of the harness' own tasks, at the shots and by the metric of ``names.SHORT_TEXT``; all subtasks' samples count alike, as in
+    the harness' own mean of MMLU.  ``limit``: samples a subtask; None: all."""
+    few_shots, metric = names.SHORT_TEXT[task]
+    found = engine.run(lm, task, {}, defaults=True, few_shots=few_shots, limit=limit, chat_template=chat_template, unsafe_code=unsafe_code)
+    name, _, wanted = metric.partition(",")
+    scores = [100.0 * sample[name] for part in found.values() for sample in part if sample["filter"] == wanted]
+    low, high = intervals.bootstrap(scores)
+    return {"length": None, "metric": metric, "few_shots": few_shots, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
 
 
 def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from matplotlib import image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from endprompt import BadInput, config, methods, provenance
+from endprompt import BadInput, config, corpus, methods, provenance
 from endprompt.eval import compare, engine, figures, intervals, passkey, perplexity, run
 
 BASE = methods.get("base")
@@ -291,6 +292,79 @@ def test_perplexity_is_that_of_transformers_own_loss(lm, base, tokenizer, tmp_pa
     assert found["tokens"] == len(losses) and found["samples"] == len(documents) > 5
     assert found["nats"] == pytest.approx(sum(losses) / len(losses), rel=1e-5) and found["score"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert 0 < found["low"] < found["score"] < found["high"]
+
+
+# Short text: the harness' own tasks, at the shots and by the metric that are stated
+
+SHORT = REPOSITORY.parent / "shared/data/short_text"
+
+
+@pytest.fixture
+def local_sets(monkeypatch):
+    """The data sets of the harness' tasks from local files, in the place of the hub."""
+    if not SHORT.is_dir():
+        pytest.skip(f"{SHORT} is not on this machine")
+
+    def rows(name):
+        return [row for _, row in corpus.jsonl(SHORT / f"{name}.jsonl.zst")]
+
+    def load(path, name=None, **_):
+        if path.endswith("hellaswag"):
+            found = {"train": rows("hellaswag.validation")[100:120], "validation": rows("hellaswag.validation")[:6]}
+        elif path.endswith("gsm8k"):
+            found = {"train": rows("gsm8k.train")[:20], "test": rows("gsm8k.test")[:6]}
+        else:
+            found = {"dev": [row for row in rows("mmlu.dev") if row["subject"] == name], "test": [row for row in rows("mmlu.test") if row["subject"] == name][:2]}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in found.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+class Chooser(Known):
+    """Picks the ending that ``likes``; also generates."""
+
+    def __init__(self, answer, likes):
+        super().__init__(answer)
+        self.likes = likes
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        self.prompts += [request.args[0] for request in requests]
+        return [(0.0 if self.likes(request.doc, request.args[1]) else -1000.0, False) for request in requests]
+
+
+def test_hellaswag_is_ten_shot_and_normalised(local_sets):
+    right = Chooser(None, lambda doc, ending: doc["choices"][int(doc["label"])] == ending.strip())
+    found = run.short_text(right, "hellaswag", None, False, False)
+    assert found["score"] == 100 and found["samples"] == 6 and found["metric"] == "acc_norm,none" and found["few_shots"] == 10 and found["low"] < 100
+    assert all(prompt.count("\n\n") == 10 for prompt in right.prompts)
+    assert run.short_text(Chooser(None, lambda doc, ending: doc["choices"][int(doc["label"]) - 1] == ending.strip()), "hellaswag", 4, False, False)["score"] == 0
+
+
+def test_gsm8k_is_five_shot_and_strict(local_sets):
+    answers = {row["question"]: row["answer"] for _, row in corpus.jsonl(SHORT / "gsm8k.test.jsonl.zst")}
+
+    def solve(prompt):
+        return answers[prompt.rpartition("Question: ")[2].removesuffix("\nAnswer:")]
+
+    oracle = Known(solve)
+    found = run.short_text(oracle, "gsm8k", None, False, False)
+    assert found["score"] == 100 and found["samples"] == 6 and found["few_shots"] == 5 and all(prompt.count("Question: ") == 6 for prompt in oracle.prompts)
+    loose = Known(lambda prompt: "It is " + solve(prompt).rpartition("#### ")[2])
+    assert run.short_text(loose, "gsm8k", None, False, False)["score"] == 0  # right, but not in the form that strict-match wants
+
+
+@pytest.mark.slow
+def test_mmlu_is_five_shot_over_all_subjects(local_sets):
+    right = Chooser(None, lambda doc, ending: "ABCD"[doc["answer"]] == ending.strip())
+    found = run.short_text(right, "mmlu", 1, False, False)
+    assert found["score"] == 100 and found["samples"] == 57 and found["few_shots"] == 5
+    assert all(prompt.count("\nAnswer:") == 6 for prompt in right.prompts)
+
+
+def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path):
+    with pytest.raises(BadInput, match="humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true"):
+        run.evaluate(recipe(tasks=["humaneval"]), BASE, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Results on disk
