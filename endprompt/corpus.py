@@ -81,7 +81,8 @@ class _Zstd(io.RawIOBase):
         return count
 
 
-def _open(path: Path) -> io.TextIOBase:
+def open_text(path: Path) -> io.TextIOBase:
+    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst.  What gzip, zstd and UTF-8 raise comes through."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
@@ -91,7 +92,7 @@ def _open(path: Path) -> io.TextIOBase:
 
 def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, what stands in it) of a .jsonl file, plain or packed as .gz or .zst.  Raises BadInput naming a line that is no JSON."""
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -127,7 +128,7 @@ def _file_texts(path: Path, column: str) -> Iterator[str]:
                 number += 1
                 yield _text(row, column, f"{path} row {number}")
     elif kind(path) == ".txt":
-        with _open(path) as file:
+        with open_text(path) as file:
             yield file.read()
     else:
         for number, row in jsonl(path):

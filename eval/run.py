@@ -15,7 +15,7 @@ import torch
 
 from endprompt import BadInput, model, provenance, shards
 from endprompt.config import Recipe
-from endprompt.eval import engine, figures, intervals, longbench, names, passkey, perplexity, ruler
+from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, ruler
 from endprompt.methods import Method
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
@@ -117,7 +117,7 @@ class Scorer:
         generation = None
         if task.startswith("longbench_") and self.recipe.eval.backend == "hf":
             generation = longbench.generation_kwargs(task.removeprefix("longbench_"), self.tokenizer) or None
-        chat = self.recipe.eval.chat_template and (not task.startswith("longbench_") or longbench.chat_template_allowed(task.removeprefix("longbench_")))
+        chat = self.recipe.eval.chat_template and (not task.startswith("longbench_") or longbench_scores.get(task.removeprefix("longbench_")).chat)
         samples = engine.run(self.lm, f"endprompt_{task}", {**self.metadata, "max_seq_lengths": [length]}, generation=generation, chat_template=chat)[f"endprompt_{task}"]
         documents = [sample["doc"] for sample in samples]
         answers = [sample["filtered_resps"][0] for sample in samples]
@@ -137,10 +137,11 @@ class Scorer:
                       "lengths": ruler.report(documents, length)}
         else:
             name = task.removeprefix("longbench_")
-            predictions = [{"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length", "_id")}}
+            predictions = [{"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length")}}
                            for document, answer in zip(documents, answers, strict=True)]
-            found |= {"metric": longbench.metric(name), "category": longbench.category(name),
-                      "official": longbench.number(name, answers, [document["answers"] for document in documents], documents[0]["all_classes"])}
+            about = longbench_scores.get(name)
+            found |= {"metric": about.metric, "category": about.category, "truncated": sum(document["truncated"] for document in documents),
+                      "official": longbench_scores.number(name, answers, [document["answers"] for document in documents], documents[-1]["all_classes"])}
         return found, predictions
 
 
@@ -170,8 +171,8 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         if not options.run_unsafe_code:
             raise BadInput("eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may")
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    if any(task.startswith("longbench_") for task in options.tasks):
-        longbench.check_environment(any(task.removeprefix("longbench_") in names.LONGBENCH_ZH for task in options.tasks))
+    if asked := [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]:
+        longbench_scores.check_environment(*asked)
     network, tokenizer, identity = load(recipe, method, run, other)
     with tempfile.TemporaryDirectory() as temporary:
         scorer = Scorer(recipe, network, tokenizer, temporary)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from endprompt import BadInput, corpus
-from endprompt.eval import longbench, names, passkey, ruler
+from endprompt.eval import longbench_scores, names, passkey, ruler
 
 BENCHMARKS = {"ruler": names.RULER, "longbench": (*names.LONGBENCH, *names.LONGBENCH_ZH), "passkey": ("passkey",)}
 
@@ -59,7 +59,7 @@ def score(benchmark: str, task: str, path: Path) -> float:
         classes = rows[-1].get("all_classes")  # the official script keeps the last row's
         if task in ("trec", "lsht") and not classes:
             raise BadInput(f"{path}: {task} needs 'all_classes', the names of its classes, in each row")
-        return longbench.number(task, [row["pred"] for row in rows], [row["answers"] for row in rows], classes)
+        return longbench_scores.number(task, [row["pred"] for row in rows], [row["answers"] for row in rows], classes)
     rows = read(path, {"pred": str, "key": str})
     return round(100 * sum(passkey.correct(row["pred"], row["key"]) for row in rows) / len(rows), 2)
 
