@@ -166,6 +166,8 @@ def prepare_sentences(job: dict, progress: Progress) -> None:
     split = functools.lru_cache(maxsize=2)(nltk.tokenize.sent_tokenize)
 
     def sent_tokenize(text: str) -> list[str]:
+        if not text:  # the script would go on, with needles and nothing to hide them in
+            fail(job, TOO_SHORT, "its smallest haystack, 500 words, does not fit")
         sentences = split(text)
         progress.alive()
         return sentences
