@@ -47,7 +47,7 @@ CHECKSUMS = {  # SHA-256, as the wheel has them
     "eval/synthetic/constants.py": "a7041631f24a17defd433f07b65340bec0ff27c9d20ecb852f44cfe1d386c59f",
 }
 WORD_LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-# SHA-256 over the three lists' own.  3.0 took four nouns out, which moves every draw: other keys and words, of the same kind.
+# SHA-256 over the three lists' own.  2.2.0 draws the keys and words of the samples that were published in 2024; 3.0 took four nouns out, which moves every draw.
 WORDS = {"a4f760729bef833cb51dcee82e3c7204527529bdb465d9c16c26c5adc1eeab51": "2.2.0", "1c988c61c58b78a2150c17a973ff46d484f03e0395d8a1014711b0eabcd32c90": "3.0.1"}
 
 
@@ -87,7 +87,7 @@ def words() -> str:
     found = hashlib.sha256("".join(shards.sha256(folder / name) for name in WORD_LISTS if (folder / name).is_file()).encode()).hexdigest()
     if found not in WORDS:
         raise BadInput(f"wonderwords {version}: its word lists (sha256 {found[:12]}) are no known ones, and the samples depend on them; "
-                       f"`pip install wonderwords=={list(WORDS.values())[-1]}`")
+                       f"`pip install wonderwords=={next(iter(WORDS.values()))}`")
     return found
 
 
@@ -196,24 +196,40 @@ def _finish(code: int, job: dict, task: str, length: int) -> tuple[bytes, list[i
     return body, json.loads(Path(job["counts"]).read_text(encoding="utf-8"))
 
 
-def _read(path: Path, question: dict) -> tuple[bytes, list[int]] | None:
-    """What ``path`` holds; None if it is not there, or, after saying so, if it is damaged."""
+def _entry(path: Path) -> tuple[dict, bytes, list[int]] | None:
+    """(question, the script's file, recounted lengths) of a cache file whose checksum is right; None if it is damaged.  Raises OSError if it cannot be read."""
+    head, _, body = path.read_bytes().partition(b"\n")
     try:
-        head, _, body = path.read_bytes().partition(b"\n")
         found = json.loads(head)
-        if found["question"] == question and found["sha256"] == hashlib.sha256(body + json.dumps(found["counts"]).encode()).hexdigest():
-            return body, found["counts"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
+        if found["sha256"] == hashlib.sha256(body + json.dumps(found["counts"]).encode()).hexdigest():
+            return found["question"], body, found["counts"]
+    except (ValueError, KeyError, TypeError):
         pass
-    print(f"{path}: is damaged; making the samples again", file=sys.stderr)
     return None
 
 
 def _write(path: Path, question: dict, body: bytes, counts: list[int]) -> None:
     head = {"question": question, "sha256": hashlib.sha256(body + json.dumps(counts).encode()).hexdigest(), "counts": counts}
     shards.write_atomically(path, json.dumps(head).encode() + b"\n" + body)
+
+
+def _cached(path: Path, question: dict) -> bool:
+    try:
+        entry = _entry(path)
+    except FileNotFoundError:
+        return False
+    if entry is None or entry[0] != question:
+        print(f"{path}: is damaged; making the samples again", file=sys.stderr)
+        return False
+    return True
+
+
+def read(path: Path) -> list[dict]:
+    """The samples of a cache file, see `generate`.  Raises BadInput if it is damaged."""
+    entry = _entry(path)
+    if entry is None:
+        raise BadInput(f"{path}: is damaged; delete it, and the samples are made again")
+    return [{**json.loads(line), "counted": count} for line, count in zip(entry[1].splitlines(), entry[2], strict=True)]
 
 
 def default_cache() -> Path:
@@ -236,12 +252,10 @@ def _check(tasks: list[str], lengths: list[int], samples: int, seed: int, proces
                 raise _too_short(task, length, "it needs 200 tokens for four words")
 
 
-def generate(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
-             processes: int | None = None) -> dict[tuple[str, int], list[dict]]:
-    """The samples of every task at every length (tokens, answer included), from the cache or made by ``processes`` at a time (None: one a core), longest first.
+def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
+           processes: int | None = None) -> dict[tuple[str, int], Path]:
+    """The cache file of every task at every length, for `read`; what is missing is made by ``processes`` at a time (None: one a core), longest first.
 
-    A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this tokenizer plus the tokens to generate.  The
-    official generator lets fwe overrun its length, and counts vt before its example is renamed; a line says how many samples are over.
     Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or packages that are not the pinned ones.
     """
     tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
@@ -256,41 +270,49 @@ def generate(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"cache: {folder} cannot be made: {error.strerror}; name another folder") from None
-    order = sorted(((task, length) for length in lengths for task in tasks), key=lambda pair: -pair[1])
-    found, missing = {}, []
-    for task, length in order:
-        question = {"task": task, "length": length, **common}
-        path = folder / f"{task}-{length}-{samples}-{hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]}.jsonl"
-        entry = _read(path, question)
-        if entry is None:
-            missing.append((task, length, question, path))
-        else:
-            found[task, length] = entry
-    if missing:
-        found |= _make(missing, loaded.backend_tokenizer.to_str(), special, processes or len(os.sched_getaffinity(0)))
-    result = {}
+    paths, missing = {}, []
     for length in lengths:
         for task in tasks:
-            body, counts = found[task, length]
-            result[task, length] = [{**json.loads(line), "counted": count} for line, count in zip(body.splitlines(), counts, strict=True)]
-            said = report(result[task, length], length)
-            if said["over"]:
-                print(f"ruler_{task} at {length}: {said['over']} of {said['samples']} samples are longer, up to {said['longest']} tokens with their answer, "
-                      "as the official generator makes them", file=sys.stderr)
-    return result
+            question = {"task": task, "length": length, **common}
+            digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+            paths[task, length] = folder / f"{task}-{length}-{samples}-{digest[:16]}.jsonl"
+            if not _cached(paths[task, length], question):
+                missing.append((question, paths[task, length]))
+    if missing:
+        missing.sort(key=lambda entry: -entry[0]["length"])
+        _make(missing, loaded.backend_tokenizer.to_str(), special, processes or len(os.sched_getaffinity(0)))
+    return paths
 
 
-def _make(missing: list[tuple[str, int, dict, Path]], definition: str, special: bool, processes: int) -> dict[tuple[str, int], tuple[bytes, list[int]]]:
-    """Runs the workers for ``missing``, ``processes`` at a time, and writes the cache; after the first failure no other is started, and those running are ended."""
+def generate(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
+             processes: int | None = None) -> dict[tuple[str, int], list[dict]]:
+    """The samples of every task at every length (tokens, answer included), as `ensure` makes them; 500 at 65536 tokens are about 150 MB a task.
+
+    A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this tokenizer plus the tokens to generate.  The
+    official generator lets fwe overrun its length, and counts vt before its example is renamed; a line on stderr says how many samples are over.
+    """
+    return {key: _reported(key, read(path)) for key, path in ensure(tasks, lengths, tokenizer, samples, seed, cache, processes).items()}
+
+
+def _reported(key: tuple[str, int], samples: list[dict]) -> list[dict]:
+    said = report(samples, key[1])
+    if said["over"]:
+        print(f"ruler_{key[0]} at {key[1]}: {said['over']} of {said['samples']} samples are longer, up to {said['longest']} tokens with their answer, "
+              "as the official generator makes them", file=sys.stderr)
+    return samples
+
+
+def _make(missing: list[tuple[dict, Path]], definition: str, special: bool, processes: int) -> None:
+    """Makes the cache files of ``missing``, ``processes`` at a time and in their order; after the first failure no other is started, and those running are ended."""
     running: set[subprocess.Popen] = set()
     lock, stopped = threading.Lock(), threading.Event()
 
-    def make(task: str, length: int, question: dict, path: Path) -> tuple[bytes, list[int]] | None:
-        start = time.monotonic()
+    def make(question: dict, path: Path) -> None:
+        task, length, start = question["task"], question["length"], time.monotonic()
         with tempfile.TemporaryDirectory(prefix="endprompt-ruler-") as folder:
             with lock:
                 if stopped.is_set():
-                    return None
+                    return
                 process, job = _start(task, length, question["samples"], question["seed"], file, special, Path(folder))
                 running.add(process)
             try:
@@ -299,16 +321,15 @@ def _make(missing: list[tuple[str, int, dict, Path]], definition: str, special: 
                 with lock:
                     running.discard(process)
             if stopped.is_set():
-                return None
+                return
             body, counts = _finish(code, job, task, length)
         _write(path, question, body, counts)
         print(f"ruler_{task} at {length}: {len(counts)} samples made in {time.monotonic() - start:.1f} s", file=sys.stderr)
-        return body, counts
 
     with tempfile.TemporaryDirectory(prefix="endprompt-ruler-") as shared, ThreadPoolExecutor(processes) as pool:
         file = Path(shared) / "tokenizer.json"
         file.write_text(definition, encoding="utf-8")
-        futures = {pool.submit(make, *entry): entry[:2] for entry in missing}
+        futures = [pool.submit(make, *entry) for entry in missing]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             for future in futures:
@@ -320,7 +341,6 @@ def _make(missing: list[tuple[str, int, dict, Path]], definition: str, special: 
                 for process in running:
                     process.kill()
             pool.shutdown(cancel_futures=True)
-    return {key: future.result() for future, key in futures.items()}
 
 
 def report(samples: list[dict], length: int) -> dict:
@@ -391,8 +411,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write OUT/<length>/<task>/validation.jsonl, in the official fields")
     options = parser.parse_args(argv)
     try:
-        found = generate(options.tasks, options.lengths, options.tokenizer, options.samples, options.seed, options.cache, options.processes)
-        for (task, length), samples in found.items():
+        paths = ensure(options.tasks, options.lengths, options.tokenizer, options.samples, options.seed, options.cache, options.processes)
+        for (task, length), made in paths.items():
+            samples = _reported((task, length), read(made))
             said = report(samples, length)
             print(f"{task:16} {length:>8} {said['samples']:>5} samples of {said['shortest']} to {said['longest']} tokens, {said['over']} over the length")
             if options.out is not None:
