@@ -6,6 +6,7 @@ float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``
 
 import functools
 import logging
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class LongLM(HFLM):
 
         Raises ValueError for a prompt that leaves no room for its answer within ``window``.
         """
+        disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # bars only fill a log
         groups: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             context, options = request.args
@@ -58,6 +60,7 @@ class LongLM(HFLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+        disable_tqdm = disable_tqdm or not sys.stderr.isatty()
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         batch = LOGIT_BYTES // (longest * self.model.config.vocab_size * 4)
         if batch:

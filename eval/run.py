@@ -133,8 +133,8 @@ class Scorer:
             name = task.removeprefix("ruler_")
             predictions = [{"index": document["index"], "outputs": document["outputs"], "pred": answer, "length": document["length"]}
                            for document, answer in zip(documents, answers, strict=True)]
-            found |= {"metric": "string_match_part" if name.startswith("qa_") else "string_match_all", "generator": ruler.generator(), "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
-                      "lengths": ruler.report(documents, length)}
+            found |= {"metric": "string_match_part" if name.startswith("qa_") else "string_match_all", "generator": ruler.generator(),
+                      "official": ruler.number(name, answers, [document["outputs"] for document in documents]), "lengths": ruler.report(documents, length)}
         else:
             name = task.removeprefix("longbench_")
             predictions = [{"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length")}}
