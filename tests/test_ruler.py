@@ -214,7 +214,7 @@ SAME_TEXT_BY_WORDS = {"niah_single_1", "niah_multikey_2", "cwe"}
 
 def unwrapped(text: str) -> str:
     """Without the Phi-3 chat template."""
-    return text.removeprefix("<|user|>\n").replace("<|end|>\n<|assistant|>\n", "")
+    return text.replace("<|user|>\n", "").replace("<|end|>\n<|assistant|>\n", "")
 
 
 def asked(task: str, text: str) -> tuple[str, str]:
