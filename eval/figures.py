@@ -1,4 +1,4 @@
-"""Pictures of results: length x depth heatmaps, one panel a method, and accuracy against length, one line a method."""
+"""Pictures of results: length x depth heatmaps, scores against length, clusters of bars, memory and time; the paper's figures dashed or hatched beside ours."""
 
 import json
 from pathlib import Path
@@ -65,21 +65,99 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
     _save(figure, path, title)
 
 
-def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = None) -> None:
-    """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against length, into one PNG."""
+def _bars(cells: list[dict]) -> list[list[float]]:
+    """What ``errorbar`` takes: distances from the means down and up to the ends of the intervals."""
+    return [[max(0.0, cell["mean"] - cell["low"]) for cell in cells], [max(0.0, cell["high"] - cell["mean"]) for cell in cells]]
+
+
+def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = None, label: str = "keys found in %", limits: tuple[float, float] | None = (-3, 103),
+          paper: dict[str, dict[int, float]] | None = None) -> None:
+    """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against length, into one PNG.
+
+    ``limits`` of the vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names, as dashed lines in the same colours.
+    """
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    every = sorted({length for cells in results.values() for length in cells})
-    for number, (name, cells) in enumerate(results.items()):
-        lengths, means = sorted(cells), [cells[length]["mean"] for length in sorted(cells)]
-        bars = [[max(0.0, cells[length]["mean"] - cells[length]["low"]) for length in lengths], [max(0.0, cells[length]["high"] - cells[length]["mean"]) for length in lengths]]
-        # Side by side, so that bars at the same length can be told apart.
-        across = [length * 1.025 ** (number - (len(results) - 1) / 2) for length in lengths]
-        axis.errorbar(across, means, bars, label=name, marker="os^Dvph<>"[number % 9], markersize=4, capsize=3, linewidth=1.2)
+    paper = paper or {}
+    names, every = list(dict.fromkeys([*results, *paper])), sorted({length for cells in [*results.values(), *paper.values()] for length in cells})
+    crowded = len(results) + len(paper) > 5
+    figure, axis = plt.subplots(figsize=(8.4 if crowded else 6.4, 4), layout="constrained")
+    for number, name in enumerate(names):
+        style = {"marker": "os^Dvph<>"[number % 9], "markersize": 4, "linewidth": 1.2, "color": f"C{number % 10}"}
+        cells, printed = results.get(name, {}), paper.get(name, {})
+        if cells:
+            # Side by side, so that bars at the same length can be told apart.
+            across = [length * 1.025 ** (number - (len(names) - 1) / 2) for length in sorted(cells)]
+            shown = [cells[length] for length in sorted(cells)]
+            axis.errorbar(across, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style)
+        if printed:
+            axis.plot(sorted(printed), [printed[length] for length in sorted(printed)], label=f"{name} (paper)", linestyle="--", markerfacecolor="white", **style)
     axis.set_xscale("log", base=2)
     axis.set_xticks(every, [str(length) for length in every])
     axis.minorticks_off()
-    axis.set(ylim=(-3, 103), xlabel="length in tokens", ylabel="keys found in %, with 95 % interval")
+    axis.set(xlabel="length in tokens", ylabel=f"{label}, with 95 % interval" if results else label)
+    if limits:
+        axis.set_ylim(*limits)
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper") if crowded else axis.legend(fontsize=8)
+    _save(figure, path, title)
+
+
+def bars(groups: list[str], results: dict[str, list[dict | None]], path: Path, title: str | None = None, paper: dict[str, list[float | None]] | None = None,
+         label: str = "score in %") -> None:
+    """Draws a cluster of bars for each of ``groups``: per name its {"mean", "low", "high"} with the interval, and hatched beside it what ``paper`` prints.
+
+    None in a list is a bar that is not there.
+    """
+    paper = paper or {}
+    names = list(dict.fromkeys([*results, *paper]))
+    series = [(name, hatched) for name in names for hatched, source in ((False, results), (True, paper)) if any(cell is not None for cell in source.get(name, []))]
+    figure, axis = _pyplot().subplots(figsize=(min(16, max(6.4, 1.6 + 0.24 * len(groups) * max(3, len(series)))) + 1.8, 4.2), layout="constrained")
+    width = 0.84 / max(1, len(series))
+    for number, (name, hatched) in enumerate(series):
+        cells = (paper if hatched else results)[name]
+        there = [index for index, cell in enumerate(cells) if cell is not None]
+        across = [index + (number - (len(series) - 1) / 2) * width for index in there]
+        style = {"color": f"C{names.index(name) % 10}", "label": f"{name} (paper)" if hatched else name, "width": width * 0.94}
+        if hatched:
+            axis.bar(across, [cells[index] for index in there], alpha=0.45, hatch="///", edgecolor="white", **style)
+        else:
+            shown = [cells[index] for index in there]
+            axis.bar(across, [cell["mean"] for cell in shown], yerr=_bars(shown), capsize=2, error_kw={"linewidth": 0.9}, **style)
+    axis.set_xticks(range(len(groups)), groups, fontsize=9)
+    axis.set(ylabel=f"{label}, with 95 % interval" if any(not hatched for _, hatched in series) else label, ylim=(0, None))
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(fontsize=8, loc="outside right upper")
+    _save(figure, path, title)
+
+
+def costs(panels: list[tuple[str, str, list[str], dict[str, list[float | None]]]], path: Path, title: str | None = None) -> None:
+    """Draws panels, two to a row, each (title, unit, names of the bars, {series: a value a bar or None}), every bar with its value above it."""
+    rows = -(-len(panels) // 2)
+    figure, axes = _pyplot().subplots(rows, 2, figsize=(2.6 + 1.35 * max(len(names) for _, _, names, _ in panels) * 2, 0.6 + 3.1 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    labels = {}
+    for axis, (heading, unit, names, series) in zip(axes.flat, panels, strict=False):
+        width = 0.8 / max(1, len(series))
+        for number, (name, values) in enumerate(series.items()):
+            there = [index for index, value in enumerate(values) if value is not None]
+            printed = name.startswith("paper")
+            drawn = axis.bar([index + (number - (len(series) - 1) / 2) * width for index in there], [values[index] for index in there], width * 0.94, label=name,
+                             color="C7" if printed else "C0", hatch="///" if printed else None, edgecolor="white" if printed else None)
+            axis.bar_label(drawn, [f"{values[index]:.3g}" for index in there], fontsize=8, padding=1)
+            labels.setdefault(name, drawn)
+            for index in set(range(len(names))) - set(there):
+                axis.annotate("not run", (index + (number - (len(series) - 1) / 2) * width, 0), (0, 2), textcoords="offset points", rotation=90, ha="center", fontsize=7,
+                              color="C7")
+        axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
+        axis.set_title(heading, fontsize=10)
+        axis.set_ylabel(unit, fontsize=9)
+        axis.margins(y=0.15)
+    figure.legend(labels.values(), labels.keys(), fontsize=8, loc="outside lower center", ncols=len(labels))
     _save(figure, path, title)
