@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from endprompt import methods
+
 
 def read(folder: Path) -> list[dict]:
     """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by length."""
@@ -65,6 +67,12 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
     _save(figure, path, title)
 
 
+def _colours(names: list[str]) -> dict[str, str]:
+    """One colour a name: a method's own, the same in every picture; others in order."""
+    known = list(methods.METHODS)
+    return {name: f"C{(known.index(name) if name in known else number) % 10}" for number, name in enumerate(names)}
+
+
 def _bars(cells: list[dict]) -> list[list[float]]:
     """What ``errorbar`` takes: distances from the means down and up to the ends of the intervals."""
     return [[max(0.0, cell["mean"] - cell["low"]) for cell in cells], [max(0.0, cell["high"] - cell["mean"]) for cell in cells]]
@@ -78,19 +86,19 @@ def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = N
     """
     plt = _pyplot()
     paper = paper or {}
-    names, every = list(dict.fromkeys([*results, *paper])), sorted({length for cells in [*results.values(), *paper.values()] for length in cells})
-    crowded = len(results) + len(paper) > 5
+    names, every = list(dict.fromkeys([*paper, *results])), sorted({length for cells in [*results.values(), *paper.values()] for length in cells})
+    crowded, colours, drawn = len(results) + len(paper) > 5, _colours(names), []
     figure, axis = plt.subplots(figsize=(8.4 if crowded else 6.4, 4), layout="constrained")
     for number, name in enumerate(names):
-        style = {"marker": "os^Dvph<>"[number % 9], "markersize": 4, "linewidth": 1.2, "color": f"C{number % 10}"}
+        style = {"marker": "os^Dvph<>"[number % 9], "markersize": 4, "linewidth": 1.2, "color": colours[name]}
         cells, printed = results.get(name, {}), paper.get(name, {})
         if cells:
             # Side by side, so that bars at the same length can be told apart.
             across = [length * 1.025 ** (number - (len(names) - 1) / 2) for length in sorted(cells)]
             shown = [cells[length] for length in sorted(cells)]
-            axis.errorbar(across, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style)
+            drawn.append(axis.errorbar(across, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style))
         if printed:
-            axis.plot(sorted(printed), [printed[length] for length in sorted(printed)], label=f"{name} (paper)", linestyle="--", markerfacecolor="white", **style)
+            drawn += axis.plot(sorted(printed), [printed[length] for length in sorted(printed)], label=f"{name} (paper)", linestyle="--", markerfacecolor="white", **style)
     axis.set_xscale("log", base=2)
     axis.set_xticks(every, [str(length) for length in every])
     axis.minorticks_off()
@@ -103,7 +111,7 @@ def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = N
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper") if crowded else axis.legend(fontsize=8)
+    figure.legend(handles=drawn, fontsize=8, loc="outside right upper") if crowded else axis.legend(handles=drawn, fontsize=8)
     _save(figure, path, title)
 
 
@@ -114,7 +122,8 @@ def bars(groups: list[str], results: dict[str, list[dict | None]], path: Path, t
     None in a list is a bar that is not there.
     """
     paper = paper or {}
-    names = list(dict.fromkeys([*results, *paper]))
+    names = list(dict.fromkeys([*paper, *results]))
+    colours = _colours(names)
     series = [(name, hatched) for name in names for hatched, source in ((False, results), (True, paper)) if any(cell is not None for cell in source.get(name, []))]
     figure, axis = _pyplot().subplots(figsize=(min(16, max(6.4, 1.6 + 0.24 * len(groups) * max(3, len(series)))) + 1.8, 4.2), layout="constrained")
     width = 0.84 / max(1, len(series))
@@ -122,7 +131,7 @@ def bars(groups: list[str], results: dict[str, list[dict | None]], path: Path, t
         cells = (paper if hatched else results)[name]
         there = [index for index, cell in enumerate(cells) if cell is not None]
         across = [index + (number - (len(series) - 1) / 2) * width for index in there]
-        style = {"color": f"C{names.index(name) % 10}", "label": f"{name} (paper)" if hatched else name, "width": width * 0.94}
+        style = {"color": colours[name], "label": f"{name} (paper)" if hatched else name, "width": width * 0.94}
         if hatched:
             axis.bar(across, [cells[index] for index in there], alpha=0.45, hatch="///", edgecolor="white", **style)
         else:
@@ -159,5 +168,6 @@ def costs(panels: list[tuple[str, str, list[str], dict[str, list[float | None]]]
         axis.set_title(heading, fontsize=10)
         axis.set_ylabel(unit, fontsize=9)
         axis.margins(y=0.15)
+        axis.set_xlim(-0.6, len(names) - 0.4)
     figure.legend(labels.values(), labels.keys(), fontsize=8, loc="outside lower center", ncols=len(labels))
     _save(figure, path, title)

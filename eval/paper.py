@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from endprompt.eval import names
+from endprompt.eval import longbench_scores, names
 
 SHORT, TARGET = (4096, 8192, 16384, 32768), 65536
 # Half a unit of the last digit for the columns and as much for the average: a greater difference cannot be rounding.
@@ -20,9 +20,7 @@ ROUNDING = Fraction(1, 100)
 _RULER = {name: (f"ruler_{name}",) for name in names.RULER}
 _GROUPED = {"niah_single": tuple(f"ruler_niah_single_{i}" for i in (1, 2, 3)), "niah_multikey": tuple(f"ruler_niah_multikey_{i}" for i in (1, 2, 3)),
             **{name: (f"ruler_{name}",) for name in ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")}, "qa": ("ruler_qa_1", "ruler_qa_2")}
-_CATEGORIES = {category: tuple(f"longbench_{name}" for name in members.split()) for category, members in {
-    "single_doc_qa": "narrativeqa qasper multifieldqa_en", "multi_doc_qa": "hotpotqa 2wikimqa musique", "summarization": "gov_report qmsum multi_news",
-    "few_shot": "trec triviaqa samsum", "synthetic": "passage_count passage_retrieval_en", "code": "lcc repobench-p"}.items()}
+_CATEGORIES = {category: tuple(f"longbench_{name}" for name in members) for category, members in longbench_scores.CATEGORIES.items()}
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "ruler": {**_RULER, "avg": names.GROUPS["ruler"]},
     "ruler_groups": {**_GROUPED, "avg": names.GROUPS["ruler"]},

@@ -7,9 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from endprompt import BadInput, methods
+from endprompt.eval import longbench_scores
 
 # What two results of one model agree in; dtype and attention may differ between machines.
 _MODEL = ("name_or_path", "revision", "gguf_file", "fingerprint", "rope_parameters")
+
+# Of the harness' own data: MMLU's 57 tests, GSM8K test, HellaSwag validation, HumanEval.
+SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humaneval": 164}
+
+
+def full_samples(task: str) -> int:
+    """Samples of a whole evaluation: RULER's protocol has 500 a length, LongBench and short text what their data hold; 0 where nothing is prescribed."""
+    if task.startswith("ruler_"):
+        return 500
+    if (name := task.removeprefix("longbench_")) in longbench_scores.TASKS:
+        return longbench_scores.TASKS[name].samples
+    return SHORT_TEXT_SAMPLES.get(task, 0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Results:
             if len(absent) == len(parts):
                 return Missing()
             shown = ", ".join(f"{task}" + (f" at {length}" if length else "") for task, length in absent[:6]) + (", ..." if len(absent) > 6 else "")
-            return Missing(f"{len(absent)} of {len(parts)} results are missing: {shown}")
+            return Missing(f"not run, for {len(absent)} of {len(parts)} results are missing: {shown}")
         files = [self.found[part] for part in parts]
         scores = [file["scores"] for file in files]
         score = math.fsum(one["score"] for one in scores) / len(scores)
@@ -99,11 +112,12 @@ def read(folder: Path) -> Results:
 
 
 def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
-    """The results of a run's own model; of another (``model``); or of the one that stage ``after`` made in the run's folder."""
+    """The results of a run's own model; of another (``model``), if it was scored there; or of the one that stage ``after`` made in the run's folder."""
     if after:
         folders = [evaluation_folder(run, str(run / after)), *sorted(run.glob(f"eval-{after}-*"))]  # the second where the runs were moved
         return read(next((folder for folder in folders if folder.is_dir()), folders[0]))
-    return read(evaluation_folder(run, model))
+    folder = evaluation_folder(run, model)
+    return read(folder if folder.is_dir() else evaluation_folder(run))
 
 
 def training(run: Path) -> dict | None:

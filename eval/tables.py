@@ -8,14 +8,13 @@ A cell is ours | paper | difference; what was not run says so.  Ours comes from 
 import argparse
 import csv
 import io
-import math
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from endprompt import BadInput, methods, provenance, shards
-from endprompt.eval import figures, names, paper, recipe_page, results
+from endprompt.eval import figures, paper, recipe_page, results
 from endprompt.eval.results import Estimate, Missing, Results
 
 GIB, FIELDS = 2**30, ("table", "row", "column", "ours", "low", "high", "samples", "paper", "difference", "mark")
@@ -62,9 +61,11 @@ def render(shown: tuple[str, ...]) -> str:
 
 def markdown(table: Filled) -> str:
     rows = list(table.about.printed)
-    lines = [f"# {table.about.title}", "", f"{table.about.source} of the paper ({paper.load()['paper']}). Cells: ours with its 95 % interval \\| paper \\| difference.", "",
+    printed = "derived from the paper's figures, not printed" if table.about.name == "table_derived_64k" else "paper"
+    lines = [f"# {table.about.title}", "", f"{table.about.source[0].upper()}{table.about.source[1:]} of the paper ({paper.load()['paper']}). "
+             f"Cells: ours with its 95 % interval \\| {printed} \\| difference.", "",
              "| | " + " | ".join(f"{row}" for row in rows) + " |", "|" + "---|" * (len(rows) + 1)]
-    lines += [f"| {column} | " + " | ".join(render(cells[row].fields()) for row in rows) + " |" for column, cells in table.cells.items()]
+    lines += [f"| {column} | " + " | ".join(render(cells[row].fields()) if row in cells else "-" for row in rows) + " |" for column, cells in table.cells.items()]
     return "\n".join([*lines, "", *(f"![{table.about.title}]({picture})\n" for picture in table.pictures), *(f"- {note}" for note in table.notes), ""])
 
 
@@ -182,11 +183,11 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
         values["speedup"] = values["hours"] / own if own and values["hours"] and row != "endprompt" else None
     columns = [column for column in about.parts if any(column in printed for printed in about.printed.values())]
     cells = {column: {row: Cell(Missing() if found[row][column] is None else Estimate(*3 * (found[row][column],)), printed.get(column),
-                                READ_OFF if column in about.read_off_plot.get(row, []) else "") for row, printed in about.printed.items()} for column in columns}
+                                READ_OFF if column in about.read_off_plot.get(row, []) else "") for row, printed in about.printed.items() if column in printed} for column in columns}
     notes = [f"The paper's: {paper.load()['hardware']}."]
     for row, record in records.items():
         if record:
-            notes.append(f"{row}: {record.get('world_size')} x {record.get('device')}, {record.get('tokens')} tokens, commit {str(record.get('commit'))[:12]}"
+            notes.append(f"{row}: {record.get('world_size')} ranks on {record.get('device')}, {record.get('tokens')} tokens, commit {str(record.get('commit'))[:12]}"
                          + ("; **on CPU**: resident memory of a process, not of a GPU" if str(record.get("device")).startswith("CPU") else "; largest memory allocated on one GPU")
                          + (f"; resumed from {record['resumed_from']}, so its hours are not known" if record.get("resumed_from") else "") + ".")
     if not any(records.values()):
@@ -204,7 +205,7 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
     """The pictures of the paper's tables into ``out``, each noted in the tables it belongs to."""
     def titled(title: str, *tables: Filled) -> str:
         run = any(isinstance(cell.ours, Estimate) for table in tables for column in table.cells.values() for cell in column.values())
-        return title if run else f"{title}; ours: not run"
+        return title if run else f"{title}\n(ours: not run)"
 
     by_length = {4096: "table_6", 8192: "table_7", 16384: "table_8", 32768: "table_9", 65536: "table_derived_64k"}
     tables = [filled[name] for name in by_length.values()]
