@@ -17,8 +17,9 @@ SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humanev
 
 
 def full_samples(task: str) -> int:
-    """Samples of a whole evaluation: RULER's protocol has 500 a length, LongBench and short text what their data hold; 0 where nothing is prescribed."""
-    if task.startswith("ruler_"):
+    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey as many here; LongBench and short text what their data hold;
+    0 for perplexity."""
+    if task == "passkey" or task.startswith("ruler_"):
         return 500
     if (name := task.removeprefix("longbench_")) in longbench_scores.TASKS:
         return longbench_scores.TASKS[name].samples
@@ -137,3 +138,14 @@ def training(run: Path) -> dict | None:
 def recipes(runs: Path) -> list[str]:
     """The recipes of which ``runs`` holds an evaluated method, by name."""
     return sorted({folder.parent.parent.name for folder in runs.glob("*/*/eval*") if folder.is_dir() and folder.parent.name in methods.METHODS})
+
+
+def models(given: list[str]) -> dict[str, str]:
+    """{method: model} of METHOD=DIR arguments.  Raises BadInput."""
+    found = {}
+    for item in given:
+        method, equals, model = item.partition("=")
+        if not equals or not model:
+            raise BadInput(f"--model {item}: write it as METHOD=DIR, for example --model endprompt=runs/tiny/endprompt/model")
+        found[methods.get(method).name] = model
+    return found

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endprompt import BadInput, methods, provenance, shards
+from endprompt import BadInput, provenance, shards
 from endprompt.eval import figures, paper, recipe_page, results
 from endprompt.eval.results import Estimate, Missing, Results
 
@@ -285,17 +285,6 @@ def index(filled: dict[str, Filled], pages: list["recipe_page.Page"], stamp: dic
     return "\n".join(lines)
 
 
-def models(given: list[str]) -> dict[str, str]:
-    """{method: model} of METHOD=DIR arguments.  Raises BadInput."""
-    found = {}
-    for item in given:
-        method, equals, model = item.partition("=")
-        if not equals or not model:
-            raise BadInput(f"--model {item}: write it as METHOD=DIR, for example --model endprompt=runs/tiny/endprompt/model")
-        found[methods.get(method).name] = model
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m endprompt.eval.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="the results are in DIR/<recipe>/<method>/eval (default: runs)")
@@ -306,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     command = arguments.command or shlex.join(["python", "-m", "endprompt.eval.tables", *(sys.argv[1:] if argv is None else argv)])
     try:
-        written = write(Runs(arguments.runs, models(arguments.model)), arguments.out, arguments.recipe, command)
+        written = write(Runs(arguments.runs, results.models(arguments.model)), arguments.out, arguments.recipe, command)
     except BadInput as error:
         print(f"tables: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
