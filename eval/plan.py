@@ -25,13 +25,13 @@ from endprompt.methods import Method
 METHODS = ("base", "short", "endprompt", "pose", "endprompt_pose", "full_length", "lceg", "longlora")
 SEPARATOR = "\x1f"  # between the fields of a step: never in a path or setting, and no white space, so that bash keeps empty fields
 # From the config.json of each: what the FLOPs depend on, where the files are not at hand.
-SHAPES = {
-    "meta-llama/Meta-Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "meta-llama/Llama-2-7b-hf": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
-    "mistralai/Mistral-7B-v0.3": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768},
-    "HuggingFaceTB/SmolLM2-135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                                   "tie_word_embeddings": True},
-}
+SHAPES = {name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings"),
+                         values, strict=True)) for name, values in {
+    "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 32, 8, 128256, False),
+    "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32, 32, 32000, False),
+    "mistralai/Mistral-7B-v0.3": (4096, 14336, 32, 32, 8, 32768, False),
+    "HuggingFaceTB/SmolLM2-135M": (576, 1536, 30, 9, 3, 49152, True),
+}.items()}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def shape(recipe: Recipe):
     if name.startswith("package:") or recipe.path(name):
         return model.load_config(recipe)
     if name in SHAPES:
-        return SimpleNamespace(**{"tie_word_embeddings": False, **SHAPES[name]})
+        return SimpleNamespace(**SHAPES[name])
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
@@ -101,7 +101,7 @@ def prefill_flops(recipe: Recipe, about) -> float:
     return total
 
 
-def _is_answered(recipe: Recipe, method: Method, folder: Path, scored: Path | None) -> tuple[int, int]:
+def _answered(recipe: Recipe, folder: Path, scored: Path | None) -> tuple[int, int]:
     """(results in ``folder`` that `endprompt evaluate` would keep, results it would make) for the model in ``scored``; None: the untrained one."""
     from endprompt.eval import run
 
@@ -136,6 +136,8 @@ def inspect(job: Job, flops_per_hour: float) -> Planned:
     from endprompt.train import batch_shape
 
     recipe, method = config.load(job.recipe, list(job.overrides)), methods.get(job.method)
+    if recipe.name != job.recipe.stem:
+        raise BadInput(f"--recipe {job.recipe} is the resolved copy of a run of {recipe.name}; name the recipe itself, recipes/{recipe.name}.yaml")
     if job.kind == "sft":
         done = any((job.folder / "sft").glob("*.safetensors"))
         return Planned(job, "trained" if done else "missing", done, 0.0 if done else None, 0.0)
@@ -144,10 +146,21 @@ def inspect(job: Job, flops_per_hour: float) -> Planned:
     about = shape(recipe)
     scored = Path(job.model).expanduser() if job.model else job.folder / "model" if method.trained else None
     trained = job.kind == "evaluate" or not method.trained or scored.is_dir()
-    there, wanted = (0, 0) if job.kind == "train" else _is_answered(recipe, method, results.evaluation_folder(job.folder, job.model), scored) if trained else (0, 1)
+    if job.kind == "train":
+        there = wanted = 0
+    elif trained:
+        there, wanted = _answered(recipe, results.evaluation_folder(job.folder, job.model), scored)
+    else:
+        there, wanted = 0, 1
     done = trained and there == wanted
-    has_model = method.trained and job.kind != "evaluate"
-    state = "missing" if not trained else ("trained" if job.kind == "train" else "evaluated") if done else f"{there} of {wanted} results" if there else "trained" if has_model else "not evaluated"
+    if not trained:
+        state = "missing"
+    elif done:
+        state = "trained" if job.kind == "train" else "evaluated"
+    elif there:
+        state = f"{there} of {wanted} results"
+    else:
+        state = "trained" if method.trained and job.kind == "run" else "not evaluated"
     if about is None:
         return Planned(job, state, done, None, None)
     train = 0.0 if trained else training_flops(recipe, method, about) / flops_per_hour
@@ -200,10 +213,10 @@ def table(planned: list[Planned], gpu: str, peak: float, gpus: int, mfu: float) 
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) if column < 3 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     tuned = any(item.job.kind == "sft" and not item.done for item in planned)
-    short = any("short" in task or task in override for item in planned if not item.done for override in item.job.overrides if override.startswith("eval.tasks=") for task in names.SHORT_TEXT)
+    short = any(item.evaluate_hours is None for item in planned)
+    left_out = ["generating answers (often longer than the prompts' pass)", "start-up and data", *(["fine-tuning"] if tuned else []), *(["short text"] if short else [])]
     return "\n".join([*lines, "", f"Estimated, not measured: {gpu} at {peak / 1e12:.0f} TFLOP/s (dense bf16) x MFU {mfu:.0%}"
-                      + (f"; training on {gpus} GPUs takes {hours(train / gpus)} h of wall-clock." if train else "."),
-                      "Left out: generating answers (often longer than the prompts' pass), start-up and data" + (", fine-tuning" if tuned else "") + (", short text" if short else "") + "."])
+                      + (f"; training on {gpus} GPUs takes {hours(train / gpus)} h of wall-clock." if train else "."), f"Left out: {', '.join(left_out)}; ? is not known."])
 
 
 def make(arguments: argparse.Namespace) -> tuple[list[Planned], float]:

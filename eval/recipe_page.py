@@ -79,8 +79,9 @@ class Page:
             figures.bars(list(categories), {method: cells for method, cells in bars.items() if any(cells)}, self._picture(out, "longbench"), f"{self.name}: LongBench by category")
         if self.trained:
             units = [("largest memory", "GiB", "final_peak_memory_gib"), ("time of training", "seconds", "seconds")]
-            panels = [(title, unit, list(self.trained), {"ours": [None if key == "seconds" and record.get("resumed_from") else record.get(key) for record in self.trained.values()]})
-                      for title, unit, key in units]
+            # A run that was resumed knows the seconds since then only.
+            known = {key: [None if key == "seconds" and record.get("resumed_from") else record.get(key) for record in self.trained.values()] for _, _, key in units}
+            panels = [(title, unit, list(self.trained), {"ours": known[key]}) for title, unit, key in units]
             where = "on CPU, resident memory of a process" if self._on_cpu() else "on " + ", ".join(sorted({str(record.get("device")) for record in self.trained.values()}))
             figures.costs(panels, self._picture(out, "training"), f"{self.name}: training, {where}")
 
@@ -103,7 +104,8 @@ class Page:
         if columns := [(task, length) for task in self.tasks(("passkey", PERPLEXITY)) for length in self.lengths([task])]:
             parts.append("## Passkey and perplexity" if ruler else "## In place of RULER: passkey and perplexity")
             parts.append(("" if ruler else "RULER was not run for this recipe, and these do not replace it: passkey retrieval asks for one number in filler text. ")
-                         + "Passkey: keys found in %, Wilson interval. Perplexity: of the same held-out tokens at every length; it hardly separates methods that retrieve very differently.")
+                         + "Passkey: keys found in %, Wilson interval. Perplexity: of the same held-out tokens at every length; "
+                         "it hardly separates methods that retrieve very differently.")
             parts.append(grid("method", [f"{task} {length}" for task, length in columns],
                               [(method, [shown(found.mean([column])) for column in columns]) for method, found in self.methods.items()]))
         if ruler:

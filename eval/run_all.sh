@@ -18,6 +18,8 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
+# A step that changes the folder must still find it.
+[[ $PYTHON != */* ]] || PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 export PYTHON
 command_line="bash eval/run_all.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 recipe=$root/recipes/tiny.yaml out=${OUT:-runs} results=${RESULTS:-results} dry=
@@ -78,13 +80,14 @@ follow() { # follow KIND RECIPE METHOD OUT MODEL SETTING ...: one step of the pl
     sft)
       local name
       name=$(basename "$recipe"); name=${name%.*}
+      [ ! -d "$model" ] || model=$(absolute "$model")  # else an id of the hub
       (cd "$root" && "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$((gpus > 0 ? gpus : 2))}" -m trl.scripts.sft \
-        --config recipes/sft.yaml --model_name_or_path "$(absolute "$model")" --output_dir "$(absolute "$folder/$name/$method/sft")") ;;
+        --config recipes/sft.yaml --model_name_or_path "$model" --output_dir "$(absolute "$folder/$name/$method/sft")") ;;
   esac
 }
 
 start_folder=$PWD
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$start_folder/$1" ;; esac; }
+absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "$start_folder/$1"; fi; }
 
 # Their own descriptor: what runs inside may read standard input.
 while IFS=$'\x1f' read -r -u 3 -a step; do

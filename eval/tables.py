@@ -161,7 +161,8 @@ def _provenance(row: str, found: Results, ours: list[Estimate], about: paper.Tab
     cut = sorted({file["scores"]["length"] for file in files if str(file["question"].get("task", "")).startswith("longbench_")})
     if cut:
         text += f"; LongBench's prompts cut to {', '.join(map(str, cut))} tokens"
-    text += "; " + "; ".join(f"{label} {', '.join(sorted({str(file.get(key))[:cut] for file in files}))}" for label, key, cut in (("commit", "commit", 12), ("on", "device", 80), ("at", "date", 10)))
+    for label, key, size in (("commit", "commit", 12), ("on", "device", 80), ("at", "date", 10)):
+        text += f"; {label} {', '.join(sorted({str(file.get(key))[:size] for file in files}))}"
     if found.older:
         text += f"; {found.older} results of another model in that folder left out"
     return [text + "."]
@@ -182,8 +183,9 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
     for row, values in found.items():
         values["speedup"] = values["hours"] / own if own and values["hours"] and row != "endprompt" else None
     columns = [column for column in about.parts if any(column in printed for printed in about.printed.values())]
-    cells = {column: {row: Cell(Missing() if found[row][column] is None else Estimate(*3 * (found[row][column],)), printed.get(column),
-                                READ_OFF if column in about.read_off_plot.get(row, []) else "") for row, printed in about.printed.items() if column in printed} for column in columns}
+    cells = {column: {row: Cell(Missing() if found[row][column] is None else Estimate(*3 * (found[row][column],)), printed[column],
+                                READ_OFF if column in about.read_off_plot.get(row, []) else "")
+                      for row, printed in about.printed.items() if column in printed} for column in columns}
     notes = [f"The paper's: {paper.load()['hardware']}."]
     for row, record in records.items():
         if record:
@@ -212,15 +214,16 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
     rows = list(tables[0].about.printed)
     ours = {row: {length: cell for length, name in by_length.items() if (cell := _interval(filled[name].cells["avg"][row].ours))} for row in rows}
     printed = {row: {length: float(filled[name].cells["avg"][row].paper) for length, name in by_length.items()} for row in rows}
-    figures.lines({row: cells for row, cells in ours.items() if cells}, out / "ruler_by_length.png", titled("RULER, mean of the 13 tasks (paper at 65536: derived)", *tables), "score in %",
-                  paper=printed)
+    figures.lines({row: cells for row, cells in ours.items() if cells}, out / "ruler_by_length.png",
+                  titled("RULER, mean of the 13 tasks (paper at 65536: derived)", *tables), "score in %", paper=printed)
     for table in (filled["table_1"], *tables):
         table.pictures.append("ruler_by_length.png")
     for name in ("table_2", "table_5", "figure_2", "figure_3"):
         table = filled[name]
         rows = list(table.about.printed)
-        figures.bars([column.removesuffix("_avg") for column in table.cells], {row: [_interval(cells[row].ours) for cells in table.cells.values()] for row in rows}, out / f"{name}.png",
-                     titled(table.about.title, table), {row: [None if cells[row].paper is None else float(cells[row].paper) for cells in table.cells.values()] for row in rows})
+        ours = {row: [_interval(cells[row].ours) for cells in table.cells.values()] for row in rows}
+        printed = {row: [float(cells[row].paper) for cells in table.cells.values()] for row in rows}
+        figures.bars([column.removesuffix("_avg") for column in table.cells], ours, out / f"{name}.png", titled(table.about.title, table), printed)
         table.pictures.append(f"{name}.png")
     panels = []
     for name, size in (("figure_4_64k", "64K"), ("figure_4_32k", "32K")):
@@ -228,8 +231,9 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
         for column, unit in (("memory_gb", "GB a GPU"), ("hours", "hours")):
             cells = table.cells[column]
             on_cpu = any("on CPU" in note for note in table.notes)
-            panels.append((f"{column.split('_')[0]}, {size}", f"{unit} (ours: on CPU)" if on_cpu else unit, list(cells), {
-                "ours": [cell.ours.score if isinstance(cell.ours, Estimate) else None for cell in cells.values()], "paper (8 x A800)": [float(cell.paper) for cell in cells.values()]}))
+            bars = {"ours": [cell.ours.score if isinstance(cell.ours, Estimate) else None for cell in cells.values()],
+                    "paper (8 x A800)": [float(cell.paper) for cell in cells.values()]}
+            panels.append((f"{column.split('_')[0]}, {size}", f"{unit} (ours: on CPU)" if on_cpu else unit, list(cells), bars))
         table.pictures.append("figure_4.png")
     figures.costs(panels, out / "figure_4.png", titled("Memory and time of training", filled["figure_4_64k"], filled["figure_4_32k"]))
 
@@ -290,7 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="the results are in DIR/<recipe>/<method>/eval (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where tables and pictures go (default: results)")
     parser.add_argument("--recipe", nargs="+", action="extend", default=None, metavar="NAME", help="recipes with a page of their own (default: all that were evaluated)")
-    parser.add_argument("--model", action="append", default=[], metavar="METHOD=DIR", help="take the results of this model, as `endprompt evaluate --model DIR` left them, for METHOD")
+    parser.add_argument("--model", action="append", default=[], metavar="METHOD=DIR", 
+                        help="take for METHOD the results of this model, as `endprompt evaluate --model DIR` left them")
     parser.add_argument("--command", default=None, metavar="TEXT", help="what index.md names as the command that made it (default: this one)")
     arguments = parser.parse_args(argv)
     command = arguments.command or shlex.join(["python", "-m", "endprompt.eval.tables", *(sys.argv[1:] if argv is None else argv)])
