@@ -601,12 +601,13 @@ def test_script_trains_evaluates_and_makes_the_tables(script, tmp_path):
 
 
 def test_script_follows_the_plan_of_all_tables(script, tmp_path):
+    folder = tmp_path / "runs/llama3-8b-64k/endprompt_pose"
+    (folder / "model").mkdir(parents=True)
     done, calls = script("--recipe", str(RECIPE), "--methods", "endprompt", "--tables", "all", STAGES="train", NPROC="4")
     assert done.returncode == 0, done.stderr
     asked = [call for call in calls if call[1:3] == ["-m", "endprompt"]]
     assert ["runs/tokens-2.0b", "llama3-8b-64k.yaml"] in [[call[0], os.path.basename(call[4])] for call in asked if "data.tokens=2.0e9" in call]
     tuned = [call for call in calls if "trl.scripts.sft" in call]
-    folder = tmp_path / "runs/llama3-8b-64k/endprompt_pose"
     assert len(tuned) == 6 and tuned[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m", "trl.scripts.sft", "--config", "recipes/sft.yaml",
                                                 "--model_name_or_path", f"{folder}/model", "--output_dir", f"{folder}/sft"]
     assert [call[3] for call in asked if "eval.tasks=[mmlu,gsm8k,hellaswag]" in call] == ["evaluate"] * 6
