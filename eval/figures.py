@@ -65,7 +65,7 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
     _save(figure, path, title)
 
 
-def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = None) -> None:
+def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = None, unit: str = "keys found in %, with 95 % interval") -> None:
     """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against length, into one PNG."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -79,7 +79,35 @@ def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = N
     axis.set_xscale("log", base=2)
     axis.set_xticks(every, [str(length) for length in every])
     axis.minorticks_off()
-    axis.set(ylim=(-3, 103), xlabel="length in tokens", ylabel="keys found in %, with 95 % interval")
+    axis.set(ylim=(-3, 103), xlabel="length in tokens", ylabel=unit)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    _save(figure, path, title)
+
+
+def bars(rows: dict[str, dict[str, tuple[float | None, float | None]]], path: Path, unit: str, title: str | None = None) -> None:
+    """Draws {row: {column: (ours, paper's)}} as one panel a column, a pair of bars a row, into one PNG; what is None has no bar and says so."""
+    plt = _pyplot()
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    wide = min(3, len(columns))
+    tall = -(-len(columns) // wide)
+    figure, axes = plt.subplots(tall, wide, figsize=(1.5 + max(3.2, 0.62 * len(rows)) * wide, 0.6 + 3.1 * tall), squeeze=False, layout="constrained")
+    for axis, column in zip(axes.flat, columns, strict=False):
+        for number, (mine, printed) in enumerate(cells.get(column, (None, None)) for cells in rows.values()):
+            for shift, value, colour, hatch in ((-0.2, mine, "tab:blue", None), (0.2, printed, "lightgrey", "//")):
+                if value is not None:
+                    axis.bar(number + shift, value, 0.38, color=colour, hatch=hatch, edgecolor="grey", linewidth=0.5)
+                    axis.annotate(f"{value:.3g}", (number + shift, value), ha="center", va="bottom", fontsize=6)
+            if mine is None:
+                axis.annotate("not run", (number - 0.2, 0), ha="center", va="bottom", fontsize=6, rotation=90, color="tab:blue")
+        axis.set_xticks(range(len(rows)), list(rows), rotation=40, ha="right", fontsize=7)
+        axis.set_title(column, fontsize=9)
+        axis.margins(y=0.12)
+    for axis in list(axes.flat)[len(columns):]:
+        axis.axis("off")
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color="tab:blue", label="ours"), Patch(facecolor="lightgrey", edgecolor="grey", hatch="//", label="paper")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    figure.supylabel(unit, fontsize=9)
     _save(figure, path, title)
