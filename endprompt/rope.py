@@ -136,6 +136,8 @@ def forget(model) -> None:
 
     transformers keeps the frequencies of the longest row so far, so that what a shorter row gets depends on what came before it.
     """
+    import torch
+
     rotary = model.get_decoder().rotary_emb
     if rotary.rope_type == "dynamic":
         device = rotary.inv_freq.device
