@@ -1,12 +1,11 @@
 """What a full evaluation will run, in which state each run is, and what the missing ones cost.
 
 GPU hours are computed, not measured.  Training: `endprompt.train.flops_per_token` x tokens / (peak x MFU).  Evaluating: a third of that (forward
-alone) at the length of each prompt, times the samples, and 2 % of the training's MFU question left aside; reading the prompt dominates, so the
-tokens that are generated, loading and scoring are left out.  LongBench is counted as if each prompt had its greatest length, short text not at all.
+alone) at the length of each prompt, times the samples, at the same MFU; the tokens that are generated, loading and scoring are left out.  LongBench
+is counted as if each prompt had its greatest length, short text not at all.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +16,10 @@ from endprompt import BadInput, config, methods
 from endprompt.eval import longbench_scores, names, tables
 
 # Shapes of models on the hub, from their config.json, for plans made where they are not at hand.
-SHAPES = {
-    "meta-llama/Meta-Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "meta-llama/Llama-2-7b-hf": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
-    "mistralai/Mistral-7B-v0.3": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768},
-    "HuggingFaceTB/SmolLM2-135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
-}
+_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+SHAPES = {name: dict(zip(_FIELDS, values, strict=True)) for name, values in {
+    "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 32, 8, 128256), "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32, 32, 32000),
+    "mistralai/Mistral-7B-v0.3": (4096, 14336, 32, 32, 8, 32768), "HuggingFaceTB/SmolLM2-135M": (576, 1536, 30, 9, 3, 49152)}.items()}
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains what is missing, evaluates, and writes every table and figure of the paper, ours beside the printed ones; what is finished is skipped.
-#   bash eval/run_all.sh [--recipe R] [--methods "M ..."] [--samples N] [--lengths "N ..."] [--tables main|all] [--model METHOD=DIR] [--dry-run]
+#   bash eval/run_all.sh [--recipe R] [--methods M ...] [--samples N] [--lengths N ...] [--tables main|all] [--model METHOD=DIR] [--dry-run]
 #                        [--out DIR] [--results DIR] [--set key=value ...]
 # --model (may be repeated) scores a model you have in the place of training the method.  Environment: STAGES, NPROC, PYTHON, as recipes/run.sh.
 set -euo pipefail
@@ -24,9 +24,22 @@ while [ $# -gt 0 ]; do
   [ "$1" = --dry-run ] || [ $# -gt 1 ] || usage
   case $1 in
     --recipe) recipe=$2 ;;
-    --methods) chosen=$2 ;;
+    --methods | --lengths)
+      option=$1 several=
+      shift
+      while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do
+        several="$several $1"
+        shift
+      done
+      [ -n "$several" ] || usage
+      if [ "$option" = --methods ]; then
+        chosen=$several
+      else
+        read -ra numbers <<<"$several"
+        overrides+=(--set "eval.lengths=[$(IFS=,; echo "${numbers[*]}")]")
+      fi
+      continue ;;
     --samples) overrides+=(--set "eval.samples=$2") ;;
-    --lengths) overrides+=(--set "eval.lengths=[${2// /,}]") ;;
     --tables) tables=$2 ;;
     --model) models+=("$2") ;;
     --out) out=$2 ;;
