@@ -48,8 +48,12 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
     """Draws accuracy by length (across) and depth of the key (down) for each named list of passkey results, into one PNG."""
     import numpy as np
 
-    figure, axes = _pyplot().subplots(1, len(results), figsize=(1.2 + 2.3 * len(results), 3.6), squeeze=False, sharey=True, layout="constrained")
-    for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
+    tall = -(-len(results) // 5)
+    wide = -(-len(results) // tall)
+    figure, axes = _pyplot().subplots(tall, wide, figsize=(1.2 + 2.3 * wide, 0.4 + 3.2 * tall), squeeze=False, sharey=True, layout="constrained")
+    for axis in list(axes.flat)[len(results):]:
+        axis.axis("off")
+    for axis, (name, rows) in zip(axes.flat, results.items(), strict=False):
         depths = sorted({cell["depth"] for row in rows for cell in row["scores"]["cells"]})
         grid = np.full((len(depths), len(rows)), np.nan)
         for column, row in enumerate(rows):
@@ -59,16 +63,16 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
         axis.set_xticks(range(len(rows)), [f"{row['scores']['length']}\n{row['scores']['score']:.0f}%" for row in rows], fontsize=8)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
         axis.set_title(name, fontsize=10)
-    axes[0][0].set_ylabel("depth of the key")
+    figure.supylabel("depth of the key", fontsize=9)
     figure.supxlabel("length in tokens, and accuracy over all depths", fontsize=9)
-    figure.colorbar(image, ax=axes[0].tolist(), label="keys found", shrink=0.9)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="keys found", shrink=0.9 / tall)
     _save(figure, path, title)
 
 
 def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = None, unit: str = "keys found in %, with 95 % interval") -> None:
     """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against length, into one PNG."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.6, 4), layout="constrained")
     every = sorted({length for cells in results.values() for length in cells})
     for number, (name, cells) in enumerate(results.items()):
         lengths, means = sorted(cells), [cells[length]["mean"] for length in sorted(cells)]
@@ -81,7 +85,7 @@ def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = N
     axis.minorticks_off()
     axis.set(ylim=(-3, 103), xlabel="length in tokens", ylabel=unit)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, path, title)
 
 
@@ -103,6 +107,7 @@ def bars(rows: dict[str, dict[str, tuple[float | None, float | None]]], path: Pa
         axis.set_xticks(range(len(rows)), list(rows), rotation=40, ha="right", fontsize=7)
         axis.set_title(column, fontsize=9)
         axis.margins(y=0.12)
+        axis.set_xlim(-0.7, len(rows) - 0.3)
     for axis in list(axes.flat)[len(columns):]:
         axis.axis("off")
     from matplotlib.patches import Patch
