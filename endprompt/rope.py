@@ -131,6 +131,19 @@ def scaling_for(rope_type: str | None, original_length: int, target_length: int,
     raise BadInput(f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own")
 
 
+def forget(model) -> None:
+    """Takes ``model``'s dynamic RoPE back to where it was before it met a long row.
+
+    transformers keeps the frequencies of the longest row so far, so that what a shorter row gets depends on what came before it.
+    """
+    import torch
+
+    rotary = model.get_decoder().rotary_emb
+    if rotary.rope_type == "dynamic":
+        device = rotary.inv_freq.device
+        rotary(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device))
+
+
 def head_dimension(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from endprompt import BadInput
+from endprompt import BadInput, rope
 
 # Tokens in a batch of generation, and the logits of a batch that is scored in one piece.
 TOKENS_AT_ONCE = 16384
@@ -58,6 +58,15 @@ class LongLM(HFLM):
                 results[index] = text
         return results
 
+    # The score of a sample must not depend on what was scored before it.
+    def _model_call(self, *ids, **options):
+        rope.forget(self.model)
+        return super()._model_call(*ids, **options)
+
+    def _model_generate(self, *ids, **options):
+        rope.forget(self.model)
+        return super()._model_generate(*ids, **options)
+
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()
@@ -68,6 +77,7 @@ class LongLM(HFLM):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         results = []
         for _, context, continuation in requests:
+            rope.forget(self.model)
             ids = torch.tensor([context + continuation], device=self.device)
             logits = self.model(ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]), use_cache=False, logits_to_keep=len(continuation)).logits[0].float()
             targets = ids[0, -len(continuation):]

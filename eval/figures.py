@@ -50,8 +50,12 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
     """Draws accuracy by length (across) and depth of the key (down) for each named list of passkey results, into one PNG."""
     import numpy as np
 
-    figure, axes = _pyplot().subplots(1, len(results), figsize=(1.2 + 2.3 * len(results), 3.6), squeeze=False, sharey=True, layout="constrained")
-    for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
+    tall = -(-len(results) // 5)
+    wide = -(-len(results) // tall)
+    figure, axes = _pyplot().subplots(tall, wide, figsize=(1.2 + 2.3 * wide, 0.4 + 3.2 * tall), squeeze=False, sharey=True, layout="constrained")
+    for axis in list(axes.flat)[len(results):]:
+        axis.axis("off")
+    for axis, (name, rows) in zip(axes.flat, results.items(), strict=False):
         depths = sorted({cell["depth"] for row in rows for cell in row["scores"]["cells"]})
         grid = np.full((len(depths), len(rows)), np.nan)
         for column, row in enumerate(rows):
@@ -61,9 +65,9 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
         axis.set_xticks(range(len(rows)), [f"{row['scores']['length']}\n{row['scores']['score']:.0f}%" for row in rows], fontsize=8)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
         axis.set_title(name, fontsize=10)
-    axes[0][0].set_ylabel("depth of the key")
+    figure.supylabel("depth of the key", fontsize=9)
     figure.supxlabel("length in tokens, and accuracy over all depths", fontsize=9)
-    figure.colorbar(image, ax=axes[0].tolist(), label="keys found", shrink=0.9)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="keys found", shrink=0.9 / tall)
     _save(figure, path, title)
 
 

@@ -236,6 +236,25 @@ def test_likelihood_without_all_logits_is_the_harness_own(lm, tiny_text, monkeyp
     assert len(asked) == 4 and max(asked) < 200
 
 
+def test_scores_do_not_depend_on_what_was_scored_before(base, tokenizer, tiny_text):
+    """transformers' dynamic RoPE keeps the frequencies of the longest row it has met."""
+    dynamic = AutoConfig.from_pretrained(base)
+    dynamic.rope_parameters = {**dynamic.rope_parameters, "rope_type": "dynamic", "factor": 4.0}
+    model = engine.LongLM(AutoModelForCausalLM.from_pretrained(base, config=dynamic).eval(), tokenizer)
+    long = [Instance("loglikelihood", {}, (" ".join(tiny_text[:6]), " The sky is blue."), 0)]
+    short = [Instance("loglikelihood", {}, (" ".join(tiny_text[:2])[:1400], " The sky is blue."), 0)]
+    length = len(tokenizer(short[0].args[0])["input_ids"])
+    assert dynamic.max_position_embeddings < length < len(tokenizer(long[0].args[0])["input_ids"]) - 200
+    before = model.loglikelihood(short, disable_tqdm=True)
+    model.loglikelihood(long, disable_tqdm=True)
+    assert model.loglikelihood(short, disable_tqdm=True) == before
+    model.loglikelihood(long, disable_tqdm=True)
+    prompt = requests_of([short[0].args[0]])
+    text = model.generate_until(prompt, disable_tqdm=True)
+    model.loglikelihood(long, disable_tqdm=True)
+    assert model.generate_until(prompt, disable_tqdm=True) == text
+
+
 # Perplexity
 
 def texts_of(tokenizer, *documents):

@@ -38,7 +38,8 @@ CLASSES = ["City", "Other location", "State", "Country", "Mountain", "Individual
 CASES = [  # (task, prediction, references, percent)
     ("qasper", "The cat sat.", ["the cat sat"], 100), ("qasper", "A cat", ["dog", "cat"], 100), ("qasper", "", ["cat"], 0), ("qasper", "the", ["an"], 0),
     ("qasper", "cat dog", ["cat"], 200 / 3), ("qasper", "cat cat", ["cat"], 200 / 3), ("qasper", "CAT!", ["cat"], 100),
-    ("qasper", "naïve", ["naïve"], 100), ("qasper", "cat\ndog", ["cat dog"], 100),
+    ("qasper", "naïve", ["naïve"], 100),
+    ("qasper", "cat\ndog", ["cat dog"], 100),
     ("qasper", "cat", [], 0), ("qasper", "x\x00y", ["x\x00y"], 100),
     ("triviaqa", "\n\nParis\nQuestion: and now?", ["Paris"], 100), ("triviaqa", "Paris is in France\nParis", ["Paris"], 40), ("qasper", "Paris\nFrance", ["Paris"], 200 / 3),
     ("gov_report", "", ["a report"], 0), ("gov_report", "the same text", ["the same text"], 100), ("gov_report", "...", ["a report"], 0),
@@ -47,7 +48,8 @@ CASES = [  # (task, prediction, references, percent)
     ("passage_count", "5, 5, 5, 4", ["5"], 75), ("passage_count", "", ["5"], 0),
     ("passage_retrieval_en", "Paragraph 12", ["Paragraph 12"], 100), ("passage_retrieval_en", "12 and 3", ["Paragraph 12"], 50),
     ("passage_retrieval_en", "Paragraph 1", ["Paragraph 12"], 0),
-    ("passage_retrieval_zh", "段落12", ["段落12"], 100), ("multifieldqa_zh", "北京，大学", ["北京 大学"], 100), ("multifieldqa_zh", "北京，大学", ["北京大学"], 0), ("multifieldqa_zh", "", ["北京"], 0),
+    ("passage_retrieval_zh", "段落12", ["段落12"], 100), ("multifieldqa_zh", "北京，大学", ["北京 大学"], 100),
+    ("multifieldqa_zh", "北京，大学", ["北京大学"], 0), ("multifieldqa_zh", "", ["北京"], 0),
     ("lcc", "\n    return x", ["    return x"], 100), ("lcc", "# a comment\nreturn x\nreturn y", ["return x"], 100), ("lcc", "// a comment\n```\nreturn x", ["return x"], 100),
     ("lcc", "# only a comment", ["return x"], 0), ("lcc", "", ["return x"], 0), ("lcc", "return result", ["count += value"], 7),
     ("trec", "City", ["City"], 100), ("trec", "\nCity\nType: State", ["City"], 100), ("trec", "City or State", ["City"], 50), ("trec", "Other location", ["Other location"], 100),
@@ -289,7 +291,8 @@ def test_score_refuses(tmp_path, capsys, arguments, complaint):
     assert stopped.value.code == 2 and not out and err.count("\n") == 1 and complaint in err
 
 
-@pytest.mark.parametrize("text, complaint", [("", "holds no prediction"), ("{", "not JSON"), ("3\n", "int, not an object"), ('{"pred": 3, "answers": ["a"]}\n', "'pred' is not what"),
+@pytest.mark.parametrize("text, complaint", [("", "holds no prediction"), ("{", "not JSON"), ("3\n", "int, not an object"),
+                                             ('{"pred": 3, "answers": ["a"]}\n', "'pred' is not what"),
                                              ('{"pred": "a", "answers": []}\n', "'answers' is not what"), (None, "there is no file")])
 def test_score_refuses_files(tmp_path, capsys, text, complaint):
     path = tmp_path / "predictions.jsonl"
