@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                 print("\t".join([str(out), str(recipe), method, *(part for override in overrides for part in ("--set", override))]))
             return
         rate, total = PEAKS[arguments.gpu] * arguments.mfu * 3600, 0.0
-        print(f"{'recipe':20} {'method':18} {'state':18} {'train':>9} {'evaluate':>9}  GPU hours on {arguments.gpu} at {arguments.mfu:.0%} MFU, computed")
+        print(f"{'recipe':32} {'method':18} {'state':18} {'train':>9} {'evaluate':>9}  GPU hours on {arguments.gpu} at {arguments.mfu:.0%} MFU, computed")
         for recipe, (_, method, out, _) in zip(checked, planned, strict=True):
             about, found = shape(recipe), state(out / recipe.name / method, recipe, methods.get(method))
             cells = ["unknown", "unknown"]
@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
                 train, evaluate = train_flops(recipe, methods.get(method), about) / rate, evaluate_flops(recipe, about) / rate
                 cells = [f"{train:.2f}", f"{evaluate:.2f}"]
                 total += (train if found == "missing" else 0.0) + (0.0 if found == "evaluated" else evaluate)
-            print(f"{recipe.name:20} {method:18} {found:18} {cells[0]:>9} {cells[1]:>9}")
+            label = recipe.name if out == arguments.out else f"{recipe.name} ({out.name})"
+            print(f"{label:32} {method:18} {found:18} {cells[0]:>9} {cells[1]:>9}")
         print(f"still to do: {total:.2f} GPU hours" + ("" if all(shape(recipe) for recipe in checked) else ", without the runs whose model is not at hand"))
     except BadInput as error:
         print(f"plan: {' '.join(str(error).split())}", file=sys.stderr)
