@@ -91,7 +91,7 @@ def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> d
         return found | {"generator": ruler.GENERATION}
     if task.startswith("longbench_"):
         return found | {"data": options.longbench_data}
-    return found | {"few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
+    return found | {"samples": options.short_text_samples, "few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
 
 
 class Scorer:
