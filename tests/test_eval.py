@@ -215,13 +215,14 @@ def test_batches_hold_so_many_tokens(lm, tokenizer, monkeypatch):
     assert shapes == [(2, tokens), (2, tokens), (1, tokens)]
 
 
-def test_a_prompt_beyond_the_window_is_refused_not_cut(lm, tokenizer, monkeypatch):
-    prompt = passkey.build(tokenizer, 128, 0, "12345")[0]
-    tokens = len(tokenizer(prompt)["input_ids"])
-    monkeypatch.setattr(lm, "window", tokens + 6)
-    assert len(lm.generate_until(requests_of([prompt]), disable_tqdm=True)) == 1
-    with pytest.raises(ValueError, match=f"a prompt of {tokens} tokens and 7 to generate do not fit into the window of {tokens + 6}"):
-        lm.generate_until(requests_of([prompt], max_gen_toks=7), disable_tqdm=True)
+def test_a_prompt_beyond_the_window_is_not_cut(lm, tokenizer, monkeypatch):
+    """The harness would cut it to the config's window of 256 from the left, without failing."""
+    prompt, tokens = passkey.build(tokenizer, 400, 0, "12345")
+    assert tokens > lm.model.config.max_position_embeddings
+    seen, generate = [], lm.model.generate
+    monkeypatch.setattr(lm.model, "generate", lambda **options: seen.append(options["input_ids"]) or generate(**options))
+    lm.generate_until(requests_of([prompt]), disable_tqdm=True)
+    assert seen[0][0].tolist() == tokenizer(prompt)["input_ids"]
 
 
 def test_likelihood_without_all_logits_is_the_harness_own(lm, tiny_text, monkeypatch):
