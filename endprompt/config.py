@@ -16,6 +16,7 @@ from endprompt.training_keys import Lora
 # The three prompts the paper measures (Eq. 10, appendix B.1).
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
 
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,21 @@ def open_text(path: Path) -> io.TextIOBase:
     return path.open(encoding="utf-8")
 
 
+def json_lines(lines: Iterable[str], where: Path | str) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, what stands in it) of every line that is not blank.  Raises BadInput naming a line of ``where`` that is no JSON."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where} line {number}: not JSON: {error}; a .jsonl file has one object a line") from None
+
+
 def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, what stands in it) of a .jsonl file, plain or packed as .gz or .zst.  Raises BadInput naming a line that is no JSON."""
+    """``json_lines`` of a file, plain or packed as .gz or .zst."""
     with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path} line {number}: not JSON: {error}; a .jsonl file has one object a line") from None
+        yield from json_lines(file, path)
 
 
 def _text(row, column: str, where: str) -> str:

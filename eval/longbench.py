@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,16 +97,12 @@ def _rows(file, where: str) -> Iterator[tuple[str, dict]]:
     """(place, object) of each line of a jsonl file."""
     number = 0
     try:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise BadInput(f"{where} line {number}: {type(row).__name__} in place of an object; LongBench has one object a line")
-                yield f"{where} line {number}", row
+        for number, row in corpus.json_lines(file, where):
+            if not isinstance(row, dict):
+                raise BadInput(f"{where} line {number}: {type(row).__name__} in place of an object; LongBench has one object a line")
+            yield f"{where} line {number}", row
     except BadInput:
         raise
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{where} line {number}: not JSON: {error}; restore the file") from None
     except Exception as error:  # gzip, zstd, zip and UTF-8 each raise their own
         raise BadInput(f"{where}: cannot be read after line {number}: {str(error) or type(error).__name__}; restore the file") from None
 

@@ -15,7 +15,7 @@ import torch
 
 from endprompt import BadInput, model, provenance, shards
 from endprompt.config import Recipe
-from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, ruler
+from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler
 from endprompt.methods import Method
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
@@ -163,10 +163,7 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
     Raises BadInput if there is no model, a length is too short for its task, data are missing, or the held-out documents are shorter than a
     length.
     """
-    options, folder = recipe.eval, run / "eval"
-    if other is not None:
-        path = Path(other).expanduser().resolve()
-        folder = run / f"eval-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    options, folder = recipe.eval, results.evaluation_folder(run, other)
     if "humaneval" in options.tasks:
         if not options.run_unsafe_code:
             raise BadInput("eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may")
@@ -178,12 +175,12 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         scorer = Scorer(recipe, network, tokenizer, temporary)
         todo = [(task, length) for task in options.tasks for length in lengths(recipe, task)]
         asked = {(task, length): question(recipe, task, length, identity) for task, length in todo}
-        results = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
-        missing = [(task.removeprefix("ruler_"), length) for (task, length), result in results.items() if result is None and task.startswith("ruler_")]
+        there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
+        missing = [(task.removeprefix("ruler_"), length) for (task, length), result in there.items() if result is None and task.startswith("ruler_")]
         if missing:  # made together, on all cores; the task files find them in the cache
             ruler.ensure([task for task, _ in missing], [length for _, length in missing], temporary, options.samples, options.seed)
         for task, length in todo:
-            result = results[task, length]
+            result = there[task, length]
             if result is None:
                 try:
                     scores, predictions = scorer.score(task, length)

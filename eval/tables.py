@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="the results are in DIR/<recipe>/<method>/eval (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where tables and pictures go (default: results)")
     parser.add_argument("--recipe", nargs="+", action="extend", default=None, metavar="NAME", help="recipes with a page of their own (default: all that were evaluated)")
-    parser.add_argument("--model", action="append", default=[], metavar="METHOD=DIR", 
+    parser.add_argument("--model", action="append", default=[], metavar="METHOD=DIR",
                         help="take for METHOD the results of this model, as `endprompt evaluate --model DIR` left them")
     parser.add_argument("--command", default=None, metavar="TEXT", help="what index.md names as the command that made it (default: this one)")
     arguments = parser.parse_args(argv)

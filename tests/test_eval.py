@@ -381,6 +381,15 @@ def test_mmlu_is_five_shot_over_all_subjects(local_sets):
     assert all(prompt.count("\nAnswer:") == 6 for prompt in right.prompts)
 
 
+def test_vllm_needs_a_saved_model_and_vllm(recipe, base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    with pytest.raises(BadInput, match="vllm reads a saved model, and base has none"):
+        run.evaluate(recipe(backend="vllm"), BASE, tmp_path / "run")
+    with pytest.raises(BadInput, match=r"eval\.backend: vllm cannot be imported .* or use eval\.backend=hf"):
+        run.evaluate(recipe(backend="vllm"), methods.get("endprompt"), tmp_path / "run", str(base))
+    assert not (tmp_path / "run").exists()
+
+
 def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path):
     with pytest.raises(BadInput, match="humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true"):
         run.evaluate(recipe(tasks=["humaneval"]), BASE, tmp_path / "run")

@@ -267,6 +267,17 @@ def test_known_models(base, tokenizer, tmp_path, task):
         assert all(options["max_gen_toks"] == longbench_scores.get(task).new_tokens and options["do_sample"] is False for options in known.options)
 
 
+def test_limits_are_the_protocols():
+    """New tokens, samples, first-line rule and chat template of the 16 tasks, as the official configuration has them (shared/protocols.md)."""
+    limits = {**dict.fromkeys(names.LONGBENCH, 32), **dict.fromkeys(("gov_report", "qmsum", "multi_news"), 512), **dict.fromkeys(("narrativeqa", "qasper", "samsum"), 128),
+              **dict.fromkeys(("multifieldqa_en", "trec", "lcc", "repobench-p"), 64)}
+    sizes = {**dict.fromkeys(names.LONGBENCH, 200), "multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
+    about = {task: longbench_scores.get(task) for task in names.LONGBENCH}
+    assert {task: one.new_tokens for task, one in about.items()} == limits and {task: one.samples for task, one in about.items()} == sizes
+    assert {task for task, one in about.items() if one.first_line} == {"trec", "triviaqa", "samsum"}
+    assert {task for task, one in about.items() if not one.chat} == {"trec", "triviaqa", "samsum", "lcc", "repobench-p"}
+
+
 def test_task_files_are_all_there():
     folder = engine.TASKS / "longbench"
     for task, about in longbench_scores.TASKS.items():
