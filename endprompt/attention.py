@@ -2,6 +2,8 @@
 
 import torch
 
+from endprompt import Failure
+
 
 @torch.no_grad()
 def probe(model, batch: dict[str, torch.Tensor]) -> float:
@@ -11,7 +13,7 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     a row without a jump (with shifted sparse attention, where one half of the heads has a border the other has none, so some token
     beyond the middle sees across it in every layer).  batch: one collator output; only its first row is used, at the batch's device.  Under ZeRO-3 all ranks
     must call it together.  Returns the largest change in units of the logits' standard deviation (0.0 exactly when cut off).
-    Raises RuntimeError if it is below 1e-3: the run would train segments that cannot see each other.
+    Raises Failure if it is below 1e-3: the run would train segments that cannot see each other.
     """
     inputs = {name: batch[name][:1] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     ids = inputs["input_ids"]
@@ -26,7 +28,7 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
                      for tokens in (ids, changed))
     moved = float((after - before).abs().max() / before.std().clamp_min(1e-12))
     if not moved >= 1e-3:
-        raise RuntimeError(
+        raise Failure(
             f"liveness probe: changing all {boundary} tokens of the first segment moves the logits of the other {used - boundary} by {moved:.1e} standard "
             f"deviations, so the segments cannot see each other (attention {model.config._attn_implementation!r}); is attention_mask missing from the batch?")
     return moved

@@ -1,17 +1,16 @@
 """Checkpoints that are known to be whole, and the final model that plain transformers reads."""
 
+import contextlib
 import os
-import re
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
-from endprompt import lora, rope, shards
-
-MARKER = "complete.json"
+from endprompt import Failure, checkpoint_files, lora, rope, shards
+from endprompt.checkpoint_files import MARKER
 
 
 def barrier() -> None:
@@ -19,24 +18,52 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def flush(folder: Path) -> None:
+    """Asks the disk to have every file below ``folder``: a marker must not outlive what it vouches for when a node loses power."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 class MarkComplete(TrainerCallback):
-    """Writes a marker into a checkpoint once every rank has written its part: what has none was cut short."""
+    """Writes a marker with the size of every file into a checkpoint once all ranks have written their parts (what has none was cut
+    short), then removes the oldest beyond ``keep``: the Trainer's own rotation would do so before the marker is there."""
+
+    def __init__(self, keep: int | None, about: dict):
+        self.keep, self.about = keep, about
 
     def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         barrier()
         if state.is_world_process_zero:
-            shards.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, {"global_step": state.global_step, "world_size": args.world_size})
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads; recipe.yaml says the same
+        if state.is_local_process_zero:
+            flush(folder)
+        barrier()
+        if state.is_world_process_zero:
+            shards.write_json(folder / MARKER, {"global_step": state.global_step, **self.about, "files": checkpoint_files.inventory(folder)})
+            checkpoint_files.keep_newest(folder.parent, self.keep)
 
 
-def newest_complete(folder: Path, log=sys.stderr) -> Path | None:
-    """The whole checkpoint of the highest step; names on ``log`` the ones that are passed over as half-written."""
-    steps = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    for step in sorted(steps, reverse=True):
-        if (steps[step] / MARKER).is_file():
-            return steps[step]
-        if log:
-            print(f"resume: {steps[step]} is half-written and passed over", file=log)
-    return None
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Inside, torch.load runs no code of a file: it builds tensors, plain containers, and the two classes that DeepSpeed's ZeRO files hold.
+
+    DeepSpeed asks torch for the opposite (``weights_only=False``); torch's own environment variable has the last word.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
 def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, adapted: dict[str, torch.Tensor] | None = None) -> float | None:
@@ -67,7 +94,7 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
 
 
 def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None:
-    """Raises RuntimeError unless ``folder`` holds every parameter in its full shape and a config that builds the expected inv_freq."""
+    """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the expected inv_freq."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -85,4 +112,4 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wrong = [name for name, parameter in model.named_parameters() if saved.get(name, None) != tuple(parameter.shape) and name not in tied]
     if wrong:
-        raise RuntimeError(f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}")
+        raise Failure(f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}")

@@ -1,6 +1,7 @@
-"""The command line: ``endprompt prepare|train|evaluate|inspect RECIPE METHOD``.
+"""The command line: ``endprompt prepare|train|evaluate|inspect RECIPE METHOD`` and ``endprompt status RUN``.
 
-Exit codes: 0 done, 2 bad input (one line says what, where and how to mend it), 1 failure while running.
+Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 2 bad input (one line says what, where and how to mend
+it), 1 failure while running.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from endprompt import BadInput, __version__
+from endprompt import BadInput, Failure, __version__
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,13 +33,20 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results go to DIR/<recipe>/<method>")
         command.add_argument("--dry-run", action="store_true", help="check the recipe, print it resolved, and stop")
         if name == "prepare":
+            command.add_argument("--part", default=None, metavar="I/N", help="make only the I-th of N parts of the shards; they may be made at the same time, and "
+                                 "prepare without --part then joins them")
             command.add_argument("--workers", type=int, default=None, metavar="N", help="tokenizer processes; default: one a core, at most 16")
         if name == "evaluate":
             command.add_argument("--model", default=None, metavar="DIR", help="score this Hugging Face model instead of the run's own")
+            command.add_argument("--only", action="append", default=[], metavar="TASK:LENGTH", help="score this pair of the recipe's alone; may be repeated")
+            command.add_argument("--list", action="store_true", help="print the recipe's pairs TASK:LENGTH, one a line, and stop")
         if name == "inspect":
             command.add_argument("--row", type=int, default=0, metavar="N", help="row to print")
             command.add_argument("--coverage", action="store_true", help="print instead which query-key distances are supervised and how often, of the shards or, "
                                  "without any, of sampled rows, and draw all methods that train into coverage.png in the run's folder")
+    status = commands.add_parser("status", help="print how far a run has come", description="Print a run's state, step, losses, speed, last checkpoint and time left.")
+    status.add_argument("run", type=Path, metavar="RUN", help="a run's folder, for example runs/tiny/endprompt")
+    status.add_argument("--json", action="store_true", help="as JSON")
     return root
 
 
@@ -77,25 +85,36 @@ def _claim(recipe, method, run: Path):
     except BadInput:
         # The results that are there still belong to the recipe before.
         if before is None:
-            path.unlink()
+            path.unlink(missing_ok=True)
         else:
             shards.write_atomically(path, before)
         raise
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not slash or not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()) or not 1 <= int(number) <= int(count) <= 99999:
+        raise BadInput(f"--part {text}: write it as I/N with 1 <= I <= N, for example 3/8")
+    return int(number), int(count)
+
+
 def _prepare(arguments, recipe, method, run: Path) -> None:
-    from endprompt import model, prepare, provenance
+    from endprompt import model, prepare, provenance, runfolder
 
     if not method.trained:
         print(f"{method.name} trains nothing, so it needs no shards")
         return
     if arguments.workers is not None and arguments.workers < 1:
         raise BadInput(f"--workers {arguments.workers}: at least one process is needed")
+    part = _part(arguments.part) if arguments.part is not None else None
     model.load_config(recipe)
     tokenizer = model.load_tokenizer(recipe)
     workers = arguments.workers or min(16, os.cpu_count() or 1)
-    with _claim(recipe, method, run):
-        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")))
+    with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(recipe, method, run):
+        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")), part)
+    if part:
+        print(f"{run / 'shards'}: part {part[0]} of {part[1]}: {sum(shard['rows'] for shard in manifest['shards'])} rows; prepare without --part joins the parts")
+        return
     print(f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens ({manifest['prompt_tokens']} of end prompts) in {len(manifest['shards'])} shards")
 
 
@@ -103,30 +122,61 @@ def _train(arguments, recipe, method, run: Path) -> None:
     if not method.trained:
         print(f"{method.name} trains nothing")
         return
+    from endprompt import runfolder
+
     main_rank = os.environ.get("RANK", "0") == "0"
-    with _claim(recipe, method, run) if main_rank else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if main_rank:
+            held.enter_context(runfolder.hold(run / runfolder.TRAIN_LOCK))
+            held.enter_context(_claim(recipe, method, run))
         if (run / "model").exists():
             print(f"{run / 'model'} is there already; nothing to train")
             return
         from endprompt.train import train
 
-        train(recipe, method, run)
-    import torch
+        try:
+            train(recipe, method, run)
+        except Failure as error:
+            if main_rank or getattr(error, "everywhere", False):
+                _say(error)
+            held.close()
+            _leave(1)
+        import torch
 
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    # Communication threads of gloo and DeepSpeed that are still running when the interpreter tears down its statics abort the
-    # process ("terminate called without an active exception") after everything was saved.  All files are closed by now.
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once.  Communication threads of gloo and DeepSpeed that are still running when the interpreter tears down its
+    statics abort it ("terminate called without an active exception") after everything was saved.  All files are closed by now."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def _say(error: Exception) -> None:
+    print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _status(arguments) -> None:
+    import json
+
+    from endprompt import runfolder
+
+    found = runfolder.summary(arguments.run)
+    print(json.dumps(found) if arguments.json else runfolder.describe(found))
 
 
 def _evaluate(arguments, recipe, method, run: Path) -> None:
-    from endprompt.eval.run import evaluate
+    from endprompt.eval import run as scoring
 
-    evaluate(recipe, method, run, arguments.model)
+    if arguments.list:
+        print("\n".join(f"{task}:{length or '-'}" for task, length in scoring.pairs(recipe)))
+        return
+    scoring.evaluate(recipe, method, run, arguments.model, arguments.only)
 
 
 def _inspect(arguments, recipe, method, run: Path) -> None:
@@ -157,6 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     # Ranks other than the first fail alike; one message is enough.
     speaks = os.environ.get("RANK", "0") == "0"
     try:
+        if arguments.command == "status":
+            _status(arguments)
+            return
         from endprompt import config, methods
 
         method = methods.get(arguments.method)
@@ -171,8 +224,12 @@ def main(argv: list[str] | None = None) -> None:
         {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command](arguments, recipe, method, run)
     except BadInput as error:
         if speaks:
-            print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
+            _say(error)
         raise SystemExit(2) from None
+    except Failure as error:
+        if speaks:
+            _say(error)
+        raise SystemExit(1) from None
     except BrokenPipeError:  # the reader of our output, `head` say, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt import BadInput, coverage, methods, positions, prepare, shards
+from endprompt import BadInput, coverage, methods, positions, prepare, row_stream, shards
 from endprompt.config import Recipe
 from endprompt.coverage import Span
 from endprompt.methods import Method
@@ -63,8 +63,8 @@ def _rows(recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool)
             if strict:
                 raise
     length = recipe.row_length(method)
-    make = prepare.row_maker(recipe, method, prepare.end_prompts(recipe, tokenizer) if method.end_prompt else [])
-    blank = prepare.Cursor(repeat(("", np.zeros(recipe.lengths.target, np.int32))), 0, 0)
+    make = row_stream.row_maker(recipe, method, row_stream.end_prompts(recipe, tokenizer) if method.end_prompt else [])
+    blank = row_stream.Cursor(repeat(("", np.zeros(recipe.lengths.target, np.int32))), 0, 0)
     count = max(1, min(recipe.data.tokens, SAMPLED_TOKENS) // length)
     return [positions.segments(make(number, blank)["position_ids"]) for number in range(count)], f"{count} sampled rows of {length} tokens (there are no shards)"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from endprompt import Failure
 from endprompt.training_keys import Lora
 
 
@@ -70,14 +71,14 @@ def merge(model) -> dict[str, Trace]:
     """Adds every adapter's alpha / r x B A to its weight, in float32, and takes the adapters out, in place.  All ranks call it together.
 
     Returns, by the name of the module, what ``verify_merged`` will look for.
-    Raises RuntimeError if a gathered adapter has another shape than its weight asks for.
+    Raises Failure if a gathered adapter has another shape than its weight asks for.
     """
     traces = {}
     for name, layer in _layers(model).items():
         base, (a, b), scaling = layer.get_base_layer(), (layer.lora_A["default"].weight, layer.lora_B["default"].weight), layer.scaling["default"]
         with _gathered([a, b], write=False), _gathered([base.weight], write=True):
             if a.dim() != 2 or b.dim() != 2 or base.weight.shape != (b.shape[0], a.shape[1]):
-                raise RuntimeError(f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of {tuple(b.shape)} x {tuple(a.shape)}")
+                raise Failure(f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of {tuple(b.shape)} x {tuple(a.shape)}")
             x = _direction(a.shape[1]).to(a.device)
             traces[name] = Trace((base.weight.double() @ x).cpu(), (scaling * (b.double() @ (a.double() @ x))).cpu())
             base.weight.copy_(base.weight.float() + scaling * (b.float() @ a.float()))
@@ -100,7 +101,7 @@ def logits(model, batch: dict[str, torch.Tensor], device) -> torch.Tensor:
 def verify_merged(folder, batch: dict[str, torch.Tensor], expected: torch.Tensor, traces: dict[str, Trace], device) -> float:
     """Reloads the merged model in ``folder`` and compares it with the adapter model: ``expected`` are that one's logits on ``batch``.
 
-    Returns the root mean square difference of the logits in units of their standard deviation.  Raises RuntimeError if it is above
+    Returns the root mean square difference of the logits in units of their standard deviation.  Raises Failure if it is above
     1e-3 in float32 or 0.1 in half precision, where every merged weight is rounded once more (SmolLM2-135M in bf16: 0.03); or if
     the part of an adapter that is in its matrix is not 1 within 0.1 and six standard errors of that rounding.
     The logits are computed where the adapter model ran if twice the model's size is free there, else on the CPU.
@@ -113,14 +114,14 @@ def verify_merged(folder, batch: dict[str, torch.Tensor], expected: torch.Tensor
         if trace.adapter.any():
             fraction, error = trace.fraction(model.get_submodule(name).weight)
             if not abs(fraction - 1) <= 0.1 + 6 * error:
-                raise RuntimeError(f"merged model: {fraction:.0%} of the adapter of {name} is in {folder}; was it gathered?  The checkpoints are kept")
+                raise Failure(f"merged model: {fraction:.0%} of the adapter of {name} is in {folder}; was it gathered?  The checkpoints are kept")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if torch.device(device).type != "cuda" or torch.cuda.mem_get_info(device)[0] < 2 * size:
         device = "cpu"
     found, used = logits(model.to(device), batch, device), batch["attention_mask"].bool()
     difference = float((found - expected)[used].pow(2).mean().sqrt() / expected[used].std())
     if not difference <= (1e-3 if model.dtype == torch.float32 else 0.1):
-        raise RuntimeError(f"merged model: {folder} gives other logits than the adapters it was merged from, by {difference:.2g} standard deviations; "
+        raise Failure(f"merged model: {folder} gives other logits than the adapters it was merged from, by {difference:.2g} standard deviations; "
                            "is what was trained beside the adapters in it?  The checkpoints are kept")
     return difference
 

@@ -10,6 +10,8 @@ import types
 import torch
 from torch import nn
 
+from endprompt import Failure
+
 CHUNK_ELEMENTS = 2**24  # logits held at a time; 64 MiB in float32
 
 
@@ -107,11 +109,11 @@ def attach(model, uniform: bool = False) -> None:
     """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and shift_weights.
 
     uniform: promise that every target's weight is 1 (see LossHead); nll is None where Liger's kernel made the sum.
-    Parameters, their names and the state dict stay as they are.  Raises RuntimeError if the output layer is not a plain nn.Linear.
+    Parameters, their names and the state dict stay as they are.  Raises Failure if the output layer is not a plain nn.Linear.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise RuntimeError(f"the output layer is {type(head).__name__}, not nn.Linear; its loss cannot be chunked")
+        raise Failure(f"the output layer is {type(head).__name__}, not nn.Linear; its loss cannot be chunked")
     head.__class__ = LossHead
     head.uniform = uniform
     model.forward = types.MethodType(_forward_with_loss, model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from endprompt import BadInput, rope
+from endprompt import BadInput, Failure, rope
 from endprompt.config import Recipe
 from endprompt.methods import Method
 
@@ -119,7 +119,7 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
 
     dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file) parameters load partitioned,
     except a GGUF file's, which every rank holds whole until DeepSpeed starts.
-    Raises BadInput on unusable files; RuntimeError if weights are missing from them or the frequencies are not the expected ones.
+    Raises BadInput on unusable files; Failure if weights are missing from them or the frequencies are not the expected ones.
     """
     from transformers import AutoModelForCausalLM
 
@@ -137,6 +137,6 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
     model, information = _loading("weights", recipe, lambda: AutoModelForCausalLM.from_pretrained(
         **arguments, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True))
     if information["missing_keys"]:
-        raise RuntimeError(f"model: the files of {recipe.model.name_or_path!r} lack {sorted(information['missing_keys'])[:5]}; these would train from random values")
+        raise Failure(f"model: the files of {recipe.model.name_or_path!r} lack {sorted(information['missing_keys'])[:5]}; these would train from random values")
     rope.verify(model.get_decoder().rotary_emb, model.config, chosen, theta)
     return model

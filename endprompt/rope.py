@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from endprompt import BadInput
+from endprompt import BadInput, Failure
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def apply(config, scaling: Scaling, target_length: int) -> None:
 def _compare(what: str, inv_freq, expected: np.ndarray, scaling: Scaling, rope_theta: float) -> float:
     built = inv_freq.detach().double().cpu().numpy()
     if built.shape != expected.shape:
-        raise RuntimeError(f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected")
+        raise Failure(f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected")
     error = float(np.max(np.abs(built - expected) / expected))
     if not error < 1e-5:
-        raise RuntimeError(f"RoPE check: the model's inv_freq differs from {scaling}{what} with rope_theta {rope_theta:g} by {error:.2g} "
+        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling}{what} with rope_theta {rope_theta:g} by {error:.2g} "
                            f"(relative); built {built[:2]}..., expected {expected[:2]}...")
     return error
 
@@ -186,16 +186,16 @@ def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
     rotary: the decoder's ``rotary_emb``.  Linear, yarn and default have one set of frequencies, the buffer ``inv_freq``.  Dynamic
     has one a length: the module is called at position L - 1 and must then hold those of the target length L, and at position 0
     before and after, where it must hold the unscaled ones; it is left in that state, as it was built.
-    Raises RuntimeError if the model computes another scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta, a window that switches dynamic
+    Raises Failure if the model computes another scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta, a window that switches dynamic
     scaling off, frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's attention factor.
     """
     import torch
 
     head_dim = head_dimension(config)
     if rotary.rope_type != scaling.name:  # at rest, dynamic scaling has the frequencies of none
-        raise RuntimeError(f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}")
+        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}")
     if not math.isclose(rotary.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
-        raise RuntimeError(f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, {scaling} by {scaling.attention_factor:g}")
+        raise Failure(f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, {scaling} by {scaling.attention_factor:g}")
     if not isinstance(scaling, Dynamic):
         return _compare("", rotary.inv_freq, scaling.inv_freq(rope_theta, head_dim), scaling, rope_theta)
 

@@ -14,7 +14,7 @@ import itertools
 import torch
 from transformers import TrainerCallback
 
-from endprompt import BadInput, positions
+from endprompt import BadInput, Failure, positions
 from endprompt.config import Recipe
 from endprompt.methods import Method
 
@@ -110,7 +110,7 @@ def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
     batch: whole rows, the same on all ranks of a group, as many as a micro-batch has.  All ranks must call it together, the model in
     training mode (outside it, DeepSpeed attends within a shard).  Returns the largest change of the last ``last`` tokens of the first
     row's shard, in units of the logits' standard deviation, on the rank where it is least (0.0 exactly when cut off).
-    Raises RuntimeError on all ranks if that is below 1e-3: the run would train shards that cannot see each other.
+    Raises Failure on all ranks if that is below 1e-3: the run would train shards that cannot see each other.
     """
     from deepspeed.utils import groups
 
@@ -126,7 +126,7 @@ def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
     least = torch.where(moved.isnan(), 0.0, moved) if rank else torch.full_like(moved, torch.finfo(moved.dtype).max)
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
     if not float(least) >= 1e-3:
-        raise RuntimeError(
+        raise Failure(
             f"liveness probe: changing all {part} tokens of the first rank's shard moves the logits of another rank's by {float(least):.1e} standard "
             f"deviations, so the shards cannot see each other (attention {model.config._attn_implementation!r}, train.sequence_parallel {n})")
     return float(least)

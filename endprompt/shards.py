@@ -71,6 +71,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path, keys: tuple[str, ...] = ()) -> dict:
+    """A mapping that ``write_json`` wrote.  Raises BadInput if it cannot be read as one or lacks one of ``keys``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"shards: {path} cannot be read: {error}; delete the folder and prepare again") from None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise BadInput(f"shards: {path} is no mapping with {', '.join(keys) or 'keys'}; delete the folder and prepare again")
+    return found
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a shard folder.  Raises BadInput if it is missing, not JSON, or of another schema version."""
     path = folder / MANIFEST

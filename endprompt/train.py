@@ -1,31 +1,35 @@
 """Training: the HF Trainer on DeepSpeed, with a weighted loss and the guards that run before the first step."""
 
+import contextlib
+import datetime
 import json
 import math
 import os
+import subprocess
 import sys
 import time
+import uuid
 import warnings
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers.trainer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, attention, checkpoint, lora, loss, model, prepare, provenance, s2, sequence, shards
+from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, watch
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
+from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
 
 # The paper's (appendix A.1), where a recipe does not say otherwise.
 DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "weight_decay": 0.0, "num_train_epochs": 1,
             "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 10, "save_steps": 200,
-            "save_total_limit": 2, "report_to": ["tensorboard"]}
-
-# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "4090": 165e12}
+            "report_to": ["tensorboard"]}
+CHECKPOINTS_KEPT = 2
 
 
 def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
@@ -47,101 +51,16 @@ def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
     return wide, int(total) // wide
 
 
-def flops_per_token(config, attended: int, layers_frozen: bool = False, head_frozen: bool = False) -> float:
-    """Training FLOPs a token: 6 per weight of every matrix product (the output layer's too, the embedding look-up none), and causal
-    attention's 6 x layers x heads x head_dim x attended (QK^T and AV, forward and backward, half of the square).
-
-    attended: the row's length, or the group's in shifted sparse attention.  A frozen weight costs 4, having no gradient of its own;
-    the adapters' share, some r / hidden_size of it, is left out.
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv = config.num_attention_heads * head_dim, (config.num_key_value_heads or config.num_attention_heads) * head_dim
-    layer = config.hidden_size * (2 * heads + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
-    matrices = (4 if layers_frozen else 6) * config.num_hidden_layers * layer + (4 if head_frozen else 6) * config.vocab_size * config.hidden_size
-    return matrices + 6 * config.num_hidden_layers * heads * attended
-
-
-class WeightedTrainer(Trainer):
-    """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
-    are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted)."""
-
-    def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.token_flops = token_flops
-        self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
-        self.loss_is_scaled_for_ga = True
-        self.last_metrics: dict[str, float] = {}
-        self._sums = torch.zeros(4, dtype=torch.float64)  # text nats, text targets, prompt nats, prompt targets; this rank, since the last log
-        self._tokens, self._since = 0, time.perf_counter()
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        weights = sum((batch["shift_weights"].sum(dtype=torch.float64) for batch in batches), torch.zeros((), dtype=torch.float64)).to(device)
-        return batches, self.accelerator.reduce(weights, "sum")
-
-    def _prepare_input(self, data):
-        # Under DeepSpeed the Trainer casts floats to the model's dtype: in bf16 the loss would refuse the weights, and 0.1 be another number than in the divisor.
-        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        is_prompt = inputs.pop("shift_prompt")
-        outputs = model(**inputs)
-        # DeepSpeed averages gradients over so many ranks; the divisor already counts all ranks' weights.
-        total = outputs["loss_sum"] * (self.averaged / num_items_in_batch).to(torch.float32)
-        with torch.no_grad():
-            target = inputs["shift_labels"] >= 0
-            if outputs["nll"] is None:  # a kernel that only sums; all of it is text
-                sums = [outputs["loss_sum"], target.sum(), target.new_zeros(()), target.new_zeros(())]
-            else:
-                text = target & ~is_prompt
-                sums = [(outputs["nll"] * text).sum(), text.sum(), (outputs["nll"] * is_prompt).sum(), is_prompt.sum()]
-            self._sums = self._sums.to(target.device) + torch.stack([value.double() for value in sums])
-        self._tokens += inputs["input_ids"].numel()
-        return (total, outputs) if return_outputs else total
-
-    def training_step(self, *args, **kwargs):
-        # What is logged is the mean of this over all ranks.
-        return super().training_step(*args, **kwargs) * (self.args.world_size / self.averaged)
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            text, texts, prompt, prompts = self.accelerator.reduce(self._sums, "sum").tolist()
-            seconds = time.perf_counter() - self._since
-            speed = self._tokens * self.args.world_size / seconds
-            logs = {**logs, "text_loss": text / max(texts, 1), "tokens_per_second": round(speed, 1)}
-            if prompts:
-                logs["end_prompt_loss"] = prompt / prompts
-            if torch.cuda.is_available():
-                name = torch.cuda.get_device_name()
-                peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-                if peak:
-                    logs["mfu"] = round(speed * self.token_flops / (peak * self.args.world_size), 4)
-                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-            else:
-                import resource
-
-                logs["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
-            self.last_metrics = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-            self._sums.zero_()
-            self._tokens, self._since = 0, time.perf_counter()
-        super().log(logs, start_time)
-
-
-class Probe(TrainerCallback):
-    """Runs the liveness probe on every rank, on the wrapped model and a batch of the collator, before the first step."""
-
-    def __init__(self, dataset, collator, sequence_parallel: int):
-        self.dataset, self.collator, self.sequence_parallel, self.moved = dataset, collator, sequence_parallel, None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        row, shared = self.dataset[rank // self.sequence_parallel % len(self.dataset)], self.sequence_parallel > 1
-        # Ulysses is built for micro-batches of one size.
-        batch = self.collator([row] * (args.per_device_train_batch_size if shared else 1))
-        training = model.training
-        model.train()  # attention may differ between training and inference; what trains is what is probed
-        self.moved = (sequence if shared else attention).probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
-        model.train(training)
+def resumed_shape(shape: tuple[int, int], world_size: int, before: dict) -> tuple[int, int]:
+    """``batch_shape`` on another number of ranks than the checkpoint's: as many rows a step as ``before`` (its marker), so that the steps
+    hold the same rows.  Raises BadInput if the ranks do not divide them."""
+    wanted = before.get("rows_per_step")
+    if wanted is None or before["world_size"] == world_size:
+        return shape
+    if wanted % world_size:
+        raise BadInput(f"train: the run's steps hold {wanted} rows, which {world_size} ranks do not divide; start a number of ranks that does, such as {before['world_size']}")
+    wide = math.gcd(wanted // world_size, shape[0])
+    return wide, wanted // world_size // wide
 
 
 def set_up_environment() -> bool:
@@ -163,9 +82,12 @@ def set_up_environment() -> bool:
     return cuda
 
 
-def training_arguments(recipe: Recipe, method: Method, run: Path, cuda: bool) -> TrainingArguments:
-    rows, accumulation = batch_shape(recipe, method)
-    given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel")}
+def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: bool, universal: bool) -> TrainingArguments:
+    """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal checkpoint."""
+    rows, accumulation = shape
+    given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
+    if universal:
+        given["deepspeed"] = json.loads(Path(given["deepspeed"]).read_text(encoding="utf-8")) | {"checkpoint": {"load_universal": True}}
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
@@ -195,8 +117,9 @@ def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: b
     import datasets
 
     datasets.disable_progress_bars()
-    return datasets.load_dataset("parquet", data_files=[str(path) for path in shards.files(folder, manifest)], split="train",
-                                 cache_dir=str(folder / ".cache"), keep_in_memory=False), manifest
+    rows = datasets.load_dataset("parquet", data_files=[str(path) for path in shards.files(folder, manifest)], split="train",
+                                 cache_dir=str(folder / ".cache"), keep_in_memory=False)
+    return rows.add_column("row_number", np.arange(len(rows))), manifest
 
 
 def sample(dataset, collator: Collator, ends: int = 64) -> dict[str, torch.Tensor]:
@@ -206,18 +129,84 @@ def sample(dataset, collator: Collator, ends: int = 64) -> dict[str, torch.Tenso
     return collator([{**row, **{name: [row[name][index] for index in kept] for name in ("input_ids", "position_ids", "loss_weights")}}])
 
 
-def train(recipe: Recipe, method: Method, run: Path) -> dict:
-    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model``; returns the summary it wrote to train.json.
+def agree(run: Path, newest: Path | None) -> None:
+    """Raises BadInput on every rank unless all of them see the same ``run`` folder and would resume from the same checkpoint."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return
+    main, name = torch.distributed.get_rank() == 0, [f".shared-{uuid.uuid4().hex}"]
+    torch.distributed.broadcast_object_list(name)
+    token = run / name[0]
+    if main:
+        token.touch()
+    checkpoint.barrier()
+    seen: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(seen, (token.exists(), newest and newest.name))
+    if main:
+        token.unlink()
+    if blind := [str(rank) for rank, (there, _) in enumerate(seen) if not there]:
+        raise BadInput(f"--out: {run} is not the same folder on all nodes (rank {', '.join(blind)} does not see what rank 0 wrote); put --out on storage that the nodes share")
+    if len({name for _, name in seen}) > 1:
+        raise BadInput(f"checkpoints: the ranks would resume from different ones ({sorted({str(name) for _, name in seen})}); put --out on storage that the nodes share")
 
-    Goes on from the newest whole checkpoint.  Raises BadInput on unusable input, RuntimeError when a guard refuses the run.
+
+def make_universal(newest: Path) -> None:
+    """On the first rank, while the others wait: ``newest`` in the form that any number of ranks can load."""
+    if int(os.environ["RANK"]) == 0 and not (newest / "latest_universal").is_file():
+        result = subprocess.run([sys.executable, "-m", "endprompt.universal", str(newest)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env={key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")})
+        if result.returncode:
+            last = (result.stdout.strip().splitlines() or ["no output"])[-1]
+            raise Failure(f"train: {newest} could not be converted for another number of ranks: {last}; start as many ranks as before")
+    checkpoint.barrier()
+
+
+def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
+    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model``; returns the summary it wrote to train.json,
+    None if it was asked to stop before the end (see watch.StopRequest) and left a checkpoint.
+
+    Goes on from the newest whole checkpoint, on any number of ranks that divides its rows a step.  Raises BadInput on unusable input,
+    Failure when a guard ends the run, another rank is lost, or a file cannot be written.
     """
+    request = watch.StopRequest(run)
+    request.listen()
     cuda = set_up_environment()
-    main = int(os.environ["RANK"]) == 0
+    rank = int(os.environ["RANK"])
+    try:
+        return _train(recipe, method, run, cuda, request)
+    except BadInput:
+        raise
+    except Exception as error:
+        timeout = recipe.train.get("ddp_timeout", 1800)
+        # A file that cannot be written ends one rank; what the others see is that it is gone.
+        reason = watch.unwritable(error) or watch.lost_rank(error, timeout)
+        with contextlib.suppress(OSError):
+            if rank == 0 or watch.unwritable(error):
+                runfolder.write_status(run, state="failed" if isinstance(error, Failure) or watch.unwritable(error) else "lost a rank" if reason else "crashed",
+                                       reason=reason or str(error)[:500])
+        if reason is None:
+            raise
+        newest = checkpoint_files.newest(run / "checkpoints")
+        failure = Failure(f"train: rank {rank}: {reason}.  The last good checkpoint is {newest or 'none, the base model'}; the same command goes on from it")
+        failure.everywhere = True
+        raise failure from error
+
+
+def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch.StopRequest) -> dict | None:
+    main, world_size = int(os.environ["RANK"]) == 0, int(os.environ["WORLD_SIZE"])
     tokenizer = model.load_tokenizer(recipe)
     dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
     config, shared = model.load_config(recipe), recipe.sequence_parallel
-    sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), int(os.environ["WORLD_SIZE"]), manifest)
-    arguments = training_arguments(recipe, method, run, cuda)
+    sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), world_size, manifest)
+    newest = checkpoint_files.to_resume(run / "checkpoints", sys.stderr if main else None)
+    before = checkpoint_files.marker(newest) if newest else {"world_size": world_size}
+    resized = before["world_size"] != world_size
+    if newest:
+        checkpoint_files.refuse_foreign(newest)
+    if resized and shared > 1:
+        raise BadInput(f"train.sequence_parallel: {newest} is of {before['world_size']} ranks, and a run that shares rows cannot go on with {world_size}; start as many as before")
+    shape = resumed_shape(batch_shape(recipe, method), world_size, before)
+    universal = resized and bool(recipe.train.get("deepspeed"))
+    arguments = training_arguments(recipe, shape, run, cuda, universal)
     if arguments.deepspeed:
         import deepspeed
 
@@ -225,7 +214,12 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
             # DeepSpeed would compile a C++ all-reduce over shared memory first; gloo does it, and the first run starts a minute earlier.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Partitioned loading below asks DeepSpeed for the number of ranks; on CPU accelerate has not told it yet.
-        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=datetime.timedelta(seconds=arguments.ddp_timeout))
+    agree(run, newest)
+    if main:
+        checkpoint_files.set_aside(run / "checkpoints", newest)
+    if universal:
+        make_universal(newest)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
     loss.attach(network, uniform=not method.end_prompt)
@@ -241,15 +235,26 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
                                 **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
     collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
-    probe = Probe(dataset, collator, shared)
+    probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
+    rows_per_step = shape[0] * shape[1] * world_size
+    keep = recipe.train.get("save_total_limit", CHECKPOINTS_KEPT)
     trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, sequence_parallel=shared,
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
-                              callbacks=[probe, checkpoint.MarkComplete(), *([sequence.NewEpoch()] if shared > 1 else [])])
-    newest = checkpoint.newest_complete(run / "checkpoints", sys.stderr if main else None)
+                              callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
+                                         watch.Report(run, rows_per_step * recipe.row_length(method) // shared), *([sequence.NewEpoch()] if shared > 1 else [])])
+    watching.trainer = trainer
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    with checkpoint.weights_only() if newest else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     seconds = time.perf_counter() - started
+    if watching.stopped:
+        checkpoint.barrier()
+        if main:
+            request.file.unlink(missing_ok=True)
+            runfolder.write_status(run, state="stopped on request", step=trainer.state.global_step)
+            print(f"train: stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint; the same command goes on", flush=True)
+        return None
     if shared > 1:
         ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation] = plain_attention
         collator.sharded = False
@@ -263,5 +268,6 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
                **{f"final_{key}": value for key, value in trainer.last_metrics.items() if key not in ("epoch",)}, "history": history, **provenance.stamp()}
     if main:
         shards.write_json(run / "train.json", summary)
+        runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
     return summary

@@ -73,7 +73,7 @@ def shape(recipe: Recipe):
 
 
 def training_flops(recipe: Recipe, method: Method, about) -> float:
-    from endprompt.train import flops_per_token
+    from endprompt.trainer import flops_per_token
 
     if not method.trained:
         return 0.0
@@ -85,7 +85,7 @@ def training_flops(recipe: Recipe, method: Method, about) -> float:
 
 def prefill_flops(recipe: Recipe, about) -> float:
     """Of all prompts of the recipe's tasks, at most as many as a benchmark holds; short text is left out."""
-    from endprompt.train import flops_per_token
+    from endprompt.trainer import flops_per_token
 
     options, total = recipe.eval, 0.0
     for task in options.tasks:
@@ -220,7 +220,7 @@ def table(planned: list[Planned], gpu: str, peak: float, gpus: int, mfu: float) 
 
 
 def make(arguments: argparse.Namespace) -> tuple[list[Planned], float]:
-    from endprompt.train import PEAK_FLOPS
+    from endprompt.trainer import PEAK_FLOPS
 
     peak = PEAK_FLOPS.get(arguments.gpu)
     if peak is None:

@@ -4,6 +4,7 @@ lm-evaluation-harness runs the model on the task files in eval/tasks (and on its
 its score in the official scripts' fields, and says where both come from.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from endprompt import BadInput, model, provenance, shards
+from endprompt import BadInput, model, provenance, runfolder, shards
 from endprompt.config import Recipe
 from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler
 from endprompt.methods import Method
@@ -156,12 +157,25 @@ def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_cod
     return {"length": None, "metric": metric, "few_shots": few_shots, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
 
 
-def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None) -> None:
-    """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash of its path> for another model)
-    and a picture, and prints a line a score.
+def pairs(recipe: Recipe) -> list[tuple[str, int | None]]:
+    """(task, length) of every score that the recipe asks for."""
+    return [(task, length) for task in recipe.eval.tasks for length in lengths(recipe, task)]
 
-    Raises BadInput if there is no model, a length is too short for its task, data are missing, or the held-out documents are shorter than a
-    length.
+
+def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
+    known = {f"{task}:{length or '-'}": (task, length) for task, length in pairs(recipe)}
+    for name in only:
+        if name not in known:
+            raise BadInput(f"--only {name}: the recipe has no such pair; it has {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(only)] if only else list(known.values())
+
+
+def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None, only: list[str] = ()) -> None:
+    """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash of its path> for another model)
+    and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to score; none: all of the recipe's.
+
+    Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for its task, data are missing, or
+    the held-out documents are shorter than a length.
     """
     options, folder = recipe.eval, results.evaluation_folder(run, other)
     if "humaneval" in options.tasks:
@@ -170,10 +184,12 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     if benched := [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]:
         longbench_scores.check_environment(*benched)
-    network, tokenizer, identity = load(recipe, method, run, other)
-    with tempfile.TemporaryDirectory() as temporary:
+    todo = _chosen(recipe, only)
+    with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
+        for pair in todo:
+            held.enter_context(runfolder.hold(folder / f".{_path(Path(), *pair).with_suffix('').as_posix().replace('/', '-')}.lock"))
+        network, tokenizer, identity = load(recipe, method, run, other)
         scorer = Scorer(recipe, network, tokenizer, temporary)
-        todo = [(task, length) for task in options.tasks for length in lengths(recipe, task)]
         asked = {(task, length): question(recipe, task, length, identity) for task, length in todo}
         there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
         missing = [(task.removeprefix("ruler_"), length) for (task, length), result in there.items() if result is None and task.startswith("ruler_")]
@@ -195,7 +211,7 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
             form = SHOWN.get(task, "{:.2f}%")
             score, low, high = (form.format(result["scores"][key]) for key in ("score", "low", "high"))
             print(f"{method.name:14} {task:22} {length or '-':>7} {score:>8}  [{low}, {high}]", flush=True)
-    if "passkey" in options.tasks:
+    if any(task == "passkey" for task, _ in todo):
         figures.heatmaps({method.name: figures.read(folder / "passkey")}, folder / "passkey.png")
 
 

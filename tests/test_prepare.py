@@ -18,7 +18,7 @@ from conftest import REPOSITORY, run_main, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt import BadInput, config, methods, positions, prepare, shards
+from endprompt import BadInput, config, methods, positions, prepare, row_stream, shards
 from endprompt.config import END_PROMPTS
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
@@ -308,7 +308,7 @@ def test_documents_are_read_as_they_are_needed(tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10)
     taken = []
     endless = ((taken.append(number) or str(number), "some words of text") for number in count())
-    stream = prepare.tokenized(endless, tokenizer, 2)
+    stream = row_stream.tokenized(endless, tokenizer, 2)
     assert [name for name, _ in islice(stream, 6)] == [str(number) for number in range(6)]
     stream.close()
     assert len(taken) <= 6 + 2 * 2 + 1
@@ -329,11 +329,11 @@ def test_a_cursor_goes_on_where_another_stood(lengths, takes, by_document, data)
         function = cursor.take_document if by_document else cursor.take
         return [None if part is None else (part[0].tolist(), part[1]) for part in map(function, counts)]
 
-    whole = taken(prepare.Cursor(iter(documents), 0, 0), takes)
+    whole = taken(row_stream.Cursor(iter(documents), 0, 0), takes)
     cut = data.draw(st.integers(0, len([part for part in whole if part])))
-    first = prepare.Cursor(iter(documents), 0, 0)
+    first = row_stream.Cursor(iter(documents), 0, 0)
     head = taken(first, takes[:cut])
-    second = prepare.Cursor(iter(documents[first.document:]), first.document, first.offset)
+    second = row_stream.Cursor(iter(documents[first.document:]), first.document, first.offset)
     assert head + taken(second, takes[cut:]) == whole
     if not by_document:
         flat = [int(token) for _, ids in documents for token in ids]
@@ -506,13 +506,13 @@ def test_manifest(make, tokenizer):
     assert [shard["rows"] for shard in manifest["shards"]] == [25, 25, 14]
     assert [shard["bytes"] for shard in manifest["shards"]] == [path.stat().st_size for path in shards.files(folder, manifest)]
     assert (manifest["method"], manifest["physical_length"], manifest["target_length"], manifest["corpus_ended"]) == ("endprompt", 64, 512, False)
-    assert manifest["tokenizer_fingerprint"] == prepare.tokenizer_fingerprint(tokenizer)
+    assert manifest["tokenizer_fingerprint"] == row_stream.tokenizer_fingerprint(tokenizer)
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["another"])
-    assert prepare.tokenizer_fingerprint(other) != manifest["tokenizer_fingerprint"]
+    assert row_stream.tokenizer_fingerprint(other) != manifest["tokenizer_fingerprint"]
     cutting = copy.deepcopy(tokenizer)
     cutting.backend_tokenizer.enable_truncation(8)
-    assert prepare.tokenizer_fingerprint(cutting) == manifest["tokenizer_fingerprint"]
+    assert row_stream.tokenizer_fingerprint(cutting) == manifest["tokenizer_fingerprint"]
 
 
 def test_position_column_is_next_to_free(tokenizer, tmp_path, base):

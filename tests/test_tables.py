@@ -446,7 +446,7 @@ def test_hours_of_training_are_those_of_the_recipes_headers(tmp_path, recipe, me
 
 
 def test_hours_follow_their_formula(tmp_path):
-    from endprompt.train import flops_per_token
+    from endprompt.trainer import flops_per_token
 
     recipe = config.load(RECIPE, ["eval.tasks=[passkey,longbench_lcc,longbench_qasper,mmlu]", "eval.lengths=[4096,8192]", "eval.samples=300"])
     about = plan.shape(recipe)

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, import_protobuf
 
-from endprompt import BadInput, config, methods, model, prepare, shards
+from endprompt import BadInput, config, methods, model, prepare, row_stream, shards
 from endprompt.eval import perplexity
 
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -148,18 +148,18 @@ def test_end_prompts(real, recipe):
     for name in config.END_PROMPTS:
         checked = recipe(end_prompts=[name])
         if name in PROMPTS[real[0]]:
-            found, = prepare.end_prompts(checked, tokenizer)
+            found, = row_stream.end_prompts(checked, tokenizer)
             assert found.ids.tolist() == PROMPTS[real[0]][name] and found.ids.dtype == np.int32 and (found.name, found.text) == (name, config.END_PROMPTS[name])
             assert tokenizer.decode(found.ids, clean_up_tokenization_spaces=False) == found.text
         else:
             with pytest.raises(BadInput, match=r"no special token <\|eot_id\|> \(it would become \d+ pieces\)"):
-                prepare.end_prompts(checked, tokenizer)
+                row_stream.end_prompts(checked, tokenizer)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_documents_begin_with_bos_and_end_with_one_eos(real, workers):
     tokenizer = real[3]
-    found = list(prepare.tokenized(((str(i), text) for i, text in enumerate([*TEXTS, ""])), tokenizer, workers))
+    found = list(row_stream.tokenized(((str(i), text) for i, text in enumerate([*TEXTS, ""])), tokenizer, workers))
     for (_, ids), text in zip(found, [*TEXTS, ""], strict=True):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id and ids.dtype == np.int32
         assert np.isin(ids[1:-1], (tokenizer.bos_token_id, tokenizer.eos_token_id)).sum() == 0
@@ -169,7 +169,7 @@ def test_documents_begin_with_bos_and_end_with_one_eos(real, workers):
 def test_special_tokens_written_in_a_text_are_seen_as_the_tokenizer_sees_them(real):
     """A document that ends in the end token's text gets no second one."""
     tokenizer = real[3]
-    (_, ids), = prepare.tokenized([("0", f"Done.{tokenizer.eos_token}")], tokenizer, 1)
+    (_, ids), = row_stream.tokenized([("0", f"Done.{tokenizer.eos_token}")], tokenizer, 1)
     assert (ids == tokenizer.eos_token_id).sum() == 1 and ids[-1] == tokenizer.eos_token_id
 
 

@@ -236,7 +236,7 @@ def test_longer_rows_keep_the_tokens_of_a_step(recipe):
 def test_flops_count_the_matrix_products():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from endprompt.train import flops_per_token
+    from endprompt.trainer import flops_per_token
 
     config = LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=100, tie_word_embeddings=False)
     model = LlamaForCausalLM(config)

@@ -1,0 +1,200 @@
+"""Corpus -> tokenized stream -> rows with explicit positions.
+
+Everything random about a row comes from (seed, row number), so the rows do not depend on the number of workers.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+
+import numpy as np
+
+from endprompt import BadInput, positions
+from endprompt.config import END_PROMPTS, Recipe
+from endprompt.methods import Method
+
+BATCH_CHARACTERS = 400_000
+
+
+@dataclass(frozen=True)
+class EndPrompt:
+    name: str
+    text: str
+    ids: np.ndarray
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """SHA-256 over the fast tokenizer's whole definition and its end token; truncation and padding settings left out."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition["truncation"] = definition["padding"] = None
+    definition["eos"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def end_prompts(recipe: Recipe, tokenizer) -> list[EndPrompt]:
+    """The recipe's prompts, tokenized.  Raises BadInput if one is a special token that the tokenizer lacks, or unreadable to it."""
+    result = []
+    for name in recipe.data.end_prompts:
+        text = END_PROMPTS.get(name, name)
+        if re.fullmatch(r"EP_\w+", text):
+            raise BadInput(f"data.end_prompts: there is no prompt {name}; use {', '.join(END_PROMPTS)}, or write the text itself")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if re.fullmatch(r"<\S+>", text) and len(ids) != 1:
+            raise BadInput(f"data.end_prompts: this tokenizer has no special token {text} (it would become {len(ids)} pieces); choose another prompt")
+        if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+            raise BadInput(f"data.end_prompts: this tokenizer cannot write {text!r}; choose another prompt")
+        result.append(EndPrompt(name if name in END_PROMPTS else "custom", text, np.array(ids, np.int32)))
+    return result
+
+
+_tokenizer = None  # of a worker process
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _start_worker(definition: str, eos: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if parent := parent_process():
+        # A killed parent cannot end its pool, whose workers would wait for ever.
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from tokenizers import Tokenizer
+
+    global _tokenizer
+    # The Rust tokenizer alone: the same ids as the Python one around it, without importing transformers in each worker.
+    _tokenizer = Tokenizer.from_str(definition), eos
+    _tokenizer[0].no_truncation()
+    _tokenizer[0].no_padding()
+
+
+def _tokenize(texts: list[str]) -> list[np.ndarray]:
+    tokenizer, eos = _tokenizer
+    result = []
+    for encoding in tokenizer.encode_batch_fast(texts):
+        ids = encoding.ids
+        if not ids or ids[-1] != eos:
+            ids.append(eos)
+        result.append(np.array(ids, np.int32))
+    return result
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenized(documents: Iterable[tuple[str, str]], tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(document id, int32 ids ending in EOS) in order, tokenized by ``workers`` processes with a bounded number of batches in flight."""
+    start = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    if workers <= 1:
+        _start_worker(*start)
+        for batch in _batches(documents):
+            yield from zip((name for name, _ in batch), _tokenize([text for _, text in batch]), strict=True)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start)
+    try:
+        waiting: deque = deque()
+        batches = _batches(documents)
+        for batch in islice(batches, 2 * workers):
+            waiting.append((batch, pool.submit(_tokenize, [text for _, text in batch])))
+        while waiting:
+            batch, future = waiting.popleft()
+            ids = future.result()
+            for following in islice(batches, 1):
+                waiting.append((following, pool.submit(_tokenize, [text for _, text in following])))
+            yield from zip((name for name, _ in batch), ids, strict=True)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Cursor:
+    """The corpus as one stream of tokens that remembers where it stands: (documents finished, tokens taken of the next)."""
+
+    def __init__(self, stream: Iterator[tuple[str, np.ndarray]], document: int, offset: int):
+        self._stream, self.document, self.offset = stream, document, offset
+        self._current: tuple[str, np.ndarray] | None = None
+
+    def _load(self) -> bool:
+        if self._current is None:
+            self._current = next(self._stream, None)
+        return self._current is not None
+
+    def _advance(self, count: int) -> None:
+        self.offset += count
+        if self.offset >= len(self._current[1]):
+            self._current, self.document, self.offset = None, self.document + 1, 0
+
+    def take(self, count: int) -> tuple[np.ndarray, list[str]] | None:
+        """The next ``count`` tokens and the ids of the documents they come from; None if the corpus ends before."""
+        parts, names, missing = [], [], count
+        while missing:
+            if not self._load():
+                return None
+            name, ids = self._current
+            part = ids[self.offset:self.offset + missing]
+            parts.append(part)
+            names.append(name)
+            missing -= len(part)
+            self._advance(len(part))
+        return np.concatenate(parts), names
+
+    def take_document(self, count: int) -> tuple[np.ndarray, list[str]] | None:
+        """The first ``count`` tokens, or fewer, of the next document; the rest of it is passed over."""
+        if not self._load():
+            return None
+        name, ids = self._current
+        self._advance(len(ids))
+        return ids[:count], [name]
+
+
+def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Callable[[int, Cursor], dict | None]:
+    """A function (row number, cursor) -> row of the shard schema, None at the end of the corpus.
+
+    With ``data.pose_text: later_span`` the chunks of a chunked row are spread over the first target_length tokens of its document, as
+    github.com/dwzhu-pku/PoSE does; the positions are those of contiguous text.
+    """
+    length, target = recipe.row_length(method), recipe.lengths.target
+    later = method.chunked and recipe.data.pose_text == "later_span"
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    if longest >= length:
+        raise BadInput(f"lengths.physical: rows of {length} tokens leave no room for text beside an end prompt of {longest}; raise it")
+
+    def make(number: int, cursor: Cursor) -> dict | None:
+        rng = np.random.default_rng([recipe.data.seed, number])
+        prompt = prompts[int(rng.integers(len(prompts)))] if prompts else None
+        b = len(prompt.ids) if prompt else 0
+        taken = cursor.take(length - b) if recipe.data.packing == "cut" else cursor.take_document(target if later else length - b)
+        if taken is None:
+            return None
+        text, names = taken
+        a = min(len(text), length - b)
+        parts = positions.chunk_lengths(a, recipe.data.pose_chunks, rng) if method.chunked else a
+        position_ids = method.plan(parts, b, target, rng)
+        positions.check(position_ids, target)
+        if later:
+            text = text[positions.spread(parts, len(text), rng)]
+        weights = np.ones(a + b, np.float32)
+        weights[0] = 0  # nothing predicts the first token
+        weights[a:] = recipe.data.prompt_loss_weight
+        return {"input_ids": np.concatenate([text, prompt.ids]) if prompt else text, "position_ids": position_ids.astype(np.int32),
+                "loss_weights": weights, "text_length": a, "prompt_length": b,
+                "prompt_name": prompt.name if prompt else "", "document_ids": names}
+
+    return make
