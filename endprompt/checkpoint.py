@@ -35,12 +35,11 @@ class MarkComplete(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         barrier()
-        if state.is_world_process_zero:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads; recipe.yaml says the same
         if state.is_local_process_zero:
             flush(folder)
         barrier()
         if state.is_world_process_zero:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads; recipe.yaml says the same
             shards.write_json(folder / MARKER, {"global_step": state.global_step, **self.about, "files": checkpoint_files.inventory(folder)})
             checkpoint_files.keep_newest(folder.parent, self.keep)
 
@@ -113,3 +112,19 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     wrong = [name for name, parameter in model.named_parameters() if saved.get(name, None) != tuple(parameter.shape) and name not in tied]
     if wrong:
         raise Failure(f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}")
+
+
+class SeparateSteps(TrainerCallback):
+    """Gives every group of parameters a step count of its own after a universal checkpoint was loaded.
+
+    DeepSpeed 0.19 (zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3) hands one tensor to all of them, which torch's
+    Adam then increments once a group: with two groups, bias correction runs at twice the pace and the run drifts from the undisturbed one.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        inner = optimizer
+        while hasattr(inner, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+            inner = inner.optimizer
+        for values in inner.state.values():
+            if isinstance(values.get("step"), torch.Tensor):
+                values["step"] = values["step"].clone()

@@ -112,7 +112,7 @@ def summary(run: Path) -> dict:
     state = status.get("state")
     if (run / "model").is_dir():
         state = "finished"
-    elif state == "training" and "train" not in working:
+    elif state in ("starting", "training") and "train" not in working:
         state = "ended without a word (killed, or its node lost); the same command goes on from the checkpoint"
     elif state is None:
         state = "preparing" if working else "prepared, not trained" if "shards" in found else "not prepared"

@@ -171,18 +171,22 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
     request.listen()
     cuda = set_up_environment()
     rank = int(os.environ["RANK"])
+    if rank == 0 and (run / runfolder.STATUS).exists():  # what an earlier start said is over
+        runfolder.write_status(run, state="starting", reason=None)
     try:
         return _train(recipe, method, run, cuda, request)
     except BadInput:
         raise
     except Exception as error:
         timeout = recipe.train.get("ddp_timeout", 1800)
-        # A file that cannot be written ends one rank; what the others see is that it is gone.
-        reason = watch.unwritable(error) or watch.lost_rank(error, timeout)
+        # A file that cannot be written ends one rank; what the others see is that it is gone, and theirs is not the reason to keep.
+        unwritable = watch.unwritable(error)
+        reason = unwritable or watch.lost_rank(error, timeout)
         with contextlib.suppress(OSError):
-            if rank == 0 or watch.unwritable(error):
-                runfolder.write_status(run, state="failed" if isinstance(error, Failure) or watch.unwritable(error) else "lost a rank" if reason else "crashed",
-                                       reason=reason or str(error)[:500])
+            if unwritable or isinstance(error, Failure) and rank == 0:
+                runfolder.write_status(run, state="failed", reason=unwritable or str(error)[:500])
+            elif rank == 0 and runfolder.read_status(run).get("state") != "failed":
+                runfolder.write_status(run, state="lost a rank" if reason else "crashed", reason=reason or str(error)[:500])
         if reason is None:
             raise
         newest = checkpoint_files.newest(run / "checkpoints")
@@ -242,7 +246,8 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
                               callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
-                                         watch.Report(run, rows_per_step * recipe.row_length(method) // shared), *([sequence.NewEpoch()] if shared > 1 else [])])
+                                         watch.Report(run, rows_per_step * recipe.row_length(method) // shared),
+                                         *([sequence.NewEpoch()] if shared > 1 else []), *([checkpoint.SeparateSteps()] if universal else [])])
     watching.trainer = trainer
     started = time.perf_counter()
     with checkpoint.weights_only() if newest else contextlib.nullcontext():
