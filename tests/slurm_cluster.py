@@ -77,7 +77,7 @@ ClusterName=endprompt
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 AuthType=auth/munge
-AuthInfo=socket={munge}/munge.socket
+AuthInfo=socket={munge}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser={owner.pw_name}
 SlurmdUser={owner.pw_name}
@@ -94,8 +94,8 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
-KillWait=15
+SlurmdTimeout=5
+KillWait=5
 JobRequeue=1
 MinJobAge=600
 SlurmdParameters=config_overrides
@@ -107,11 +107,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/{version}\n")
         self._spawn("munged", "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket", f"--pid-file={munge}/munged.pid",
                     f"--log-file={munge}/munged.log", f"--seed-file={munge}/munged.seed")
-        self._until(lambda: (munge / "munge.socket").exists(), "munged's socket")
+        self.until(lambda: (munge / "munge.socket").exists(), "munged's socket")
         self._spawn("slurmctld", "slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             self.start_node(node)
-        self._until(lambda: self.states() == {"n1": "IDLE", "n2": "IDLE"}, "two idle nodes", 60)
+        self.until(lambda: self.states() == {"n1": "IDLE", "n2": "IDLE"}, "two idle nodes", 60)
 
     def start_node(self, node: str) -> None:
         self._spawn(node, "slurmd", "-D", "-N", node)
@@ -153,7 +153,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     def job(self, number: str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self.client("scontrol", "-o", "show", "job", number)))
 
-    def _until(self, condition, what: str, seconds: float = 30) -> None:
+    def until(self, condition, what: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:

@@ -121,9 +121,8 @@ def test_a_lost_node_costs_a_restart_and_nothing_else(again, undisturbed, cluste
     number = again.submit("--nodes=2")
     again.until(again.run / "checkpoints/checkpoint-8/complete.json")
     cluster.kill_node(node)
-    time.sleep(2)
-    # Slurm notices by SlurmdTimeout, unless the job script did before; a node that registers anew is taken back (ReturnToService).
-    cluster.start_node(node)
+    cluster.until(lambda: cluster.states()[node].startswith("DOWN"), f"{node} down", 90)  # SlurmdTimeout
+    cluster.start_node(node)  # taken back when it registers: ReturnToService
     job = again.wait(number)
     assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, again.log()
     summary = json.loads((again.run / "train.json").read_text())
