@@ -190,7 +190,7 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
         if reason is None:
             raise
         newest = checkpoint_files.newest(run / "checkpoints")
-        failure = Failure(f"train: rank {rank}: {reason}.  The last good checkpoint is {newest or 'none, the base model'}; the same command goes on from it")
+        failure = Failure(f"train: rank {rank}: {reason}; the last good checkpoint is {newest or 'none, the base model'}; the same command goes on from it")
         failure.everywhere = True
         raise failure from error
 

@@ -1,5 +1,6 @@
 """What is looked at between two steps: a wish that the run stop, and a loss that is no number any more."""
 
+import datetime
 import math
 import signal
 import time
@@ -49,6 +50,12 @@ class Watch(TrainerCallback):
     def __init__(self, request: StopRequest, run: Path):
         self.request, self.run, self.stopped, self.trainer = request, run, False, None
         self._plain_gradients_finite = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if _distributed():
+            # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was given.
+            for group in list(torch.distributed.distributed_c10d._world.pg_map):
+                torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=args.ddp_timeout), group)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Without DeepSpeed, gradients are where everybody expects them; with it, it knows their norm afterwards.
@@ -125,5 +132,5 @@ def unwritable(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return f"{error.filename or 'a file'} could not be written: {error.strerror}"
     if any(words in text for words in ("PytorchStreamWriter", "inline_container", "unexpected pos", "os error 28", "os error 27", "No space left", "File too large")):
-        return f"a checkpoint or model file could not be written to its end ({text.strip().splitlines()[0][:120]}); is the disk full, or a quota reached?"
+        return f"a checkpoint or model file could not be written to its end ({text.strip().splitlines()[0][:120]}); the disk may be full, or a quota reached"
     return None

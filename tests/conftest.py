@@ -98,3 +98,32 @@ def recipe_file(tmp_path, base, tiny_text):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def train_recipe(tmp_path_factory, base) -> Path:
+    """64 rows of 40 to 128 tokens (a document a row: padded batches), 8 steps of 8 rows, a checkpoint every 2 steps."""
+    folder = tmp_path_factory.mktemp("train")
+    # Documents of different lengths, so that ranks and micro-batches carry unequal weights.
+    texts = [text for sentences in (2, 4, 6, 9) for text in tiny_documents(16, sentences, seed=sentences)]
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({
+        "model": {"name_or_path": str(base)},
+        "lengths": {"physical": 128, "target": 1024},
+        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", texts)), "tokens": 64 * 128, "packing": "document", "prompt_loss_weight": 0.5},
+        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+                  "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1, "save_steps": 2, "save_total_limit": 10},
+        "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
+    }))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_ranks(train_recipe, tmp_path_factory) -> Path:
+    """The folder of an undisturbed run of it on two ranks."""
+    import training
+
+    out = tmp_path_factory.mktemp("two")
+    folder = training.prepared(train_recipe, "endprompt", out)
+    training.run(training.train(train_recipe, "endprompt", out, ranks=2))
+    return folder

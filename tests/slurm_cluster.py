@@ -77,7 +77,7 @@ ClusterName=endprompt
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 AuthType=auth/munge
-AuthInfo=socket={munge}/munge.socket,cred_expire=5
+AuthInfo=socket={munge}/munge.socket,cred_expire=30
 CredType=cred/munge
 SlurmUser={owner.pw_name}
 SlurmdUser={owner.pw_name}
@@ -95,7 +95,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=5
-KillWait=5
+KillWait=10
 JobRequeue=1
 MinJobAge=600
 SlurmdParameters=config_overrides

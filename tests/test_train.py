@@ -1,84 +1,19 @@
 """Training end to end on the tiny base: ranks, accumulation, kills, launchers, guards.  Every run is a process of its own."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
-from safetensors.torch import load_file
-
-# Scripts elsewhere would else import the package that is installed, which is another one in a second work tree.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def run(command: list, expect: int = 0) -> str:
-    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=240)
-    assert result.returncode == expect, result.stdout[-4000:]
-    return result.stdout
-
-
-def train(recipe: Path, method: str, out: Path, *options, ranks: int = 1) -> list:
-    launcher = [sys.executable] if ranks == 1 else TORCHRUN
-    return [*launcher, "-m", "endprompt", "train", recipe, method, "--out", out, *options]
-
-
-def prepared(recipe: Path, method: str, out: Path) -> Path:
-    code, _, error = run_main("prepare", recipe, method, "--out", out, "--workers", 1)
-    assert code == 0, error
-    return out / recipe.stem / method
-
-
-def losses(folder: Path) -> list[tuple]:
-    history = json.loads((folder / "train.json").read_text())["history"]
-    return [(entry["loss"], entry["text_loss"], entry["end_prompt_loss"]) for entry in history]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def assert_same(one: dict, two: dict, tolerance: float) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, base) -> Path:
-    """64 rows of 40 to 128 tokens (a document a row: padded batches), 8 steps of 8 rows, a checkpoint every 2 steps."""
-    folder = tmp_path_factory.mktemp("train")
-    # Documents of different lengths, so that ranks and micro-batches carry unequal weights.
-    texts = [text for sentences in (2, 4, 6, 9) for text in tiny_documents(16, sentences, seed=sentences)]
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "model": {"name_or_path": str(base)},
-        "lengths": {"physical": 128, "target": 1024},
-        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", texts)), "tokens": 64 * 128, "packing": "document", "prompt_loss_weight": 0.5},
-        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-                  "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1, "save_steps": 2, "save_total_limit": 10},
-        "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
-    }))
-    return path
-
-
-@pytest.fixture(scope="module")
-def two_ranks(recipe, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("two")
-    folder = prepared(recipe, "endprompt", out)
-    run(train(recipe, "endprompt", out, ranks=2))
-    return folder
+from conftest import run_main
+from training import TORCHRUN, assert_same, losses, prepared, run, train, weights
 
 
 @pytest.mark.distributed
-def test_two_ranks_equal_one_however_rows_are_split(recipe, two_ranks, tmp_path):
-    folder = prepared(recipe, "endprompt", tmp_path)
-    run(train(recipe, "endprompt", tmp_path, "--set", "train.per_device_train_batch_size=8", "--set", "train.gradient_accumulation_steps=1"))
+def test_two_ranks_equal_one_however_rows_are_split(train_recipe, two_ranks, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
+    run(train(train_recipe, "endprompt", tmp_path, "--set", "train.per_device_train_batch_size=8", "--set", "train.gradient_accumulation_steps=1"))
     one, two = losses(folder), losses(two_ranks)
     assert len(one) == len(two) == 8
     assert all(a == pytest.approx(b, rel=2e-4) for a, b in zip(one, two, strict=True)), (one, two)
@@ -117,10 +52,10 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
 
 
 @pytest.mark.distributed
-def test_half_precision_keeps_the_weights_of_the_loss(recipe, two_ranks, tmp_path):
+def test_half_precision_keeps_the_weights_of_the_loss(train_recipe, two_ranks, tmp_path):
     """Under DeepSpeed the Trainer would cast them to bf16 too, which the loss refuses."""
-    folder = prepared(recipe, "endprompt", tmp_path)
-    run(train(recipe, "endprompt", tmp_path, "--set", "train.bf16=true", "--set", "train.max_steps=2", "--set", "train.gradient_accumulation_steps=4"))
+    folder = prepared(train_recipe, "endprompt", tmp_path)
+    run(train(train_recipe, "endprompt", tmp_path, "--set", "train.bf16=true", "--set", "train.max_steps=2", "--set", "train.gradient_accumulation_steps=4"))
     assert all(a == pytest.approx(b, rel=2e-2) for a, b in zip(losses(folder), losses(two_ranks)[:2], strict=True))
 
 
@@ -137,15 +72,15 @@ main()
 
 
 @pytest.mark.distributed
-def test_a_killed_run_resumes_to_the_same_weights(recipe, two_ranks, tmp_path):
-    folder = prepared(recipe, "endprompt", tmp_path)
+def test_a_killed_run_resumes_to_the_same_weights(train_recipe, two_ranks, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
     script = tmp_path / "killed.py"
     script.write_text(KILL)
-    run([*TORCHRUN, script, "train", recipe, "endprompt", "--out", tmp_path], expect=1)
+    run([*TORCHRUN, script, "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
     assert (folder / "checkpoints/checkpoint-4/complete.json").exists() and not (folder / "model").exists()
     # What a kill in the middle of writing leaves: a newer folder without its marker.
     (folder / "checkpoints/checkpoint-6").mkdir()
-    output = run(train(recipe, "endprompt", tmp_path, ranks=2))
+    output = run(train(train_recipe, "endprompt", tmp_path, ranks=2))
     assert "checkpoint-6 is half-written and passed over" in output
     assert json.loads((folder / "train.json").read_text())["resumed_from"] == "checkpoint-4"
     assert losses(folder) == losses(two_ranks)
@@ -153,9 +88,9 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, two_ranks, tmp_path):
 
 
 @pytest.mark.distributed
-def test_the_deepspeed_launcher_starts_it_too(recipe, two_ranks, tmp_path):
-    folder = prepared(recipe, "endprompt", tmp_path)
-    run([Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--module", "endprompt", "train", recipe, "endprompt", "--out", tmp_path])
+def test_the_deepspeed_launcher_starts_it_too(train_recipe, two_ranks, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
+    run([Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--module", "endprompt", "train", train_recipe, "endprompt", "--out", tmp_path])
     assert losses(folder) == losses(two_ranks)
 
 
@@ -182,22 +117,22 @@ rope.apply = lambda config, scaling, target_length: None
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_a_broken_run_is_refused_before_the_first_step(name, recipe, tmp_path):
-    folder = prepared(recipe, "endprompt", tmp_path)
+def test_a_broken_run_is_refused_before_the_first_step(name, train_recipe, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
     patch, message = PATCHES[name]
     script = tmp_path / "patched.py"
     script.write_text(f"{patch}\nfrom endprompt.cli import main\nmain()\n")
-    output = run([sys.executable, script, "train", recipe, "endprompt", "--out", tmp_path], expect=1)
+    output = run([sys.executable, script, "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
     assert message in output
     assert not (folder / "model").exists() and not list((folder / "checkpoints").glob("checkpoint-*"))
 
 
 @pytest.mark.distributed
-def test_run_sh_goes_through_all_stages_and_skips_what_is_done(recipe, tmp_path):
+def test_run_sh_goes_through_all_stages_and_skips_what_is_done(train_recipe, tmp_path):
     options = ["--set", "data.packing=cut", "--set", "data.tokens=4096", "--set", "lengths.target=512", "--set", "train.gradient_accumulation_steps=4"]
 
     def go(method: str) -> str:
-        return run(["env", f"OUT={tmp_path}", f"PYTHON={sys.executable}", "NPROC=2", "bash", "recipes/run.sh", recipe, method, *options])
+        return run(["env", f"OUT={tmp_path}", f"PYTHON={sys.executable}", "NPROC=2", "bash", "recipes/run.sh", train_recipe, method, *options])
 
     first = go("full_length")
     folder = tmp_path / "small/full_length"
@@ -211,18 +146,18 @@ def test_run_sh_goes_through_all_stages_and_skips_what_is_done(recipe, tmp_path)
     assert "scoring again" not in second
 
 
-def test_a_folder_trained_under_another_recipe_is_refused(recipe, two_ranks):
+def test_a_folder_trained_under_another_recipe_is_refused(train_recipe, two_ranks):
     out = two_ranks.parents[1]
-    code, _, error = run_main("train", recipe, "endprompt", "--out", out, "--set", "train.learning_rate=0.5")
+    code, _, error = run_main("train", train_recipe, "endprompt", "--out", out, "--set", "train.learning_rate=0.5")
     assert code == 2 and "train.learning_rate" in error and error.count("\n") == 1
 
 
-def test_longer_rows_keep_the_tokens_of_a_step(recipe):
+def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
     from endprompt import BadInput, config, methods
     from endprompt.train import batch_shape
 
     def shape(method: str, rows: int, accumulation: int) -> tuple[int, int]:
-        loaded = config.load(recipe, [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}"])
+        loaded = config.load(train_recipe, [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}"])
         return batch_shape(loaded, methods.get(method))
 
     assert shape("short", 4, 2) == (4, 2)
