@@ -225,17 +225,17 @@ def _resume(folder: Path, expected: dict) -> dict:
     fresh = {"settings": expected, "shards": [], "document": 0, "offset": 0, "text_tokens": 0, "prompt_tokens": 0}
     path = folder / PROGRESS
     try:
-        state = json.loads(path.read_text())
+        state = shards.read_json(path)
         differing = shards.disagreements(state["settings"], expected)
-        kept = {shard["file"] for shard in state["shards"] if fresh.keys() <= state.keys() and {"rows", "sha256"} <= shard.keys()}
+        if not shards.listed(state["shards"]) or not all(shards.whole(state[key], 0) for key in ("document", "offset", "text_tokens", "prompt_tokens")):
+            raise ValueError
     except FileNotFoundError:
-        state, differing, kept = fresh, [], set()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        state, differing = fresh, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again") from None
     if differing:
         raise BadInput(f"shards: {folder} holds a started preparation of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
-    if len(kept) < len(state["shards"]):
-        raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again")
+    kept = {shard["file"] for shard in state["shards"]}
     for file in folder.glob("*.part"):
         file.unlink()
     for file in folder.glob("shard-*.parquet"):

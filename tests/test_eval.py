@@ -545,7 +545,7 @@ def test_models_that_cannot_be_scored(recipe, base, tmp_path):
     weights = load_file(folder / "model.safetensors")
     lost = sorted(weights)[1]
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
-    refuse(rf"broken lacks \['{lost}'\]; random values would be scored", str(folder))
+    refuse(rf"broken lack \['{lost}'\]; random values would stand in their place", str(folder))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     refuse("broken cannot be loaded", str(folder))
     assert not (tmp_path / "run").exists()

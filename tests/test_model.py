@@ -68,7 +68,7 @@ def test_missing_weights_are_refused(recipe, base, tmp_path, lost):
     weights = load_file(folder / "model.safetensors")
     weights.pop(lost)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match=rf"lack \['{lost}'\]; these would train from random values"):
+    with pytest.raises(BadInput, match=rf"lack \['{lost}'\]; random values would stand in their place"):
         build(recipe(folder))
 
 
@@ -196,7 +196,7 @@ def test_package_is_resolved_to_the_folder_with_the_file(recipe, base, tmp_path,
     (tmp_path / "a_package_with_weights/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     checked = recipe("package:a_package_with_weights")
-    assert model.locate(checked) == {"pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data")}
+    assert model.locate(checked) == {"pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data"), "trust_remote_code": False}
     assert model.load_config(checked).model_type == "llama" and model.load_tokenizer(checked).eos_token_id is not None
 
 
@@ -204,7 +204,7 @@ def test_folder_beside_the_recipe_and_its_extras(recipe, base, tmp_path):
     saved(tmp_path / "model", base)
     located = model.locate(recipe("model"))["pretrained_model_name_or_path"]
     assert (tmp_path / "model").samefile(located)
-    assert model.locate(recipe("owner/model", revision="abc")) == {"pretrained_model_name_or_path": "owner/model", "revision": "abc"}
+    assert model.locate(recipe("owner/model", revision="abc")) == {"pretrained_model_name_or_path": "owner/model", "trust_remote_code": False, "revision": "abc"}
     with pytest.raises(BadInput, match="model.gguf_file: .* has no file other.gguf"):
         model.locate(recipe("model", gguf_file="other.gguf"))
 
