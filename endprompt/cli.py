@@ -100,7 +100,7 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
         raise BadInput(f"--workers {arguments.workers}: at least one process is needed, and at most {MOST_WORKERS} are started; one a core is enough")
     base = model.load_config(recipe)
     tokenizer = model.load_tokenizer(recipe)
-    model.check_vocabulary(tokenizer, base, recipe.model.name_or_path)
+    model.check_vocabulary(tokenizer, base, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     workers = arguments.workers or min(16, os.cpu_count() or 1)
     with _claim(recipe, method, run):
         manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")))

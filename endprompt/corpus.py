@@ -76,7 +76,7 @@ class _Zstd(io.RawIOBase):
 
         frame = None
         with path.open("rb", buffering=2**17) as file:
-            while packed := file.read(2**12):  # which stand for 128 MiB at most
+            while packed := file.read(2**10):  # which stand for 32 MiB at most
                 while packed:
                     frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
                     yield frame.decompress(packed)

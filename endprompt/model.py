@@ -17,7 +17,7 @@ from endprompt.methods import Method
 SUPPORTED = ("llama", "mistral", "qwen2")
 CONVERT = "convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
 # What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types, cut safetensors and GGUF files.
-UNREADABLE = (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError, SafetensorError, struct.error)
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError, SafetensorError, struct.error)
 
 
 def locate(recipe: Recipe) -> dict:
@@ -48,7 +48,7 @@ def locate(recipe: Recipe) -> dict:
             raise BadInput(f"model.name_or_path: {local} is no folder; name the folder with config.json that it is in")
         if local is not None and recipe.model.gguf_file and not (local / recipe.model.gguf_file).is_file():
             raise BadInput(f"model.gguf_file: {local} has no file {recipe.model.gguf_file}")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         check_folder(Path(path), "model.name_or_path", bool(recipe.model.gguf_file))
     extra = {"revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file}
     return {"pretrained_model_name_or_path": path, "trust_remote_code": recipe.model.trust_remote_code, **{key: value for key, value in extra.items() if value}}
@@ -92,14 +92,19 @@ def _loading(what: str, recipe: Recipe, function):
 
 @contextlib.contextmanager
 def _without_reports():
+    """Inside, transformers logs errors alone, and draws no bars into what is no terminal."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not sys.stderr.isatty()
     logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_weights(where: str, **arguments):
@@ -151,10 +156,15 @@ def load_config(recipe: Recipe):
             raise BadInput("model: its config.json has no max_position_embeddings, the window to extend; set model.original_length")
         if "rope_theta" not in {**written, **(written.get("rope_parameters") or {})}:
             print(f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is assumed, the default of {config.model_type}", file=sys.stderr)
+    theta = (config.rope_parameters or {}).get("rope_theta")
+    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+        raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
     windowed = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if windowed and windowed < recipe.lengths.target:
         raise BadInput(f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row; use a base model without one")
     original = original_length(recipe, config)
+    if type(original) is not int or original < 1:
+        raise BadInput(f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of tokens; mend it, or set model.original_length")
     if recipe.lengths.target <= original:
         raise BadInput(f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original}; raise it "
                        "(or set model.original_length, if config.json overstates the window it was trained on)")
@@ -179,10 +189,10 @@ def load_tokenizer(recipe: Recipe):
 
 
 def check_vocabulary(tokenizer, config, where: str) -> None:
-    """Raises BadInput if ``tokenizer`` writes ids that a model of ``config`` has no embedding for.  Tokens added to it later may: nothing uses them."""
+    """Raises BadInput beginning with ``where`` if ``tokenizer`` writes ids that a model of ``config`` has no embedding for.  Tokens added to it later may: nothing uses them."""
     greatest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
     if greatest >= config.vocab_size:
-        raise BadInput(f"model: the tokenizer of {where} writes ids up to {greatest}, but the model has embeddings for 0 to {config.vocab_size - 1} alone; "
+        raise BadInput(f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to {config.vocab_size - 1} alone; "
                        "give it its own tokenizer")
 
 

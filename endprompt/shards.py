@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,9 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _types(schema: pa.Schema) -> dict[str, str]:
-    """{column: type}, without the names that writers give to the elements of lists."""
-    return {field.name: f"list of {field.type.value_type}" if pa.types.is_list(field.type) else str(field.type) for field in schema}
+def _types(schema: pa.Schema) -> list[tuple[str, str]]:
+    """(column, type) of each, sorted, without the names that writers give to the elements of lists."""
+    return sorted((field.name, f"list of {field.type.value_type}" if pa.types.is_list(field.type) else str(field.type)) for field in schema)
 
 
 def verify(folder: Path, manifest: dict) -> None:
@@ -141,10 +142,11 @@ def verify(folder: Path, manifest: dict) -> None:
             raise BadInput(f"shards: {path} is damaged (sha256 {found[:12]}..., the manifest says {shard['sha256'][:12]}...); delete the folder and prepare again")
         try:
             file = pq.ParquetFile(path)
-            columns, count = _types(file.schema_arrow), file.metadata.num_rows
+            columns, count = file.schema_arrow, file.metadata.num_rows
         except UNREADABLE as error:
             raise BadInput(f"shards: {path} is no Parquet file: {_line(error)}; delete the folder and prepare again") from None
-        if differing := sorted(columns.items() ^ _types(SCHEMA).items()):
+        if _types(columns) != _types(SCHEMA):
+            differing = sorted((Counter(_types(columns)) - Counter(_types(SCHEMA))) + (Counter(_types(SCHEMA)) - Counter(_types(columns))))
             raise BadInput(f"shards: {path} has other columns than schema version {SCHEMA_VERSION} ({differing[0][0]}); delete the folder and prepare again")
         if count != shard["rows"]:
             raise BadInput(f"shards: {path} holds {count} rows, the manifest says {shard['rows']}; delete the folder and prepare again")
@@ -162,16 +164,15 @@ def _row_fault(batch: pa.RecordBatch, target: int) -> tuple[int, str] | None:
             return 0, f"{name} has nulls"
     lists = {name: columns[name] for name in ("input_ids", "position_ids", "loss_weights")}
     text, prompt = (columns[name].to_numpy() for name in ("text_length", "prompt_length"))
-    offsets = lists["position_ids"].offsets.to_numpy()
-    lengths = np.diff(offsets)
-    ids, at, weights = (column.flatten().to_numpy() for column in lists.values())
+    lengths = np.diff(lists["position_ids"].offsets.to_numpy())
+    ids, at, weights = (column.values[column.offsets[0].as_py():column.offsets[-1].as_py()].to_numpy() for column in lists.values())  # flatten() would copy
+    ends = np.cumsum(lengths)
 
     def first(wrong: np.ndarray, what: str) -> tuple[int, str] | None:
         return (int(np.argmax(wrong)), what) if wrong.any() else None
 
-    def of_token(wrong: np.ndarray, what: str) -> tuple[int, str] | None:
-        found = first(wrong, what)
-        return found and (int(np.searchsorted(offsets - offsets[0], found[0], "right")) - 1, what)
+    def of_token(wrong: np.ndarray, what: str) -> tuple[int, str]:
+        return int(np.searchsorted(ends, np.argmax(wrong), "right")), what
 
     fault = first(lengths == 0, "it has no tokens")
     for name, column in lists.items():
@@ -179,10 +180,15 @@ def _row_fault(batch: pa.RecordBatch, target: int) -> tuple[int, str] | None:
     fault = fault or first((text < 0) | (prompt < 0) | (text.astype(np.int64) + prompt != lengths), "text_length and prompt_length do not add up to its tokens")
     if fault:
         return fault
-    falls = at[1:] <= at[:-1]
-    falls[(offsets[1:-1] - offsets[0]) - 1] = False  # from the last token of a row to the first of the next
-    return (of_token(np.append(False, falls), "its positions do not increase") or of_token((at < 0) | (at >= target), f"its positions leave 0..{target - 1}")
-            or of_token(ids < 0, "it has a negative token id") or of_token(~(np.isfinite(weights) & (weights >= 0)), "it has a loss weight that is no number from 0 on"))
+    rises = at[1:] > at[:-1]
+    rises[ends[:-1] - 1] = True  # from the last token of a row to the first of the next
+    if not rises.all():
+        return of_token(np.append(False, ~rises), "its positions do not increase")
+    if ids.min() < 0:
+        return of_token(ids < 0, "it has a negative token id")
+    if not (weights.min() >= 0 and weights.max() < np.inf):
+        return of_token(~(np.isfinite(weights) & (weights >= 0)), "it has a loss weight that is no number from 0 on")
+    return first((at[ends - lengths] < 0) | (at[ends - 1] >= target), f"its positions leave 0..{target - 1}")
 
 
 def check_rows(folder: Path, manifest: dict) -> None:
@@ -195,10 +201,10 @@ def check_rows(folder: Path, manifest: dict) -> None:
     for path in files(folder, manifest):
         try:
             for batch in pq.ParquetFile(path).iter_batches(batch_size=max(1, min(1024, 2**23 * manifest["rows"] // manifest["tokens"]))):
-                if fault := _row_fault(batch, manifest["target_length"]):
+                if len(batch) and (fault := _row_fault(batch, manifest["target_length"])):
                     raise BadInput(f"shards: {path}: row {number + fault[0]}: {fault[1]}; delete the folder and prepare again")
                 number += len(batch)
-                tokens += len(batch.column("position_ids").flatten())
+                tokens += sum(offsets[-1].as_py() - offsets[0].as_py() for offsets in [batch.column("position_ids").offsets])
         except UNREADABLE as error:
             raise BadInput(f"shards: {path} cannot be read: {_line(error)}; delete the folder and prepare again") from None
     if (number, tokens) != (manifest["rows"], manifest["tokens"]):

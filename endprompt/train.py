@@ -223,7 +223,7 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict:
     tokenizer = model.load_tokenizer(recipe)
     dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
     config, shared = model.load_config(recipe), recipe.sequence_parallel
-    model.check_vocabulary(tokenizer, config, recipe.model.name_or_path)
+    model.check_vocabulary(tokenizer, config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), int(os.environ["WORLD_SIZE"]), manifest)
     arguments = training_arguments(recipe, method, run, cuda)
     if arguments.deepspeed:

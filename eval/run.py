@@ -46,7 +46,7 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
             raise BadInput(f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model")
         network = model.build(recipe, method, dtype, cuda)
         tokenizer = model.load_tokenizer(recipe)
-        model.check_vocabulary(tokenizer, network.config, recipe.model.name_or_path)
+        model.check_vocabulary(tokenizer, network.config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
         folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
         identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
                     "rope_parameters": network.config.rope_parameters, "fingerprint": fingerprint(folder) if folder.is_dir() else None}
@@ -64,7 +64,7 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
             raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}") from None
         if not tokenizer.is_fast:
             raise BadInput(f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
-        model.check_vocabulary(tokenizer, config, source)
+        model.check_vocabulary(tokenizer, config, f"--model: the tokenizer of {source}")
         network = source if vllm else model.load_weights(f"--model: the weights of {source}", pretrained_model_name_or_path=source, trust_remote_code=trust, dtype=dtype,
                                                          attn_implementation=model.attention_implementation(recipe, cuda))
         identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
