@@ -806,6 +806,22 @@ def test_run_that_was_trained_otherwise(prepared, text, telling):
     assert resolved.read_text() == text
 
 
+@pytest.mark.parametrize("key, changed", [(None, None), ("trust_remote_code", None), ("trust_remote_code", True), ("s2_group_size", 64)])
+def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
+    """What a resolved copy does not say was at its default then."""
+    from endprompt import train
+
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
+    path, out, folder = prepared
+    (folder.parent / "checkpoints").mkdir()
+    tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
+    if key:
+        tree["model"].pop(key)
+    (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    setting = ["--set", f"model.{key}={json.dumps(changed)}"] if changed else []
+    refused(run_main("train", path, "endprompt", "--out", out, *setting), f"another setting (model.{key})" if changed else "it went on to training")
+
+
 # -- the model folder --------------------------------------------------------------------------------------------------
 
 
