@@ -174,7 +174,7 @@ def _launched(environment) -> None:
     for name, most in (("RANK", ranks), ("LOCAL_RANK", numbers.get("LOCAL_WORLD_SIZE", ranks))):
         if numbers.get(name, 0) >= most:
             raise BadInput(f"environment: {name} is {numbers[name]}, but of {most} ranks the last is {most - 1}; unset it, or start with torchrun or deepspeed")
-    if ranks > 1 and (absent := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
+    if ranks > 1 and (absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
         raise BadInput(f"environment: WORLD_SIZE is {ranks}, but {', '.join(absent)} is missing; unset it, or start with torchrun or deepspeed")
     threads = environment.get("OMP_NUM_THREADS", "1")
     if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*)*", threads):

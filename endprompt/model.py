@@ -15,9 +15,10 @@ from endprompt.config import Recipe
 from endprompt.methods import Method
 
 SUPPORTED = ("llama", "mistral", "qwen2")
+MEND = "mend its files, or name another model"
 CONVERT = "convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
 # What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types, cut safetensors and GGUF files.
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError, SafetensorError, struct.error)
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, AssertionError, ArithmeticError, StrictDataclassError, SafetensorError, struct.error)
 
 
 def locate(recipe: Recipe) -> dict:
@@ -81,17 +82,8 @@ def reason(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _loading(what: str, recipe: Recipe, function):
-    try:
-        return function()
-    except BadInput:
-        raise
-    except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
-        raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}") from None
-
-
 @contextlib.contextmanager
-def _without_reports():
+def without_reports():
     """Inside, transformers logs errors alone, and draws no bars into what is no terminal."""
     from transformers.utils import logging
 
@@ -107,6 +99,16 @@ def _without_reports():
             logging.enable_progress_bar()
 
 
+def _loading(what: str, recipe: Recipe, function):
+    try:
+        with without_reports():
+            return function()
+    except BadInput:
+        raise
+    except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
+        raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}") from None
+
+
 def load_weights(where: str, **arguments):
     """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from the files.
 
@@ -118,12 +120,12 @@ def load_weights(where: str, **arguments):
     if "gguf_file" not in arguments:
         arguments |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # mismatches are looked at below, and told in one line
     try:
-        with _without_reports():
+        with without_reports():
             network, found = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True)
     except UNREADABLE as error:
-        raise BadInput(f"{where} cannot be loaded: {reason(error)}") from None
+        raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
     except RuntimeError as error:
-        if not (mismatch := next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)):
+        if not (mismatch := next((line.strip() for line in str(error).splitlines() if "size mismatch" in line or "negative dimension" in line), None)):
             raise
         raise BadInput(f"{where} do not fit config.json: {mismatch}; mend the folder") from None  # as partitioned loading tells it
     if found["mismatched_keys"]:
@@ -131,11 +133,18 @@ def load_weights(where: str, **arguments):
         raise BadInput(f"{where} do not fit config.json: {name} is {list(there)} in the files, and {list(wanted)} by config.json "
                        f"({len(found['mismatched_keys'])} such); mend the folder")
     if found["missing_keys"]:
-        raise BadInput(f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place")
+        raise BadInput(f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place; {MEND}")
     if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
         print(f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a {network.config.model_type} model and are left out, "
               f"first {sorted(found['unexpected_keys'])[:3]}", file=sys.stderr)
     return network
+
+
+def refuse_kernels(config, key: str) -> None:
+    """Raises BadInput beginning with ``key`` if config.json names attention on the hub, which transformers would fetch and run whatever it is told to use."""
+    found = getattr(config, "_attn_implementation", None)
+    if found is not None and (not isinstance(found, str) or "/" in found):
+        raise BadInput(f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers; take attn_implementation out of it")
 
 
 def load_config(recipe: Recipe):
@@ -147,6 +156,7 @@ def load_config(recipe: Recipe):
 
     where = locate(recipe)
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
+    refuse_kernels(config, "model")
     if config.model_type not in SUPPORTED:
         raise BadInput(f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)} models is")
     rope.refuse_scaled(config)
@@ -160,6 +170,8 @@ def load_config(recipe: Recipe):
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
     windowed = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if windowed and type(windowed) is not int:
+        raise BadInput(f"model: sliding_window in its config.json is {windowed!r:.60}, no number of tokens; mend it")
     if windowed and windowed < recipe.lengths.target:
         raise BadInput(f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row; use a base model without one")
     original = original_length(recipe, config)

@@ -58,10 +58,12 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         if folder.is_dir():
             model.check_folder(folder, "--model")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            with model.without_reports():
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
-            raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}") from None
+            raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
+        model.refuse_kernels(config, "--model")
         if not tokenizer.is_fast:
             raise BadInput(f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
         model.check_vocabulary(tokenizer, config, f"--model: the tokenizer of {source}")

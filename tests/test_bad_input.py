@@ -902,6 +902,9 @@ MODELS = {
     "unknown tokenizer model": (edited("tokenizer.json", model={"type": "Nonsense"}), "tokenizer of"),
     "tokenizer of another model": (edited("config.json", vocab_size=100), "the tokenizer of", "embeddings for 0 to 99 alone", "its own tokenizer"),
     "pickled weights": (pickled, "weights in pytorch_model.bin alone", "must be safetensors", "convert them once"),
+    "attention from the hub": (edited("config.json", _attn_implementation="someone/kernel:attend"), "asks for attention by 'someone/kernel:attend'"),
+    "number for attention": (edited("config.json", _attn_implementation=5), "asks for attention by 5"),
+    "text for a sliding window": (mistral(sliding_window="long"), "model"),
     "an adapter": (adapter, "is an adapter, not a whole model", "merge_and_unload"),
 }
 
@@ -929,7 +932,10 @@ def test_tokenizer_without_end_token(recipe_file, model_copy, out):
 
 
 # What is told of the same folders as --model of `endprompt evaluate`, and more that only the weights show.
-SCORED = {case: MODELS[case] for case in ("config a pipe", "weights a pipe", "tokenizer a device", "pickled weights", "an adapter")} | {
+SCORED = {case: MODELS[case] for case in (
+    "config a pipe", "weights a pipe", "tokenizer a device", "pickled weights", "an adapter", "attention from the hub", "number for attention")} | {
+    "negative size": (edited("config.json", intermediate_size=-1), "negative dimension"),
+    "padding beyond the words": (edited("config.json", pad_token_id=10**6), "cannot be loaded"),
     "no config": (without("config.json"), "cannot be loaded"),
     "config not JSON": (MODELS["config not JSON"][0], "not a valid JSON file"),
     "config a list": (MODELS["config a list"][0], "cannot be loaded"),
@@ -1109,7 +1115,7 @@ ENVIRONMENTS = [
     ({"LOCAL_RANK": "first"}, "LOCAL_RANK='first'"), ({"LOCAL_RANK": "3"}, "LOCAL_RANK is 3"),
     ({"WORLD_SIZE": "8", "RANK": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "4"}, "LOCAL_RANK is 4, but of 4 ranks"), ({"LOCAL_WORLD_SIZE": "none"}, "LOCAL_WORLD_SIZE='none'"),
     ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'", "to 65535"), ({"MASTER_PORT": "0"}, "MASTER_PORT='0'"), ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is missing"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is missing"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT is missing"),
     ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "MASTER_ADDR is missing"),
     ({"OMP_NUM_THREADS": "x"}, "OMP_NUM_THREADS='x'", "number of threads"), ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS='0'"), ({"OMP_NUM_THREADS": "-1"}, "OMP_NUM_THREADS='-1'"),
