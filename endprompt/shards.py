@@ -201,6 +201,7 @@ def check_rows(folder: Path, manifest: dict) -> None:
     for path in files(folder, manifest):
         try:
             for batch in pq.ParquetFile(path).iter_batches(batch_size=max(1, min(1024, 2**23 * manifest["rows"] // manifest["tokens"]))):
+                batch.validate(full=True)  # offsets inside their arrays, text in UTF-8
                 if len(batch) and (fault := _row_fault(batch, manifest["target_length"])):
                     raise BadInput(f"shards: {path}: row {number + fault[0]}: {fault[1]}; delete the folder and prepare again")
                 number += len(batch)

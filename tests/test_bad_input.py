@@ -12,6 +12,7 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -713,6 +714,8 @@ ROWS = {
     "a row without tokens": (rewritten(lambda table: pa.Table.from_pylist(
         [*table.slice(0, 15).to_pylist(), {**table.to_pylist()[15], "input_ids": [], "position_ids": [], "loss_weights": [], "text_length": 0, "prompt_length": 0}], table.schema)),
         "row 31: it has no tokens"),
+    "text that is not UTF-8": (rewritten(lambda table: table.set_column(5, "prompt_name", pa.Array.from_buffers(
+        pa.string(), 16, [None, pa.py_buffer(np.arange(17, dtype=np.int32) * 2), pa.py_buffer(b"\xc3\x28" * 16)]))), "shard-00001.parquet cannot be read"),
     "damaged pages": (bytes_of_shard(lambda data: data[:200] + bytes(byte ^ 255 for byte in data[200:1200]) + data[1200:]), "shard-00001.parquet"),
     "other sum of tokens": (in_manifest(lambda manifest: manifest.update(tokens=4000)), "4096 tokens, the manifest says 64 and 4000"),
 }
