@@ -220,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command](arguments, recipe, method, run)
     except BadInput as error:
         if speaks:
-            print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
+            line = " ".join(str(error).split())  # names of files and columns may hold what a terminal would obey
+            print("endprompt:", "".join(character if character.isprintable() else repr(character)[1:-1] for character in line), file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader of our output, `head` say, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -147,7 +147,7 @@ def verify(folder: Path, manifest: dict) -> None:
             raise BadInput(f"shards: {path} is no Parquet file: {_line(error)}; delete the folder and prepare again") from None
         if _types(columns) != _types(SCHEMA):
             differing = sorted((Counter(_types(columns)) - Counter(_types(SCHEMA))) + (Counter(_types(SCHEMA)) - Counter(_types(columns))))
-            raise BadInput(f"shards: {path} has other columns than schema version {SCHEMA_VERSION} ({differing[0][0]}); delete the folder and prepare again")
+            raise BadInput(f"shards: {path} has other columns than schema version {SCHEMA_VERSION} ({differing[0][0]!r}); delete the folder and prepare again")
         if count != shard["rows"]:
             raise BadInput(f"shards: {path} holds {count} rows, the manifest says {shard['rows']}; delete the folder and prepare again")
 

@@ -681,11 +681,11 @@ SHARDS = {
     "empty file": (bytes_of_shard(lambda data: b""), "shard-00001.parquet is no Parquet file"),
     "cut file": (bytes_of_shard(lambda data: data[:-100]), "shard-00001.parquet is no Parquet file"),
     "JSON": (bytes_of_shard(lambda data: GOOD), "shard-00001.parquet is no Parquet file"),
-    "missing column": (rewritten(lambda table: table.drop_columns(["loss_weights"])), "other columns than schema version 1 (loss_weights)"),
-    "more columns": (rewritten(lambda table: table.append_column("more", table["text_length"])), "other columns than schema version 1 (more)"),
+    "missing column": (rewritten(lambda table: table.drop_columns(["loss_weights"])), "other columns than schema version 1 ('loss_weights')"),
+    "more columns": (rewritten(lambda table: table.append_column("more", table["text_length"])), "other columns than schema version 1 ('more')"),
     "column twice": (rewritten(lambda table: table.append_column("text_length", table["text_length"])), "other columns than schema version 1"),
-    "other type": (rewritten(lambda table: table.set_column(0, "input_ids", table["input_ids"].cast(pa.list_(pa.int64())))), "other columns than schema version 1 (input_ids)"),
-    "no list": (rewritten(lambda table: table.set_column(0, "input_ids", table["text_length"])), "other columns than schema version 1 (input_ids)"),
+    "other type": (rewritten(lambda table: table.set_column(0, "input_ids", table["input_ids"].cast(pa.list_(pa.int64())))), "other columns than schema version 1 ('input_ids')"),
+    "no list": (rewritten(lambda table: table.set_column(0, "input_ids", table["text_length"])), "other columns than schema version 1 ('input_ids')"),
     "other schema": (rewritten(lambda table: pa.table({"text": ["x"] * 16})), "other columns than schema version 1"),
     "a row less": (rewritten(lambda table: table.slice(1)), "holds 15 rows, the manifest says 16"),
     "no row": (rewritten(lambda table: table.slice(0, 0)), "holds 0 rows, the manifest says 16"),
@@ -1155,6 +1155,14 @@ def test_folder_for_temporary_files(recipe_file, tmp_path, out, bare, monkeypatc
     TMPDIRS[case](tmp_path / "t")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
     refused(run_main("evaluate", recipe_file(), "base", "--out", out), "environment: TMPDIR=", "unset it")
+
+
+def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "\x1b[2J\u202e.jsonl").write_text("no JSON")
+    result = run_main("prepare", recipe_file(data={"corpus": str(tmp_path / "c")}), "endprompt", "--out", out, "--workers", 1)
+    refused(result, r"c/\x1b[2J\u202e.jsonl line 1: not JSON")
+    assert result[2].rstrip("\n").isprintable()
 
 
 # -- the same through real processes, where nothing catches what libraries print ---------------------------------------
