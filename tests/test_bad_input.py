@@ -732,6 +732,20 @@ def test_rows(prepared, command, case):
     assert files(out) == before
 
 
+def test_training_reads_the_rows_of_the_same_shards_once(prepared, monkeypatch):
+    from endprompt import train
+
+    path, _, folder = prepared
+    recipe, calls, check = config.load(path), [], shards.check_rows
+    monkeypatch.setattr(shards, "check_rows", lambda *arguments: calls.append(check(*arguments)))
+    for _ in range(2):
+        train.load_rows(recipe, methods.get("endprompt"), model.load_tokenizer(recipe), folder, verify=True)
+    assert len(calls) == 1
+    ROWS["positions fall"][0](folder)
+    with pytest.raises(BadInput, match="row 18: its positions do not increase"):
+        train.load_rows(recipe, methods.get("endprompt"), model.load_tokenizer(recipe), folder, verify=True)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("command", ["inspect", "prepare", "train"])
 @pytest.mark.parametrize("case", SHARDS)
@@ -1168,9 +1182,10 @@ def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
 # -- the same through real processes, where nothing catches what libraries print ---------------------------------------
 
 
-def test_processes(recipe_file, tmp_path, model_copy):
+def test_processes(recipe_file, tmp_path, base, model_copy):
     edited("config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})(model_copy)
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"oops\n")
+    SCORED["weights in a wrong shape"][0](shutil.copytree(base, tmp_path / "misfit"))
     # (recipe name, sections, command, what is told)
     cases = [
         ("yaml", {"lengths": {"physical": 1024}}, ["prepare", "--workers", "2"], "greater than lengths.target"),
@@ -1178,10 +1193,12 @@ def test_processes(recipe_file, tmp_path, model_copy):
         ("damaged", {}, ["inspect"], "shard-00000.parquet is damaged"),
         ("scaled", {"model": {"name_or_path": str(model_copy)}}, ["prepare"], "scaled already"),
         ("other", {"train": {"deepspeed": None}}, ["train", "--set", "data.seed=7"], "seed is 0, expected 7"),
+        ("misfit", {"model": {"name_or_path": str(tmp_path / "misfit")}}, ["train"], "size mismatch for model.norm.weight"),  # as ZeRO-3 meets it
+        ("scored", {}, ["evaluate", "--model", str(tmp_path / "misfit")], "model.norm.weight is ["),
     ]
     out = tmp_path / "out"
     paths = {name: recipe_file(name, **sections) for name, sections, _, _ in cases}
-    for name in ("damaged", "other"):
+    for name in ("damaged", "other", "misfit"):
         assert run_main("prepare", paths[name], "endprompt", "--out", out, "--workers", 1)[0] == 0
     flip(out / "damaged/endprompt/shards/shard-00000.parquet")
     before = files(out)
