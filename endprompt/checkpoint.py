@@ -98,7 +98,7 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

@@ -7,10 +7,14 @@ it), 1 failure while running.
 import argparse
 import contextlib
 import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 from endprompt import BadInput, Failure, __version__
+
+MOST_WORKERS = 1024
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,15 +65,18 @@ def _claim(recipe, method, run: Path):
     # How often to report or save does not change what is trained.
     harmless = {"logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "dataloader_num_workers"}
     path, text = run / "recipe.yaml", recipe.dump(method.name)
+    if os.path.lexists(path) and not path.is_file():
+        raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
     before = path.read_bytes() if path.exists() else None
     if before is not None and ((run / "checkpoints").exists() or (run / "model").exists()):
         old, new = config.parse_yaml(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
-        if not isinstance(old, dict):
+        sections = ("model", "lengths", "data", "rope", "train")
+        if not isinstance(old, dict) or not all(isinstance(old.get(section) or {}, dict) for section in sections):
             raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
 
         def flatten(tree: dict) -> dict:
-            return {f"{section}.{key}": value for section in ("model", "lengths", "data", "rope", "train")
-                    for key, value in (tree.get(section) or {}).items() if key not in harmless}
+            # A key that came after the run was made had its default.
+            return config.defaults() | {f"{section}.{key}": value for section in sections for key, value in (tree.get(section) or {}).items() if key not in harmless}
 
         flat = [flatten(old), flatten(new)]
         for settings in flat:  # the same file has another path in another clone
@@ -104,11 +111,12 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
     if not method.trained:
         print(f"{method.name} trains nothing, so it needs no shards")
         return
-    if arguments.workers is not None and arguments.workers < 1:
-        raise BadInput(f"--workers {arguments.workers}: at least one process is needed")
+    if arguments.workers is not None and not 1 <= arguments.workers <= MOST_WORKERS:
+        raise BadInput(f"--workers {arguments.workers}: at least one process is needed, and at most {MOST_WORKERS} are started; one a core is enough")
     part = _part(arguments.part) if arguments.part is not None else None
-    model.load_config(recipe)
+    base = model.load_config(recipe)
     tokenizer = model.load_tokenizer(recipe)
+    model.check_vocabulary(tokenizer, base, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     workers = arguments.workers or min(16, os.cpu_count() or 1)
     with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(recipe, method, run):
         manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")), part)
@@ -158,7 +166,8 @@ def _leave(code: int) -> None:
 
 
 def _say(error: Exception) -> None:
-    print(f"endprompt: {' '.join(str(error).split())}", file=sys.stderr)
+    line = " ".join(str(error).split())  # names of files and columns may hold what a terminal would obey
+    print("endprompt:", "".join(character if character.isprintable() else repr(character)[1:-1] for character in line), file=sys.stderr)
 
 
 def _status(arguments) -> None:
@@ -196,8 +205,45 @@ def _inspect(arguments, recipe, method, run: Path) -> None:
     if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
         raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own")
     shards.verify(folder, manifest)
+    shards.check_rows(folder, manifest)
     print(f"{folder}: {len(manifest['shards'])} shards, {manifest['rows']} rows, {manifest['tokens']} tokens; all checksums hold")
     print(inspection.describe(folder, manifest, tokenizer, arguments.row))
+
+
+def _launched(environment) -> None:
+    """Raises BadInput unless what torchrun or deepspeed put into ``environment`` (or what was left there by hand) can start ranks.
+
+    Left to torch, most of these end in a wait of minutes for ranks that never come.
+    """
+    numbers = {}
+    for name, low, high in (("WORLD_SIZE", 1, 2**20), ("RANK", 0, 2**20), ("LOCAL_WORLD_SIZE", 1, 2**20), ("LOCAL_RANK", 0, 2**20), ("MASTER_PORT", 1, 65535)):
+        if name in environment:
+            if not re.fullmatch(r"[0-9]{1,9}", environment[name]) or not low <= int(environment[name]) <= high:
+                raise BadInput(f"environment: {name}={environment[name][:40]!r} is no whole number from {low} to {high}; unset it, or start with torchrun or deepspeed")
+            numbers[name] = int(environment[name])
+    ranks = numbers.get("WORLD_SIZE", 1)
+    for name, most in (("RANK", ranks), ("LOCAL_RANK", numbers.get("LOCAL_WORLD_SIZE", ranks))):
+        if numbers.get(name, 0) >= most:
+            raise BadInput(f"environment: {name} is {numbers[name]}, but of {most} ranks the last is {most - 1}; unset it, or start with torchrun or deepspeed")
+    if ranks > 1 and (absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
+        raise BadInput(f"environment: WORLD_SIZE is {ranks}, but {', '.join(absent)} is missing; unset it, or start with torchrun or deepspeed")
+    threads = environment.get("OMP_NUM_THREADS", "1")
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*)*", threads):
+        raise BadInput(f"environment: OMP_NUM_THREADS={threads[:40]!r} is no number of threads; set it to 1 or more, or unset it")
+
+
+def _check_out(out: Path, run: Path, writes: bool) -> None:
+    """Raises BadInput unless ``run`` is a folder or can become one and, if the command ``writes``, takes files; leaves nothing."""
+    for above in [run, *run.parents]:
+        try:
+            if os.path.lexists(above) and not above.is_dir():
+                raise BadInput(f"--out: {above} is a file, not a folder; choose another")
+            if above.is_dir():
+                if writes:
+                    tempfile.TemporaryFile(dir=above).close()
+                return
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--out: nothing can be written to {str(out)[:200]} ({getattr(error, 'strerror', None) or error}); choose another folder") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,6 +256,12 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.command == "status":
             _status(arguments)
             return
+        if arguments.command == "train":
+            try:
+                _launched(os.environ)
+            except BadInput:
+                speaks = True  # there may be no rank 0
+                raise
         from endprompt import config, methods
 
         method = methods.get(arguments.method)
@@ -218,9 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             print(recipe.dump(method.name), end="")
             return
         run = arguments.out / recipe.name / method.name
-        for above in [run, *run.parents]:
-            if above.exists() and not above.is_dir():
-                raise BadInput(f"--out: {above} is a file, not a folder; choose another")
+        _check_out(arguments.out, run, arguments.command != "inspect" or arguments.coverage)
         {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command](arguments, recipe, method, run)
     except BadInput as error:
         if speaks:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,11 @@ from endprompt.training_keys import Lora
 # The three prompts the paper measures (Eq. 10, appendix B.1).
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
 
+# No recipe comes near them.  YAML's aliases let a page of text stand for a terabyte, which the count of values catches.
+FILE_BYTES = 2**20
+VALUES, DEPTH = 100_000, 32
+NAME_BYTES = 200
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -25,6 +31,7 @@ class ModelSection(Section):
     name_or_path: str = Field(min_length=1)
     gguf_file: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False  # whether Python files that come with the model may run
     original_length: int | None = Field(None, gt=0)
     attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
     s2_group_size: int | None = Field(None, gt=1)  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
@@ -46,7 +53,7 @@ class DataSection(Section):
     corpus: str | list[str]
     text_column: str = "text"
     split: str = "train"
-    tokens: int = Field(gt=0)
+    tokens: int = Field(gt=0, lt=2**63)
     end_prompts: list[str] = Field(["EP_1"], min_length=1)
     prompt_loss_weight: float = Field(0.1, ge=0)
     packing: Literal["cut", "document"] = "cut"
@@ -161,6 +168,12 @@ class Recipe(Section):
         return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
 
 
+def defaults() -> dict[str, Any]:
+    """{"section.key": default} of the keys that may be left out, as ``dump`` writes them."""
+    return {f"{section}.{key}": inner.get_default() for section, field in Recipe.model_fields.items() if isinstance(field.annotation, type)
+            and issubclass(field.annotation, Section) for key, inner in field.annotation.model_fields.items() if not inner.is_required()}
+
+
 class Loader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error and 2e-5 is a number (YAML 1.1 reads it as text)."""
 
@@ -169,7 +182,7 @@ class Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text; quote it")
+                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {reprlib.repr(key)} is not text; quote it")
             if key in seen:
                 raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one")
             seen.add(key)
@@ -180,12 +193,34 @@ Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLo
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
+def _plain(tree: Any) -> None:
+    """Raises BadInput unless ``tree`` is text, numbers, booleans, null, and lists and mappings of them, of a size that a person writes."""
+    waiting, values = [(tree, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        if depth > DEPTH or values > VALUES:
+            raise BadInput(f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself; write it out, and shorter")
+        if isinstance(value, dict | list):
+            waiting += ((item, depth + 1) for item in (value if isinstance(value, list) else [*value, *value.values()]))
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise BadInput(f"{reprlib.repr(value)} holds half of a UTF-16 surrogate pair, which is no text; mend it") from None
+        elif not isinstance(value, bool | int | float | None):
+            raise BadInput(f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it is text")
+
+
 def parse_yaml(text: str, where: str) -> Any:
+    """What stands in ``text``.  Raises BadInput beginning with ``where`` if it is not YAML, gives a key twice, or holds other than plain values."""
     try:
-        return yaml.load(text, Loader)
+        tree = yaml.load(text, Loader)
+        _plain(tree)
+        return tree
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:  # "!!int x" and the like raise what they meet
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise BadInput(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
@@ -194,12 +229,12 @@ def parse_yaml(text: str, where: str) -> Any:
 def _override(tree: dict, assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise BadInput(f"--set {assignment}: write it as section.key=value, for example --set lengths.target=32768")
+    if not equals or not all(parts) or len(parts) > DEPTH:
+        raise BadInput(f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set lengths.target=32768")
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise BadInput(f"--set {assignment}: {part!r} is a value, not a section")
+            raise BadInput(f"--set {assignment}: {part!r} is a value, not a section; give its keys to a section")
     tree[parts[-1]] = parse_yaml(value, f"--set {key}")
 
 
@@ -222,20 +257,50 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
+def read_small(path: Path) -> str:
+    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above FILE_BYTES."""
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        data = file.read(FILE_BYTES + 1)
+    if len(data) > FILE_BYTES:
+        raise ValueError(f"it is larger than {FILE_BYTES} bytes")
+    return data.decode("utf-8")
+
+
+def _name(name: Any, source: str) -> str:
+    """``name`` if it can be the folder of a recipe's results and leads nowhere else.  Raises BadInput."""
+    if (not isinstance(name, str) or not name.strip() or name != name.strip() or name.startswith((".", "-")) or not name.isprintable()
+            or any(mark in name for mark in "/\\") or len(name.encode(errors="replace")) > NAME_BYTES):
+        raise BadInput(f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
+                       f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)")
+    return name
+
+
+def _zero_options(options: Any, where: str) -> None:
+    """Raises BadInput unless ``options`` are a mapping whose zero_optimization names a stage of ZeRO."""
+    if not isinstance(options, dict):
+        raise BadInput(f"{where} is no mapping of DeepSpeed's options, but {type(options).__name__}; ds_configs/ holds examples")
+    zero = options.get("zero_optimization", {})
+    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or not 0 <= zero.get("stage", 0) <= 3:
+        raise BadInput(f"{where}: zero_optimization is no mapping with a stage from 0 to 3 (given: {reprlib.repr(zero)}); ds_configs/ holds examples")
+
+
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path)
     except FileNotFoundError:
         raise BadInput(f"recipe: there is no file {path}; recipes/ holds the ones that come with the repository") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
     # A resolved copy names its recipe and method: it loads again under the same name.
-    name = tree.pop("recipe", path.stem) if "method" in tree else path.stem
+    copied = "method" in tree and "recipe" in tree
+    name = _name(tree.pop("recipe"), f"{path}: recipe:") if copied else _name(path.stem, "recipe: the file's name")
     tree.pop("method", None)
     for assignment in overrides:
         _override(tree, assignment)
@@ -251,15 +316,16 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     deepspeed = recipe.train.get("deepspeed")
+    if isinstance(deepspeed, dict):
+        _zero_options(deepspeed, f"{path}: train.deepspeed")
     if isinstance(deepspeed, str):
         found = recipe.path(deepspeed)
         if found is None or not found.is_file():
             raise BadInput(f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json")
         try:
-            options = json.loads(found.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}") from None
-        if not isinstance(options, dict):
-            raise BadInput(f"{path}: train.deepspeed: {found} is no mapping of DeepSpeed's options, but {type(options).__name__}")
+            options = json.loads(read_small(found))
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/") from None
+        _zero_options(options, f"{path}: train.deepspeed: {found}")
         recipe.train["deepspeed"] = str(found)
     return recipe

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from endprompt.config import Recipe
 
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 PACKED = (".gz", ".zst")
+LONGEST = 2**30  # characters of a document or line; a packed file can hold an endless one
+PIECE = 2**20
 DATASET_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 
@@ -37,14 +40,28 @@ def local_files(recipe: Recipe) -> list[Path] | None:
             if len(corpus) == 1 and re.fullmatch(DATASET_ID, entry) and kind(Path(entry)) is None:
                 return None
             raise BadInput(f"data.corpus: there is no file or folder {entry!r}; give an existing path, or the id of a dataset on the hub")
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and kind(file)) if path.is_dir() else [path]
+        inside = _inside(path) if path.is_dir() else [path]
         if not inside:
             raise BadInput(f"data.corpus: the folder {path} holds no {', '.join(KINDS)} file (nor one packed as .gz or .zst)")
         for file in inside:
             if kind(file) is None:
                 raise BadInput(f"data.corpus: {file} is of no known kind; use {', '.join(KINDS)}, plain or packed as .gz or .zst")
+            if not file.is_file():
+                why = "a link to nothing" if not file.exists() else "no regular file, and would be waited for"
+                raise BadInput(f"data.corpus: {file} is {why}; put a file there, or remove it")
         found += inside
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What ``folder`` and its folders hold under the names of corpus files, sorted; links to folders are named on stderr and passed over."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir():
+            print(f"warning: data.corpus: {path} is a link to a folder and passed over; name the folder itself in data.corpus", file=sys.stderr)
+        elif kind(path) and not path.is_dir():
+            found.append(path)
+    return sorted(found)
 
 
 class _Zstd(io.RawIOBase):
@@ -58,8 +75,8 @@ class _Zstd(io.RawIOBase):
         import zstandard
 
         frame = None
-        with path.open("rb") as file:
-            while packed := file.read(2**17):
+        with path.open("rb", buffering=2**17) as file:
+            while packed := file.read(2**10):  # which stand for 32 MiB at most
                 while packed:
                     frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
                     yield frame.decompress(packed)
@@ -82,12 +99,26 @@ class _Zstd(io.RawIOBase):
 
 
 def open_text(path: Path) -> io.TextIOBase:
-    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst.  What gzip, zstd and UTF-8 raise comes through."""
+    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst.  What gzip, zstd and UTF-8 raise comes through.
+
+    Raises BadInput for a pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise BadInput(f"{path} is no regular file, and would be waited for; put a file there")
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
         return io.TextIOWrapper(io.BufferedReader(_Zstd(path)), encoding="utf-8")
     return path.open(encoding="utf-8")
+
+
+def _lines(file: io.TextIOBase, where: Path) -> Iterator[str]:
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise BadInput(f"{where} line {number} is longer than {LONGEST} characters; split it, or remove the file")
+        yield line
 
 
 def json_lines(lines: Iterable[str], where: Path | str) -> Iterator[tuple[int, Any]]:
@@ -104,7 +135,7 @@ def json_lines(lines: Iterable[str], where: Path | str) -> Iterator[tuple[int, A
 def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """``json_lines`` of a file, plain or packed as .gz or .zst."""
     with open_text(path) as file:
-        yield from json_lines(file, path)
+        yield from json_lines(_lines(file, path), path)
 
 
 def _text(row, column: str, where: str) -> str:
@@ -113,6 +144,8 @@ def _text(row, column: str, where: str) -> str:
         raise BadInput(f"data.text_column: {where} has no {column!r}; it has {there}")
     if not isinstance(row[column], str):
         raise BadInput(f"{where}: {column!r} is {type(row[column]).__name__}, not text; mend or drop that row")
+    if len(row[column]) > LONGEST:
+        raise BadInput(f"{where}: {column!r} is longer than {LONGEST} characters; split it")
     try:
         row[column].encode()
     except UnicodeEncodeError:  # JSON can escape one half of a UTF-16 pair; no tokenizer reads it
@@ -128,13 +161,22 @@ def _file_texts(path: Path, column: str) -> Iterator[str]:
         if column not in file.schema_arrow.names:
             raise BadInput(f"data.text_column: {path} has no {column!r}; it has {', '.join(file.schema_arrow.names)}")
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
+        # So many rows at once as are some 256 MiB, if they are alike in size.
+        packed = file.metadata.row_group
+        largest = max((packed(index).total_byte_size // max(1, packed(index).num_rows) for index in range(file.metadata.num_row_groups)), default=0)
+        for batch in file.iter_batches(batch_size=max(1, min(256, 2**28 // max(1, largest))), columns=[column]):
             for row in batch.to_pylist():
                 number += 1
                 yield _text(row, column, f"{path} row {number}")
     elif kind(path) == ".txt":
+        pieces, length = [], 0
         with open_text(path) as file:
-            yield file.read()
+            while piece := file.read(PIECE):
+                pieces.append(piece)
+                length += len(piece)
+                if length > LONGEST:
+                    raise BadInput(f"data.corpus: {path} is longer than {LONGEST} characters; split it")
+        yield "".join(pieces)
     else:
         for number, row in jsonl(path):
             yield _text(row, column, f"{path} line {number}")

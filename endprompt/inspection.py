@@ -58,6 +58,7 @@ def _rows(recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool)
             if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
                 raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own")
             shards.verify(folder, manifest)
+            shards.check_rows(folder, manifest)
             return [positions.segments(row) for row in shards.position_ids(folder, manifest)], f"{manifest['rows']} prepared rows of {folder}"
         except BadInput:
             if strict:

@@ -109,7 +109,7 @@ def verify_merged(folder, batch: dict[str, torch.Tensor], expected: torch.Tensor
     from transformers import AutoModelForCausalLM
 
     with whole_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
     for name, trace in traces.items():
         if trace.adapter.any():
             fraction, error = trace.fraction(model.get_submodule(name).weight)

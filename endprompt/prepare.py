@@ -19,7 +19,7 @@ from endprompt.row_stream import Cursor, end_prompts, row_maker, tokenized, toke
 
 PROGRESS = "progress.json"
 SHARD_TOKENS = 2**25
-FINISHED = ("rows", "tokens", "text_tokens", "prompt_tokens", "documents", "corpus_ended", "corpus_files", "shards")
+COUNTS = ("rows", "tokens", "text_tokens", "prompt_tokens", "documents")
 
 
 def settings(recipe: Recipe, method: Method, tokenizer) -> dict:
@@ -50,17 +50,17 @@ def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
     progress, finished, shard = _names(part)
     path, mine = folder / progress, shard.replace("{:05d}", "?????")
     try:
-        state = json.loads(path.read_text())
+        state = shards.read_json(path)
         differing = shards.disagreements(state["settings"], expected)
-        kept = {shard["file"] for shard in state["shards"] if fresh.keys() <= state.keys() and {"rows", "sha256"} <= shard.keys()}
+        if not shards.listed(state["shards"]) or not all(shards.whole(state[key], 0) for key in ("document", "offset", "text_tokens", "prompt_tokens")):
+            raise ValueError
     except FileNotFoundError:
-        state, differing, kept = fresh, [], set()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        state, differing = fresh, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again") from None
     if differing:
         raise BadInput(f"shards: {folder} holds a started preparation of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
-    if len(kept) < len(state["shards"]):
-        raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again")
+    kept = {shard["file"] for shard in state["shards"]}
     # Only its own: other parts may be at work beside it.
     for pattern in (mine, progress, finished):
         for file in folder.glob(f".{pattern}.*.part"):
@@ -72,6 +72,17 @@ def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
         if not (folder / shard["file"]).is_file() or shards.sha256(folder / shard["file"]) != shard["sha256"]:
             raise BadInput(f"shards: {folder / shard['file']} of a started preparation is damaged or missing; delete the folder and prepare again")
     return state
+
+
+def _finished(path: Path) -> dict:
+    """What a finished part says of itself.  Raises BadInput if it cannot be read, or is not what this module writes."""
+    try:
+        found = shards.read_json(path)
+        if not isinstance(found, dict) or not shards.listed(found["shards"]) or not all(shards.whole(found[key], 0) for key in COUNTS) or "corpus_files" not in found:
+            raise ValueError("it is not what prepare writes")
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"shards: {path} cannot be read: {error}; delete the folder and prepare again") from None
+    return found
 
 
 def _sizes(files: list[Path]) -> list:
@@ -118,14 +129,14 @@ def join(folder: Path, expected: dict) -> dict:
     if missing:
         raise BadInput(f"shards: {folder} holds {len(done)} of {counts[0]} finished parts; run `endprompt prepare ... --part I/{counts[0]}` for {', '.join(missing[:20])}, "
                        "or delete the folder to prepare without parts")
-    parts = [shards.read_json(path, FINISHED) for path in done]
+    parts = [_finished(path) for path in done]
     for path, state in zip(done, parts, strict=True):
         if differing := shards.disagreements(state, expected):
             raise BadInput(f"shards: {path} is of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
     if len({json.dumps(state["corpus_files"]) for state in parts}) > 1:
         raise BadInput(f"shards: the corpus changed while the parts in {folder} were made; delete the folder and prepare again")
-    summed = {key: sum(state[key] for state in parts) for key in ("rows", "tokens", "text_tokens", "prompt_tokens", "documents")}
-    manifest = {**parts[0], **summed, "parts": counts[0], "corpus_ended": any(state["corpus_ended"] for state in parts),
+    summed = {key: sum(state[key] for state in parts) for key in COUNTS}
+    manifest = {**parts[0], **summed, "parts": counts[0], "corpus_ended": any(state.get("corpus_ended") for state in parts),
                 "shards": [shard for state in parts for shard in state["shards"]]}
     if not manifest["rows"]:
         raise BadInput("data.corpus: no part holds as many tokens as one row; give more text or lower the length")
@@ -157,7 +168,7 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
         if (folder / PROGRESS).exists():
             raise BadInput(f"shards: {folder} holds a started preparation without parts; go on without --part, or delete the folder")
         if (folder / _names(part)[1]).exists():
-            state = shards.read_json(folder / _names(part)[1], FINISHED)
+            state = _finished(folder / _names(part)[1])
             if differing := shards.disagreements(state, expected):
                 raise BadInput(f"shards: part {part[0]} in {folder} is of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
             _refuse_other_corpus(recipe, folder, state)

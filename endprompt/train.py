@@ -25,6 +25,8 @@ from endprompt.config import Recipe
 from endprompt.methods import Method
 from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
 
+CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once
+
 # The paper's (appendix A.1), where a recipe does not say otherwise.
 DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "weight_decay": 0.0, "num_train_epochs": 1,
             "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 10, "save_steps": 200,
@@ -114,6 +116,11 @@ def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: b
         raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); prepare them again, or mend the recipe")
     if verify:
         shards.verify(folder, manifest)
+        checked, sums = folder / ".cache" / CHECKED, "".join(shard["sha256"] + "\n" for shard in manifest["shards"])
+        if not checked.is_file() or checked.read_text(errors="replace") != sums:
+            shards.check_rows(folder, manifest)
+            checked.parent.mkdir(exist_ok=True)
+            shards.write_atomically(checked, sums.encode())
     import datasets
 
     datasets.disable_progress_bars()
@@ -200,6 +207,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     tokenizer = model.load_tokenizer(recipe)
     dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
     config, shared = model.load_config(recipe), recipe.sequence_parallel
+    model.check_vocabulary(tokenizer, config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), world_size, manifest)
     newest = checkpoint_files.to_resume(run / "checkpoints", sys.stderr if main else None)
     before = checkpoint_files.marker(newest) if newest else {"world_size": world_size}

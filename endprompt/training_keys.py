@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import reprlib
 import typing
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ def _lora(value: Any) -> dict[str, Any] | None:
         key = ".".join(str(part) for part in ("train.lora", *item["loc"]))
         if item["type"] == "extra_forbidden":
             raise BadInput(f"unknown key {key}; known here: {', '.join(Lora.model_fields)}") from None
-        raise BadInput(f"{key}: {item['msg']} (given: {item['input']!r})") from None
+        raise BadInput(f"{key}: {item['msg']} (given: {reprlib.repr(item['input'])})") from None
 
 
 def check(train: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def check(train: dict[str, Any]) -> dict[str, Any]:
             continue
         if key == "sequence_parallel":
             if type(value) is not int or value < 1:
-                raise BadInput(f"train.sequence_parallel: a whole number of ranks from 1 on is wanted (given: {value!r})")
+                raise BadInput(f"train.sequence_parallel: a whole number of ranks from 1 on is wanted (given: {reprlib.repr(value)})")
             checked[key] = value
             continue
         if key in RESERVED:
@@ -82,11 +83,11 @@ def check(train: dict[str, Any]) -> dict[str, Any]:
         try:
             checked[key] = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
-            raise BadInput(f"train.{key}: {error.errors()[0]['msg']} (given: {value!r})") from None
+            raise BadInput(f"train.{key}: {error.errors()[0]['msg']} (given: {reprlib.repr(value)})") from None
         # HF declares these "an enumeration or any text", and finds out what the text is worth when training starts.
         names = [name.value for kind in typing.get_args(types[key]) if isinstance(kind, enum.EnumType) for name in kind]
         if names and isinstance(value, str) and value not in names:
-            raise BadInput(f"train.{key}: choose one of {', '.join(names)} (given: {value!r})")
+            raise BadInput(f"train.{key}: choose one of {', '.join(names)} (given: {reprlib.repr(value)})")
         if isinstance(value, bool) and type(checked[key]) in (int, float):
             raise BadInput(f"train.{key}: a number is wanted (given: {value!r})")
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "num_train_epochs", "learning_rate"):

@@ -73,7 +73,7 @@ class LongLM(HFLM):
         return results
 
 
-def vllm(source: str, longest: int):
+def vllm(source: str, longest: int, trust_remote_code: bool = False):
     """The harness' vLLM model of the folder or hub id ``source``, for prompts up to ``longest`` tokens with their answers.
 
     Raises BadInput if vLLM is not installed.
@@ -85,7 +85,7 @@ def vllm(source: str, longest: int):
     from lm_eval.models.vllm_causallms import VLLM
 
     # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for scaled models (docs/footguns.md, 9).
-    return VLLM(pretrained=source, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto", gpu_memory_utilization=0.9)
+    return VLLM(pretrained=source, trust_remote_code=trust_remote_code, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto", gpu_memory_utilization=0.9)
 
 
 @functools.cache

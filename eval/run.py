@@ -38,7 +38,7 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
 
     Raises BadInput if there is no model to score.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     cuda, vllm = torch.cuda.is_available(), recipe.eval.backend == "vllm"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -47,22 +47,29 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
             raise BadInput(f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model")
         network = model.build(recipe, method, dtype, cuda)
         tokenizer = model.load_tokenizer(recipe)
+        model.check_vocabulary(tokenizer, network.config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
         folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
         identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
                     "rope_parameters": network.config.rope_parameters, "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     else:
-        folder = Path(other).expanduser() if other else run / "model"
+        folder = run / "model" if other is None else _named(other)
         if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
             raise BadInput(f"--model: there is no folder {folder}" if other else f"{folder} is missing; train {method.name} first, or name a model with --model")
-        source = str(folder) if folder.is_dir() else other  # else an id of the hub
+        source, trust = str(folder) if folder.is_dir() else other, recipe.model.trust_remote_code  # else an id of the hub
+        if folder.is_dir():
+            model.check_folder(folder, "--model")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            network, information = (source, {"missing_keys": ()}) if vllm else AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=model.attention_implementation(recipe, cuda), output_loading_info=True)
-        except model.UNREADABLE as error:
-            raise BadInput(f"--model: {source} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
-        if information["missing_keys"]:
-            raise BadInput(f"--model: {source} lacks {sorted(information['missing_keys'])[:5]}; random values would be scored in their place")
+            with model.without_reports():
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
+            raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
+        model.refuse_kernels(config, "--model")
+        if not tokenizer.is_fast:
+            raise BadInput(f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
+        model.check_vocabulary(tokenizer, config, f"--model: the tokenizer of {source}")
+        network = source if vllm else model.load_weights(f"--model: the weights of {source}", pretrained_model_name_or_path=source, trust_remote_code=trust, dtype=dtype,
+                                                         attn_implementation=model.attention_implementation(recipe, cuda))
         identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
@@ -70,6 +77,18 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         return network, tokenizer, identity | {"dtype": "bfloat16", "attention": "vllm"}
     identity |= {"dtype": str(network.dtype), "attention": network.config._attn_implementation}
     return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
+
+
+def _named(other: str) -> Path:
+    """The path that --model names, whether or not it is there.  Raises BadInput if it can be no path, or is a file."""
+    try:
+        folder = Path(other).expanduser()
+        if not other or folder.is_file():
+            raise OSError("it is a file" if other else "it is empty")
+        folder.resolve()
+        return folder
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, the home of a user who is not there
+        raise BadInput(f"--model: {other[:200]!r} is no folder ({getattr(error, 'strerror', None) or error}); name a folder with config.json, or a hub id") from None
 
 
 def lengths(recipe: Recipe, task: str) -> list[int | None]:
@@ -102,7 +121,7 @@ class Scorer:
         self.recipe, self.tokenizer = recipe, tokenizer
         tokenizer.save_pretrained(folder)
         longest = max(*recipe.eval.lengths, recipe.eval.longbench_length + engine.LONGEST_ANSWER)
-        self.lm = engine.vllm(network, longest) if recipe.eval.backend == "vllm" else engine.LongLM(network, tokenizer)
+        self.lm = engine.vllm(network, longest, recipe.model.trust_remote_code) if recipe.eval.backend == "vllm" else engine.LongLM(network, tokenizer)
         options = recipe.eval
         source = options.perplexity_corpus and recipe.path(options.perplexity_corpus)
         data = options.longbench_data and recipe.path(options.longbench_data)
@@ -177,7 +196,9 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
     Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for its task, data are missing, or
     the held-out documents are shorter than a length.
     """
-    options, folder = recipe.eval, results.evaluation_folder(run, other)
+    options, folder = recipe.eval, results.evaluation_folder(run, other and str(_named(other)))
+    if (named := os.environ.get("TMPDIR")) and not (os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)):
+        raise BadInput(f"environment: TMPDIR={named!r} is no folder that can be written to; make it, or unset it")
     if "humaneval" in options.tasks:
         if not options.run_unsafe_code:
             raise BadInput("eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may")

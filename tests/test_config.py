@@ -128,6 +128,23 @@ def test_paths_are_sought_here_then_beside_the_recipe_then_above(recipe_file, tm
     assert recipe.path("~/some.txt") == folder / "some.txt"
 
 
+@pytest.mark.parametrize("plain", ["small", "Llama-3.1_8B", "a b", "zürich", "x" * 200, "r=8,alpha=16", "tiny.v2"])
+def test_plain_names_of_recipes(recipe_file, tmp_path, plain):
+    path = recipe_file().rename(tmp_path / f"{plain}.yaml")
+    assert config.load(path).name == plain
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(config.load(path).dump("endprompt"))
+    assert config.load(copy).name == plain
+
+
+def test_defaults_are_what_a_recipe_without_them_has(recipe_file):
+    path = recipe_file()
+    path.write_text(yaml.safe_dump({"model": {"name_or_path": "x"}, "lengths": {"physical": 64, "target": 512}, "data": {"corpus": "x", "tokens": 64}}))
+    recipe = config.load(path).model_dump(mode="json")
+    assert all(recipe[key.partition(".")[0]][key.partition(".")[2]] == value for key, value in config.defaults().items())
+    assert config.defaults()["model.trust_remote_code"] is False
+
+
 @pytest.mark.parametrize("value", ["no/such", "a" * 5000, "~nobody-of-this-name/x", "\0"])
 def test_a_path_that_cannot_be_is_none(value, recipe_file):
     assert config.load(recipe_file()).path(value) is None

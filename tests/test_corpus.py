@@ -109,6 +109,50 @@ def test_zst_of_several_frames(read, tmp_path):
     assert [text.split()[1] for _, text in read(path)] == [str(number) for number in range(12)]
 
 
+def state(folder):
+    return {path: (path.lstat().st_mtime_ns, path.lstat().st_mode, path.read_bytes() if path.is_file() else None) for path in [folder, *folder.rglob("*")]}
+
+
+def test_links_to_files_are_read(read, folder, tmp_path):
+    """The hub's cache is made of them."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file() and corpus.kind(path))):
+        (linked / f"{number}{''.join(path.suffixes)}").symlink_to(path)
+    assert sorted(text for _, text in read(linked)) == list("1234567")
+    assert [text for _, text in read(linked / "0.jsonl")] == ["1", "2"]
+    (tmp_path / "folder_by_link").symlink_to(folder)
+    assert [text for _, text in read(tmp_path / "folder_by_link")] == list("1234567")
+
+
+def test_reading_leaves_the_corpus_as_it_is(read, folder):
+    before = state(folder)
+    read(folder)
+    assert state(folder) == before
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.parquet"])
+def test_a_document_of_just_the_greatest_length_is_read(read, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(corpus, "LONGEST", 5000)
+    monkeypatch.setattr(corpus, "PIECE", 777)
+    path, text = tmp_path / name, "ä" * (5000 if corpus.kind(tmp_path / name) in (".txt", ".parquet") else 4988 - 3)
+    if name == "a.parquet":
+        parquet(path, [text])
+    else:
+        data = text.encode() if name == "a.txt" else json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+        path.write_bytes(PACKINGS[path.suffix if path.suffix in PACKINGS else ""](data))
+    assert [found for _, found in read(path)] == [text]
+    path.unlink()
+    longer = text + "ä" * 20
+    if name == "a.parquet":
+        parquet(path, [longer])
+    else:
+        data = longer.encode() if name == "a.txt" else json.dumps({"text": longer}, ensure_ascii=False).encode() + b"\n"
+        path.write_bytes(PACKINGS[path.suffix if path.suffix in PACKINGS else ""](data))
+    with pytest.raises(BadInput, match="longer than 5000 characters"):
+        read(path)
+
+
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 def test_a_packed_file_cut_short_is_not_taken_for_a_whole_one(read, tmp_path, packing):
     # Noise, so that there are several blocks; cut at every place where zstandard's own reader would just stop.

@@ -545,7 +545,7 @@ def test_models_that_cannot_be_scored(recipe, base, tmp_path):
     weights = load_file(folder / "model.safetensors")
     lost = sorted(weights)[1]
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
-    refuse(rf"broken lacks \['{lost}'\]; random values would be scored", str(folder))
+    refuse(rf"broken lack \['{lost}'\]; random values would stand in their place", str(folder))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     refuse("broken cannot be loaded", str(folder))
     assert not (tmp_path / "run").exists()
@@ -570,6 +570,24 @@ def test_command_line(recipe, recipe_file, tmp_path):
     code, out, err = run_main("evaluate", path, "endprompt", "--out", tmp_path / "runs", "--model", "./nowhere")
     assert code == 2 and err.splitlines()[-1] == "endprompt: --model: there is no folder nowhere"
     assert not (tmp_path / "runs/small/endprompt").exists()
+
+
+def test_secrets_of_the_environment_are_not_written(recipe, base, tmp_path, monkeypatch):
+    secrets = {name: f"marked-{number}-7f3a" for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"))}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    recipe()
+    path, runs, printed = tmp_path / "small.yaml", tmp_path / "runs", ""
+    for command in (["prepare", path, "endprompt", "--workers", 2], ["inspect", path, "endprompt"], ["inspect", path, "endprompt", "--coverage"],
+                    ["evaluate", path, "endprompt", "--model", base], ["evaluate", path, "endprompt"], ["train", path, "endprompt", "--dry-run"]):
+        code, out, err = run_main(*command, "--out", runs)
+        assert code == (2 if command == ["evaluate", path, "endprompt"] else 0), err
+        printed += out + err
+    written = [file for file in runs.rglob("*") if file.is_file()]
+    assert {"manifest.json", "96.json", "96.jsonl", "coverage.png", "recipe.yaml"} <= {file.name for file in written}
+    for value in secrets.values():
+        assert value not in printed
+        assert not [file for file in written if value.encode() in file.read_bytes()]
 
 
 # Comparison

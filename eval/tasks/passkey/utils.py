@@ -7,7 +7,7 @@ from endprompt.eval import answers, passkey
 
 
 def tests(tokenizer=None, pretrained=None, model=None, max_seq_lengths=(4096,), samples=100, depths=10, seed=42, **_):
-    found = passkey.documents(AutoTokenizer.from_pretrained(tokenizer or pretrained or model), max_seq_lengths, samples, depths, seed)
+    found = passkey.documents(AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False), max_seq_lengths, samples, depths, seed)
     return {"test": datasets.Dataset.from_list(found)}
 
 

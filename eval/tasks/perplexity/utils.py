@@ -8,7 +8,7 @@ from endprompt.eval import perplexity
 
 def windows(tokenizer=None, pretrained=None, model=None, max_seq_lengths=(4096,), perplexity_corpus=None, stride=256, scored_tokens=65536, longest=None, **_):
     """``perplexity_corpus``: as eval.perplexity_corpus of a recipe; ``longest``: where scoring starts, the greatest length unless given."""
-    tokens = AutoTokenizer.from_pretrained(tokenizer or pretrained or model)
+    tokens = AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False)
     longest = longest or max(max_seq_lengths)
     texts = perplexity.held_out(perplexity_corpus, tokens, longest, stride, scored_tokens)
     special = tokens.num_special_tokens_to_add()
