@@ -1,10 +1,10 @@
-# make demo: the main job on the embedded default.  make test: the test suite.  Both install what they need into .venv.
+# make demo: the main job on the embedded default.  make test: the test suite; make test-all: the slow ones too.  All install what they need into .venv.
 PYTHON3 ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test quality clean
+.PHONY: demo test test-all test-slurm slurm-packages chaos quality clean
 
 # llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not needed.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -29,11 +29,27 @@ demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
 test: $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not slow"
+
+# Fast tests first.
+test-all: test
+	$(BIN)/python -m pytest tests -m slow
+
+# The job scripts on a Slurm of two nodes on this machine; as root, who alone can start slurmd.
+test-slurm: $(VENV)/.installed slurm-packages
+	$(BIN)/python -m pytest tests/test_slurm.py
+
+slurm-packages:
+	command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge; }
+
+N ?= 100
+chaos: $(VENV)/.installed
+	$(BIN)/python tests/chaos.py --kills $(N) --out docs/results/chaos.json
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
+	$(BIN)/shellcheck -x $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+set -euo pipefail
 # Sourced by the job scripts in this folder: what all of them need from their environment.
 # Slurm runs a copy of the script, so the repository is the folder it runs in, where sbatch was called.
 root=$PWD

@@ -10,7 +10,7 @@ from networks import row
 from endprompt.collate import Collator
 
 PAD, TARGET = 0, 512
-COLUMNS = {"input_ids": torch.int64, "position_ids": torch.int64, "attention_mask": torch.int64, "shift_labels": torch.int64,
+COLUMNS = {"row_numbers": torch.int64, "input_ids": torch.int64, "position_ids": torch.int64, "attention_mask": torch.int64, "shift_labels": torch.int64,
            "shift_weights": torch.float32, "shift_prompt": torch.bool}
 
 
@@ -25,13 +25,13 @@ def test_a_row_by_hand():
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 7, 8, 9, 5, 6]], "position_ids": [[0, 1, 2, 3, 510, 511]], "attention_mask": [[1] * 6],
         "shift_labels": [[7, 8, 9, 5, 6, -100]], "shift_weights": [[1, 1, 1, 0.5, 0.25, 0]],
-        "shift_prompt": [[False, False, False, True, True, False]]}  # the last text token predicts the first prompt token
+        "row_numbers": [[-1]], "shift_prompt": [[False, False, False, True, True, False]]}  # the last text token predicts the first prompt token
 
 
 def test_padding_on_the_right():
     short, long = row(5, 3, TARGET, 90, seed=1), row(9, 4, TARGET, 90, seed=2)
     batch = collate(short, long)
-    assert all(tensor.shape == (2, 13) for tensor in batch.values())
+    assert all(tensor.shape == (2, 13) for name, tensor in batch.items() if name != "row_numbers") and batch["row_numbers"].shape == (2, 1)
     padding = slice(8, None)
     assert (batch["input_ids"][0, padding] == PAD).all() and (batch["attention_mask"][0, padding] == 0).all()
     assert (batch["position_ids"][0, padding] == 0).all() and not batch["shift_weights"][0, padding].any() and not batch["shift_prompt"][0, padding].any()

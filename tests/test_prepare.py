@@ -115,7 +115,7 @@ DRAWN = [method for method in TRAINED if method not in PLAIN]
 @pytest.mark.parametrize("options", [[], ["data.packing=document", "data.pose_text=later_span", "data.pose_chunks=3"]], ids=["default", "later span"])
 @pytest.mark.parametrize("method", DRAWN)
 def test_drawn_positions_are_reproducible(make, monkeypatch, method, options):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 3000)
     options = [*options, f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", "data.tokens=3000"]
     one, two = (make(method, options, out=f"out{workers}", workers=workers) for workers in (1, 2))
     assert contents(one[0]) == contents(two[0]) and len(contents(one[0])) > 2
@@ -297,7 +297,7 @@ def test_special_token_as_prompt(make, tokenizer):
 @pytest.mark.parametrize("packing", ["cut", "document"])
 def test_bytes_do_not_depend_on_workers(make, monkeypatch, packing):
     # Batches of a few documents: enough of them for every worker.
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 3000)
     options = [f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", f"data.packing={packing}", "data.tokens=3000"]
     one, two, three = (make(overrides=options, out=f"out{workers}", workers=workers)[0] for workers in (1, 2, 3))
     assert contents(one) == contents(two) == contents(three)
@@ -305,7 +305,7 @@ def test_bytes_do_not_depend_on_workers(make, monkeypatch, packing):
 
 
 def test_documents_are_read_as_they_are_needed(tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 10)
     taken = []
     endless = ((taken.append(number) or str(number), "some words of text") for number in count())
     stream = row_stream.tokenized(endless, tokenizer, 2)

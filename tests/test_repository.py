@@ -35,7 +35,7 @@ def test_every_module_is_in_the_file_map():
 def test_shell_is_strict(name):
     text = (REPOSITORY / name).read_text()
     assert "set -euo pipefail" in text
-    checked = subprocess.run([str(Path(sys.executable).parent / "shellcheck"), name], cwd=REPOSITORY, capture_output=True, text=True)
+    checked = subprocess.run([str(Path(sys.executable).parent / "shellcheck"), "-x", name], cwd=REPOSITORY, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
