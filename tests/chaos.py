@@ -7,6 +7,7 @@ after every step, so that many kills fall into the writing of one; a kill takes 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -68,10 +69,8 @@ def tree(root: int) -> list[int]:
     """``root`` and its descendants: torchrun gives every rank a session of its own, so the process group does not hold them."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(OSError, IndexError, ValueError):
             children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-        except (OSError, IndexError, ValueError):
-            pass
     found = [root]
     for pid in found:
         found += children.get(pid, [])
@@ -124,11 +123,9 @@ class Chaos:
         writing = stage == "train" and half_written(run)
         everybody = tree(process.pid)
         kind = self.rng.choice(["all", "all", "one_rank", "the_launcher"]) if stage == "train" and len(everybody) == 3 else "all"
-        for pid in {"all": everybody, "one_rank": [self.rng.choice(everybody[1:])], "the_launcher": everybody[:1]}[kind]:
-            try:
+        for pid in everybody if kind == "all" else [everybody[0] if kind == "the_launcher" else self.rng.choice(everybody[1:])]:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait(timeout=120)
         end = time.monotonic() + 120
         while any(map(alive, everybody)):  # the others end by themselves
