@@ -690,3 +690,24 @@ def test_the_tiny_base_retrieves_in_its_window_and_fails_beyond_it(base, lm):
 
     assert sum(path.stat().st_size for path in base.iterdir()) < 8e6
     assert found(256, 100) >= 95 and found(512, 50) <= 20 and found(1024, 20) == 0
+
+
+def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_path):
+    """As the tasks of a Slurm array do: each asks the recipe's whole question, and the run over all finds nothing left."""
+    path = recipe_file(eval={"tasks": ["passkey", "perplexity"], "perplexity_corpus": str(tmp_path / "corpus.jsonl"), "perplexity_tokens": 64, "perplexity_stride": 32, "lengths": [96, 128]})
+    code, out, _ = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--list")
+    pairs = out.split()
+    assert code == 0 and pairs == ["passkey:96", "passkey:128", "perplexity:96", "perplexity:128"] and not (tmp_path / "apart").exists()
+    for pair in reversed(pairs):
+        code, out, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", pair)
+        assert code == 0 and out.count("\n") == 1, error
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "apart").rglob("*.json")}
+    assert len(made) == 4
+    code, out, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart")
+    assert code == 0 and out.count("\n") == 4 and "scoring again" not in error and made == {file: file.stat().st_mtime_ns for file in made}
+    assert run_main("evaluate", path, "base", "--out", tmp_path / "together")[0] == 0
+    for file in made:
+        one, two = (json.loads((tmp_path / name / file.relative_to(tmp_path / "apart")).read_text()) for name in ("apart", "together"))
+        assert (one["question"], one["scores"]) == (two["question"], two["scores"])
+    code, _, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", "passkey:64")
+    assert code == 2 and "--only passkey:64: the recipe has no such pair; it has passkey:96, passkey:128" in error

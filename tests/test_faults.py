@@ -275,7 +275,7 @@ watch.Report.on_step_end = hang
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("action, telling", [("time.sleep(600)", "another rank did not answer for 8 s (train.ddp_timeout)"),
+@pytest.mark.parametrize("action, telling", [pytest.param("time.sleep(600)", "another rank did not answer for 8 s (train.ddp_timeout)", marks=pytest.mark.slow),
                                              ("os.kill(os.getpid(), 9)", "the connection to another rank broke")])
 def test_the_others_end_when_one_rank_hangs_or_dies(train_recipe, shards_of, tmp_path, action, telling):
     folder = shards_of(tmp_path)
@@ -301,7 +301,7 @@ def test_two_ranks_go_on_as_one_to_the_same_weights(train_recipe, half_way, two_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora", [None, "{r: 4, alpha: 8}"])
+@pytest.mark.parametrize("lora", [None, pytest.param("{r: 4, alpha: 8}", marks=pytest.mark.slow)])
 def test_one_rank_goes_on_as_two_to_the_same_weights(train_recipe, tmp_path, lora):
     options = ["--set", "train.save_steps=4", *(["--set", f"train.lora={lora}"] if lora else [])]
     whole, cut = (prepared(train_recipe, "endprompt", tmp_path / name) for name in ("whole", "cut"))
@@ -330,7 +330,7 @@ def test_a_step_keeps_its_rows_on_other_ranks():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("way", ["file", "USR1", "TERM to torchrun"])
+@pytest.mark.parametrize("way", ["file", "USR1", pytest.param("TERM to torchrun", marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(way, train_recipe, shards_of, two_ranks, tmp_path):
     folder = shards_of(tmp_path)
     slow = patched(tmp_path, "import time\nfrom endprompt import watch\nwatch.Report.on_step_end = lambda self, args, state, control, **kwargs: time.sleep(0.7)\n")
