@@ -694,7 +694,8 @@ def test_the_tiny_base_retrieves_in_its_window_and_fails_beyond_it(base, lm):
 
 def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_path):
     """As the tasks of a Slurm array do: each asks the recipe's whole question, and the run over all finds nothing left."""
-    path = recipe_file(eval={"tasks": ["passkey", "perplexity"], "perplexity_corpus": str(tmp_path / "corpus.jsonl"), "perplexity_tokens": 64, "perplexity_stride": 32, "lengths": [96, 128]})
+    path = recipe_file(eval={"tasks": ["passkey", "perplexity"], "perplexity_corpus": str(tmp_path / "corpus.jsonl"),
+                             "perplexity_tokens": 64, "perplexity_stride": 32, "lengths": [96, 128]})
     code, out, _ = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--list")
     pairs = out.split()
     assert code == 0 and pairs == ["passkey:96", "passkey:128", "perplexity:96", "perplexity:128"] and not (tmp_path / "apart").exists()
