@@ -1,4 +1,4 @@
-"""The command line: ``endprompt prepare|train|evaluate|inspect RECIPE METHOD`` and ``endprompt status RUN``.
+"""The command line: ``endprompt prepare|train|evaluate|inspect|plan RECIPE METHOD`` and ``endprompt status RUN``.
 
 Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 2 bad input (one line says what, where and how to mend
 it), 1 failure while running.
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "prepare": "tokenize the corpus and write shards of rows with explicit positions",
         "train": "train on the shards (start it with torchrun or deepspeed for several ranks)",
         "evaluate": "score the method's model, or any other with --model",
+        "plan": "say what training will take: memory a GPU under each ZeRO file, FLOPs, hours",
         "inspect": "print a row of the shards with its positions, and verify their checksums; or see which distances are supervised",
     }.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
@@ -40,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--part", default=None, metavar="I/N", help="make only the I-th of N parts of the shards; they may be made at the same time, and "
                                  "prepare without --part then joins them")
             command.add_argument("--workers", type=int, default=None, metavar="N", help="tokenizer processes; default: one a core, at most 16")
+        if name == "plan":
+            command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs that train together")
+            command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one")
+            command.add_argument("--gpu", default="A800", metavar="NAME", help="its name, for its peak FLOP/s")
+            command.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="share of that peak that is reached")
         if name == "evaluate":
             command.add_argument("--model", default=None, metavar="DIR", help="score this Hugging Face model instead of the run's own")
             command.add_argument("--only", action="append", default=[], metavar="TASK:LENGTH", help="score this pair of the recipe's alone; may be repeated")
@@ -188,6 +194,12 @@ def _evaluate(arguments, recipe, method, run: Path) -> None:
     scoring.evaluate(recipe, method, run, arguments.model, arguments.only)
 
 
+def _plan(arguments, recipe, method, run: Path) -> None:
+    from endprompt import estimate
+
+    print(estimate.describe(recipe, method, arguments.gpus, arguments.gpu_memory, arguments.gpu, arguments.mfu))
+
+
 def _inspect(arguments, recipe, method, run: Path) -> None:
     from endprompt import inspection, model, prepare, shards
 
@@ -270,8 +282,8 @@ def main(argv: list[str] | None = None) -> None:
             print(recipe.dump(method.name), end="")
             return
         run = arguments.out / recipe.name / method.name
-        _check_out(arguments.out, run, arguments.command != "inspect" or arguments.coverage)
-        {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect}[arguments.command](arguments, recipe, method, run)
+        _check_out(arguments.out, run, arguments.command not in ("inspect", "plan") or (arguments.command == "inspect" and arguments.coverage))
+        {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect, "plan": _plan}[arguments.command](arguments, recipe, method, run)
     except BadInput as error:
         if speaks:
             _say(error)

@@ -14,9 +14,8 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-from endprompt import BadInput, config, methods, model
+from endprompt import BadInput, config, estimate, methods
 from endprompt.config import Recipe
 from endprompt.eval import names, paper, results
 from endprompt.methods import Method
@@ -24,14 +23,6 @@ from endprompt.methods import Method
 # The paper's, and the two controls: the model as it came, and interpolation trained on plain short rows.
 METHODS = ("base", "short", "endprompt", "pose", "endprompt_pose", "full_length", "lceg", "longlora")
 SEPARATOR = "\x1f"  # between the fields of a step: never in a path or setting, and no white space, so that bash keeps empty fields
-# From the config.json of each: what the FLOPs depend on, where the files are not at hand.
-SHAPES = {name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings"),
-                         values, strict=True)) for name, values in {
-    "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 32, 8, 128256, False),
-    "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32, 32, 32000, False),
-    "mistralai/Mistral-7B-v0.3": (4096, 14336, 32, 32, 8, 32768, False),
-    "HuggingFaceTB/SmolLM2-135M": (576, 1536, 30, 9, 3, 49152, True),
-}.items()}
 
 
 @dataclass(frozen=True)
@@ -57,19 +48,6 @@ class Job:
         if wrong := [field for field in fields if SEPARATOR in field or "\n" in field]:
             raise BadInput(f"{wrong[0]!r} has a line break or a control character in it; give it without")
         return SEPARATOR.join(fields)
-
-
-def shape(recipe: Recipe):
-    """What of the model's config the FLOPs depend on: from its files where they are local, from ``SHAPES`` or the hub's cache, else None."""
-    name = recipe.model.name_or_path
-    if name.startswith("package:") or recipe.path(name):
-        return model.load_config(recipe)
-    if name in SHAPES:
-        return SimpleNamespace(**SHAPES[name])
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
-    return model.load_config(recipe) if isinstance(cached, str) else None
 
 
 def training_flops(recipe: Recipe, method: Method, about) -> float:
@@ -143,7 +121,7 @@ def inspect(job: Job, flops_per_hour: float) -> Planned:
         return Planned(job, "trained" if done else "missing", done, 0.0 if done else None, 0.0)
     if method.trained and job.kind != "evaluate":
         batch_shape(recipe, method)
-    about = shape(recipe)
+    about = estimate.shape(recipe)
     scored = Path(job.model).expanduser() if job.model else job.folder / "model" if method.trained else None
     trained = job.kind == "evaluate" or not method.trained or scored.is_dir()
     if job.kind == "train":

@@ -1,0 +1,101 @@
+"""The chunked loss against full logits: time, peak memory, and how far the gradients are apart.
+
+    python benchmarks/loss.py [--tokens 8192 --vocabulary 128256 --width 256] [--out FILE]
+
+Each version runs in a process of its own.  Memory is what lies above the inputs, the loss and the gradients: on a GPU max_memory_allocated, on a CPU the peak of
+resident memory.  Full logits: a linear layer, cross_entropy(reduction="none") in float32, the weights, backward.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import measure
+
+
+def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int, reference: str | None) -> dict:
+    import torch
+    from torch.nn import functional
+
+    from endprompt.loss import chunked_linear_cross_entropy
+
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+    weights = torch.ones(tokens, device=device)
+    weights[-12:] = 0.1
+
+    def full():
+        losses = functional.cross_entropy(functional.linear(hidden, weight).float(), labels, reduction="none")
+        return (losses * weights).sum()
+
+    def step():
+        hidden.grad = weight.grad = None
+        loss = full() if version == "full" else chunked_linear_cross_entropy(hidden, weight, labels, weights)[0]
+        loss.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        return float(loss.detach())
+
+    # Gradients are part of any version: they are there before what is measured is.
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    before = torch.cuda.memory_allocated() if cuda else measure.resident_bytes()
+    hidden.grad = weight.grad = None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        measure.reset_peak()
+    value = step()
+    peak = torch.cuda.max_memory_allocated() if cuda else measure.peak_bytes()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    found = {"seconds": statistics.median(seconds), "all_seconds": seconds, "memory_bytes": peak - before, "loss": value}
+    path = Path(reference)
+    if version == "full":
+        torch.save([hidden.grad, weight.grad], path)
+    else:
+        others = torch.load(path, weights_only=True)
+        found["relative_gradient_difference"] = [float((mine.double() - other.double()).norm() / other.double().norm())
+                                                 for mine, other in zip((hidden.grad, weight.grad), others, strict=True)]
+    return found
+
+
+def main() -> None:
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    shape = (arguments.tokens, arguments.vocabulary, arguments.width, arguments.repeats)
+    if arguments.worker:
+        print(json.dumps(worker(arguments.worker, *shape, arguments.reference)))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for version in ("full", "chunked"):
+            options = [part for name, value in zip(("--tokens", "--vocabulary", "--width", "--repeats"), shape, strict=True) for part in (name, str(value))]
+            result = subprocess.run([sys.executable, __file__, *options, "--worker", version, "--reference", f"{folder}/gradients"], check=True, stdout=subprocess.PIPE, text=True)
+            found[version] = json.loads(result.stdout.splitlines()[-1])
+    measure.write(arguments.out, "loss", {"tokens": arguments.tokens, "vocabulary": arguments.vocabulary, "width": arguments.width, **found,
+                                          "memory_share": found["chunked"]["memory_bytes"] / found["full"]["memory_bytes"],
+                                          "time_ratio": found["chunked"]["seconds"] / found["full"]["seconds"]})
+
+
+if __name__ == "__main__":
+    main()
