@@ -244,6 +244,18 @@ def _launched(environment) -> None:
         raise BadInput(f"environment: OMP_NUM_THREADS={threads[:40]!r} is no number of threads; set it to 1 or more, or unset it")
 
 
+def _end_with_launcher() -> None:
+    """A killed torchrun cannot end its ranks, which would wait for each other for ever, or go on and keep their GPUs: the kernel sends them
+    SIGTERM instead (Linux's prctl), which ends them, or, while they train, has them save first."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            raise SystemExit(143)
+
+
 def _check_out(out: Path, run: Path, writes: bool) -> None:
     """Raises BadInput unless ``run`` is a folder or can become one and, if the command ``writes``, takes files; leaves nothing."""
     for above in [run, *run.parents]:
@@ -269,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
             _status(arguments)
             return
         if arguments.command == "train":
+            _end_with_launcher()
             try:
                 _launched(os.environ)
             except BadInput:

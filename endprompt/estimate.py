@@ -255,12 +255,13 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
     else:
         # Of those that fit, what offloads least.
         better = sorted((name for name, fit in fits.items() if fit), key=lambda name: found[name].host)
-        lines.append(f"\n{own} does not fit: " + (f"take train.deepspeed=ds_configs/{better[0]}.json" if better else "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation "
-                     "checkpointing; no ZeRO file here makes it fit"))
+        mend = "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation checkpointing; no ZeRO file here makes it fit"
+        lines.append(f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}")
     tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
     head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
     flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), head_frozen)
     hours = flops * tokens / (peak * gpus * mfu) / 3600
-    lines.append(f"{flops / 1e9:.1f} GFLOP a token, {flops * gpus * rows * accumulation * length / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g} B tokens at {mfu:.0%} MFU of {gpus} x {gpu}: "
+    step = gpus * rows * accumulation * length
+    lines.append(f"{flops / 1e9:.1f} GFLOP a token, {flops * step / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g} B tokens at {mfu:.0%} MFU of {gpus} x {gpu}: "
                  f"{hours:.1f} h, {hours * gpus:.0f} GPU-hours")
     return "\n".join(lines)

@@ -175,7 +175,6 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
     Failure when a guard ends the run, another rank is lost, or a file cannot be written.
     """
     request = watch.StopRequest(run)
-    request.listen()
     cuda = set_up_environment()
     rank = int(os.environ["RANK"])
     if rank == 0 and (run / runfolder.STATUS).exists():  # what an earlier start said is over

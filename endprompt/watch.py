@@ -1,9 +1,7 @@
 """What is looked at between two steps: a wish that the run stop, and a loss that is no number any more."""
 
-import ctypes
 import datetime
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,14 +13,13 @@ from endprompt import Failure, checkpoint_files
 from endprompt.runfolder import STOP, write_status
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
     """Set by SIGUSR1, by SIGTERM, or by a file ``stop`` in the run's folder.
 
     Slurm's ``--signal``, a preemption, torchrun (which passes SIGTERM on and waits 30 s) and its death all end here: the step under way is
-    finished, a checkpoint written, and the command ends.
+    finished, a checkpoint written, and the command ends.  Before the first step nothing is there to save, and the signals end the process.
     """
 
     def __init__(self, run: Path):
@@ -31,11 +28,6 @@ class StopRequest:
     def listen(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._note)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # A killed torchrun cannot end its ranks, which would go on and keep their GPUs: the kernel tells them (Linux's prctl).
-            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number, frame) -> None:
         self.signalled = True
@@ -60,6 +52,8 @@ class Watch(TrainerCallback):
         self._plain_gradients_finite = True
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a signal that Python handles.
+        self.request.listen()
         if _distributed():
             # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was given.
             for group in list(torch.distributed.distributed_c10d._world.pg_map):

@@ -445,3 +445,22 @@ def test_a_part_of_prepare_that_is_under_way_shows(train_recipe, tmp_path):
     assert run_main("prepare", train_recipe, "endprompt", *options, "--part", "2/3")[0] == 0
     found = runfolder.summary(tmp_path / "small/endprompt")
     assert found["state"] == "not prepared" and found["preparing"] == ["part-00002-of-00003: 21 rows"]
+
+
+@pytest.mark.distributed
+def test_ranks_end_with_a_killed_launcher_before_they_have_met(train_recipe, shards_of, tmp_path):
+    """They wait inside C++ then, where no handler of Python's is run."""
+    folder = shards_of(tmp_path)
+    script = patched(tmp_path, "from endprompt import model\nimport time\nmodel.load_tokenizer = lambda recipe: time.sleep(600)\n")
+    process = subprocess.Popen([*map(str, TORCHRUN), str(script), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY, env=ENVIRONMENT)
+    end = time.monotonic() + 60
+    while runfolder.holder(folder / runfolder.TRAIN_LOCK) is None:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    while runfolder.holder(folder / runfolder.TRAIN_LOCK) is not None:
+        assert time.monotonic() < end, "a rank outlived its launcher"
+        time.sleep(0.1)
