@@ -287,6 +287,26 @@ def test_the_others_end_when_one_rank_hangs_or_dies(train_recipe, shards_of, tmp
     assert state(folder)["state"] == "lost a rank"
 
 
+@pytest.mark.distributed
+def test_a_folder_that_a_node_does_not_share_is_refused(train_recipe, shards_of, tmp_path):
+    folder = shards_of(tmp_path)
+    patch = """
+import os
+import torch.distributed as distributed
+if os.environ["RANK"] == "1":
+    told = distributed.broadcast_object_list
+    def elsewhere(objects, *args, **kwargs):
+        told(objects, *args, **kwargs)
+        if isinstance(objects[0], str) and objects[0].startswith(".shared-"):
+            objects[0] += "-on-another-disk"
+    distributed.broadcast_object_list = elsewhere
+"""
+    output = run([*TORCHRUN, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
+    (message,) = messages(output)
+    assert "is not the same folder on all nodes (rank 1 does not see what rank 0 wrote)" in message
+    assert not list(folder.glob(".shared-*")) and not (folder / "model").exists()
+
+
 # -- another number of ranks ---------------------------------------------------------------------------------------------
 
 
