@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -65,11 +65,13 @@ def weights_only() -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, adapted: dict[str, torch.Tensor] | None = None) -> float | None:
+def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, adapted: dict[str, torch.Tensor] | None,
+               finish: Callable[[float | None], None]) -> None:
     """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, and only then gives it its name.
 
     adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are merged, and the saved
-    model must give the adapter model's logits on that batch.  Returns how far they differ (see lora.verify_merged) on rank 0, else None.
+    model must give the adapter model's logits on that batch.  finish: called on the first rank with how far they differ (see
+    lora.verify_merged; None without adapters) before the folder gets its name, which says that nothing is left to do.
     """
     difference = None
     if adapted is not None:
@@ -87,9 +89,10 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
         verify_saved(partial, scaling, rope_theta)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
+        flush(partial)
+        finish(difference)
         os.replace(partial, folder)
     barrier()
-    return difference
 
 
 def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None:

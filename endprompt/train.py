@@ -167,9 +167,9 @@ def make_universal(newest: Path) -> None:
     checkpoint.barrier()
 
 
-def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
-    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model``; returns the summary it wrote to train.json,
-    None if it was asked to stop before the end (see watch.StopRequest) and left a checkpoint.
+def train(recipe: Recipe, method: Method, run: Path) -> None:
+    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model`` and a summary in ``run/train.json``, or, if it
+    was asked to stop before the end (see watch.StopRequest), a checkpoint.
 
     Goes on from the newest whole checkpoint, on any number of ranks that divides its rows a step.  Raises BadInput on unusable input,
     Failure when a guard ends the run, another rank is lost, or a file cannot be written.
@@ -180,7 +180,7 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
     if rank == 0 and (run / runfolder.STATUS).exists():  # what an earlier start said is over
         runfolder.write_status(run, state="starting", reason=None)
     try:
-        return _train(recipe, method, run, cuda, request)
+        _train(recipe, method, run, cuda, request)
     except BadInput:
         raise
     except Exception as error:
@@ -201,7 +201,7 @@ def train(recipe: Recipe, method: Method, run: Path) -> dict | None:
         raise failure from error
 
 
-def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch.StopRequest) -> dict | None:
+def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch.StopRequest) -> None:
     main, world_size = int(os.environ["RANK"]) == 0, int(os.environ["WORLD_SIZE"])
     tokenizer = model.load_tokenizer(recipe)
     dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
@@ -266,20 +266,21 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
             request.file.unlink(missing_ok=True)
             runfolder.write_status(run, state="stopped on request", step=trainer.state.global_step)
             print(f"train: stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint; the same command goes on", flush=True)
-        return None
+        return
     if shared > 1:
         ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation] = plain_attention
         collator.sharded = False
     if own_attention:
         s2.uninstall(network, own_attention)
-    merged = checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    summary = {"recipe": recipe.name, "method": method.name, "steps": trainer.state.global_step, "resumed_from": newest.name if newest else None,
-               "rows": manifest["rows"], "tokens": manifest["tokens"], "world_size": arguments.world_size, "seconds": round(seconds, 1), "probe": probe.moved,
-               **({"merge_difference": merged} if adapters else {}),
-               **{f"final_{key}": value for key, value in trainer.last_metrics.items() if key not in ("epoch",)}, "history": history, **provenance.stamp()}
-    if main:
+
+    def finish(merge_difference: float | None) -> None:
+        summary = {"recipe": recipe.name, "method": method.name, "steps": trainer.state.global_step, "resumed_from": newest.name if newest else None,
+                   "rows": manifest["rows"], "tokens": manifest["tokens"], "world_size": arguments.world_size, "seconds": round(seconds, 1), "probe": probe.moved,
+                   **({"merge_difference": merge_difference} if adapters else {}),
+                   **{f"final_{key}": value for key, value in trainer.last_metrics.items() if key not in ("epoch",)}, "history": history, **provenance.stamp()}
         shards.write_json(run / "train.json", summary)
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
-    return summary
+
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None, finish)
