@@ -62,7 +62,7 @@ def mapped(tokenizer, texts: list[str], folder: Path, workers: int) -> dict:
 
     source = datasets.Dataset.from_dict({"text": texts})
     started = time.perf_counter()
-    made = source.map(rows, batched=True, batch_size=1, remove_columns=["text"], num_proc=workers, cache_file_name=str(folder / "map.arrow"))
+    made = source.map(rows, batched=True, remove_columns=["text"], num_proc=workers, cache_file_name=str(folder / "map.arrow"))
     seconds = time.perf_counter() - started
     tokens = sum(len(row) for row in made["input_ids"])
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
