@@ -34,6 +34,7 @@ def hold(path: Path) -> Iterator[None]:
     A POSIX record lock: NFS knows it, and processes forked from this one do not inherit it.
     Raises BadInput naming the holder if another process has it.
     """
+    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -59,6 +60,9 @@ def hold(path: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+        with contextlib.suppress(OSError):  # not empty: something was done here
+            for folder in made:
+                folder.rmdir()
 
 
 def holder(path: Path) -> str | None:
