@@ -35,9 +35,12 @@ def hold(path: Path) -> Iterator[None]:
     Raises BadInput naming the holder if another process has it.
     """
     made = [folder for folder in path.parents if not folder.exists()]  # innermost first
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # its holder before took the empty folder away with it
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
