@@ -12,7 +12,7 @@ import yaml
 from conftest import REPOSITORY
 from matplotlib import image
 
-from endprompt import BadInput, config, methods
+from endprompt import BadInput, config, estimate, methods
 from endprompt.eval import figures, longbench_scores, names, paper, plan, recipe_page, results, run, tables
 from endprompt.eval.results import Estimate, Missing
 
@@ -449,21 +449,21 @@ def test_hours_follow_their_formula(tmp_path):
     from endprompt.trainer import flops_per_token
 
     recipe = config.load(RECIPE, ["eval.tasks=[passkey,longbench_lcc,longbench_qasper,mmlu]", "eval.lengths=[4096,8192]", "eval.samples=300"])
-    about = plan.shape(recipe)
+    about = estimate.shape(recipe)
     expected = sum(300 * length * flops_per_token(about, length) / 3 for length in (4096, 8192)) + (300 + 200) * 32768 * flops_per_token(about, 32768) / 3
     assert plan.prefill_flops(recipe, about) == pytest.approx(expected)
     # 7.5e9 weights in matrix products (the embedding's look-up is none) at 6 each, and attention.
     assert flops_per_token(about, 8192) == pytest.approx(51.5e9, rel=1e-3)
     assert plan.training_flops(recipe, methods.get("base"), about) == 0
     assert plan.training_flops(recipe, methods.get("longlora"), about) < plan.training_flops(recipe, methods.get("short"), about)
-    assert plan.shape(config.load(RECIPE, ["model.name_or_path=someone/unknown-model"])) is None
+    assert estimate.shape(config.load(RECIPE, ["model.name_or_path=someone/unknown-model"])) is None
     unknown = plan.inspect(plan.Job("run", RECIPE, "short", tmp_path, ("model.name_or_path=someone/unknown-model",)), PER_HOUR)
     assert unknown.train_hours is None and not unknown.done
 
 
 def test_known_shapes_are_those_of_the_files():
     """The base that is local has its shape read, not looked up."""
-    about = plan.shape(config.load(REPOSITORY / "recipes/tiny.yaml"))
+    about = estimate.shape(config.load(REPOSITORY / "recipes/tiny.yaml"))
     assert (about.hidden_size, about.num_hidden_layers, about.vocab_size) == (128, 3, 896)
 
 
