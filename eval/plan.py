@@ -100,17 +100,30 @@ def _answered(recipe: Recipe, folder: Path, scored: Path | None) -> tuple[int, i
 
 @dataclass(frozen=True)
 class Planned:
-    """A job with its state ("missing", "trained", "evaluated", "k of n results"), and GPU hours to go; None: not known."""
+    """A job with its state ("missing", "trained", "evaluated", "k of n results"), GPU hours to go, and bytes a GPU in training; None: not known, or
+    nothing to train."""
 
     job: Job
     state: str
     done: bool
     train_hours: float | None
     evaluate_hours: float | None
+    memory: float | None = None
 
 
-def inspect(job: Job, flops_per_hour: float) -> Planned:
-    """Raises BadInput if the recipe cannot be run as the job says."""
+def training_memory(recipe: Recipe, method: Method, about, gpus: int) -> float | None:
+    """Bytes a GPU under the recipe's own ZeRO file (see ``estimate.memory``)."""
+    from endprompt.train import DEFAULTS, batch_shape
+
+    if recipe.sequence_parallel > 1:
+        return None
+    rows, _ = batch_shape(recipe, method)
+    checkpointing = recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"])
+    return estimate.memory(about, estimate.zero_options(recipe)[1], gpus, rows, recipe.row_length(method), checkpointing, recipe.lora(method)).total
+
+
+def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
+    """gpus: that train together, for the memory of one.  Raises BadInput if the recipe cannot be run as the job says."""
     from endprompt.train import batch_shape
 
     recipe, method = config.load(job.recipe, list(job.overrides)), methods.get(job.method)
@@ -144,7 +157,7 @@ def inspect(job: Job, flops_per_hour: float) -> Planned:
     train = 0.0 if trained else training_flops(recipe, method, about) / flops_per_hour
     counted = any(task not in names.SHORT_TEXT for task in recipe.eval.tasks)
     evaluate = 0.0 if done or job.kind == "train" else None if not counted else prefill_flops(recipe, about) * ((wanted - there) / wanted) / flops_per_hour
-    return Planned(job, state, done, train, evaluate)
+    return Planned(job, state, done, train, evaluate, None if trained else training_memory(recipe, method, about, gpus))
 
 
 def jobs(recipe: Path, names_of: list[str], out: Path, overrides: tuple[str, ...], given: dict[str, str], every: bool) -> list[Job]:
@@ -184,11 +197,12 @@ def table(planned: list[Planned], gpu: str, peak: float, gpus: int, mfu: float) 
     def hours(value: float | None) -> str:
         return "?" if value is None else "-" if value == 0 else "<0.01" if value < 0.01 else f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
-    rows = [("run", "to do", "state", "training, GPU h", "prompts, GPU h")]
-    rows += [(str(item.job.folder), "-" if item.done else item.job.kind, item.state, hours(item.train_hours), hours(item.evaluate_hours)) for item in planned]
+    rows = [("run", "to do", "state", "GB a GPU", "training, GPU h", "prompts, GPU h")]
+    rows += [(str(item.job.folder), "-" if item.done else item.job.kind, item.state, "-" if item.memory is None else f"{item.memory / 1e9:.1f}", hours(item.train_hours),
+              hours(item.evaluate_hours)) for item in planned]
     train, evaluate = (math.fsum(getattr(item, key) or 0 for item in planned) for key in ("train_hours", "evaluate_hours"))
-    rows.append(("total", "", f"{sum(item.done for item in planned)} of {len(planned)} done", hours(train), hours(evaluate)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    rows.append(("total", "", f"{sum(item.done for item in planned)} of {len(planned)} done", "", hours(train), hours(evaluate)))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(cell.ljust(width) if column < 3 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     tuned = any(item.job.kind == "sft" and not item.done for item in planned)
     short = any(item.evaluate_hours is None for item in planned)
@@ -213,7 +227,7 @@ def make(arguments: argparse.Namespace) -> tuple[list[Planned], float]:
     if arguments.lengths:
         overrides.append(f"eval.lengths=[{','.join(map(str, arguments.lengths))}]")
     found = jobs(arguments.recipe, arguments.methods, arguments.out, tuple(overrides), results.models(arguments.model), arguments.tables == "all")
-    return [inspect(job, peak * arguments.mfu * 3600) for job in found], peak
+    return [inspect(job, peak * arguments.mfu * 3600, arguments.gpus) for job in found], peak
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -638,3 +638,15 @@ def test_script_says_how_it_is_called(script, tmp_path, arguments):
 def test_script_passes_on_what_the_plan_refuses(script, tmp_path, arguments):
     done, calls = script(*arguments)
     assert done.returncode == 2 and done.stderr and not calls and not (tmp_path / "runs").exists()
+
+
+def test_the_plan_says_what_a_gpu_must_hold(tmp_path):
+    """As `endprompt plan` does: rows of 64K take more than rows of 8K, and sixteen GPUs share states that eight did."""
+    def memory(method, gpus=8, *overrides):
+        return plan.inspect(plan.Job("run", REPOSITORY / "recipes/llama3-8b-64k.yaml", method, tmp_path, overrides), PER_HOUR, gpus).memory
+
+    assert 30e9 < memory("endprompt") < 50e9 < memory("full_length") < 80e9 and memory("endprompt", 16) < memory("endprompt") - 7e9
+    assert memory("base") is None and memory("full_length", 8, "train.sequence_parallel=2") is None
+    planned = plan.inspect(plan.Job("run", REPOSITORY / "recipes/llama3-8b-64k.yaml", "endprompt", tmp_path), PER_HOUR)
+    shown = plan.table([planned], "A800", 312e12, 8, 0.4).splitlines()
+    assert "GB a GPU" in shown[0] and f"{planned.memory / 1e9:.1f}" in shown[1]
