@@ -46,7 +46,7 @@ def bare(tokenizer, texts: list[str]) -> dict:
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def mapped(tokenizer, texts: list[str], folder: Path, workers: int) -> dict:
+def mapped(tokenizer, texts: list[str], workers: int) -> dict:
     import datasets
 
     datasets.disable_progress_bars()
@@ -62,7 +62,7 @@ def mapped(tokenizer, texts: list[str], folder: Path, workers: int) -> dict:
 
     source = datasets.Dataset.from_dict({"text": texts})
     started = time.perf_counter()
-    made = source.map(rows, batched=True, remove_columns=["text"], num_proc=workers, cache_file_name=str(folder / "map.arrow"))
+    made = source.map(rows, batched=True, remove_columns=["text"], num_proc=workers, load_from_cache_file=False)
     seconds = time.perf_counter() - started
     tokens = sum(len(row) for row in made["input_ids"])
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -122,7 +122,7 @@ def main() -> None:
     tokenizer.model_max_length = sys.maxsize
     best: dict = {}
     for number in range(arguments.repeats):  # alternating, so that a slow minute of the machine meets all
-        for name, function in (("bare", lambda: bare(tokenizer, texts)), ("map", lambda: mapped(tokenizer, texts, folder, arguments.workers)),
+        for name, function in (("bare", lambda: bare(tokenizer, texts)), ("map", lambda: mapped(tokenizer, texts, arguments.workers)),
                                ("prepare", lambda number=number: prepared(recipes[1], folder / f"out{number}", arguments.workers))):
             best.setdefault(name, []).append(function())
     found: dict = {name: sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2] for name, runs in best.items()}
