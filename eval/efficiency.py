@@ -197,12 +197,12 @@ def draw(results: dict, path: Path) -> None:
     def of_paper(column: str) -> list[float | None]:
         return [float(printed[name][column]) if name in printed else None for name in names]
 
-    where, paper_s = f"{results['shape']}, {results['device'][:40]}", "paper (8B)"
-    panels = [(f"time, target {target}", f"hours for 1e9 tokens: {where}", names, {"ours": hours}),
+    paper_s = "paper (8B)"
+    panels = [(f"time, target {target}", "hours for 1e9 tokens", names, {"ours": hours}),
               ("time, target 64K", "hours, 8 x A800", names, {paper_s: of_paper("hours")}),
               (f"memory above the states, target {target}", "GiB", names, {"ours": memory}),
               ("peak memory, target 64K", "GB a GPU", names, {paper_s: of_paper("memory_gb")})]
-    figures.costs(panels, path, f"What training costs: {results['shape']} at its fastest setting, and Figure 4")
+    figures.costs(panels, path, f"What training costs: shape {results['shape']} on {results['device'][:40]}, and the paper's Figure 4")
 
 
 def main() -> None:
