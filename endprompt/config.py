@@ -164,6 +164,12 @@ class Recipe(Section):
         """Ranks that share a row; 1 is none."""
         return self.train.get("sequence_parallel", 1)
 
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """DeepSpeed's options, from the recipe itself or from the file it names; None without."""
+        given = self.train.get("deepspeed")
+        return json.loads(read_small(Path(given))) if isinstance(given, str) else given
+
     def dump(self, method: str) -> str:
         return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
 

@@ -110,9 +110,14 @@ def activations(about, rows: int, length: int, dtype) -> tuple[int, int]:
     return two - one, 2 * one - two
 
 
-def parameter_count(about) -> int:
+def _projected(about) -> tuple[int, int]:
+    """(width of all query heads, width of all key heads)"""
     head_dim = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
-    heads, kv = about.num_attention_heads * head_dim, (about.num_key_value_heads or about.num_attention_heads) * head_dim
+    return about.num_attention_heads * head_dim, (about.num_key_value_heads or about.num_attention_heads) * head_dim
+
+
+def parameter_count(about) -> int:
+    heads, kv = _projected(about)
     layer = about.hidden_size * (2 * heads + 2 * kv) + 3 * about.hidden_size * about.intermediate_size + 2 * about.hidden_size
     return about.num_hidden_layers * layer + about.vocab_size * about.hidden_size * (1 if about.tie_word_embeddings else 2) + about.hidden_size
 
@@ -121,8 +126,7 @@ def trained_share(about, adapters) -> float:
     """The share of weights that have gradients and optimizer states; all of them without LoRA."""
     if adapters is None:
         return 1.0
-    head_dim = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
-    heads, kv = about.num_attention_heads * head_dim, (about.num_key_value_heads or about.num_attention_heads) * head_dim
+    heads, kv = _projected(about)
     sides = {"q_proj": about.hidden_size + heads, "k_proj": about.hidden_size + kv, "v_proj": about.hidden_size + kv, "o_proj": heads + about.hidden_size,
              **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), about.hidden_size + about.intermediate_size)}
     trained = about.num_hidden_layers * adapters.r * sum(sides[target] for target in adapters.targets)
@@ -201,11 +205,10 @@ def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: 
 
 def zero_options(recipe: Recipe) -> tuple[str, dict]:
     """(name, ``zero_optimization``) of the recipe's ZeRO file; without one, every GPU holds all."""
-    given = recipe.train.get("deepspeed")
-    if not given:
+    given, options = recipe.train.get("deepspeed"), recipe.deepspeed
+    if not options:
         return "none", {"stage": 0}
-    tree = given if isinstance(given, dict) else json.loads(Path(given).read_text(encoding="utf-8"))
-    return (Path(given).stem if isinstance(given, str) else "recipe"), tree.get("zero_optimization", {})
+    return (Path(given).stem if isinstance(given, str) else "recipe"), options.get("zero_optimization", {})
 
 
 def candidates(recipe: Recipe) -> dict[str, dict]:

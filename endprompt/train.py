@@ -84,12 +84,17 @@ def set_up_environment() -> bool:
     return cuda
 
 
+def loading_universal(options: dict) -> dict:
+    """DeepSpeed's ``options``, and that a universal checkpoint is what is loaded."""
+    return {**options, "checkpoint": {**options.get("checkpoint", {}), "load_universal": True}}
+
+
 def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: bool, universal: bool) -> TrainingArguments:
     """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal checkpoint."""
     rows, accumulation = shape
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
     if universal:
-        given["deepspeed"] = json.loads(Path(given["deepspeed"]).read_text(encoding="utf-8")) | {"checkpoint": {"load_universal": True}}
+        given["deepspeed"] = loading_universal(recipe.deepspeed)
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)

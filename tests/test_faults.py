@@ -307,6 +307,21 @@ if os.environ["RANK"] == "1":
     assert not list(folder.glob(".shared-*")) and not (folder / "model").exists()
 
 
+@pytest.mark.distributed
+def test_ranks_that_would_resume_from_different_checkpoints_are_refused(train_recipe, half_way, tmp_path):
+    folder = half_way(tmp_path)
+    patch = """
+import os
+from endprompt import checkpoint_files
+if os.environ["RANK"] == "1":
+    checkpoint_files.to_resume = lambda folder, log=None: folder / "checkpoint-2"
+"""
+    output = run([*TORCHRUN, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
+    (message,) = messages(output)
+    assert "would resume from different ones (['checkpoint-2', 'checkpoint-4'])" in message
+    assert (folder / "checkpoints/checkpoint-4/complete.json").exists()
+
+
 # -- another number of ranks ---------------------------------------------------------------------------------------------
 
 
@@ -331,6 +346,30 @@ def test_one_rank_goes_on_as_two_to_the_same_weights(train_recipe, tmp_path, lor
     run(train(train_recipe, "endprompt", tmp_path / "cut", *options, ranks=2))
     assert json.loads((cut / "train.json").read_text())["world_size"] == 2
     assert_same(weights(cut), weights(whole), tolerance=2e-4 if lora else 1e-5)
+
+
+def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monkeypatch):
+    from endprompt import Failure
+    from endprompt.train import make_universal
+
+    checkpoint = half_way(tmp_path) / "checkpoints/checkpoint-4"
+    truncate(next(checkpoint.rglob("*optim_states.pt")))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(Failure, match="checkpoint-4 could not be converted for another number of ranks: .*; start as many ranks as before"):
+        make_universal(checkpoint)
+    assert not (checkpoint / "latest_universal").exists() and not (checkpoint / "global_step4_universal").exists()
+
+
+def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
+    """Also where they stand in the recipe itself, and where they have a section checkpoint of their own."""
+    from endprompt import config
+    from endprompt.train import loading_universal
+
+    options = {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail"}}
+    loaded = config.load(train_recipe, [f"train.deepspeed={json.dumps(options)}"])
+    assert loaded.deepspeed == options
+    assert loading_universal(loaded.deepspeed) == {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail", "load_universal": True}}
+    assert config.load(train_recipe).deepspeed["zero_optimization"]["stage"] == 3
 
 
 def test_a_step_keeps_its_rows_on_other_ranks():

@@ -1,5 +1,7 @@
 """prepare --part: parts that are made apart and joined."""
 
+import contextlib
+import itertools
 import json
 import shutil
 
@@ -20,6 +22,21 @@ def folder(out):
 
 def rows(out):
     return list(shards.rows(folder(out), shards.read_manifest(folder(out))))
+
+
+@contextlib.contextmanager
+def killed_at_write(number, monkeypatch):
+    """Inside, the number-th file is not written: the command is interrupted there."""
+    write, count = shards.write_atomically, itertools.count(1)
+
+    def killed(path, data):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_atomically", killed)
+        yield
 
 
 @pytest.fixture
@@ -66,20 +83,11 @@ def test_one_part_is_the_whole(recipe_file, tmp_path):
 def test_a_killed_part_goes_on_to_the_same_bytes_and_leaves_the_others_alone(recipe_file, tmp_path, monkeypatch):
     recipe = recipe_file(data={"rows_per_shard": 5})
     assert go(recipe, tmp_path / "whole", "1/2")[0] == 0
-    write, count = shards.write_atomically, []
-
-    def killed(path, data):
-        count.append(path)
-        if len(count) == 7:
-            raise KeyboardInterrupt
-        write(path, data)
-
     assert go(recipe, tmp_path / "cut", "2/2")[0] == 0
     other = {path: path.read_bytes() for path in folder(tmp_path / "cut").glob("*-00002-of-00002*")}
     (folder(tmp_path / "cut") / ".shard-00002-of-00002-00009.parquet.77.part").write_bytes(b"of a part that is being made")
-    monkeypatch.setattr(shards, "write_atomically", killed)
-    assert go(recipe, tmp_path / "cut", "1/2")[0] == 130
-    monkeypatch.setattr(shards, "write_atomically", write)
+    with killed_at_write(7, monkeypatch):
+        assert go(recipe, tmp_path / "cut", "1/2")[0] == 130
     assert 0 < len(list(folder(tmp_path / "cut").glob("shard-00001-of-00002-*.parquet"))) < 7
     code, _, error = go(recipe, tmp_path / "cut")
     assert code == 2 and "holds 1 of 2 finished parts" in error and "--part I/2` for 1," in error
@@ -141,17 +149,8 @@ def test_damaged_parts_are_not_joined(recipe_file, tmp_path, name, telling):
 
 def test_parts_and_a_whole_do_not_mix(recipe_file, tmp_path, monkeypatch):
     recipe = recipe_file(data={"rows_per_shard": 5})
-    write, count = shards.write_atomically, []
-
-    def killed(path, data):
-        count.append(path)
-        if len(count) == 5:
-            raise KeyboardInterrupt
-        write(path, data)
-
-    monkeypatch.setattr(shards, "write_atomically", killed)
-    assert go(recipe, tmp_path)[0] == 130
-    monkeypatch.setattr(shards, "write_atomically", write)
+    with killed_at_write(5, monkeypatch):
+        assert go(recipe, tmp_path)[0] == 130
     code, _, error = go(recipe, tmp_path, "1/2")
     assert code == 2 and "holds a started preparation without parts" in error
     code, _, error = go(recipe_file("few", data={"tokens": 128}), tmp_path / "few", "1/3")
