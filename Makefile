@@ -11,7 +11,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python 3.11 or newer is needed (set PYTHON3=)" or 0)'
 	$(PYTHON3) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[dev,eval,gguf]'
+	$(PIP) -e '.[dev,eval,fast,gguf]'
 	$(PIP) --no-deps llama-index-core
 	touch $@
 

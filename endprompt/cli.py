@@ -125,7 +125,7 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
     model.check_vocabulary(tokenizer, base, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     workers = arguments.workers or min(16, os.cpu_count() or 1)
     with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(recipe, method, run):
-        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "pyarrow", "numpy")), part)
+        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "fastokens", "pyarrow", "numpy")), part)
     if part:
         print(f"{run / 'shards'}: part {part[0]} of {part[1]}: {sum(shard['rows'] for shard in manifest['shards'])} rows; prepare without --part joins the parts")
         return

@@ -15,10 +15,11 @@ from pathlib import Path
 from endprompt import BadInput, corpus, shards
 from endprompt.config import Recipe
 from endprompt.methods import Method
-from endprompt.row_stream import Cursor, end_prompts, row_maker, tokenized, tokenizer_fingerprint
+from endprompt.row_stream import Cursor, end_prompts, row_maker
+from endprompt.tokenizing import tokenized, tokenizer_fingerprint
 
 PROGRESS = "progress.json"
-SHARD_TOKENS = 2**25
+SHARD_TOKENS = 2**22  # held in memory while they are made: some 200 MB
 COUNTS = ("rows", "tokens", "text_tokens", "prompt_tokens", "documents")
 
 

@@ -3,17 +3,9 @@
 Everything random about a row comes from (seed, row number), so the rows do not depend on the number of workers.
 """
 
-import hashlib
-import json
-import os
 import re
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context, parent_process
 
 import numpy as np
 
@@ -21,22 +13,12 @@ from endprompt import BadInput, positions
 from endprompt.config import END_PROMPTS, Recipe
 from endprompt.methods import Method
 
-BATCH_CHARACTERS = 400_000
-
 
 @dataclass(frozen=True)
 class EndPrompt:
     name: str
     text: str
     ids: np.ndarray
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 over the fast tokenizer's whole definition and its end token; truncation and padding settings left out."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    definition["truncation"] = definition["padding"] = None
-    definition["eos"] = tokenizer.eos_token_id
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def end_prompts(recipe: Recipe, tokenizer) -> list[EndPrompt]:
@@ -53,75 +35,6 @@ def end_prompts(recipe: Recipe, tokenizer) -> list[EndPrompt]:
             raise BadInput(f"data.end_prompts: this tokenizer cannot write {text!r}; choose another prompt")
         result.append(EndPrompt(name if name in END_PROMPTS else "custom", text, np.array(ids, np.int32)))
     return result
-
-
-_tokenizer = None  # of a worker process
-
-
-def _end_with(parent) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _start_worker(definition: str, eos: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if parent := parent_process():
-        # A killed parent cannot end its pool, whose workers would wait for ever.
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    from tokenizers import Tokenizer
-
-    global _tokenizer
-    # The Rust tokenizer alone: the same ids as the Python one around it, without importing transformers in each worker.
-    _tokenizer = Tokenizer.from_str(definition), eos
-    _tokenizer[0].no_truncation()
-    _tokenizer[0].no_padding()
-
-
-def _tokenize(texts: list[str]) -> list[np.ndarray]:
-    tokenizer, eos = _tokenizer
-    result = []
-    for encoding in tokenizer.encode_batch_fast(texts):
-        ids = encoding.ids
-        if not ids or ids[-1] != eos:
-            ids.append(eos)
-        result.append(np.array(ids, np.int32))
-    return result
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[1])
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def tokenized(documents: Iterable[tuple[str, str]], tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(document id, int32 ids ending in EOS) in order, tokenized by ``workers`` processes with a bounded number of batches in flight."""
-    start = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
-    if workers <= 1:
-        _start_worker(*start)
-        for batch in _batches(documents):
-            yield from zip((name for name, _ in batch), _tokenize([text for _, text in batch]), strict=True)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start)
-    try:
-        waiting: deque = deque()
-        batches = _batches(documents)
-        for batch in islice(batches, 2 * workers):
-            waiting.append((batch, pool.submit(_tokenize, [text for _, text in batch])))
-        while waiting:
-            batch, future = waiting.popleft()
-            ids = future.result()
-            for following in islice(batches, 1):
-                waiting.append((following, pool.submit(_tokenize, [text for _, text in following])))
-            yield from zip((name for name, _ in batch), ids, strict=True)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Cursor:

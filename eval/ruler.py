@@ -259,7 +259,7 @@ def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, 
     """
     tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
     _check(tasks, lengths, samples, seed, processes)
-    from endprompt.prepare import tokenizer_fingerprint
+    from endprompt.tokenizing import tokenizer_fingerprint
 
     loaded = load_tokenizer(tokenizer)
     special = bool(loaded.split_special_tokens)

@@ -73,19 +73,16 @@ class Counter:
     """The package's tokenizer object, of whose tokens the scripts use the number alone."""
 
     def __init__(self, definition: str, encode_special_tokens: bool, progress: Progress):
-        from tokenizers import Tokenizer
+        from endprompt.tokenizing import Encoder
 
-        self._tokenizer, self._progress = Tokenizer.from_file(definition), progress
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = encode_special_tokens
+        self._encode, self._progress = Encoder(Path(definition).read_text(encoding="utf-8"), False, encode_special_tokens), progress
         self._known: dict[bytes, int] = {}  # fwe counts a text three times, and the finished samples are counted once more
 
     def count(self, text: str) -> int:
         """Tokens of ``text`` without special ones, as many as ``len(transformers_tokenizer.tokenize(text))``."""
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if key not in self._known:
-            self._known[key] = len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+            self._known[key] = len(self._encode([text])[0])
         self._progress.alive()
         return self._known[key]
 

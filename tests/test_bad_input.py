@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from endprompt import BadInput, cli, config, corpus, methods, model, prepare, row_stream, shards
+from endprompt import BadInput, cli, config, corpus, methods, model, prepare, shards, tokenizing
 
 
 def refused(result, *telling):
@@ -488,7 +488,7 @@ def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypa
     corpus = write_jsonl(tmp_path / "corpus.jsonl", tiny_text)
     lines = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*lines[:6], "oops", *lines[7:]]))
-    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 2000)  # else all documents are read before the first shard
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 2000)  # else all documents are read before the first shard
     refused(run_main("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1), "corpus.jsonl line 7: not JSON")
     folder = tmp_path / "out/small/endprompt/shards"
     found = files(folder)

@@ -27,9 +27,12 @@ def test_prepare(tmp_path):
     found = run("prepare.py", corpus, "--documents", 150, "--model", "recipes/tiny/base", "--gguf", "", "--workers", 1, "--repeats", 1,
                 "--out", tmp_path / "r.json")
     # Rows are whole: of the corpus' tokens some remain, and eight times the corpus is eight times the tokens and less than one row.
-    assert 8192 <= found["prepare"]["tokens"] <= found["bare"]["tokens"] + 100 and found["map"]["tokens"] <= found["bare"]["tokens"] + 100
-    assert abs(found["prepare_8_times"]["tokens"] - 8 * found["bare"]["tokens"]) < 8 * 8192
-    assert 0 < found["prepare"]["position_share_of_bytes"] < 0.05 and found["memory_8_times_of_once"] > 0
+    for kind in ("prepare", "tokenizers"):
+        assert found[f"{kind}_first"]["tokens"] == 8192 <= found[f"{kind}_1"]["tokens"] <= found["bare"]["tokens"] + 150
+        assert abs(found[f"{kind}_8"]["tokens"] - 8 * found["bare"]["tokens"]) < 8 * 8192
+        assert 0 < found[f"{kind}_1"]["position_share_of_bytes"] < 0.05 and found[f"{kind}_memory_8_times_of_once"] > 0
+        assert found[f"{kind}_once_of_map"] > 0 < found[f"{kind}_without_start_up_of_bare"]
+    assert found["map"]["tokens"] <= found["bare"]["tokens"] + 150
 
 
 @pytest.mark.slow

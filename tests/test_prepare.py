@@ -18,7 +18,7 @@ from conftest import REPOSITORY, run_main, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt import BadInput, config, methods, positions, prepare, row_stream, shards
+from endprompt import BadInput, config, methods, positions, prepare, row_stream, shards, tokenizing
 from endprompt.config import END_PROMPTS
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
@@ -115,7 +115,7 @@ DRAWN = [method for method in TRAINED if method not in PLAIN]
 @pytest.mark.parametrize("options", [[], ["data.packing=document", "data.pose_text=later_span", "data.pose_chunks=3"]], ids=["default", "later span"])
 @pytest.mark.parametrize("method", DRAWN)
 def test_drawn_positions_are_reproducible(make, monkeypatch, method, options):
-    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
     options = [*options, f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", "data.tokens=3000"]
     one, two = (make(method, options, out=f"out{workers}", workers=workers) for workers in (1, 2))
     assert contents(one[0]) == contents(two[0]) and len(contents(one[0])) > 2
@@ -297,7 +297,7 @@ def test_special_token_as_prompt(make, tokenizer):
 @pytest.mark.parametrize("packing", ["cut", "document"])
 def test_bytes_do_not_depend_on_workers(make, monkeypatch, packing):
     # Batches of a few documents: enough of them for every worker.
-    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
     options = [f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", f"data.packing={packing}", "data.tokens=3000"]
     one, two, three = (make(overrides=options, out=f"out{workers}", workers=workers)[0] for workers in (1, 2, 3))
     assert contents(one) == contents(two) == contents(three)
@@ -305,10 +305,10 @@ def test_bytes_do_not_depend_on_workers(make, monkeypatch, packing):
 
 
 def test_documents_are_read_as_they_are_needed(tokenizer, monkeypatch):
-    monkeypatch.setattr(row_stream, "BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 10)
     taken = []
     endless = ((taken.append(number) or str(number), "some words of text") for number in count())
-    stream = row_stream.tokenized(endless, tokenizer, 2)
+    stream = tokenizing.tokenized(endless, tokenizer, 2)
     assert [name for name, _ in islice(stream, 6)] == [str(number) for number in range(6)]
     stream.close()
     assert len(taken) <= 6 + 2 * 2 + 1
@@ -506,13 +506,13 @@ def test_manifest(make, tokenizer):
     assert [shard["rows"] for shard in manifest["shards"]] == [25, 25, 14]
     assert [shard["bytes"] for shard in manifest["shards"]] == [path.stat().st_size for path in shards.files(folder, manifest)]
     assert (manifest["method"], manifest["physical_length"], manifest["target_length"], manifest["corpus_ended"]) == ("endprompt", 64, 512, False)
-    assert manifest["tokenizer_fingerprint"] == row_stream.tokenizer_fingerprint(tokenizer)
+    assert manifest["tokenizer_fingerprint"] == tokenizing.tokenizer_fingerprint(tokenizer)
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["another"])
-    assert row_stream.tokenizer_fingerprint(other) != manifest["tokenizer_fingerprint"]
+    assert tokenizing.tokenizer_fingerprint(other) != manifest["tokenizer_fingerprint"]
     cutting = copy.deepcopy(tokenizer)
     cutting.backend_tokenizer.enable_truncation(8)
-    assert row_stream.tokenizer_fingerprint(cutting) == manifest["tokenizer_fingerprint"]
+    assert tokenizing.tokenizer_fingerprint(cutting) == manifest["tokenizer_fingerprint"]
 
 
 def test_position_column_is_next_to_free(tokenizer, tmp_path, base):

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, import_protobuf
 
-from endprompt import BadInput, config, methods, model, prepare, row_stream, shards
+from endprompt import BadInput, config, methods, model, prepare, row_stream, shards, tokenizing
 from endprompt.eval import perplexity
 
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -159,7 +159,7 @@ def test_end_prompts(real, recipe):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_documents_begin_with_bos_and_end_with_one_eos(real, workers):
     tokenizer = real[3]
-    found = list(row_stream.tokenized(((str(i), text) for i, text in enumerate([*TEXTS, ""])), tokenizer, workers))
+    found = list(tokenizing.tokenized(((str(i), text) for i, text in enumerate([*TEXTS, ""])), tokenizer, workers))
     for (_, ids), text in zip(found, [*TEXTS, ""], strict=True):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id and ids.dtype == np.int32
         assert np.isin(ids[1:-1], (tokenizer.bos_token_id, tokenizer.eos_token_id)).sum() == 0
@@ -169,7 +169,7 @@ def test_documents_begin_with_bos_and_end_with_one_eos(real, workers):
 def test_special_tokens_written_in_a_text_are_seen_as_the_tokenizer_sees_them(real):
     """A document that ends in the end token's text gets no second one."""
     tokenizer = real[3]
-    (_, ids), = row_stream.tokenized([("0", f"Done.{tokenizer.eos_token}")], tokenizer, 1)
+    (_, ids), = tokenizing.tokenized([("0", f"Done.{tokenizer.eos_token}")], tokenizer, 1)
     assert (ids == tokenizer.eos_token_id).sum() == 1 and ids[-1] == tokenizer.eos_token_id
 
 
