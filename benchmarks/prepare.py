@@ -25,9 +25,9 @@ import measure
 LENGTH = 8192
 RECIPE = """\
 model: {{name_or_path: "{model}", gguf_file: {gguf}}}
-lengths: {{physical: %d, target: 65536}}
+lengths: {{physical: {length}, target: 65536}}
 data: {{corpus: {corpus}, tokens: {tokens}}}
-""" % LENGTH
+"""
 
 
 def documents(corpus: Path, count: int) -> list[str]:
@@ -122,7 +122,7 @@ def main() -> None:
         corpus = folder / f"corpus-{times}.jsonl"
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(times) for text in texts))
         recipes[name] = folder / f"times{name}.yaml"
-        recipes[name].write_text(RECIPE.format(model=arguments.model, gguf=arguments.gguf or "null", corpus=corpus, tokens=wanted))
+        recipes[name].write_text(RECIPE.format(model=arguments.model, gguf=arguments.gguf or "null", corpus=corpus, tokens=wanted, length=LENGTH))
     tokenizer = model.load_tokenizer(config.load(recipes["1"]))
     if arguments.gguf:  # the files of a model as it comes from the hub: to read a tokenizer out of a GGUF file takes seconds
         saved = folder / "model"

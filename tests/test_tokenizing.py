@@ -15,8 +15,8 @@ from endprompt import Failure, corpus, tokenizing
 from endprompt.tokenizing import Encoder
 
 NOVELS = REPOSITORY.parent / "shared/data/text/novels.heldout.jsonl.zst"
-PIECES = ["  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "a", "É", "e\u0301", "中", "🙂", "👨\u200d👩\u200d👧", "<|endoftext|>", "</s>", "<s>", "<|end_of_text|>", "don't", "I'LL", "  x", "1234567",
-          "ﬁ", "\u200b", "_", "İ", "ß", "\u212a", "ſ", "١٢", "\ue000", "The", " the", "\x7f", "-", "...", "\ufffd", "\u0131"]
+PIECES = ["  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "a", "É", "e\u0301", "中", "🙂", "👨\u200d👩\u200d👧", "<|endoftext|>", "</s>", "<s>", "<|end_of_text|>", "don't",
+          "I'LL", "  x", "1234567", "ﬁ", "\u200b", "_", "İ", "ß", "\u212a", "ſ", "١٢", "\ue000", "The", " the", "\x7f", "-", "...", "\ufffd", "\u0131"]
 
 
 @pytest.fixture(scope="module")
