@@ -37,13 +37,15 @@ def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
         gpu, ratios = not result["device"].startswith("CPU"), result["ratios"]
         for target, ratio in sorted(((int(key), value) for key, value in ratios.items() if key.isdigit()), key=lambda pair: pair[0]):
             met = (lambda value: value >= 3) if gpu and shape == "llama-3.2-1b" and target == 65536 else None
-            row(f"`endprompt` against `full_length`, {shape}, target {target}: tokens/s", ratio["speedup"], f"{{:.2f}} times (arithmetic {ratio['arithmetic']:.2f})", ">= 3" if met else "-", met)
+            row(f"`endprompt` against `full_length`, {shape}, target {target}: tokens/s", ratio["speedup"], f"{{:.2f}} times (arithmetic {ratio['arithmetic']:.2f})",
+                ">= 3" if met else "-", met)
             for way in ("none", "full"):
                 if f"memory_share_{way}" in ratio:
                     limit = (lambda value: value <= 0.14) if _windows(shape, target) == 8 else None
                     row(f"memory above the states, {shape}, target {target}, checkpointing {way}", ratio[f"memory_share_{way}"], "{:.1%} of `full_length`'s",
                         "<= 14 %" if limit else "-", limit)
-        row(f"`endprompt`, {shape}: time a token at its slowest target against its fastest", ratios.get("endprompt_slowest_of_fastest_target"), "{:.3f}", "<= 1.02", lambda value: value <= 1.02)
+        row(f"`endprompt`, {shape}: time a token at its slowest target against its fastest", ratios.get("endprompt_slowest_of_fastest_target"), "{:.3f}", "<= 1.02",
+            lambda value: value <= 1.02)
         best = max((entry["mfu"] for entry in result["entries"] if entry["fits"] and entry.get("mfu")), default=None)
         row(f"best MFU, {shape}", best, "{:.1%}", ">= 50 %" if shape == "llama-3.2-1b" else "-", (lambda value: value >= 0.5) if shape == "llama-3.2-1b" else None)
     if loss := found.get("loss"):
@@ -55,7 +57,8 @@ def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
         row(f"`prepare`, {text}, start-up included: tokens/s", prepare["prepare_once_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
         row("the same", prepare["prepare_once_of_map"], "{:.1f} times a plain `datasets.map`'s", ">= 1.9", lambda value: value >= 1.9)
         row("`prepare`, without start-up", prepare["prepare_without_start_up_of_bare"], "{:.1f} times the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
-        row("`prepare` without fastokens, 8 times the documents, start-up included", prepare["tokenizers_8_times_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
+        row("`prepare` without fastokens, 8 times the documents, start-up included", prepare["tokenizers_8_times_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8",
+            lambda value: value >= 0.8)
         row("`prepare`: memory at 8 times the documents against once", prepare["prepare_memory_8_times_of_once"], "{:.2f}", "flat (<= 1.1)", lambda value: value <= 1.1)
         row("position columns' share of shard bytes", _at(prepare, "prepare_8", "position_share_of_bytes"), "{:.3%}", "<= 1 %", lambda value: value <= 0.01)
     row("command to the first step, tiny recipe", _at(found, "startup", "first_step_seconds"), "{:.1f} s", "<= 15 s", lambda value: value <= 15)
@@ -95,9 +98,12 @@ def figure_4() -> list[str]:
     return lines
 
 
+def _parts(found: dict) -> list[dict]:
+    return [*(value for key, value in found.items() if key != "efficiency"), *(found.get("efficiency") or {}).values()]
+
+
 def _when(found: dict) -> str:
-    parts = [*(value for key, value in found.items() if key != "efficiency"), *(found.get("efficiency") or {}).values()]
-    return ", ".join(sorted({str(part.get("date"))[:10] for part in parts})) + ", commits " + ", ".join(sorted({str(part.get("commit"))[:7] for part in parts}))
+    return ", ".join(sorted({str(part.get("date"))[:10] for part in _parts(found)})) + ", commits " + ", ".join(sorted({str(part.get("commit"))[:7] for part in _parts(found)}))
 
 
 def blocks(files: list[Path]) -> dict[str, str]:
@@ -105,8 +111,9 @@ def blocks(files: list[Path]) -> dict[str, str]:
     machines = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     text = []
     for name, found in machines.items():
-        devices = sorted({part["device"] for part in [*(value for key, value in found.items() if key != "efficiency"), *(found.get("efficiency") or {}).values()]})
-        text += [f"## {name}", "", f"{'; '.join(devices)} ({_when(found)}); file [results/{name}.json](results/{name}.json).", "", "| what | measured | target | |", "|---|---|---|---|"]
+        devices = sorted({part["device"] for part in _parts(found)})
+        text += [f"## {name}", "", f"{'; '.join(devices)} ({_when(found)}); file [results/{name}.json](results/{name}.json).", "",
+                 "| what | measured | target | |", "|---|---|---|---|"]
         text += [f"| {what} | {value} | {target} | {'' if met is None else 'met' if met else '**not met**'} |" for what, value, target, met in rows(found)]
         text.append("")
     text += ["## What `endprompt plan` says, beside the paper's Figure 4", "", "Llama-3-8B, 64K, 8 A800 of 80 GB, ZeRO-3, activation checkpointing; computed, not measured. "
