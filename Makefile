@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-all test-slurm slurm-packages chaos quality clean
+.PHONY: demo test test-all test-slurm slurm-packages chaos bench quality clean
 
 # llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not needed.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -46,6 +46,19 @@ slurm-packages:
 N ?= 100
 chaos: $(VENV)/.installed
 	$(BIN)/python tests/chaos.py --kills $(N) --out docs/results/chaos.json
+
+# What benchmarks/README.md says, measured on this machine; CORPUS is a .jsonl file of a few dozen long documents.
+MACHINE ?= cpu-2-cores
+bench: $(VENV)/.installed $(VENV)/.smollm2
+	@test -f "$(CORPUS)" || { echo "make bench: name a corpus, CORPUS=FILE.jsonl" >&2; exit 2; }
+	mkdir -p build
+	$(BIN)/python benchmarks/startup.py --out benchmarks/results/$(MACHINE).json
+	$(BIN)/python benchmarks/loss.py --out benchmarks/results/$(MACHINE).json
+	$(BIN)/python benchmarks/prepare.py "$(CORPUS)" --out benchmarks/results/$(MACHINE).json
+	$(BIN)/python benchmarks/ruler.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/results/$(MACHINE).json
+	OMP_NUM_THREADS=2 $(BIN)/python -m endprompt.eval.efficiency --targets 1024 4096 16384 --rows 1 4 --checkpointing none full --out build/steps.json
+	$(BIN)/python benchmarks/collect.py benchmarks/results/$(MACHINE).json build/steps.json
+	$(BIN)/python benchmarks/table.py
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

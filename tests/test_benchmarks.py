@@ -1,11 +1,14 @@
 """The benchmarks run and say what they measured; their figures are for quiet machines."""
 
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY, tiny_documents, write_jsonl
+
+from endprompt import BadInput
 
 
 def run(name: str, *options, timeout: int = 200) -> dict:
@@ -39,3 +42,54 @@ def test_prepare(tmp_path):
 def test_startup(tmp_path):
     found = run("startup.py", "--repeats", 1, "--out", tmp_path / "r.json")
     assert 0 < found["help_seconds"] < found["first_step_seconds"] < 120
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The modules of benchmarks/, by name."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return importlib.import_module
+
+
+def result(device: str = "CPU: some, 2 thread(s)", **values) -> dict:
+    return {"device": device, "date": "2026-11-26T00:00:00", "commit": "abcdefgh", **values}
+
+
+def test_tables_are_what_the_results_say(scripts):
+    """What stands in the pages is made by the command alone."""
+    table = scripts("table")
+    made = table.blocks(sorted(table.RESULTS.glob("*.json")))
+    for path, name in table.PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        assert table.replaced(page, name, made[name]) == page, f"{path.name}: run python benchmarks/table.py"
+    with pytest.raises(ValueError, match="0 blocks other"):
+        table.replaced("a page", "other", "text")
+
+
+def test_a_target_is_met_or_not(scripts):
+    table = scripts("table")
+    loss = result(tokens=8192, vocabulary=128256, width=256, memory_share=0.06, time_ratio=0.9)
+    found = {"loss": loss,
+             "startup": result(help_seconds=0.6, first_step_seconds=15.0), "ruler": result(tasks=13, samples=500, length=65536, seconds=1260.0, seconds_from_cache=0.5)}
+    met = [(what.partition(":")[0].partition(",")[0], shown, good) for what, shown, _, good in table.rows(found)]
+    assert met == [("chunked loss", "6.0% of full logits'", False), ("chunked loss", "0.90 of full logits'", True), ("command to the first step", "15.0 s", True),
+                   ("`endprompt --help`", "0.60 s", False), ("RULER's samples", "21.0 minutes", False), ("the same", "0.5 s", None)]
+    found = {"ruler": result(tasks=13, samples=20, length=65536, seconds=60.0, seconds_from_cache=0.5)}
+    assert [good for _, _, _, good in table.rows(found)] == [None, None]  # not what the target is about
+    ratios = {"65536": {"speedup": 2.9, "arithmetic": 2.25, "memory_share_full": 0.13}, "16384": {"speedup": 1.2, "arithmetic": 1.1, "memory_share_full": 0.5},
+              "endprompt_slowest_of_fastest_target": 1.03}
+    for device, speedup in (("NVIDIA H100 x 1", False), ("CPU: some", None)):
+        found = {"efficiency": {"llama-3.2-1b": result(device, ratios=ratios, entries=[{"fits": True, "mfu": 0.51}, {"fits": False}])}}
+        assert [good for _, _, _, good in table.rows(found)] == [None, None, speedup, True, False, True]
+
+
+def test_results_are_collected_by_machine(scripts):
+    collect = scripts("collect")
+    steps = result(shape="small", entries=[], ratios={})
+    found = collect.collected({"loss": result(a=1)}, {"s.json": steps, "l.json": {"loss": result("CPU: some, 1 thread(s)", a=2), "startup": result()}})
+    assert found["efficiency"] == {"small": steps} and found["loss"]["a"] == 2 and set(found) == {"loss", "startup", "efficiency"}
+    with pytest.raises(BadInput, match=r"h\.json is of another device than what is there \(CPU: some and NVIDIA H100 x 1\)"):
+        collect.collected(found, {"h.json": {"machine": result("NVIDIA H100 x 1")}})
+    for wrong in ({}, {"a": 1}, {"a": {}}):
+        with pytest.raises(BadInput, match="is no result of a benchmark"):
+            collect.collected({}, {"w.json": wrong})
