@@ -8,7 +8,7 @@ BLOCK = 8192  # entries of the vocabulary at a time
 
 
 @triton.jit
-def _row(logits, stride, labels, weights, nll, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803 (Triton's constants)
+def _row(logits, stride, labels, weights, nll, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
