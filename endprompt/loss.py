@@ -162,3 +162,9 @@ def attach(model, uniform: bool = False) -> None:
     head.__class__ = LossHead
     head.uniform = uniform
     model.forward = types.MethodType(_forward_with_loss, model)
+
+
+def leave_uncompiled() -> None:
+    """Keeps torch.compile out of the loss, whose loop over chunks it would unroll."""
+    if not hasattr(LossHead.forward, "_torchdynamo_disable"):
+        LossHead.forward = torch.compiler.disable(LossHead.forward)

@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 
 from endprompt import BadInput, methods
-from endprompt.eval.step import ATTENTION, COMPILE, KERNELS, SHAPES, config_of, measure, serve
+from endprompt.eval.step import ATTENTION, COMPILE, KERNELS, SHAPES, attention_backend, config_of, measure, serve
 
-__all__ = ["SHAPES", "config_of", "measure"]
+__all__ = ["SHAPES", "attention_backend", "config_of", "measure"]
 SETTING = {"method": "endprompt", "target": None, "rows": 1, "checkpointing": "none", "kernels": "torch", "compiled": "no", "attention": "auto"}
 START_SECONDS = 15  # of a process, its model and its first kernels
 
