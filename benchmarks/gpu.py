@@ -23,6 +23,7 @@ from endprompt.eval import efficiency
 
 K = 1024
 OPTIONS = ("kernels", "compiled", "attention")
+RESERVED = {"8b": 60, "train": 90}  # seconds, of 540
 STEP_SECONDS = 60  # the longest that one setting's steps may take
 
 
@@ -137,19 +138,24 @@ def main() -> None:
     deadline = began + arguments.budget
     summary_file = arguments.out / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    # What is left after the 1B's settings is kept for the stages behind it, as far as these are asked for.
-    kept = sum(seconds for stage, seconds in (("8b", 60), ("train", 90)) if stage in arguments.stages) * min(1, arguments.budget / 540)
     for stage in arguments.stages:
         if stage in ("machine", "loss", "train") and stage in summary and "reason" not in summary[stage]:
             continue
         started = time.monotonic()
+        # The stages behind this one keep their share, so that many settings do not take all.
+        kept = sum(RESERVED.get(later, 0) for later in arguments.stages[arguments.stages.index(stage) + 1:]) * min(1, arguments.budget / 540)
         try:
-            summary[stage] = _stage(stage, arguments, deadline - kept if stage == "1b" else deadline)
+            summary[stage] = _stage(stage, arguments, deadline - kept)
         except (BadInput, RuntimeError, OSError) as error:
             summary[stage] = {"reason": str(error).splitlines()[0][:500]}
-        print(f"{stage}: {time.monotonic() - started:.0f} s; {json.dumps(summary[stage])[:1500]}", flush=True)
+        print(f"{stage}: {time.monotonic() - started:.0f} s; {json.dumps(_told(summary[stage]))}", flush=True)
         measure.write(summary_file, stage, summary[stage], quiet=True)
     print(f"benchmarks/gpu.py: {time.monotonic() - began:.0f} s of {arguments.budget:.0f}; {summary_file}")
+
+
+def _told(value):
+    """``value`` without what makes a line long."""
+    return {name: _told(inner) for name, inner in value.items() if name not in ("all_seconds", "versions", "command")} if isinstance(value, dict) else value
 
 
 def _stage(stage: str, arguments, deadline: float) -> dict:

@@ -2,7 +2,7 @@
 # Gathers what benchmarks/gpu.sh installs on a machine without a network that has Python 3.12, torch 2.11, transformers 5.17, accelerate and peft (wheels of
 # one version each, as the running pip finds them; the folder is ignored by git), and prints their sizes against what may travel.
 #   bash benchmarks/gpu_wheels.sh [FOLDER]            # .whl
-# liger-kernel serves --kernels liger; the rest is what ``endprompt train`` needs there.  The efficiency harness itself needs none of them.
+# The efficiency harness needs pydantic (with pydantic-core and annotated-types), liger-kernel serves --kernels liger; the rest is for ``endprompt train``.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -114,13 +114,13 @@ def ratios(entries: list[dict]) -> dict:
 
 
 def earlier(out: Path | None, shape: str, device: str) -> list[dict]:
-    """The entries of ``out``, if it is there; what failed for a reason is tried again.  Raises BadInput if they are of another shape or device."""
+    """The entries of ``out``, if it is there.  Raises BadInput if they are of another shape or device."""
     if not (out and out.exists()):
         return []
     there = json.loads(out.read_text())
     if (there.get("shape"), there.get("device")) != (shape, device):
         raise BadInput(f"--out: {out} holds {there.get('shape')} on {there.get('device')}, not {shape} on {device}; name another file")
-    return [entry for entry in there["entries"] if "reason" not in entry]
+    return there["entries"]
 
 
 def predicted_seconds(shape: str, setting: dict, steps: int) -> float:
@@ -139,7 +139,8 @@ def predicted_seconds(shape: str, setting: dict, steps: int) -> float:
 
 def measure_all(shape: str, settings: list[dict], out: Path | None = None, steps: int = 5, warm_up: int = 2, seconds: float | None = None,
                 deadline: float | None = None) -> dict:
-    """All ``settings`` (``SETTING`` with changes) that ``out`` lacks, in order, each written to ``out`` when it is done; returns what ``out`` then holds.
+    """All ``settings`` (``SETTING`` with changes) that ``out`` lacks, or that failed there for a reason, in order, each written to ``out`` when it is done.
+    Returns what ``out`` then holds.
 
     seconds: a setting's steps end after so many.  deadline: on time.monotonic; what is predicted to end after it is named in "left" instead.
     Raises BadInput on a setting that no method has, or an ``out`` of another shape or device.
@@ -163,8 +164,10 @@ def measure_all(shape: str, settings: list[dict], out: Path | None = None, steps
                 raise BadInput(f"--methods: {method.name} trains nothing")
             if setting["target"] <= window:
                 raise BadInput(f"--targets: {setting['target']} does not exceed the window of {window}")
-            if key(setting) in map(key, entries):
-                continue
+            if before := next((entry for entry in entries if key(entry) == key(setting)), None):
+                if "reason" not in before:
+                    continue
+                entries.remove(before)
             # What did not fit at a shorter row will not at a longer one.
             if method.row_length == "target" and any(not entry["fits"] and "reason" not in entry and entry["target"] < setting["target"]
                                                      and key({**entry, "target": 0}) == key({**setting, "target": 0}) for entry in entries):
