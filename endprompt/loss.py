@@ -142,9 +142,19 @@ class LossHead(nn.Linear):
         return total, nll.view(shift_labels.shape)
 
 
+def seen_by_all(attention_mask):
+    """A mask of ones for rows that are padded on the right alone, as the collator's are: causal attention hides that padding from every token anyway.
+
+    With a zero in it, transformers builds the square [length, length] of the mask, which keeps scaled_dot_product_attention from its flash kernels.
+    """
+    return torch.ones_like(attention_mask)
+
+
 def _forward_with_loss(self, input_ids=None, attention_mask=None, position_ids=None, shift_labels=None, shift_weights=None, **kwargs):
     if shift_labels is None:
         return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+    if attention_mask is not None:
+        attention_mask = seen_by_all(attention_mask)
     hidden = self.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
     loss_sum, nll = self.get_output_embeddings()(hidden, shift_labels, shift_weights)
     return {"loss_sum": loss_sum, "nll": nll}
@@ -153,6 +163,7 @@ def _forward_with_loss(self, input_ids=None, attention_mask=None, position_ids=N
 def attach(model, uniform: bool = False) -> None:
     """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and shift_weights.
 
+    Padding must stand on the right, and the model be causal (see seen_by_all).
     uniform: promise that every target's weight is 1 (see LossHead); nll is None where Liger's kernel made the sum.
     Parameters, their names and the state dict stay as they are.  Raises Failure if the output layer is not a plain nn.Linear.
     """

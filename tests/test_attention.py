@@ -190,7 +190,7 @@ def training(model, batch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_gets_a_flag_and_no_square(base, batches, monkeypatch, kind, checkpointing):
-    """A mask that is all ones becomes is_causal, with which a GPU takes its flash kernel; only padding builds a square [length, length]."""
+    """What transformers makes is_causal of, with which a GPU takes its flash kernel; padding, on the right, is no reason for a square [length, length]."""
     model = load(base).train()
     loss.attach(model)
     if checkpointing:
@@ -203,8 +203,23 @@ def test_sdpa_gets_a_flag_and_no_square(base, batches, monkeypatch, kind, checkp
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
     training(model, batches[kind])
-    padded = not bool(batches[kind]["attention_mask"].all())
-    assert set(calls) == {(not padded, not padded)} and len(calls) == len(model.get_decoder().layers) * (2 if checkpointing else 1)
+    assert set(calls) == {(True, True)} and len(calls) == len(model.get_decoder().layers) * (2 if checkpointing else 1)
+    calls.clear()
+    logits(model, batches[kind])  # without the loss the mask stays what it is, and padding does build the square: the trap itself
+    assert set(calls) == {("padded" not in kind and kind != "contiguous, batch 2",) * 2}
+
+
+def test_padding_takes_no_part_in_training(base, batches):
+    """A padded row gives the loss and the gradients that it gives alone."""
+    batch, found = batches["end prompt, padded"], []
+    for rows in ([(slice(0, 2), slice(None))], [(slice(0, 1), slice(0, A + B)), (slice(1, 2), slice(None))]):
+        model = load(base).train()
+        loss.attach(model)
+        for part in rows:
+            training(model, {name: tensor[part] for name, tensor in batch.items() if name != "row_numbers"})
+        found.append([parameter.grad for parameter in model.parameters()])
+    for together, alone in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 def attentions(graphs):
