@@ -19,7 +19,7 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, watch
+from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -95,16 +95,6 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
     if universal:
         given["deepspeed"] = loading_universal(recipe.deepspeed)
-    liger = recipe.train.get("liger_kernel_config") or {}
-    if ours := [name for name in ("cross_entropy", "fused_linear_cross_entropy") if liger.get(name)]:
-        raise BadInput(f"train.liger_kernel_config: {ours[0]} would put Liger's loss, which knows no weights, in the place of ours; leave it out")
-    if recipe.train.get("tf32") and tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
-        raise BadInput(f"train.tf32: transformers {transformers.__version__} makes the angles of positions by a matrix product, which TF32 rounds to 11 bits; "
-                       "leave it out (the model computes in bfloat16 anyway), or install 5.23")
-    if any(recipe.train.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")):
-        # Layer by layer: compiled as one, transformers cannot look whether the mask is all ones, and builds the square of it, which no flash kernel takes.
-        os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
-        loss.leave_uncompiled()
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
@@ -114,8 +104,7 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
         return TrainingArguments(**{
             "seed": recipe.data.seed, **DEFAULTS, **platform, **given, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
-            # The loss stays ours; Liger's is on where nothing is said.
-            **({"liger_kernel_config": {**liger, "fused_linear_cross_entropy": False, "cross_entropy": False}} if recipe.train.get("use_liger_kernel") else {}),
+            **training_keys.speed_options(recipe.train),
             **({"parallelism_config": sequence.parallelism(recipe.sequence_parallel, model.attention_implementation(recipe, cuda), int(os.environ["WORLD_SIZE"]))}
                if recipe.sequence_parallel > 1 else {}),
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
