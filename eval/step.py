@@ -204,9 +204,15 @@ def serve() -> None:
     import torch
 
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    before = None
     for line in sys.stdin:
+        settings = json.loads(line)
+        shapes = {name: value for name, value in settings.items() if name != "target" or methods.get(settings["method_name"]).row_length == "target"}
+        if before and shapes != before and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled for other rows or attention would count against the number of versions that it keeps
+        before = shapes
         try:
-            found = {"fits": True, **measure(**json.loads(line))}
+            found = {"fits": True, **measure(**settings)}
         except (torch.OutOfMemoryError, MemoryError):
             found = {"fits": False}
         except (RuntimeError, BadInput, ImportError) as error:
@@ -216,6 +222,5 @@ def serve() -> None:
         if not found["fits"]:
             return
         gc.collect()
-        torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
