@@ -3,10 +3,12 @@
     python benchmarks/loss.py [--tokens 8192 --vocabulary 128256 --width 256] [--out FILE]
 
 Each version runs in a process of its own.  Memory is what lies above the inputs, the loss and the gradients: on a GPU max_memory_allocated, on a CPU the peak of
-resident memory.  Full logits: a linear layer, cross_entropy(reduction="none") in float32, the weights, backward.
+resident memory.  Full logits: a linear layer, cross_entropy(reduction="none") in float32, the weights, backward.  Gradients are compared with those of full
+logits; on a GPU, where inputs are bfloat16, both with those in float32 ("exact").  There Liger's fused loss is a third version, if the package is there.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -21,7 +23,7 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
     import torch
     from torch.nn import functional
 
-    from endprompt.loss import chunked_linear_cross_entropy
+    from endprompt.loss import chunked_linear_cross_entropy, liger_kernel
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -30,7 +32,10 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
     weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     weights = torch.ones(tokens, device=device)
-    weights[-12:] = 0.1
+    if not cuda:  # Liger's loss knows no weights
+        weights[-12:] = 0.1
+    if version == "exact":
+        hidden, weight = (value.detach().float().requires_grad_() for value in (hidden, weight))
 
     def full():
         losses = functional.cross_entropy(functional.linear(hidden, weight).float(), labels, reduction="none")
@@ -38,7 +43,12 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
 
     def step():
         hidden.grad = weight.grad = None
-        loss = full() if version == "full" else chunked_linear_cross_entropy(hidden, weight, labels, weights)[0]
+        if version in ("full", "exact"):
+            loss = full()
+        elif version == "liger":
+            loss = liger_kernel(hidden)(hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+        else:
+            loss = chunked_linear_cross_entropy(hidden, weight, labels, weights)[0]
         loss.backward()
         if cuda:
             torch.cuda.synchronize()
@@ -61,12 +71,11 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
         seconds.append(time.perf_counter() - started)
     found = {"seconds": statistics.median(seconds), "all_seconds": seconds, "memory_bytes": peak - before, "loss": value}
     path = Path(reference)
-    if version == "full":
+    if version == ("exact" if cuda else "full"):
         torch.save([hidden.grad, weight.grad], path)
     else:
         others = torch.load(path, weights_only=True)
-        found["relative_gradient_difference"] = [float((mine.double() - other.double()).norm() / other.double().norm())
-                                                 for mine, other in zip((hidden.grad, weight.grad), others, strict=True)]
+        found["relative_gradient_difference"] = [float((mine.float() - other).norm() / other.norm()) for mine, other in zip((hidden.grad, weight.grad), others, strict=True)]
     return found
 
 
@@ -88,7 +97,10 @@ def main() -> None:
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for version in ("full", "chunked"):
+        import torch
+
+        versions = ["exact", "full", "chunked", *(["liger"] if importlib.util.find_spec("liger_kernel") else [])] if torch.cuda.is_available() else ["full", "chunked"]
+        for version in versions:
             options = [part for name, value in zip(("--tokens", "--vocabulary", "--width", "--repeats"), shape, strict=True) for part in (name, str(value))]
             result = subprocess.run([sys.executable, __file__, *options, "--worker", version, "--reference", f"{folder}/gradients"], check=True, stdout=subprocess.PIPE, text=True)
             found[version] = json.loads(result.stdout.splitlines()[-1])

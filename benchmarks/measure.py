@@ -12,15 +12,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 
-def write(path: Path | None, name: str, values: dict) -> None:
-    """Prints ``values`` under ``name`` and, if there is a path, puts them into that JSON file beside what it holds, with command, versions and device."""
+def write(path: Path | None, name: str, values: dict, quiet: bool = False) -> None:
+    """Prints ``values`` under ``name`` (unless ``quiet``) and, if there is a path, puts them into that JSON file beside what it holds, with command, versions and device."""
     from endprompt import provenance
 
     values = {**values, "command": " ".join([Path(sys.executable).name, *sys.argv]), "cores": os.cpu_count(), "system": platform.platform(), **provenance.stamp()}
-    print(json.dumps({name: {key: value for key, value in values.items() if key not in ("versions",)}}, indent=2))
+    if not quiet:
+        print(json.dumps({name: {key: value for key, value in values.items() if key not in ("versions",)}}, indent=2))
     if path:
         there = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**there, name: values}, indent=2, sort_keys=True) + "\n")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({**there, name: values}, indent=2, sort_keys=True) + "\n")
+        part.replace(path)
 
 
 def reset_peak() -> None:

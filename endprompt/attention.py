@@ -2,7 +2,7 @@
 
 import torch
 
-from endprompt import Failure
+from endprompt import Failure, loss
 
 
 @torch.no_grad()
@@ -18,6 +18,8 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     inputs = {name: batch[name][:1] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     ids = inputs["input_ids"]
     used = int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else ids.shape[1]
+    if "attention_mask" in batch:
+        inputs["attention_mask"] = loss.seen_by_all(inputs["attention_mask"])  # as training does
     jumps = torch.nonzero(inputs["position_ids"][0, 1:used] - inputs["position_ids"][0, :used - 1] != 1).flatten()
     boundary = int(jumps[-1]) + 1 if len(jumps) else used // 2
     changed = ids.clone()

@@ -165,7 +165,7 @@ def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: 
     """
     import torch
 
-    from endprompt.loss import CHUNK_ELEMENTS
+    from endprompt import loss as losses
 
     count, share, stage = parameter_count(about), trained_share(about, adapters), zero.get("stage", 0)
     trained = count * share
@@ -199,7 +199,12 @@ def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: 
     working = 3 * element * tokens * about.intermediate_size  # gradients of the feed-forward layer, the widest place of the backward pass
     kept = about.num_hidden_layers * element * tokens * width + layer if checkpointing else about.num_hidden_layers * layer
     head_trained = share == 1.0 or (adapters is not None and adapters.train_embed_norm and about.tie_word_embeddings)
-    loss = min(CHUNK_ELEMENTS, tokens * about.vocab_size) * (4 + element) + element * tokens * width + (head * (4 + (element if element != 4 else 0)) if head_trained else 0)
+    if element == 2:  # a GPU's form: logits in place; the weight's gradient, in float32 too for many chunks, and scaled in the backward pass
+        chunk = losses._chunk(about.vocab_size, True)
+        held, scaled = element * min(chunk, tokens) * about.vocab_size, element * head * head_trained
+        loss = element * tokens * width + (element + 4 * (tokens > losses.ROUNDINGS * chunk)) * head * head_trained + max(held, scaled)
+    else:
+        loss = min(losses.CHUNK_ELEMENTS, tokens * about.vocab_size) * (4 + element) + element * tokens * width + 4 * head * head_trained
     return Memory(weights, gradients, optimizer, gathered, kept + rest + working, loss, buckets, host)
 
 

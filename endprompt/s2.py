@@ -51,6 +51,8 @@ def shifted_sparse_attention(query, key, value, group: int, padding=None, scale:
         padding = None  # on the right alone: the causal mask hides it from every token
     found = []
     for shifted, part in ((False, slice(0, (heads + 1) // 2)), (True, slice((heads + 1) // 2, heads))):
+        if part.start == heads:  # a single head has no second half, and torch 2.11 divides by zero on an empty one
+            continue
         first = max(group // 2, 1) if shifted else group
         q, k, v = (_cut(x[:, part], first, group).flatten(0, 1) for x in (query, key, value))
         if padding is None:

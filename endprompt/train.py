@@ -19,7 +19,7 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, watch
+from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -104,9 +104,7 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
         return TrainingArguments(**{
             "seed": recipe.data.seed, **DEFAULTS, **platform, **given, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
-            # The loss stays ours: Liger's patched forward would not know the weights.
-            **({"liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False, **(recipe.train.get("liger_kernel_config") or {})}}
-               if recipe.train.get("use_liger_kernel") else {}),
+            **training_keys.speed_options(recipe.train),
             **({"parallelism_config": sequence.parallelism(recipe.sequence_parallel, model.attention_implementation(recipe, cuda), int(os.environ["WORLD_SIZE"]))}
                if recipe.sequence_parallel > 1 else {}),
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})

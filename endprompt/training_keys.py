@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import os
 import reprlib
 import typing
 from typing import Any, Literal
@@ -94,3 +95,24 @@ def check(train: dict[str, Any]) -> dict[str, Any]:
         if key in checked and not checked[key] > 0:
             raise BadInput(f"train.{key}: must be greater than 0 (given: {checked[key]!r})")
     return checked
+
+
+def speed_options(train: dict) -> dict:
+    """What a recipe's ``train`` needs beside its own keys for compiled layers and Liger's kernels (docs/speed.md).  Raises BadInput on options that would change
+    the loss or the positions."""
+    import transformers
+
+    from endprompt import loss
+
+    liger = train.get("liger_kernel_config") or {}
+    if ours := [name for name in ("cross_entropy", "fused_linear_cross_entropy") if liger.get(name)]:
+        raise BadInput(f"train.liger_kernel_config: {ours[0]} would put Liger's loss, which knows no weights, in the place of ours; leave it out")
+    if train.get("tf32") and tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+        raise BadInput(f"train.tf32: transformers {transformers.__version__} makes the angles of positions by a matrix product, which TF32 rounds to 11 bits; "
+                       "leave it out (the model computes in bfloat16 anyway), or install 5.23")
+    if any(train.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")):
+        # Layer by layer: compiled as one, transformers cannot look whether the mask is all ones, and builds the square of it, which no flash kernel takes.
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+        loss.leave_uncompiled()
+    # Where nothing is said, Liger's loss is on.
+    return {"liger_kernel_config": {**liger, "fused_linear_cross_entropy": False, "cross_entropy": False}} if train.get("use_liger_kernel") else {}

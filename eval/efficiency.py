@@ -1,12 +1,12 @@
 """What a training step costs: time, memory and MFU by method and target length, on one device, from a model's shape with random weights.
 
     python -m endprompt.eval.efficiency --shape small --methods endprompt full_length --targets 2048 4096 8192 --out FILE
-    python -m endprompt.eval.efficiency --shape llama-3.2-1b --rows 1 2 4 --checkpointing none full --out FILE        # on a GPU
+    python -m endprompt.eval.efficiency --shape llama-3.2-1b --rows 1 2 4 --checkpointing none full --out FILE        # on a GPU; benchmarks/gpu.sh does more
     python -m endprompt.eval.efficiency --picture FILE --out PICTURE
 
-Every setting runs in a process of its own: rows of the method's own plan through the repository's collator, RoPE, loss and attention, AdamW in
-float32 over the weights (on a GPU a bfloat16 copy of them computes, as under DeepSpeed: 16 bytes a parameter in all).  A step is data (rows to tensors on
-the device), forward with the loss, backward, optimizer, each timed to its end; the figures are medians over the steps after warm-up.
+Each setting is a step of ``eval/step.py`` in a process without a past (one process serves until a setting fails or wants other kernels).  A step is data (rows to
+tensors on the device), forward with the loss, backward, optimizer, each timed on the device; the figures are medians over the steps after warm-up.
+FILE is written after each setting, and a second call goes on with what it lacks; --budget SECONDS ends before what would take longer.
 
 MFU = tokens/s x ``flops_per_token`` / peak: 6 FLOPs a weight of every matrix product, attention counted causally (half of the square), nothing for recomputation.
 Memory above the states: on a GPU, the allocator's peak less what lies there between two steps.  On a CPU, the bytes of what autograd keeps for the backward pass, without
@@ -16,143 +16,75 @@ parameters; no peak of anything else is known there.
 import argparse
 import json
 import os
-import statistics
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from endprompt import BadInput, methods
+from endprompt.eval.step import ATTENTION, COMPILE, KERNELS, SHAPES, attention_backend, config_of, measure, serve
 
-# (layers, width, feed-forward width, heads, heads of keys and values, vocabulary, window, tied)
-SHAPES = {
-    "small": (4, 256, 688, 8, 4, 4096, 512, True),
-    "smollm2-135m": (30, 576, 1536, 9, 3, 49152, 8192, True),
-    "llama-3.2-1b": (16, 2048, 8192, 32, 8, 128256, 8192, True),
-    "llama-3-8b": (32, 4096, 14336, 32, 8, 128256, 8192, False),
-}
-END_PROMPT_TOKENS = 12
+__all__ = ["SHAPES", "attention_backend", "config_of", "measure"]
+SETTING = {"method": "endprompt", "target": None, "rows": 1, "checkpointing": "none", "kernels": "torch", "compiled": "no", "attention": "auto"}
+START_SECONDS = 15  # of a process, its model and its first kernels
 
 
-def config_of(shape: str):
-    from transformers import LlamaConfig
+class Worker:
+    """A process that serves settings; started when needed, and anew after a failure."""
 
-    layers, width, inner, heads, kv, vocabulary, window, tied = SHAPES[shape]
-    return LlamaConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary,
-                       max_position_embeddings=window, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    command = (sys.executable, "-m", "endprompt.eval.efficiency", "--serve")
 
+    def __init__(self):
+        self.process = self.kernels = None
 
-def measure(shape: str, method_name: str, target: int, rows: int, checkpointing: str, steps: int, warm_up: int) -> dict:
-    """One setting, in this process.  Returns seconds a step by part, tokens/s, MFU where the device's peak is known, and memory.
+    def __enter__(self):
+        return self
 
-    Raises torch.OutOfMemoryError where it does not fit.
-    """
-    import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM
+    def __exit__(self, *exception) -> None:
+        self.end()
 
-    from endprompt import estimate, lora, loss, rope, s2
-    from endprompt.collate import Collator
-    from endprompt.trainer import PEAK_FLOPS, flops_per_token
-    from endprompt.training_keys import Lora
+    def end(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.errors.close()
+            self.process = None
 
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    method, config = methods.get(method_name), config_of(shape)
-    window = config.max_position_embeddings
-    length = target if method.row_length == "target" else window
-    kind = method.rope
-    scaling = rope.scaling_for(kind, window, target, method.rope_share.get(kind, 1.0), method.whole_factor)
-    theta = config.rope_parameters["rope_theta"]
-    rope.apply(config, scaling, target)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    rope.verify(model.get_decoder().rotary_emb, model.config, scaling, theta)
-    group = length // 4 if method.attention == "s2" else None
-    if group:
-        s2.install(model, group)
-    loss.attach(model, uniform=not method.end_prompt)
-    if method.lora:
-        lora.inject(model, Lora.model_validate(method.lora), 0)
-    model.train()
-    if checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    masters = [parameter.detach().float().requires_grad_() for parameter in parameters] if cuda else parameters
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=cuda)
-    collate = Collator(0, target)
-    rng = np.random.default_rng(0)
-
-    def batch():
-        b = END_PROMPT_TOKENS if method.end_prompt else 0
-        made = []
-        for _ in range(rows):
-            a = length - b
-            positions = method.plan(np.array([a // 2, a - a // 2]) if method.chunked else a, b, target, rng)
-            weights = np.ones(length, np.float32)
-            weights[0], weights[a:] = 0, 0.1
-            made.append({"input_ids": rng.integers(config.vocab_size, size=length), "position_ids": positions, "loss_weights": weights, "text_length": a, "prompt_length": b})
-        found = {name: tensor.to(device) for name, tensor in collate(made).items() if name not in ("shift_prompt", "row_numbers")}
-        return found, float(found["shift_weights"].sum())
-
-    def now() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    parts: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "optimizer")}
-    states = kept = peak = 0
-    for step in range(warm_up + steps):
-        if step == warm_up and cuda:
-            states = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        at = [now()]
-        inputs, divisor = batch()
-        at.append(now())
-        if not cuda and step == 0:
-            with estimate.Kept(model) as counting:
-                total = model(**inputs)["loss_sum"] / divisor
-            kept = counting.bytes
+    def run(self, settings: dict, timeout: float | None = None) -> dict:
+        """What ``step.measure`` found, with "fits"; {"fits": False} where memory ran out, and a "reason" where anything else went wrong."""
+        if self.process and self.kernels != settings.get("kernels"):  # Liger's patches outlive a model
+            self.end()
+        if not self.process:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in end)
+            self.kernels = settings.get("kernels")
+            environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment)
+        try:
+            self.process.stdin.write(json.dumps(settings) + "\n")
+            self.process.stdin.flush()
+            ready = select.select([self.process.stdout], [], [], timeout)[0]
+            line = self.process.stdout.readline() if ready else None
+        except BrokenPipeError:
+            line = ""
+        if line:
+            found = json.loads(line)
+        elif line is None:
+            found = {"fits": False, "reason": f"not done after {timeout:.0f} s"}
         else:
-            total = model(**inputs)["loss_sum"] / divisor
-        at.append(now())
-        total.backward()
-        at.append(now())
-        if cuda:
-            for master, parameter in zip(masters, parameters, strict=True):
-                master.grad = parameter.grad.float()
-                parameter.grad = None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, masters)
-        at.append(now())
-        if step >= warm_up:
-            for name, start, end in zip(parts, at, at[1:], strict=False):
-                parts[name].append(end - start)
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
-    seconds = statistics.median(map(sum, zip(*parts.values(), strict=True)))
-    speed = rows * length / seconds
-    flops = flops_per_token(config, group or length, bool(method.lora), not model.get_output_embeddings().weight.requires_grad)
-    name = torch.cuda.get_device_name() if cuda else None
-    limit = next((value for key, value in PEAK_FLOPS.items() if name and key in name), None)
-    return {"row_length": length, "tokens": rows * length, "seconds": seconds, "parts": {part: statistics.median(values) for part, values in parts.items()},
-            "tokens_per_second": speed, "flops_per_token": flops, "flops_per_second": speed * flops, "mfu": speed * flops / limit if limit else None,
-            "trained_parameters": sum(parameter.numel() for parameter in parameters), "states_bytes": states if cuda else None, "peak_bytes": peak if cuda else None,
-            "memory_above_states_bytes": peak - states if cuda else kept}
+            self.errors.seek(0)
+            told = self.errors.read().decode(errors="replace").strip().splitlines()
+            killed = self.process.wait() == -signal.SIGKILL  # as the kernel does where memory runs out
+            found = {"fits": False} if killed else {"fits": False, "reason": (told or ["no message"])[-1][:300]}
+        if not found["fits"]:
+            self.end()
+        return found
 
 
-def run(settings: dict) -> dict:
-    """``measure`` in a process of its own; {"fits": False} where memory runs out."""
-    result = subprocess.run([sys.executable, "-m", "endprompt.eval.efficiency", "--worker", json.dumps(settings)], capture_output=True, text=True)
-    if result.returncode == 0:
-        return {"fits": True, **json.loads(result.stdout.splitlines()[-1])}
-    if "OutOfMemoryError" in result.stderr or "can't allocate memory" in result.stderr or result.returncode == -9:
-        return {"fits": False}
-    raise BadInput(f"efficiency: {settings} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+def key(entry: dict) -> tuple:
+    return tuple(entry.get(name, default) for name, default in SETTING.items())
 
 
 def best(entries: list[dict], method: str, target: int, checkpointing: str | None = None) -> dict | None:
@@ -162,22 +94,107 @@ def best(entries: list[dict], method: str, target: int, checkpointing: str | Non
 
 
 def ratios(entries: list[dict]) -> dict:
-    """endprompt against full_length at each target: tokens/s each at its best, memory above the states under the same checkpointing; and how flat endprompt is."""
+    """endprompt against full_length at each target: tokens/s each at its best, memory above the states under the same checkpointing and kernels; and how flat
+    endprompt is from target to target, each at its best."""
     targets, found = sorted({entry["target"] for entry in entries}), {}
     for target in targets:
         one, other = best(entries, "endprompt", target), best(entries, "full_length", target)
         if one and other:
             found[str(target)] = {"speedup": one["tokens_per_second"] / other["tokens_per_second"], "arithmetic": other["flops_per_token"] / one["flops_per_token"]}
             for way in sorted({entry["checkpointing"] for entry in entries}):
-                one, other = best(entries, "endprompt", target, way), best(entries, "full_length", target, way)
-                if one and other:
-                    one = min((entry for entry in entries if entry["fits"] and (entry["method"], entry["target"], entry["checkpointing"]) == ("endprompt", target, way)),
-                              key=lambda entry: entry["rows"])
-                    found[str(target)][f"memory_share_{way}"] = one["memory_above_states_bytes"] / other["memory_above_states_bytes"]
+                if other := best(entries, "full_length", target, way):
+                    alike = [entry for entry in entries if entry["fits"] and key({**entry, "rows": 1}) == key({**other, "method": "endprompt", "rows": 1})]
+                    if alike and other["memory_above_states_bytes"]:
+                        least = min(alike, key=lambda entry: entry["rows"])
+                        found[str(target)][f"memory_share_{way}"] = least["memory_above_states_bytes"] / other["memory_above_states_bytes"]
     flat = [entry for target in targets if (entry := best(entries, "endprompt", target))]
     if len(flat) > 1:
         found["endprompt_slowest_of_fastest_target"] = max(entry["seconds"] / entry["tokens"] for entry in flat) / min(entry["seconds"] / entry["tokens"] for entry in flat)
     return found
+
+
+def earlier(out: Path | None, shape: str, device: str) -> list[dict]:
+    """The entries of ``out``, if it is there.  Raises BadInput if they are of another shape or device."""
+    if not (out and out.exists()):
+        return []
+    there = json.loads(out.read_text())
+    if (there.get("shape"), there.get("device")) != (shape, device):
+        raise BadInput(f"--out: {out} holds {there.get('shape')} on {there.get('device')}, not {shape} on {device}; name another file")
+    return there["entries"]
+
+
+def predicted_seconds(shape: str, setting: dict, steps: int) -> float:
+    """At 30 % MFU on a known GPU, with starting; elsewhere just the starting."""
+    import torch
+
+    from endprompt.trainer import PEAK_FLOPS, flops_per_token
+
+    if not torch.cuda.is_available():
+        return START_SECONDS
+    name, window = torch.cuda.get_device_name(), SHAPES[shape][6]
+    length = setting["target"] if methods.get(setting["method"]).row_length == "target" else window
+    work = setting["rows"] * length * flops_per_token(config_of(shape), length) * steps
+    return START_SECONDS + work / (0.3 * next((value for known, value in PEAK_FLOPS.items() if known in name), 1e15))
+
+
+def measure_all(shape: str, settings: list[dict], out: Path | None = None, steps: int = 5, warm_up: int = 2, seconds: float | None = None,
+                deadline: float | None = None) -> dict:
+    """All ``settings`` (``SETTING`` with changes) that ``out`` lacks, or that failed there for a reason, in order, each written to ``out`` when it is done.
+    Returns what ``out`` then holds.
+
+    seconds: a setting's steps end after so many.  deadline: on time.monotonic; what is predicted to end after it is named in "left" instead.
+    Raises BadInput on a setting that no method has, or an ``out`` of another shape or device.
+    """
+    from endprompt import provenance, shards
+
+    stamp = provenance.stamp()
+    entries, left = earlier(out, shape, stamp["device"]), []
+
+    def result() -> dict:
+        found = {"shape": shape, "threads": os.environ.get("OMP_NUM_THREADS"), "entries": entries, "left": left, "ratios": ratios(entries),
+                 "command": " ".join(["python -m endprompt.eval.efficiency", *sys.argv[1:]]), **stamp}
+        if out:
+            shards.write_json(out, found)
+        return found
+
+    with Worker() as worker:
+        for setting in ({**SETTING, **setting} for setting in settings):
+            method, window = methods.get(setting["method"]), SHAPES[shape][6]
+            if not method.trained:
+                raise BadInput(f"--methods: {method.name} trains nothing")
+            if setting["target"] <= window:
+                raise BadInput(f"--targets: {setting['target']} does not exceed the window of {window}")
+            if before := next((entry for entry in entries if key(entry) == key(setting)), None):
+                if "reason" not in before:
+                    continue
+                entries.remove(before)
+            # What did not fit at a shorter row will not at a longer one.
+            if method.row_length == "target" and any(not entry["fits"] and "reason" not in entry and entry["target"] < setting["target"]
+                                                     and key({**entry, "target": 0}) == key({**setting, "target": 0}) for entry in entries):
+                found = {"fits": False}
+            elif deadline and time.monotonic() + (needed := predicted_seconds(shape, setting, 2)) > deadline:
+                left.append({**setting, "predicted_seconds": round(needed)})
+                result()
+                continue
+            else:
+                asked = {"shape": shape, "method_name": method.name, "steps": steps, "warm_up": warm_up, "seconds": seconds,
+                         **{name: value for name, value in setting.items() if name != "method"}}
+                found = worker.run(asked, deadline and max(10.0, deadline - time.monotonic()))
+            entries.append({**setting, **found, "commit": stamp["commit"], "date": stamp["date"]})
+            result()
+            print(tell(entries[-1]), file=sys.stderr, flush=True)
+    return result()
+
+
+def tell(entry: dict) -> str:
+    """An entry in one line."""
+    name = f"{entry['method']:12} target {entry['target']:8} rows {entry['rows']} checkpointing {entry['checkpointing']:4}"
+    options = "".join(f" {entry[option]}" for option in ("kernels", "compiled", "attention") if entry[option] != SETTING[option])
+    if not entry["fits"]:
+        return f"{name}{options}: {entry.get('reason', 'does not fit')}"
+    mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
+    memory = f", {entry['memory_above_states_bytes'] / 2**20:.0f} MiB above the states" if entry["memory_above_states_bytes"] else ""
+    return f"{name}{options}: {entry['tokens_per_second']:.0f} tokens/s{mfu}{memory}"
 
 
 def draw(results: dict, path: Path) -> None:
@@ -212,14 +229,18 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=int, default=None, help="positions spanned; default: 2, 8 and 32 windows on a CPU, 16K, 64K, 256K and 1M on a GPU")
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="rows of the window's length a step; longer rows are taken one at a time")
     parser.add_argument("--checkpointing", nargs="+", choices=("none", "full"), default=["none"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["torch"], help="liger: its fused RMSNorm, SwiGLU and RoPE (a GPU, and the package)")
+    parser.add_argument("--compile", nargs="+", choices=COMPILE, default=["no"], help="layers: torch.compile of each decoder layer")
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=["auto"], help="the kernel that scaled_dot_product_attention must take")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=None, metavar="SECONDS", help="end by then, leaving what would take longer; the same command goes on")
     parser.add_argument("--picture", type=Path, default=None, help="draw this result file instead of measuring")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        print(json.dumps(measure(**json.loads(arguments.worker))))
+    if arguments.serve:
+        serve()
         return
     try:
         if arguments.picture:
@@ -228,46 +249,28 @@ def main() -> None:
         for number in [*(arguments.targets or []), *arguments.rows, arguments.steps]:
             if number < 1:
                 raise BadInput(f"efficiency: {number} is no number of positions, rows or steps; use 1 or more")
-        _measure_all(arguments)
+        deadline = None if arguments.budget is None else time.monotonic() + arguments.budget
+        found = measure_all(arguments.shape, _settings(arguments), arguments.out, arguments.steps, arguments.warm_up, deadline=deadline)
+        print(json.dumps(found["ratios"], indent=2))
+        if failed := next((entry for entry in found["entries"] if "reason" in entry), None):
+            raise BadInput(f"efficiency: {tell(failed)}")
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, ValueError, KeyError) as error:
-        print(f"endprompt: --picture {arguments.picture}: cannot be read: {error!r}", file=sys.stderr)
+        which, path = ("--picture", arguments.picture) if arguments.picture else ("--out", arguments.out)
+        print(f"endprompt: {which} {path}: cannot be read: {error!r}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _measure_all(arguments) -> None:
+def _settings(arguments) -> list[dict]:
     import torch
-
-    from endprompt import provenance, shards
 
     window = SHAPES[arguments.shape][6]
     targets = arguments.targets or ([2**14, 2**16, 2**18, 2**20] if torch.cuda.is_available() else [2 * window, 8 * window, 32 * window])
-    entries = []
-    for name in arguments.methods:
-        method, failed = methods.get(name), set()
-        if not method.trained:
-            raise BadInput(f"--methods: {name} trains nothing")
-        for target in targets:
-            if target <= window:
-                raise BadInput(f"--targets: {target} does not exceed the window of {window}")
-            for way in arguments.checkpointing:
-                for rows in arguments.rows if method.row_length == "physical" else [1]:
-                    about = {"method": name, "target": target, "rows": rows, "checkpointing": way}
-                    # What did not fit at a shorter row will not at a longer one.
-                    setting = {"shape": arguments.shape, "method_name": name, "target": target, "rows": rows, "checkpointing": way}
-                    found = {"fits": False} if way in failed else run({**setting, "steps": arguments.steps, "warm_up": arguments.warm_up})
-                    if not found["fits"] and method.row_length == "target":
-                        failed.add(way)
-                    entries.append({**about, **found})
-                    told = f"{found['tokens_per_second']:.0f} tokens/s, {found['memory_above_states_bytes'] / 2**20:.0f} MiB above the states" if found["fits"] else "does not fit"
-                    print(f"{name:16} target {target:8} rows {rows} checkpointing {way}: {told}", file=sys.stderr, flush=True)
-    result = {"shape": arguments.shape, "threads": os.environ.get("OMP_NUM_THREADS"), "entries": entries, "ratios": ratios(entries),
-              "command": " ".join(["python -m endprompt.eval.efficiency", *sys.argv[1:]]), **provenance.stamp()}
-    if arguments.out:
-        shards.write_json(arguments.out, result)
-    print(json.dumps(result["ratios"], indent=2))
+    return [{"method": name, "target": target, "rows": rows, "checkpointing": way, "kernels": kernels, "compiled": compiled, "attention": attention}
+            for name in arguments.methods for target in targets for kernels in arguments.kernels for compiled in arguments.compile for attention in arguments.attention
+            for way in arguments.checkpointing for rows in (arguments.rows if methods.get(name).row_length == "physical" else [1])]
 
 
 if __name__ == "__main__":

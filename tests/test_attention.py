@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from endprompt import attention, rope
+from endprompt import attention, loss, rope
 from endprompt.collate import Collator
 
 TARGET, A, B = 2048, 100, 11
@@ -177,6 +177,90 @@ def test_gradient_of_the_prompt_reaches_the_text_under_checkpointing(models, bat
         model.zero_grad()
     reached = (embedded.grad[:, :A].abs().sum(-1) > 0).double().mean()
     assert reached == (1 if masked else 0)
+
+
+# What the attention kernels get
+
+def training(model, batch):
+    """One forward and backward as in training; the kinds that have no padding get there without a mask."""
+    labels = torch.where(batch["attention_mask"] > 0, batch["input_ids"], -100)
+    model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, shift_labels=labels, shift_weights=torch.ones(labels.shape))["loss_sum"].backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sdpa_gets_a_flag_and_no_square(base, batches, monkeypatch, kind, checkpointing):
+    """What transformers makes is_causal of, with which a GPU takes its flash kernel; padding, on the right, is no reason for a square [length, length]."""
+    model = load(base).train()
+    loss.attach(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls, real = [], nn.functional.scaled_dot_product_attention
+
+    def noted(*inputs, attn_mask=None, is_causal=False, **options):
+        calls.append((attn_mask is None, is_causal))
+        return real(*inputs, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
+    training(model, batches[kind])
+    assert set(calls) == {(True, True)} and len(calls) == len(model.get_decoder().layers) * (2 if checkpointing else 1)
+    calls.clear()
+    logits(model, batches[kind])  # without the loss the mask stays what it is, and padding does build the square: the trap itself
+    assert set(calls) == {("padded" not in kind and kind != "contiguous, batch 2",) * 2}
+
+
+def test_padding_takes_no_part_in_training(base, batches):
+    """A padded row gives the loss and the gradients that it gives alone."""
+    batch, found = batches["end prompt, padded"], []
+    for rows in ([(slice(0, 2), slice(None))], [(slice(0, 1), slice(0, A + B)), (slice(1, 2), slice(None))]):
+        model = load(base).train()
+        loss.attach(model)
+        for part in rows:
+            training(model, {name: tensor[part] for name, tensor in batch.items() if name != "row_numbers"})
+        found.append([parameter.grad for parameter in model.parameters()])
+    for together, alone in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def attentions(graphs):
+    """(mask, is_causal) of every attention in the compiled ``graphs``."""
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is nn.functional.scaled_dot_product_attention]
+    return [(node.kwargs.get("attn_mask"), node.kwargs.get("is_causal")) for node in nodes]
+
+
+def test_compiled_layers_get_the_flag_and_a_compiled_model_the_square(base, batches):
+    """Why train.py compiles layer by layer; the second half is the trap itself."""
+    batch, graphs = batches["end prompt, batch 1"], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = load(base).train()
+    loss.attach(model)
+    for layer in model.get_decoder().layers:
+        layer.compile(backend=backend, dynamic=False)
+    training(model, batch)
+    assert attentions(graphs) == [(None, True)]  # one graph for all layers
+    graphs.clear()
+    torch.compiler.reset()
+    model = load(base)
+    with torch.no_grad():
+        torch.compile(model.get_decoder(), backend=backend)(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False)
+    torch.compiler.reset()
+    assert attentions(graphs) and all(mask is not None for mask, _ in attentions(graphs))
+
+
+def test_flash_attention_does_not_cut_a_row_at_its_jump(batches):
+    """transformers' FlashAttention takes rows whose positions are not 0, 1, 2, ... for packed ones when they come singly, and cuts where the least position recurs:
+    never, as ours only rise.  The mask of ones is taken off before."""
+    masking, flash = pytest.importorskip("transformers.masking_utils"), pytest.importorskip("transformers.modeling_flash_attention_utils")
+    batch = batches["end prompt, batch 1"]
+    length = batch["input_ids"].shape[1]
+    assert masking.flash_attention_mask(1, length, length, attention_mask=batch["attention_mask"].bool()) is None
+    assert flash._is_packed_sequence(batch["position_ids"], 1) and not flash._is_packed_sequence(batches["end prompt, batch 2"]["position_ids"], 2)
+    (cuts, _), (longest, _) = flash.prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    assert cuts.tolist() == [0, length] and int(longest) == length
 
 
 @pytest.mark.gpu

@@ -183,6 +183,86 @@ def test_without_gradients_only_the_value_is_computed():
     assert not {"scatter_add_", "addmm_"} & seen.names
 
 
+# On a GPU
+
+def in_place(logits, labels, token_weights, needs_gradient):
+    """What ``loss_kernel.rows`` promises, in plain operations."""
+    nll, gradient = loss._rows(logits, labels, token_weights, needs_gradient)
+    if needs_gradient:
+        logits.copy_(gradient)
+    return nll
+
+
+@pytest.mark.parametrize("chunk, sum_type", [(40, torch.bfloat16), (30, torch.float32)])
+def test_few_chunks_sum_in_the_weight_s_type_and_are_as_exact_as_full_logits(monkeypatch, chunk, sum_type):
+    """Up to ``ROUNDINGS`` chunks add their rounding to that of the logits, which full logits have too, and hardly more."""
+    assert (loss.ROUNDINGS * chunk >= 300) == (sum_type == torch.bfloat16)
+    hidden, weight, labels, token_weights, _ = inputs = example(300, 64, 500, seed=3, dtype=torch.bfloat16)
+    exact = gradients(plain, inputs)
+
+    def full(hidden, weight, labels, token_weights, bias=None):
+        losses = nn.functional.cross_entropy(nn.functional.linear(hidden, weight, bias).float(), labels.clamp_min(0), reduction="none") * (labels >= 0)
+        return (losses * token_weights).sum(), losses
+
+    usual = gradients(full, inputs)
+    monkeypatch.setattr(loss, "row_kernel", lambda hidden: in_place)
+    seen = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: seen.append(options.get("dtype")) or zeros(*shape, **options))
+    found = gradients(chunked_linear_cross_entropy, inputs, chunk=chunk)
+    assert seen == [sum_type]
+    for one, other, wanted in zip(found[:4], usual, exact, strict=False):
+        assert relative(one, wanted) < 1.3 * relative(other, wanted) + 1e-6
+
+
+def test_a_gpu_takes_few_chunks():
+    """8192 tokens of Llama-3's vocabulary: 4 chunks, 4.2 % of the 12 bytes a logit that full logits need; memory stays bounded for more tokens."""
+    chunk = loss._chunk(128256, in_place)
+    assert chunk == 2048 and 2 * chunk / (12 * 8192) < 0.05 and loss._chunk(128256, None) == 130
+    assert loss._chunk(10**7, in_place) == 128
+
+
+KERNEL = """
+import torch
+from endprompt import loss
+from endprompt.loss_kernel import rows
+
+loss_rows = loss._rows
+for vocabulary, dtype in ((50, torch.float32), (9000, torch.float32), (70, torch.bfloat16)):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(7, vocabulary, generator=generator)).to(dtype)
+    labels = torch.randint(0, vocabulary, (7,), generator=generator)
+    labels[2], labels[4], weights = -100, vocabulary - 1, torch.rand(7, generator=generator)
+    nll, gradient = loss_rows(logits.clone(), labels, weights, True)
+    untouched = logits.clone()
+    torch.testing.assert_close(rows(untouched, labels, weights, False), nll)
+    assert torch.equal(untouched, logits)
+    torch.testing.assert_close(rows(logits, labels, weights, True), nll)
+    torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    assert not logits[2].any()
+print("equal")
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton, which comes with torch for GPUs, is not installed")
+def test_the_kernel_is_what_plain_operations_do():
+    """Through Triton's interpreter, which runs the kernel on a CPU."""
+    result = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, timeout=200, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_on_a_gpu_is_that_on_a_cpu(dtype):
+    inputs = example(700, 128, 20011, seed=11, bias=True, dtype=dtype)
+    exact = gradients(plain, inputs)
+    there = [None if value is None else value.detach().to("cuda").requires_grad_(value.requires_grad) for value in inputs]
+    for chunk in (None, 128, 32):
+        found = gradients(chunked_linear_cross_entropy, there, chunk=chunk)
+        assert all(relative(one.cpu(), other) < (1e-4 if dtype == torch.float32 else 1e-2) for one, other in zip(found, exact, strict=True)), chunk
+
+
 # The head on a model
 
 def batch(vocabulary=96, seed=0):

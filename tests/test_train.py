@@ -1,5 +1,6 @@
 """Training end to end on the tiny base: ranks, accumulation, kills, launchers, guards.  Every run is a process of its own."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -166,6 +167,64 @@ def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
     assert shape("full_length", 4, 8) == (1, 4)
     with pytest.raises(BadInput, match="multiple of 8"):
         shape("full_length", 2, 2)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"liger_kernel_config": {"fused_linear_cross_entropy": True}}, "train.liger_kernel_config: fused_linear_cross_entropy would put Liger's loss"),
+    ({"liger_kernel_config": {"cross_entropy": True}}, "train.liger_kernel_config: cross_entropy would put Liger's loss"),
+    ({"tf32": True}, "train.tf32: transformers 5.17.0 makes the angles of positions by a matrix product")])
+def test_options_that_would_change_the_loss_or_the_positions_are_refused(monkeypatch, options, message):
+    import transformers
+
+    from endprompt import BadInput
+    from endprompt.training_keys import speed_options
+
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(BadInput, match=message):
+        speed_options(options)
+    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    assert speed_options({"tf32": True}) == {}
+
+
+def test_torch_compile_goes_layer_by_layer_and_leaves_the_loss_alone(monkeypatch):
+    from accelerate.utils import TorchDynamoPlugin
+
+    from endprompt import loss
+    from endprompt.training_keys import speed_options
+
+    monkeypatch.setattr(loss.LossHead, "forward", loss.LossHead.forward)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "")  # so that what is written there is taken away afterwards
+    monkeypatch.delenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
+    assert speed_options({}) == {} and not TorchDynamoPlugin().use_regional_compilation
+    assert speed_options({"torch_compile": True}) == {} and TorchDynamoPlugin().use_regional_compilation
+    assert hasattr(loss.LossHead.forward, "_torchdynamo_disable")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(train_recipe, two_ranks, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
+    run(train(train_recipe, "endprompt", tmp_path, "--set", "train.torch_compile_backend=aot_eager", "--set", "train.gradient_accumulation_steps=4"))
+    for one, other in zip(losses(folder), losses(two_ranks), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="liger-kernel (the gpu extra) is not installed")
+def test_liger_s_kernels_leave_the_loss_ours():
+    """As the Trainer applies them to a model that has its loss; in a process of its own, for its patches outlive a model."""
+    script = """
+from networks import configuration, network
+from transformers.integrations.liger import apply_liger_kernel
+from endprompt import loss
+from endprompt.training_keys import speed_options
+model = network(configuration())
+loss.attach(model)
+apply_liger_kernel(model, speed_options({"use_liger_kernel": True})["liger_kernel_config"])
+layer = model.get_decoder().layers[0]
+assert model.forward.__func__ is loss._forward_with_loss and type(model.get_output_embeddings()) is loss.LossHead
+assert "liger" in layer.mlp.forward.__func__.__module__ and "liger" in layer.input_layernorm.forward.__func__.__module__
+"""
+    run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{script}"])
 
 
 def test_flops_count_the_matrix_products():

@@ -1,0 +1,195 @@
+"""The whole cost evidence of one GPU, most important first, inside a time budget; the same command goes on with what is missing.
+
+    python benchmarks/gpu.py --out FOLDER --budget 540        # benchmarks/gpu.sh installs carried wheels first
+
+FOLDER gets a file a stage, each written after every setting: machine.json (what the device does at best, which kernel attention takes), llama-3.2-1b.json
+(targets 16K to 1M), loss.json (8192 x 128,256 x 2048), llama-3-8b-8-layers.json (a whole 8B with its optimizer states, 16 bytes a parameter, is 128 GB and
+fits no GPU here), train.json (DeepSpeed ZeRO-3, SmolLM2-135M's shape with random weights), and summary.json.  A stage that fails says so there, and the next
+goes on.  The fastest options are looked for with endprompt at 64K and then used for everything else.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import measure
+
+from endprompt import BadInput
+from endprompt.eval import efficiency
+
+K = 1024
+OPTIONS = ("kernels", "compiled", "attention")
+RESERVED = {"8b": 60, "train": 90}  # seconds, of 540
+STEP_SECONDS = 60  # the longest that one setting's steps may take
+
+
+def machine() -> dict:
+    """Measured ceilings of the device (bfloat16 product of 8192 x 8192 on random data, FLOP/s; device-to-device copy, bytes read and written a second), and
+    what scaled_dot_product_attention chooses for rows of each shape."""
+    import torch
+
+    def seconds(function, repeats: int = 20) -> float:
+        for _ in range(3):
+            function()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**32, device="cuda", dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    found = {"memory_bytes": torch.cuda.mem_get_info()[1], "matrix_product_flops": 2 * 8192**3 / seconds(lambda: a @ b),
+             "copy_bytes_per_second": 2 * len(source) / seconds(lambda: target.copy_(source)), "attention": {}}
+    names = {int(value): name for name, value in torch.nn.attention.SDPBackend.__members__.items()}
+    for shape in ("smollm2-135m", "llama-3.2-1b", "llama-3-8b"):
+        _, width, _, heads, kv, _, window, _ = efficiency.SHAPES[shape]
+        query, key = (torch.randn(1, n, window, width // heads, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (heads, kv))
+        chosen = torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True)
+        times, flops = {}, 2 * width * window**2
+        for name in ("flash", "cudnn"):
+            with efficiency.attention_backend(name):
+                try:
+                    out = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+                    forward = seconds(lambda q=query, k=key: torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True))
+                    backward = seconds(lambda out=out, q=query, k=key: torch.autograd.grad(out, (q, k), out, retain_graph=True))
+                    times[name] = {"forward_flops": flops / forward, "backward_flops": 2.5 * flops / backward}
+                except RuntimeError as error:
+                    times[name] = {"reason": str(error).splitlines()[0][:200]}
+        found["attention"][shape] = {"chosen": names.get(chosen, str(chosen)), **times}
+    return found
+
+
+def options_of(entry: dict) -> dict:
+    return {name: entry[name] for name in OPTIONS}
+
+
+def fastest(entries: list[dict], among: list[dict]) -> dict:
+    """The options of the fastest entry that is one of ``among`` and fits; ``among``'s first if none is."""
+    keys = [efficiency.key({**efficiency.SETTING, **setting}) for setting in among]
+    fitting = [entry for entry in entries if entry["fits"] and efficiency.key(entry) in keys]
+    return options_of(max(fitting, key=lambda entry: entry["tokens_per_second"])) if fitting else options_of({**efficiency.SETTING, **among[0]})
+
+
+def steps_of(shape: str, out: Path, deadline: float, targets: tuple[int, ...], middle: int, rows: tuple[int, ...], **limits) -> dict:
+    """The settings of one shape, in the order of what they are worth; the options are those found fastest at the target ``middle``."""
+    def go(settings: list[dict]) -> list[dict]:
+        return efficiency.measure_all(shape, settings, out, deadline=deadline, seconds=STEP_SECONDS, **limits)["entries"]
+
+    first = {"target": middle}
+    plain = [first, {**first, "attention": "cudnn"}, {**first, "attention": "flash"}]
+    attention = fastest(go(plain), plain)
+    fused = [{**first, **attention}, {**first, **attention, "kernels": "liger"}, {**first, **attention, "compiled": "layers"}]
+    options = fastest(go(fused), fused)
+    whole = {"method": "full_length", **options}
+    go([{**whole, "target": middle, "checkpointing": "full"}])
+    tried = [{**first, **options, "rows": n} for n in rows]
+    entries = go(tried)
+    fitting = [entry for entry in entries if entry["fits"] and efficiency.key(entry) in [efficiency.key({**efficiency.SETTING, **setting}) for setting in tried]]
+    most = max(fitting, key=lambda entry: entry["tokens_per_second"])["rows"] if fitting else 1
+    go([{**first, **options, "checkpointing": "full"}, *({**first, **options, "rows": most, "target": target} for target in targets if target != middle),
+        {**whole, "target": targets[0]}, {**whole, "target": targets[0], "checkpointing": "full"}, {**whole, "target": middle},
+        *({**whole, "target": target, "checkpointing": "full"} for target in targets if target > middle)])
+    return efficiency.measure_all(shape, [{**first, **options, "checkpointing": "full", "rows": max(rows)}], out, deadline=deadline, seconds=STEP_SECONDS, **limits)
+
+
+def loss(out: Path, deadline: float, shape: tuple[int, int, int]) -> dict:
+    tokens, vocabulary, width = map(str, shape)
+    command = [sys.executable, str(Path(__file__).parent / "loss.py"), "--tokens", tokens, "--vocabulary", vocabulary, "--width", width, "--repeats", "20", "--out", str(out)]
+    return _run(command, deadline, out, "loss")
+
+
+def train(out: Path, deadline: float, shape: str, steps: int) -> dict:
+    """A few steps of ``endprompt train`` under DeepSpeed ZeRO-3, from random weights and random words (``benchmarks/train.py``)."""
+    return _run([sys.executable, str(Path(__file__).parent / "train.py"), "--shape", shape, "--steps", str(steps), "--out", str(out)], deadline, out, "train")
+
+
+def _run(command: list[str], deadline: float, out: Path, name: str) -> dict:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, told = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        process.communicate()
+        return {"reason": f"not done after {error.timeout:.0f} s"}
+    if process.returncode:
+        return {"reason": (told.strip().splitlines() or ["no message"])[-1][:500]}
+    return json.loads(out.read_text())[name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder; what it holds is gone on with")
+    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS")
+    parser.add_argument("--stages", nargs="+", choices=("machine", "1b", "loss", "8b", "train"), default=["machine", "loss", "1b", "8b", "train"])
+    parser.add_argument("--small", action="store_true", help="the small shape at short targets: a rehearsal, on a CPU too")
+    parser.add_argument("--only-machine", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    import torch
+
+    if not (arguments.small or torch.cuda.is_available()):
+        print("endprompt: benchmarks/gpu.py: there is no GPU that torch can use; --small rehearses on a CPU", file=sys.stderr)
+        raise SystemExit(2)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.only_machine:
+        measure.write(arguments.out / "machine.json", "machine", machine(), quiet=True)
+        return
+    began = time.monotonic()
+    deadline = began + arguments.budget
+    summary_file = arguments.out / "summary.json"
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    for stage in arguments.stages:
+        if stage in ("machine", "loss", "train") and stage in summary and "reason" not in summary[stage]:
+            continue
+        started = time.monotonic()
+        # The stages behind this one keep their share, so that many settings do not take all.
+        kept = sum(RESERVED.get(later, 0) for later in arguments.stages[arguments.stages.index(stage) + 1:]) * min(1, arguments.budget / 540)
+        try:
+            summary[stage] = _stage(stage, arguments, deadline - kept)
+        except (BadInput, RuntimeError, OSError) as error:
+            summary[stage] = {"reason": str(error).splitlines()[0][:500]}
+        print(f"{stage}: {time.monotonic() - started:.0f} s; {json.dumps(_told(summary[stage]))}", flush=True)
+        measure.write(summary_file, stage, summary[stage], quiet=True)
+    print(f"benchmarks/gpu.py: {time.monotonic() - began:.0f} s of {arguments.budget:.0f}; {summary_file}")
+
+
+def _told(value):
+    """``value`` without what makes a line long."""
+    return {name: _told(inner) for name, inner in value.items() if name not in ("all_seconds", "versions", "command")} if isinstance(value, dict) else value
+
+
+def _stage(stage: str, arguments, deadline: float) -> dict:
+    out, small = arguments.out, arguments.small
+    if stage == "machine":
+        if small:
+            return {"reason": "left out of a rehearsal"}
+        # In a process of its own, so that this one holds nothing on the device.
+        return _run([sys.executable, __file__, "--out", str(out), "--only-machine"], min(deadline, time.monotonic() + 120), out / "machine.json", "machine")
+    if stage == "loss":
+        return loss(out / "loss.json", min(deadline, time.monotonic() + 150), (1024, 20000, 64) if small else (8192, 128256, 2048))
+    if stage == "train":
+        return train(out / "train.json", deadline, "small" if small else "smollm2-135m", 2 if small else 12)
+    if stage == "1b":
+        shape, targets, middle, rows = ("small", (1024, 2048), 2048, (1, 2)) if small else ("llama-3.2-1b", (16 * K, 64 * K, 256 * K, 1024 * K), 64 * K, (1, 2, 4, 8))
+    else:
+        shape, targets, middle, rows = ("small", (1024,), 1024, (1, 2)) if small else ("llama-3-8b-8-layers", (16 * K, 64 * K), 64 * K, (1, 2))
+    found = steps_of(shape, out / f"{shape}-{stage}.json" if small else out / f"{shape}.json", deadline, targets, middle, rows, **({"steps": 1, "warm_up": 1} if small else {}))
+    fitting = [entry for entry in found["entries"] if entry["fits"]]
+    fastest_of = {method: max((entry for entry in fitting if entry["method"] == method), key=lambda entry: entry["flops_per_second"], default=None)
+                  for method in ("endprompt", "full_length")}
+    return {"shape": shape, "ratios": found["ratios"], "left": len(found["left"]), "measured": len(fitting),
+            "best": {method: entry and {**{name: entry[name] for name in efficiency.SETTING}, "mfu": entry["mfu"], "tokens_per_second": entry["tokens_per_second"]}
+                     for method, entry in fastest_of.items()}}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
