@@ -28,8 +28,10 @@ $(VENV)/.tokenizers: $(VENV)/.installed
 demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
+# A process a core, but for the tests that start several ranks themselves.
 test: $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow and not distributed" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests -m "distributed and not slow"
 
 # Fast tests first.
 test-all: test

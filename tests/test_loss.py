@@ -251,6 +251,25 @@ def test_the_kernel_is_what_plain_operations_do():
     assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_is_wrong_is_not_used(dtype, capsys):
+    """Compilers and devices differ: the kernel is tried on a small batch before it is trusted."""
+
+    def late(logits, labels, weights, needs_gradient):  # the label's logit read after the gradient was written over it
+        nll = in_place(logits, labels, weights, needs_gradient)
+        return torch.where(labels >= 0, nll + 0.01, nll)
+
+    def unweighted(logits, labels, weights, needs_gradient):
+        return in_place(logits, labels, torch.ones_like(weights), needs_gradient)
+
+    state = torch.get_rng_state()
+    assert loss.agrees(in_place, torch.device("cpu"), dtype) and not capsys.readouterr().err
+    for wrong in (late, unweighted):
+        assert not loss.agrees(wrong, torch.device("cpu"), dtype)
+        assert capsys.readouterr().err.startswith("warning: the loss' Triton kernel gives other values")
+    assert torch.equal(state, torch.get_rng_state())  # training draws from it
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
