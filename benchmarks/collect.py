@@ -44,6 +44,7 @@ def main() -> None:
     try:
         there = json.loads(arguments.into.read_text()) if arguments.into.exists() else {}
         found = collected(there, {str(path): json.loads(path.read_text()) for path in arguments.results})
+        arguments.into.parent.mkdir(parents=True, exist_ok=True)
         shards.write_json(arguments.into, found)
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ def write(path: Path | None, name: str, values: dict, quiet: bool = False) -> No
         print(json.dumps({name: {key: value for key, value in values.items() if key not in ("versions",)}}, indent=2))
     if path:
         there = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps({**there, name: values}, indent=2, sort_keys=True) + "\n")
         part.replace(path)
