@@ -89,6 +89,7 @@ class DataSection(Section):
 
 class RopeSection(Section):
     type: Literal[TYPES] | None = None
+    sharpen: float | None = Field(None, ge=0, le=1)  # attention scores x (1 + sharpen ln(L / C)) once trained; null: as the method says
 
 
 class EvalSection(Section):
@@ -158,6 +159,10 @@ class Recipe(Section):
         """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also from null, trains all weights."""
         given = self.train.get("lora", method.lora)
         return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
+
+    def sharpen(self, method: methods.Method) -> float:
+        """The share of ln(L / C) by which attention is sharpened after training; 0 leaves it as it was trained."""
+        return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
 
     @property
     def sequence_parallel(self) -> int:

@@ -1,6 +1,6 @@
 """The method table: every way of extending a window that can be compared here is one row.
 
-A method is segment plan x RoPE scaling x row length (paper section 3; the baselines from their own papers).  A recipe is a
+A method is segment plan x RoPE scaling x row length, and what is done to the trained model (paper section 3; the baselines from their own papers).  A recipe is a
 setting; the method is chosen beside it, so two methods of one recipe differ in their row of this table and in nothing else.
 """
 
@@ -27,6 +27,8 @@ class Method:
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
     rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
     whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
+    sharpen: attention scores of the trained model are multiplied by 1 + sharpen x ln(L / C) as it is saved (endprompt/sharpen.py), unless the
+        recipe's ``rope.sharpen`` names another share; 0 leaves them.
     attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
     lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
@@ -40,6 +42,7 @@ class Method:
     rope: str | None = "linear"
     rope_share: dict[str, float] = field(default_factory=dict, hash=False)
     whole_factor: bool = False
+    sharpen: float = 0.0
     attention: Literal["s2"] | None = None
     lora: dict[str, Any] | None = field(default=None, hash=False)
 
@@ -76,3 +79,4 @@ register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows o
                 rope="dynamic", rope_share={"dynamic": 0.5}, whole_factor=True))
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
                 row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
+register(Method("pose_sharp", "pose, then attention sharpened by 1 + 0.1 ln(L / C) when training is over", positions.skipwise, chunked=True, sharpen=0.1))

@@ -288,4 +288,5 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
 
-    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None, finish)
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None,
+                          model.sharpness(recipe, method, config), finish)
