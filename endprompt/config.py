@@ -59,6 +59,9 @@ class DataSection(Section):
     packing: Literal["cut", "document"] = "cut"
     pose_chunks: int = Field(2, ge=2)
     pose_text: Literal["contiguous", "later_span"] = "contiguous"
+    recall_share: float = Field(0.25, gt=0, le=0.5)  # of a row's tokens, for methods that repeat spans of its text
+    recall_cue: int = Field(4, gt=0)  # tokens of a span that name the place, without loss
+    recall_tokens: int = Field(16, gt=0)  # tokens of a span after its cue
     rows_per_shard: int = Field(4096, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
 

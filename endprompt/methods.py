@@ -12,7 +12,7 @@ import numpy as np
 
 from endprompt import BadInput, positions
 
-Plan = Callable[[int | np.ndarray, int, int, np.random.Generator], np.ndarray]
+Plan = Callable[[int | np.ndarray, int | np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Method:
 
     plan: (text_length a, prompt_length b, target_length L, generator) -> int64 positions [a + b]; None: nothing is trained.
     end_prompt: whether a row ends in a prompt (b > 0).
+    recall: whether a row ends in spans that repeat its own text, as ``data.recall_*`` say; the plan then gets their int64 lengths [m] in the
+        place of b.
     chunked: whether the text is cut at random as ``data.pose_chunks`` and ``data.pose_text`` say; the plan then gets the int64 lengths
         [k] of the chunks in the place of a.
     row_length: "physical" or "target", the recipe's length that a training row fills.
@@ -37,6 +39,7 @@ class Method:
     summary: str
     plan: Plan | None
     end_prompt: bool = False
+    recall: bool = False
     chunked: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
@@ -49,6 +52,11 @@ class Method:
     @property
     def trained(self) -> bool:
         return self.plan is not None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a row's targets have weights other than 1."""
+        return self.end_prompt or self.recall
 
 
 METHODS: dict[str, Method] = {}
@@ -80,3 +88,5 @@ register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows o
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
                 row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
 register(Method("pose_sharp", "pose, then attention sharpened by 1 + 0.1 ln(L / C) when training is over", positions.skipwise, chunked=True, sharpen=0.1))
+register(Method("pose_recall", "pose, then spans of the row's own text repeated at far positions; YaRN, sharpened as pose_sharp", positions.skipwise_then_recall,
+                recall=True, chunked=True, rope="yarn", sharpen=0.1))

@@ -238,7 +238,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         make_universal(newest)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
-    loss.attach(network, uniform=not method.end_prompt)
+    loss.attach(network, uniform=not method.weighted)
     adapters, group = recipe.lora(method), recipe.group_size(method)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
