@@ -15,39 +15,46 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 JOBS=${JOBS:-2}
 EP_1='This is the end of text, please pay attention here.'
 
-# setting: its methods : what differs from recipes/tiny.yaml
+# By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same training: there, a run whose model
+# only needs other sharpening finds its last checkpoint.
 declare -A methods=(
-  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp full_length'
+  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall full_length'
   [sharpened]='short endprompt endprompt_pose full_length'
+  [unsharpened]=pose_recall
+  [sharper]='pose_sharp pose_recall'
+  [linear]=pose_recall
   [yarn]='short pose pose_sharp full_length'
+  [yarn-sharpened]=full_length
   [weight-0]=endprompt [weight-1]=endprompt
   [prompt-short]=endprompt [prompt-long]=endprompt [prompts-3]=endprompt
-  [chunks-3]=pose_sharp
 )
 declare -A different=(
   [plain]=''
   [sharpened]='rope.sharpen=0.1'
+  [unsharpened]='rope.sharpen=0.0'
+  [sharper]='rope.sharpen=0.17'
+  [linear]='rope.type=linear'
   [yarn]='rope.type=yarn'
+  [yarn-sharpened]='rope.type=yarn|rope.sharpen=0.1'
   [weight-0]='data.prompt_loss_weight=0.0'
   [weight-1]='data.prompt_loss_weight=1.0'
   [prompt-short]='data.end_prompts=[EP_3]'
   [prompt-long]="data.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
-  [chunks-3]='data.pose_chunks=3'
 )
-order=(plain sharpened yarn weight-0 weight-1 prompt-short prompt-long prompts-3 chunks-3)
+declare -A trained=([sharpened]=plain [unsharpened]=plain [sharper]=plain [yarn-sharpened]=yarn)
+order=(plain sharpened unsharpened sharper linear yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
-one() {  # setting method seed difference
-  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 start=$SECONDS
+one() {  # setting method seed differences trained
+  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other=$OUT/$5/seed$3/tiny/$2 start=$SECONDS keys key
   local run=$out/tiny/$method options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16)
-  [ -z "$4" ] || options+=(--set "$4")
+  IFS='|' read -ra keys <<<"$4"
+  for key in "${keys[@]}"; do options+=(--set "$key"); done
   if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi
   mkdir -p "$run"
-  # A model is sharpened when its training is over: the plain run's last checkpoint is where this one ends.
-  local plain=$OUT/plain/seed$seed/tiny/$method
-  if [ "$setting" = sharpened ] && [ -d "$plain/model" ] && [ ! -d "$run/checkpoints" ]; then
-    cp -r "$plain/shards" "$plain/checkpoints" "$run/"
+  if [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
+    cp -r "$other/shards" "$other/checkpoints" "$run/"
   fi
   if ! OUT=$out bash "$root/recipes/run.sh" "$root/recipes/tiny.yaml" "$method" "${options[@]}" >>"$run/lab.log" 2>&1; then
     tail -n 15 "$run/lab.log" >&2
@@ -70,8 +77,8 @@ for setting in "${order[@]}"; do
       if [ -n "${METHODS:-}" ] && [[ " $METHODS " != *" $method "* ]]; then continue; fi
       # The seed is nothing to a method that trains nothing.
       if [ "$seed" != "$first" ] && [[ $untrained == *" $method "* ]]; then continue; fi
-      printf '%s\0%s\0%s\0%s\0' "$setting" "$method" "$seed" "${different[$setting]}"
+      printf '%s\0' "$setting" "$method" "$seed" "${different[$setting]}" "${trained[$setting]:-}"
     done
-  done | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one
+  done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one
 done
 "$PYTHON" -m endprompt.eval.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "tiny over seeds $SEEDS"
