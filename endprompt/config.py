@@ -92,7 +92,7 @@ class DataSection(Section):
 
 class RopeSection(Section):
     type: Literal[TYPES] | None = None
-    sharpen: float | None = Field(None, ge=0, le=1)  # attention scores x (1 + sharpen ln(L / C)) once trained; null: as the method says
+    sharpen: float | None = Field(None, ge=0, le=4)  # attention scores x (ln L / ln C) ** sharpen once trained; null: as the method says
 
 
 class EvalSection(Section):
@@ -164,7 +164,7 @@ class Recipe(Section):
         return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
 
     def sharpen(self, method: methods.Method) -> float:
-        """The share of ln(L / C) by which attention is sharpened after training; 0 leaves it as it was trained."""
+        """The power of ln L / ln C by which attention is sharpened after training; 0 leaves it as it was trained."""
         return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
 
     @property

@@ -29,8 +29,8 @@ class Method:
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
     rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
     whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
-    sharpen: attention scores of the trained model are multiplied by 1 + sharpen x ln(L / C) as it is saved (endprompt/sharpen.py), unless the
-        recipe's ``rope.sharpen`` names another share; 0 leaves them.
+    sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved (endprompt/sharpen.py), unless the
+        recipe's ``rope.sharpen`` names another power; 0 leaves them.
     attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
     lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
@@ -87,6 +87,6 @@ register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows o
                 rope="dynamic", rope_share={"dynamic": 0.5}, whole_factor=True))
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
                 row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
-register(Method("pose_sharp", "pose, then attention sharpened by 1 + 0.1 ln(L / C) when training is over", positions.skipwise, chunked=True, sharpen=0.1))
-register(Method("pose_recall", "pose, then spans of the row's own text repeated at far positions; YaRN, sharpened as pose_sharp", positions.skipwise_then_recall,
-                recall=True, chunked=True, rope="yarn", sharpen=0.1))
+register(Method("pose_sharp", "pose on YaRN, attention sharpened by ln L / ln C when training is over", positions.skipwise, chunked=True, rope="yarn", sharpen=1.0))
+register(Method("pose_recall", "pose_sharp, whose rows end in spans of their own text repeated at far positions", positions.skipwise_then_recall,
+                recall=True, chunked=True, rope="yarn", sharpen=1.0))

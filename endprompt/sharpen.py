@@ -14,9 +14,9 @@ from endprompt import Failure, shards
 QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 
 
-def factor(share: float, original_length: int, target_length: int) -> float:
-    """1 + share x ln(L / C).  With 0.1 it is YaRN's (arXiv 2309.00071, Eq. 22), which multiplies queries and keys, in training too."""
-    return 1 + share * math.log(target_length / original_length)
+def factor(power: float, original_length: int, target_length: int) -> float:
+    """(ln L / ln C) ** power.  A score that outweighs n equal ones must exceed them by ln n, so that 1 keeps at L the weight that it has at C."""
+    return (math.log(target_length) / math.log(max(2, original_length))) ** power  # a window of 1 is no window, but no reason to divide by 0
 
 
 def sharpen(folder: Path, t: float) -> None:

@@ -1,7 +1,6 @@
 """Sharpened attention: the number, the scores of the saved model, what stays as it was, and a run that ends with it."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -18,17 +17,25 @@ from endprompt import Failure, config, methods, model, sharpen
 
 
 def test_factor():
-    """1 + 0.1 ln 8 = 1.2079442, YaRN's number for s = 8."""
-    assert sharpen.factor(0.1, 8192, 65536) == pytest.approx(1.20794415, abs=1e-8)
-    assert sharpen.factor(0.0, 8192, 65536) == 1.0
+    """2^13 to 2^16: 16 / 13.  2^8 to 2^11: 11 / 8."""
+    assert sharpen.factor(1.0, 8192, 65536) == pytest.approx(16 / 13)
+    assert sharpen.factor(0.5, 256, 2048) == pytest.approx(1.375**0.5)
+    assert sharpen.factor(0.0, 8192, 65536) == sharpen.factor(0.0, 1, 65536) == 1.0
 
 
-@given(st.floats(0, 1), st.integers(1, 2**20), st.floats(1.001, 1000), st.floats(1.001, 1000))
-def test_factor_grows_with_length_and_share(share, original, first, second):
+@given(st.integers(2, 10**6), st.integers(2, 10**6))
+def test_a_score_keeps_its_weight_among_more_keys(original, target):
+    """A score as heavy as C scores of 0 together is, times the factor, as heavy as L of them."""
+    short, long = sorted((original + 1, target + 1))
+    t = sharpen.factor(1.0, short, long)
+    assert long == pytest.approx(short**t, rel=1e-6)
+
+
+@given(st.floats(0, 4), st.integers(2, 2**20), st.floats(1.001, 1000), st.floats(1.001, 1000))
+def test_factor_grows_with_length(power, original, first, second):
     near, far = sorted((first, second))
-    found = [sharpen.factor(share, original, original * times) for times in (1, near, far)]
+    found = [sharpen.factor(power, original, original * times) for times in (1, near, far)]
     assert found[0] == 1.0 and found == sorted(found)
-    assert sharpen.factor(share, original, original * far) <= sharpen.factor(1.0, original, original * far)
 
 
 def test_scores_of_the_saved_model_are_multiplied(base, tmp_path):
@@ -88,18 +95,18 @@ def test_a_model_without_a_query_projection_a_layer_is_refused(base, tmp_path, l
 
 
 def test_recipe_and_method_say_how_much(recipe_file):
-    """The base's window is 256 and the target 512: ln 2."""
+    """The base's window is 256 and the target 512: 9 / 8."""
     def found(method, *overrides):
         recipe = config.load(recipe_file(), overrides)
         return model.sharpness(recipe, methods.get(method), model.load_config(recipe))
 
     assert found("pose") == 1.0
-    assert found("pose_sharp") == pytest.approx(1 + 0.1 * math.log(2))
+    assert found("pose_sharp") == pytest.approx(9 / 8)
     assert found("pose_sharp", "rope.sharpen=0") == 1.0
-    assert found("full_length", "rope.sharpen=0.25") == pytest.approx(1 + 0.25 * math.log(2))
+    assert found("full_length", "rope.sharpen=0.5") == pytest.approx((9 / 8) ** 0.5)
 
 
-@pytest.mark.parametrize("value", ["-0.1", "1.5", "true", "much", ".inf"])
+@pytest.mark.parametrize("value", ["-0.1", "4.5", "true", "much", ".inf"])
 def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
     code, out, err = run_main("prepare", recipe_file(), "pose", "--out", tmp_path / "out", "--set", f"rope.sharpen={value}")
     assert code == 2 and not out and err.count("\n") == 1 and "rope.sharpen" in err
@@ -111,10 +118,10 @@ def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(train_recipe, 
     trained = {}
     for method in ("pose", "pose_sharp"):
         folder = prepared(train_recipe, method, tmp_path)
-        run(train(train_recipe, method, tmp_path, "--set", "train.max_steps=2", *options, ranks=ranks))
+        run(train(train_recipe, method, tmp_path, "--set", "train.max_steps=2", "--set", "rope.type=yarn", *options, ranks=ranks))
         trained[method] = weights(folder)
     told = json.loads((folder / "model/config.json").read_text())["endprompt"]
-    t = 1 + 0.1 * math.log(4)
+    t = sharpen.factor(1.0, 256, 1024)
     assert told["method"] == "pose_sharp" and told["sharpened"] == pytest.approx(t)
     for name, tensor in trained["pose"].items():
         assert torch.equal(trained["pose_sharp"][name], tensor * t if "q_proj" in name else tensor), name
