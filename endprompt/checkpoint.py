@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from endprompt import Failure, checkpoint_files, lora, rope, shards
+from endprompt import Failure, checkpoint_files, lora, rope, shards, sharpen
 from endprompt.checkpoint_files import MARKER
 
 
@@ -66,8 +66,9 @@ def weights_only() -> Iterator[None]:
 
 
 def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, adapted: dict[str, torch.Tensor] | None,
-               finish: Callable[[float | None], None]) -> None:
-    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, and only then gives it its name.
+               sharpness: float, finish: Callable[[float | None], None]) -> None:
+    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens its attention by ``sharpness``,
+    and only then gives it its name.
 
     adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are merged, and the saved
     model must give the adapter model's logits on that batch.  finish: called on the first rank with how far they differ (see
@@ -89,6 +90,8 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
         verify_saved(partial, scaling, rope_theta)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
+        if sharpness != 1:
+            sharpen.sharpen(partial, sharpness)
         flush(partial)
         finish(difference)
         os.replace(partial, folder)

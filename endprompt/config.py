@@ -59,6 +59,9 @@ class DataSection(Section):
     packing: Literal["cut", "document"] = "cut"
     pose_chunks: int = Field(2, ge=2)
     pose_text: Literal["contiguous", "later_span"] = "contiguous"
+    recall_share: float = Field(0.25, gt=0, le=0.5)  # of a row's tokens, for methods that repeat spans of its text
+    recall_cue: int = Field(4, gt=0)  # tokens of a span that name the place, without loss
+    recall_tokens: int = Field(16, gt=0)  # tokens of a span after its cue
     rows_per_shard: int = Field(4096, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -89,6 +92,7 @@ class DataSection(Section):
 
 class RopeSection(Section):
     type: Literal[TYPES] | None = None
+    sharpen: float | None = Field(None, ge=0, le=4)  # attention scores x (ln L / ln C) ** sharpen once trained; null: as the method says
 
 
 class EvalSection(Section):
@@ -158,6 +162,10 @@ class Recipe(Section):
         """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also from null, trains all weights."""
         given = self.train.get("lora", method.lora)
         return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
+
+    def sharpen(self, method: methods.Method) -> float:
+        """The power of ln L / ln C by which attention is sharpened after training; 0 leaves it as it was trained."""
+        return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
 
     @property
     def sequence_parallel(self) -> int:

@@ -1,6 +1,6 @@
 """The method table: every way of extending a window that can be compared here is one row.
 
-A method is segment plan x RoPE scaling x row length (paper section 3; the baselines from their own papers).  A recipe is a
+A method is segment plan x RoPE scaling x row length, and what is done to the trained model (paper section 3; the baselines from their own papers).  A recipe is a
 setting; the method is chosen beside it, so two methods of one recipe differ in their row of this table and in nothing else.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from endprompt import BadInput, positions
 
-Plan = Callable[[int | np.ndarray, int, int, np.random.Generator], np.ndarray]
+Plan = Callable[[int | np.ndarray, int | np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,16 @@ class Method:
 
     plan: (text_length a, prompt_length b, target_length L, generator) -> int64 positions [a + b]; None: nothing is trained.
     end_prompt: whether a row ends in a prompt (b > 0).
+    recall: whether a row ends in spans that repeat its own text, as ``data.recall_*`` say; the plan then gets their int64 lengths [m] in the
+        place of b.
     chunked: whether the text is cut at random as ``data.pose_chunks`` and ``data.pose_text`` say; the plan then gets the int64 lengths
         [k] of the chunks in the place of a.
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
     rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
     whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
+    sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved (endprompt/sharpen.py), unless the
+        recipe's ``rope.sharpen`` names another power; 0 leaves them.
     attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
     lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """
@@ -35,17 +39,24 @@ class Method:
     summary: str
     plan: Plan | None
     end_prompt: bool = False
+    recall: bool = False
     chunked: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
     rope_share: dict[str, float] = field(default_factory=dict, hash=False)
     whole_factor: bool = False
+    sharpen: float = 0.0
     attention: Literal["s2"] | None = None
     lora: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def trained(self) -> bool:
         return self.plan is not None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a row's targets have weights other than 1."""
+        return self.end_prompt or self.recall
 
 
 METHODS: dict[str, Method] = {}
@@ -76,3 +87,6 @@ register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows o
                 rope="dynamic", rope_share={"dynamic": 0.5}, whole_factor=True))
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
                 row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
+register(Method("pose_sharp", "pose on YaRN, attention sharpened by ln L / ln C when training is over", positions.skipwise, chunked=True, rope="yarn", sharpen=1.0))
+register(Method("pose_recall", "pose_sharp, whose rows end in spans of their own text repeated at far positions", positions.skipwise_then_recall,
+                recall=True, chunked=True, rope="yarn", sharpen=1.0))

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from endprompt import BadInput, rope
+from endprompt import BadInput, rope, sharpen
 from endprompt.config import Recipe
 from endprompt.methods import Method
 
@@ -225,6 +225,11 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
 def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
     rope_type = None if method.rope is None else recipe.rope.type or method.rope
     return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.rope_share.get(rope_type, 1.0), method.whole_factor)
+
+
+def sharpness(recipe: Recipe, method: Method, config) -> float:
+    """What attention scores are multiplied by after training; 1 leaves them."""
+    return sharpen.factor(recipe.sharpen(method), original_length(recipe, config), recipe.lengths.target)
 
 
 def build(recipe: Recipe, method: Method, dtype, cuda: bool):

@@ -1,7 +1,7 @@
 """Segment plans: which position index each token of a row gets.
 
 Symbols as in the paper: a = text tokens, b = end-prompt tokens, L = target_length; where a method cuts its text into chunks, their lengths
-stand in the place of a.  Every plan returns a strictly increasing
+stand in the place of a, and where it repeats spans of its text, their lengths in the place of b.  Every plan returns a strictly increasing
 int64 array of a + b positions inside [0, L - 1]; ``check`` is the guard that ``prepare`` and the collator share.
 """
 
@@ -74,6 +74,21 @@ def skipwise_then_end_prompt(chunks: np.ndarray, b: int, L: int, rng: np.random.
     if b < 1:
         raise ValueError(f"a prompt of {b} tokens does not fit: it needs at least one")
     return np.concatenate([spread(chunks, L - b, rng), np.arange(L - b, L, dtype=np.int64)])
+
+
+def skipwise_then_recall(chunks: np.ndarray, spans: np.ndarray, L: int, rng: np.random.Generator) -> np.ndarray:
+    """Text in ``chunks`` [k], then ``spans`` [m] of tokens that repeat some of it, the first chunk at 0 and the rest scattered over 0..L-1.
+
+    Each of the k + m - 1 later segments is shifted by a skip; the skips are uniform in [0, L - all tokens], in order, so that all of the
+    far positions are reached by every segment and not, as with PoSE's nested draws, by the last ones most of all.  Raises ValueError if
+    the segments do not fit.
+    """
+    lengths = np.concatenate([chunks, spans]).astype(np.int64)
+    n = int(lengths.sum())
+    if not 0 < n <= L or len(chunks) == 0:
+        raise ValueError(f"text and spans of {n} tokens do not fit into {L} positions")
+    skips = np.sort(rng.integers(0, L - n, len(lengths) - 1, endpoint=True))
+    return np.arange(n, dtype=np.int64) + np.repeat(np.concatenate([[0], skips]).astype(np.int64), lengths)
 
 
 def check(position_ids: np.ndarray, L: int) -> None:

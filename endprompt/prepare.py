@@ -34,6 +34,7 @@ def settings(recipe: Recipe, method: Method, tokenizer) -> dict:
         "end_prompts": [{"name": prompt.name, "text": prompt.text, "ids": prompt.ids.tolist()} for prompt in prompts],
         "prompt_loss_weight": recipe.data.prompt_loss_weight if prompts else None,
         **({"pose_chunks": recipe.data.pose_chunks, "pose_text": recipe.data.pose_text} if method.chunked else {}),
+        **({key: getattr(recipe.data, key) for key in ("recall_share", "recall_cue", "recall_tokens")} if method.recall else {}),
     }
 
 

@@ -77,6 +77,27 @@ class Cursor:
         return ids[:count], [name]
 
 
+def recall_spans(recipe: Recipe, length: int) -> np.ndarray:
+    """Int64 lengths [m] of the spans that end a row of ``length`` tokens: as many as ``data.recall_share`` has room for, at least one.
+
+    Raises BadInput if they leave less text than one of them repeats.
+    """
+    span = recipe.data.recall_cue + recipe.data.recall_tokens
+    count = max(1, int(recipe.data.recall_share * length) // span)
+    if (count + 1) * span > length:
+        raise BadInput(f"lengths.physical: rows of {length} tokens leave too little text beside {count} repeated spans of {span} tokens "
+                       "(data.recall_cue + data.recall_tokens); raise it, or make the spans shorter")
+    return np.full(count, span, np.int64)
+
+
+def recall(text: np.ndarray, spans: np.ndarray, cue: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [sum of spans] that repeat ``text`` [a], one span from each of places drawn uniformly; their float32 loss weights, 0 for the first
+    ``cue`` tokens of a span, which nothing predicts, and 1 for the rest, which follow from them and the text)."""
+    starts = [int(rng.integers(0, len(text) - span, endpoint=True)) for span in spans]
+    weights = [np.arange(span) >= cue for span in spans]
+    return np.concatenate([text[start:start + span] for start, span in zip(starts, spans, strict=True)]), np.concatenate(weights).astype(np.float32)
+
+
 def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Callable[[int, Cursor], dict | None]:
     """A function (row number, cursor) -> row of the shard schema, None at the end of the corpus.
 
@@ -85,6 +106,7 @@ def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Calla
     """
     length, target = recipe.row_length(method), recipe.lengths.target
     later = method.chunked and recipe.data.pose_text == "later_span"
+    spans = recall_spans(recipe, length) if method.recall else np.zeros(0, np.int64)
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if longest >= length:
         raise BadInput(f"lengths.physical: rows of {length} tokens leave no room for text beside an end prompt of {longest}; raise it")
@@ -92,22 +114,27 @@ def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Calla
     def make(number: int, cursor: Cursor) -> dict | None:
         rng = np.random.default_rng([recipe.data.seed, number])
         prompt = prompts[int(rng.integers(len(prompts)))] if prompts else None
-        b = len(prompt.ids) if prompt else 0
+        b = len(prompt.ids) if prompt else int(spans.sum())
         taken = cursor.take(length - b) if recipe.data.packing == "cut" else cursor.take_document(target if later else length - b)
         if taken is None:
             return None
         text, names = taken
         a = min(len(text), length - b)
+        repeated = spans if spans.max(initial=0) <= a else spans[:0]  # a document may be shorter than a span
         parts = positions.chunk_lengths(a, recipe.data.pose_chunks, rng) if method.chunked else a
-        position_ids = method.plan(parts, b, target, rng)
+        position_ids = method.plan(parts, repeated if method.recall else b, target, rng)
         positions.check(position_ids, target)
         if later:
             text = text[positions.spread(parts, len(text), rng)]
-        weights = np.ones(a + b, np.float32)
+        ending, ending_weights = text[:0], np.zeros(0, np.float32)
+        if prompt:
+            ending, ending_weights = prompt.ids, np.full(b, recipe.data.prompt_loss_weight, np.float32)
+        elif len(repeated):
+            ending, ending_weights = recall(text, repeated, recipe.data.recall_cue, rng)
+        weights = np.concatenate([np.ones(a, np.float32), ending_weights])
         weights[0] = 0  # nothing predicts the first token
-        weights[a:] = recipe.data.prompt_loss_weight
-        return {"input_ids": np.concatenate([text, prompt.ids]) if prompt else text, "position_ids": position_ids.astype(np.int32),
-                "loss_weights": weights, "text_length": a, "prompt_length": b,
-                "prompt_name": prompt.name if prompt else "", "document_ids": names}
+        return {"input_ids": np.concatenate([text, ending]), "position_ids": position_ids.astype(np.int32),
+                "loss_weights": weights, "text_length": a, "prompt_length": len(ending),
+                "prompt_name": prompt.name if prompt else "recall" if len(ending) else "", "document_ids": names}
 
     return make

@@ -236,7 +236,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         make_universal(newest)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
-    loss.attach(network, uniform=not method.end_prompt)
+    loss.attach(network, uniform=not method.weighted)
     adapters, group = recipe.lora(method), recipe.group_size(method)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
@@ -286,4 +286,5 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
 
-    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None, finish)
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None,
+                          model.sharpness(recipe, method, config), finish)

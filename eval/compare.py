@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from endprompt import BadInput, methods, provenance, shards
-from endprompt.eval import figures, intervals
+from endprompt.eval import figures, intervals, results
 
 TRAINING = (("tokens", "trained tokens", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("final_text_loss", "text loss", "{:.3f}"),
             ("final_end_prompt_loss", "end-prompt loss", "{:.3f}"))
@@ -23,7 +22,7 @@ NOTE = ("Means over seeds; n is how many a cell has. In brackets the 95 % interv
         "(Wilson for passkey) where there is one seed, or where all seeds agree exactly.")
 
 
-def _setting(path: Path) -> tuple[int | None, dict]:
+def run_setting(path: Path) -> tuple[int | None, dict]:
     """(seed, what must be equal among seeds) of a run's recipe.yaml; (None, {}) if it is not there."""
     try:
         tree = yaml.safe_load(path.read_text())
@@ -46,7 +45,7 @@ def check(folders: list[Path]) -> None:
         for folder in folders:
             if not (folder / name / "eval").is_dir():
                 continue
-            seed, setting = _setting(folder / name / "recipe.yaml")
+            seed, setting = run_setting(folder / name / "recipe.yaml")
             if setting and methods.METHODS[name].trained:
                 if seed in seeds:
                     raise BadInput(f"{seeds[seed]} and {folder / name} both have data.seed {seed}; name one folder a seed")
@@ -77,7 +76,7 @@ def summary(folders: list[Path]) -> dict[str, dict]:
                 by_length.setdefault(row["scores"]["length"], []).append(row["scores"])
             result[name][task] = {length: intervals.over_seeds([score["score"] for score in scores], (scores[0]["low"], scores[0]["high"]), 0.0, ceiling)
                                   for length, scores in sorted(by_length.items())}
-        records = [json.loads(path.read_text()) for run in runs if (path := run / "train.json").exists()]
+        records = [record for run in runs if (record := results.training(run))]
         values = {key: [record[key] for record in records if record.get(key) is not None] for key, _, _ in TRAINING}
         result[name]["training"] = {key: sum(found) / len(found) for key, found in values.items() if found}
     return result

@@ -1,9 +1,12 @@
-"""Pictures of results: length x depth heatmaps, scores against length, clusters of bars, memory and time; the paper's figures dashed or hatched beside ours."""
+"""Pictures of results: length x depth heatmaps, scores against length, by distance and over steps, clusters of bars, memory and time; the paper's figures
+dashed or hatched beside ours."""
 
 import json
 from pathlib import Path
 
 from endprompt import methods
+
+PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 
 
 def read(folder: Path) -> list[dict]:
@@ -74,7 +77,7 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
 def _colours(names: list[str]) -> dict[str, str]:
     """One colour a name: a method's own, the same in every picture; others in order."""
     known = list(methods.METHODS)
-    return {name: f"C{(known.index(name) if name in known else number) % 10}" for number, name in enumerate(names)}
+    return {name: PALETTE[(known.index(name) if name in known else number) % len(PALETTE)] for number, name in enumerate(names)}
 
 
 def _bars(cells: list[dict]) -> list[list[float]]:
@@ -116,6 +119,45 @@ def lines(results: dict[str, dict[int, dict]], path: Path, title: str | None = N
         axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
     figure.legend(handles=drawn, fontsize=8, loc="outside right upper") if crowded else axis.legend(handles=drawn, fontsize=8)
+    _save(figure, path, title)
+
+
+def curves(panels: dict[str, dict[str, dict[int, dict]]], path: Path, title: str | None = None) -> None:
+    """Draws, for each heading of ``panels``, the mean of every named {step: {"mean", "low", "high"}} as a line and from low to high as a band, into one PNG."""
+    colours = _colours(list(dict.fromkeys(name for series in panels.values() for name in series)))
+    figure, axes = _pyplot().subplots(1, len(panels), figsize=(2.2 + 4 * len(panels), 4), squeeze=False, layout="constrained")
+    drawn = {}
+    for axis, (heading, series) in zip(axes.flat, panels.items(), strict=True):
+        for name, cells in series.items():
+            steps = sorted(cells)
+            axis.fill_between(steps, [cells[step]["low"] for step in steps], [cells[step]["high"] for step in steps], color=colours[name], alpha=0.2, linewidth=0)
+            drawn[name], = axis.plot(steps, [cells[step]["mean"] for step in steps], color=colours[name], linewidth=1.2, label=name)
+        axis.set_title(heading, fontsize=10)
+        axis.set(xlabel="step", ylabel="nats a token")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.legend(handles=list(drawn.values()), fontsize=8, loc="outside right upper")
+    _save(figure, path, title)
+
+
+def distances(results: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]], path: Path, title: str | None = None) -> None:
+    """Draws, in a panel for each name, the keys found by distance between question and key, {distance: {"mean", "low", "high"}}, and the spans of
+    distances that its training rows never showed in grey, into one PNG."""
+    wide = min(4, len(results))
+    tall = -(-len(results) // wide)
+    figure, axes = _pyplot().subplots(tall, wide, figsize=(1 + 2.7 * wide, 0.8 + 2.2 * tall), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for axis in list(axes.flat)[len(results):]:
+        axis.set_axis_off()
+    for axis, (name, (cells, never)) in zip(axes.flat, results.items(), strict=False):
+        axis.broken_barh([(low, high + 1 - low) for low, high in never], (0, 1), transform=axis.get_xaxis_transform(), color="0.85", linewidth=0)
+        shown = [cells[distance] for distance in sorted(cells)]
+        axis.errorbar(sorted(cells), [cell["mean"] for cell in shown], _bars(shown), marker="o", markersize=3, linewidth=1.2, capsize=2, color="C0")
+        axis.set_ylim(-3, 103)
+        axis.tick_params(labelsize=8)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("distance between question and key in tokens (grey: never seen in training)", fontsize=9)
+    figure.supylabel("keys found in %, with 95 % interval", fontsize=9)
     _save(figure, path, title)
 
 

@@ -23,6 +23,7 @@ SHAPES = {
     "llama-3-8b-8-layers": (8, 4096, 14336, 32, 8, 128256, 8192, False),
 }
 END_PROMPT_TOKENS = 12
+RECALLED = 20  # tokens a span, a quarter of a row in all, as a recipe has it by default
 KERNELS, COMPILE, ATTENTION = ("torch", "liger"), ("no", "layers"), ("auto", "flash", "cudnn", "efficient")
 
 
@@ -132,11 +133,12 @@ def measure(shape: str, method_name: str, target: int, rows: int, checkpointing:
     rng = np.random.default_rng(0)
 
     def batch():
-        b = END_PROMPT_TOKENS if method.end_prompt else 0
+        spans = np.full(length // 4 // RECALLED, RECALLED) if method.recall else []
+        b = END_PROMPT_TOKENS if method.end_prompt else int(np.sum(spans))
         made = []
         for _ in range(rows):
             a = length - b
-            positions = method.plan(np.array([a // 2, a - a // 2]) if method.chunked else a, b, target, rng)
+            positions = method.plan(np.array([a // 2, a - a // 2]) if method.chunked else a, spans if method.recall else b, target, rng)
             weights = np.ones(length, np.float32)
             weights[0], weights[a:] = 0, 0.1
             made.append({"input_ids": rng.integers(config.vocab_size, size=length), "position_ids": positions, "loss_weights": weights, "text_length": a, "prompt_length": b})

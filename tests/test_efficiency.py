@@ -16,7 +16,7 @@ from endprompt.eval import efficiency, step
 from endprompt.trainer import flops_per_token
 
 
-@pytest.mark.parametrize("method, length", [("endprompt", 512), ("pose", 512), ("full_length", 1024), ("longlora", 1024)])
+@pytest.mark.parametrize("method, length", [("endprompt", 512), ("pose", 512), ("pose_recall", 512), ("full_length", 1024), ("longlora", 1024)])
 def test_a_setting_is_measured(method, length):
     found = efficiency.measure("small", method, 1024, 1, "none", steps=1, warm_up=0)
     assert found["row_length"] == found["tokens"] == length and found["mfu"] is None

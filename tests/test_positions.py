@@ -9,6 +9,7 @@ from endprompt import positions
 from endprompt.methods import METHODS
 
 TRAINED = [method for method in METHODS.values() if method.trained]
+SPAN = 500  # tokens a repeated span; the last may be shorter
 GENERATOR = np.random.default_rng(0)
 
 each_trained = pytest.mark.parametrize("method", TRAINED, ids=[method.name for method in TRAINED])
@@ -16,7 +17,8 @@ each_trained = pytest.mark.parametrize("method", TRAINED, ids=[method.name for m
 
 def plan(method, a, b, L, chunks=2, seed=None):
     rng = np.random.default_rng(a if seed is None else seed)
-    return method.plan(positions.chunk_lengths(a, chunks, rng) if method.chunked else a, b if method.end_prompt else 0, L, rng)
+    ending = np.diff([0, *range(SPAN, b, SPAN), b]) if method.recall else b if method.end_prompt else 0
+    return method.plan(positions.chunk_lengths(a, chunks, rng) if method.chunked else a, ending, L, rng)
 
 
 @st.composite
@@ -40,13 +42,15 @@ def test_plan(method, sizes, chunks):
     a, b, L = sizes
     row = plan(method, a, b, L, chunks)
     assert row.dtype == np.int64
-    assert len(row) == (a + b if method.end_prompt else a)
+    assert len(row) == (a + b if method.weighted else a)
     assert np.all(np.diff(row) > 0)
     assert row[0] == 0 and row[-1] < L
     if method.end_prompt:
         end = row[-1] + 1 if method.name == "endprompt_random" else L
         assert row[a:].tolist() == list(range(end - b, end))
         assert row[a - 1] <= end - b - 1
+    if method.recall:
+        assert all(len(positions.segments(row[first:first + SPAN][:a + b - first])) == 1 for first in range(a, a + b, SPAN))
     if method.chunked:
         assert len(positions.segments(row[:a])) <= chunks
     else:
@@ -64,7 +68,7 @@ def test_plan_is_the_same_for_the_same_generator(method, sizes, seed):
 @each_trained
 @given(a=st.integers(1, 200), b=st.integers(1, 200), short=st.integers(1, 400))
 def test_plan_that_does_not_fit(method, a, b, short):
-    L = (a + b if method.end_prompt else a) - short
+    L = (a + b if method.weighted else a) - short
     with pytest.raises(ValueError, match="fit"):
         plan(method, a, b, L)
 
@@ -146,6 +150,31 @@ def test_skipwise_plans_want_the_right_prompt():
         positions.skipwise(np.array([2, 2]), 1, 100, GENERATOR)
     with pytest.raises(ValueError, match="fit"):
         positions.skipwise_then_end_prompt(np.array([2, 2]), 0, 100, GENERATOR)
+
+
+def test_recall_skips():
+    """Chunks of 2 and 1 and a span of 2 in 8 positions: both skips are in 0..3, in order, each pair of draws as often as another."""
+    rng = np.random.default_rng(2)
+    rows = np.array([positions.skipwise_then_recall(np.array([2, 1]), np.array([2]), 8, rng) for _ in range(8000)])
+    assert np.all(rows[:, :2] == [0, 1]) and np.all(rows[:, 4] == rows[:, 3] + 1)
+    values, times = np.unique(rows[:, 2:4] - [2, 3], axis=0, return_counts=True)
+    assert values.tolist() == [[low, high] for low in range(4) for high in range(low, 4)]
+    expected = [500 if low == high else 1000 for low, high in values.tolist()]
+    assert np.all(np.abs(times - expected) < 150)
+
+
+def test_recall_reaches_everywhere_from_every_segment():
+    """The mean skip of the i-th of m later segments is i / (m + 1) of the room, where PoSE's nested draws would be at 1 - 2^-i."""
+    rng = np.random.default_rng(4)
+    rows = np.array([positions.skipwise_then_recall(np.array([2, 2]), np.array([2, 2]), 1008, rng) for _ in range(4000)])
+    assert rows[:, [2, 4, 6]].mean(0) - [2, 4, 6] == pytest.approx([250, 500, 750], abs=20)
+
+
+@pytest.mark.parametrize("chunks, spans, L", [([3, 3], [2], 7), ([0], [], 5), ([], [2], 5), ([2], [2], -2)])
+def test_recall_refuses(chunks, spans, L):
+    with pytest.raises(ValueError, match="fit"):
+        positions.skipwise_then_recall(np.array(chunks), np.array(spans, np.int64), L, GENERATOR)
+    assert positions.skipwise_then_recall(np.array([3]), np.zeros(0, np.int64), 3, GENERATOR).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("a, b, message", [(0, 0, "fit"), (-3, 0, "fit"), (4, 2, "no end prompt")])

@@ -73,18 +73,19 @@ def test_rows(make, method, tokenizer, tiny_text):
     manifest, chosen, found = made[1], methods.get(method), rows(made)
     length = 512 if chosen.row_length == "target" else 64
     prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if chosen.end_prompt else []
-    a, b = length - len(prompt), len(prompt)
+    b = 20 if chosen.recall else len(prompt)  # one span in a quarter of 64
+    a = length - b
     assert len(found) == manifest["rows"] == 4096 // length
     assert (manifest["tokens"], manifest["text_tokens"], manifest["prompt_tokens"]) == (4096, a * len(found), b * len(found))
     ids, source = expected_stream(tiny_text, tokenizer)
     for number, row in enumerate(found):
         part = slice(number * a, (number + 1) * a)
-        assert (row["text_length"], row["prompt_length"], row["prompt_name"]) == (a, b, "EP_1" if b else "")
-        assert row["input_ids"] == ids[part] + prompt
+        assert (row["text_length"], row["prompt_length"], row["prompt_name"]) == (a, b, "recall" if chosen.recall else "EP_1" if b else "")
+        assert row["input_ids"][:a] == ids[part] and (chosen.recall or row["input_ids"][a:] == prompt)
         if method in PLAIN:
             assert row["position_ids"] == [*range(a), *range(512 - b, 512)]
         positions.check(np.array(row["position_ids"]), 512)
-        assert row["loss_weights"] == [0.0] + [1.0] * (a - 1) + [float(np.float32(0.1))] * b
+        assert row["loss_weights"] == [0.0] + [1.0] * (a - 1) + ([0.0] * 4 + [1.0] * 16 if chosen.recall else [float(np.float32(0.1))] * b)
         assert row["document_ids"] == [f"corpus.jsonl#{document}" for document in sorted(set(source[part]))]
     assert ids[0] == tokenizer.bos_token_id  # as this tokenizer adds it
     assert manifest["documents"] == len(set(source[:a * len(found)]))
@@ -177,12 +178,65 @@ def test_chunks_of_documents_too_short_for_them(make):
         positions.check(np.array(row["position_ids"]), 512)
 
 
+def places(text, span):
+    return {at for at in range(len(text) - len(span) + 1) if text[at:at + len(span)] == span}
+
+
+@pytest.mark.parametrize("options, count, cue, answer", [([], 3, 4, 16), (["data.recall_share=0.5"], 6, 4, 16), (["data.recall_cue=1", "data.recall_tokens=2"], 21, 1, 2),
+                                                         (["data.recall_share=0.01", "data.recall_tokens=124"], 1, 4, 124)])
+def test_rows_end_in_spans_of_their_own_text(make, options, count, cue, answer):
+    """A quarter of 256 tokens; every span stands in the text, its cue has no weight, and its positions are apart from the rest."""
+    made, span = make("pose_recall", ["lengths.physical=256", "data.tokens=16384", *options]), cue + answer
+    found, starts, apart = rows(made), set(), 0
+    assert len(found) == 64
+    for row in found:
+        a, ids, at = row["text_length"], row["input_ids"], row["position_ids"]
+        assert (a, row["prompt_length"], row["prompt_name"], len(ids)) == (256 - count * span, count * span, "recall", 256)
+        assert row["loss_weights"][a:] == ([0.0] * cue + [1.0] * answer) * count
+        for first in range(a, 256, span):
+            there = places(ids[:a], ids[first:first + span])
+            assert there and at[first + span - 1] - at[first] == span - 1
+            starts |= there
+            apart += at[first] > at[first - 1] + 1
+    assert min(starts) < 0.1 * a and max(starts) >= 0.8 * (a - span) and apart > 0.8 * 64 * count
+    assert made[1]["recall_cue"] == cue and made[1]["prompt_tokens"] == 64 * count * span
+
+
+@given(a=st.integers(1, 60), sizes=st.lists(st.integers(1, 60), max_size=4), cue=st.integers(1, 5), seed=st.integers(0, 2**32))
+def test_recall(a, sizes, cue, seed):
+    text, spans = np.arange(100, 100 + a, dtype=np.int32), np.array([min(a, size) for size in sizes], np.int64)
+    if not len(spans):
+        return
+    ids, weights = row_stream.recall(text, spans, cue, np.random.default_rng(seed))
+    assert ids.dtype == np.int32 and weights.dtype == np.float32 and len(ids) == len(weights) == spans.sum()
+    for part, weight in zip(np.split(ids, np.cumsum(spans)), np.split(weights, np.cumsum(spans)), strict=True):
+        assert np.all(np.diff(part) == 1) and np.all((part >= 100) & (part < 100 + a))
+        assert weight.tolist() == [0.0] * min(cue, len(part)) + [1.0] * max(0, len(part) - cue)
+
+
+def test_documents_too_short_for_a_span_have_none(make):
+    found = rows(make("pose_recall", ["data.packing=document"], texts=["One.", " ".join(["word"] * 80)]))
+    assert [(row["prompt_length"], row["prompt_name"]) for row in found] == [(0, ""), (20, "recall")]
+    assert len(found[0]["input_ids"]) == found[0]["text_length"] == len(found[0]["loss_weights"]) < 20
+
+
+def test_rows_too_short_to_repeat_are_refused(make, recipe_file, tmp_path):
+    with pytest.raises(BadInput, match=r"rows of 64 tokens leave too little text beside 1 repeated spans of 33 tokens"):
+        make("pose_recall", ["data.recall_tokens=29"])
+    make("pose_recall", ["data.recall_tokens=28"])
+    code, out, err = run_main("prepare", recipe_file(), "pose_recall", "--out", tmp_path / "o", "--set", "data.recall_cue=40")
+    assert code == 2 and not out and err.count("\n") == 1 and "lengths.physical" in err
+
+
 def test_options_bind_the_methods_that_use_them(make):
     make("pose", out="pose")
     with pytest.raises(BadInput, match="pose_chunks is 2, expected 3"):
         make("pose", ["data.pose_chunks=3"], out="pose")
     assert "pose_chunks" not in make("short", out="short")[1]
     assert make("short", ["data.pose_chunks=3"], out="short")[1]["rows"] == 64
+    make("pose_recall", out="recall")
+    with pytest.raises(BadInput, match="recall_tokens is 16, expected 8"):
+        make("pose_recall", ["data.recall_tokens=8"], out="recall")
     document = ["data.packing=document"]
     make("endprompt_pose", document, out="document")
     with pytest.raises(BadInput, match="pose_text is 'contiguous', expected 'later_span'"):

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The laboratory of docs/findings.md: every setting and method below with several seeds, then tables and pictures; what is finished is skipped.
+#   bash recipes/lab.sh [SETTING ...]      (SETTING: some of those below, plain first; default: all)
+# Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS (only these), OUT (runs/lab),
+# FINDINGS (OUT/findings), PYTHON (python).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python
+  [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
+fi
+export PYTHON NPROC=1 root OUT=${OUT:-runs/lab}
+SEEDS=${SEEDS:-0 1 2 3 4}
+JOBS=${JOBS:-2}
+EP_1='This is the end of text, please pay attention here.'
+
+# By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same training: there, a run whose model
+# only needs other sharpening finds its last checkpoint.
+declare -A methods=(
+  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall full_length'
+  [sharpened]='short endprompt pose endprompt_pose full_length'
+  [half-sharpened]='pose pose_sharp pose_recall full_length'
+  [unsharpened]='pose_sharp pose_recall'
+  [linear]=pose_recall
+  [yarn]='short endprompt_pose full_length'
+  [yarn-sharpened]='endprompt_pose full_length'
+  [weight-0]=endprompt [weight-1]=endprompt
+  [prompt-short]=endprompt [prompt-long]=endprompt [prompts-3]=endprompt
+)
+declare -A different=(
+  [plain]=''
+  [sharpened]='rope.sharpen=1.0'
+  [half-sharpened]='rope.sharpen=0.5'
+  [unsharpened]='rope.sharpen=0.0'
+  [linear]='rope.type=linear'
+  [yarn]='rope.type=yarn'
+  [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
+  [weight-0]='data.prompt_loss_weight=0.0'
+  [weight-1]='data.prompt_loss_weight=1.0'
+  [prompt-short]='data.end_prompts=[EP_3]'
+  [prompt-long]="data.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
+  [prompts-3]='data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
+)
+declare -A trained=([sharpened]=plain [half-sharpened]=plain [unsharpened]=plain [yarn-sharpened]=yarn)
+order=(plain sharpened half-sharpened unsharpened linear yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
+[ $# -gt 0 ] && order=("$@")
+
+one() {  # setting method seed differences trained
+  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other=$OUT/$5/seed$3/tiny/$2 start=$SECONDS keys key
+  local run=$out/tiny/$method options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16)
+  IFS='|' read -ra keys <<<"$4"
+  for key in "${keys[@]}"; do options+=(--set "$key"); done
+  if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi
+  mkdir -p "$run"
+  if [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
+    cp -r "$other/shards" "$other/checkpoints" "$run/"
+  fi
+  if ! OUT=$out bash "$root/recipes/run.sh" "$root/recipes/tiny.yaml" "$method" "${options[@]}" >>"$run/lab.log" 2>&1; then
+    tail -n 15 "$run/lab.log" >&2
+    echo "lab.sh: $setting $method seed $seed failed; its log is $run/lab.log; the same command goes on from there" >&2
+    exit 255  # xargs starts no more
+  fi
+  printf '%-14s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
+}
+export -f one
+
+untrained=" $("$PYTHON" -c 'from endprompt import methods; print(*(name for name in methods.METHODS if not methods.METHODS[name].trained))') "
+first=${SEEDS%% *}
+for setting in "${order[@]}"; do
+  if [ -z "${methods[$setting]:-}" ]; then
+    echo "lab.sh: there is no setting '$setting'; use ${!methods[*]}" >&2
+    exit 2
+  fi
+  for seed in $SEEDS; do
+    for method in ${methods[$setting]}; do
+      if [ -n "${METHODS:-}" ] && [[ " $METHODS " != *" $method "* ]]; then continue; fi
+      # The seed is nothing to a method that trains nothing.
+      if [ "$seed" != "$first" ] && [[ $untrained == *" $method "* ]]; then continue; fi
+      printf '%s\0' "$setting" "$method" "$seed" "${different[$setting]}" "${trained[$setting]:-}"
+    done
+  done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one
+done
+"$PYTHON" -m endprompt.eval.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "tiny over seeds $SEEDS"

@@ -1,0 +1,202 @@
+"""The laboratory: known numbers from synthetic run folders, what is refused, and the script that runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.axes
+import pytest
+import yaml
+from conftest import REPOSITORY, run_main
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import image
+from test_eval import cells, write_result
+
+from endprompt import BadInput, config, methods
+from endprompt.eval import findings, intervals
+
+
+def passkey_result(folder, method, length, by_depth, total=10):
+    """A result with ``by_depth`` {depth: keys found of ``total``}."""
+    correct, samples = sum(by_depth.values()), total * len(by_depth)
+    low, high = intervals.wilson(correct, samples)
+    write_result(folder, method, "passkey", length, correct=correct, samples=samples, score=100 * correct / samples, low=100 * low, high=100 * high,
+                 cells=[{"depth": depth, "correct": found, "total": total} for depth, found in by_depth.items()])
+
+
+@pytest.fixture
+def runs(recipe_file, tmp_path):
+    """Two seeds of endprompt (with shards of 54 + 10 tokens to 512) and short, one of endprompt with weight 1."""
+    folder = tmp_path / "runs"
+    for setting, seed, weight in (("plain", 0, 0.1), ("plain", 1, 0.1), ("weight-1", 0, 1.0)):
+        recipe = folder / f"{setting}/seed{seed}/small"
+        for method in ("short", "endprompt") if setting == "plain" else ("endprompt",):
+            overrides = [f"data.seed={seed}", f"data.prompt_loss_weight={weight}"]
+            options = [part for one in overrides for part in ("--set", one)]
+            assert run_main("prepare", recipe_file(), method, "--out", recipe.parent, "--workers", 1, *options)[0] == 0
+            (recipe / method / "recipe.yaml").write_text(config.load(recipe_file(), overrides).dump(method))
+            # Distances 511, 256 and 0 at 512.
+            passkey_result(recipe, method, 512, {0.0: 8 + seed, 0.5: seed, 1.0: 10} if method == "endprompt" else {0.0: 0, 0.5: 0, 1.0: 1})
+            passkey_result(recipe, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
+            write_result(recipe, method, "perplexity", 64, score=3.0 + seed, nats=1.0, low=2.5, high=3.5)
+            history = [{"step": step, "loss": 1.0, "text_loss": 2.0 + seed, **({"end_prompt_loss": 64.0 / step + seed} if method == "endprompt" else {})}
+                       for step in (8, 64)]
+            record = {"seconds": 3.0, "tokens": 4096, "final_text_loss": 2.0 + seed, "final_end_prompt_loss": history[-1].get("end_prompt_loss"), "history": history}
+            (recipe / method / "train.json").write_text(json.dumps(record))
+    return folder
+
+
+def run_findings(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["findings", *map(str, arguments)])
+    code = 0
+    try:
+        findings.main()
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_numbers(runs):
+    found = {entry["name"]: entry for entry in findings.collect(runs)}
+    assert list(found) == ["short", "endprompt", "endprompt, weight-1"]
+    assert [entry["different"] for entry in found.values()] == ["", "", "data.prompt_loss_weight=1.0"]
+    prompt = found["endprompt"]
+    assert prompt["losses"] == {"text_loss": {8: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2}, 64: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2}},
+                                "end_prompt_loss": {8: {"mean": 8.5, "low": 8.0, "high": 9.0, "seeds": 2}, 64: {"mean": 1.5, "low": 1.0, "high": 2.0, "seeds": 2}}}
+    assert list(found["short"]["losses"]) == ["text_loss"]
+    # 48 and 50 of 60 keys: mean 81.6667, s = 2.3570, t(1) = 12.7062, half 21.1770.
+    assert prompt["passkey"]["mean"] == {"mean": pytest.approx(81.6667, abs=1e-3), "low": pytest.approx(60.4896, abs=1e-3), "high": 100.0, "seeds": 2, "interval": "t"}
+    b = json.loads((runs / "plain/seed0/small/endprompt/shards/manifest.json").read_text())["prompt_tokens"] // 64
+    a = 64 - b
+    assert prompt["passkey"]["never"] == [(a, 512 - a - b)] and found["short"]["passkey"]["never"] == [(64, 511)]
+    assert {distance: cell["mean"] for distance, cell in prompt["passkey"]["distances"].items()} == {0: 100.0, 256: 5.0, 511: 85.0}
+    assert prompt["passkey"]["seen"][512]["mean"] == pytest.approx(92.5) and prompt["passkey"]["unseen"][512] == prompt["passkey"]["distances"][256]
+    # At 64 tokens the first key is 63 before the question, and the text shorter than that.
+    assert {length: cell["high"] for length, cell in prompt["passkey"]["unseen"].items()} == {64: 100.0, 512: prompt["passkey"]["distances"][256]["high"]}
+    assert prompt["passkey"]["unseen"][64]["low"] < prompt["passkey"]["seen"][64]["low"] < 100 == prompt["passkey"]["seen"][64]["mean"]
+    assert found["endprompt, weight-1"]["scores"]["passkey"][512]["seeds"] == 1
+
+
+def test_tables(runs):
+    entries = findings.collect(runs)
+    rows = cells(findings.table(entries[:2]))
+    assert rows["`short`"] == {"setting": "", "seeds": "2", "keys 64": "100 [89, 100]", "keys 512": "3 [1, 17]", "keys, mean": "52 [39, 64]",
+                               "perplexity 64": "3.500 [0.000, 9.853]", "text loss": "2.500", "end-prompt loss": "-"}
+    assert rows["`endprompt`"]["end-prompt loss"] == "1.500"
+    assert cells(findings.table(entries[2:]))["`endprompt`"]["setting"] == "`data.prompt_loss_weight=1.0`"
+    assert cells(findings.prompt_table(entries)) == {
+        "`endprompt`": {"step 8": "8.500 [8.000, 9.000]", "step 64": "1.500 [1.000, 2.000]", "step 128": "-", "step 192": "-"},
+        "`endprompt, weight-1`": {"step 8": "8.000 [8.000, 8.000]", "step 64": "1.000 [1.000, 1.000]", "step 128": "-", "step 192": "-"}}
+    assert "| `endprompt` | 512 | 92 [61, 100] | 5 [0, 69] |" in findings.seen_table(entries).splitlines()
+
+
+def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
+    grey = []
+    draw = matplotlib.axes.Axes.broken_barh
+    monkeypatch.setattr(matplotlib.axes.Axes, "broken_barh", lambda axis, spans, *rest, **options: grey.append(list(spans)) or draw(axis, spans, *rest, **options))
+    code, out, err = run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out", "--title", "two seeds")
+    assert code == 0 and not err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"findings.json", "tables.md", "losses.png", "keys.png", "distances.png"}
+    assert (tmp_path / "out/tables.md").read_text().strip() in out
+    record = json.loads((tmp_path / "out/findings.json").read_text())
+    assert len(record["entries"]) == 3 and record.keys() >= {"commit", "versions", "device", "date"}
+    (low, high), = record["entries"][1]["passkey"]["never"]
+    assert grey == [[(64, 448)], [(low, high + 1 - low)], [(low, high + 1 - low)]]
+    for name in ("losses.png", "keys.png", "distances.png"):
+        assert image.imread(tmp_path / "out" / name).std() > 0.05
+
+
+def test_runs_without_shards_or_training_are_shown_as_far_as_they_go(runs, tmp_path):
+    for seed in (0, 1):
+        passkey_result(runs / f"plain/seed{seed}/small", "base", 512, {0.0: 0, 1.0: seed})
+    entry = findings.collect(runs)[0]
+    assert (entry["name"], entry["losses"], entry["passkey"]["never"], entry["passkey"]["seen"], entry["passkey"]["unseen"]) == ("base", {}, None, {}, {})
+    findings.findings(runs, tmp_path / "out")
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.just(40)), min_size=1, max_size=6))
+def test_intervals_hold_their_means(counts):
+    cell = findings._over_seeds(counts)
+    assert 0 <= cell["low"] <= cell["mean"] + 1e-9 and cell["mean"] - 1e-9 <= cell["high"] <= 100 and cell["seeds"] == len(counts)
+
+
+def spoiled_recipe(runs):
+    path = runs / "plain/seed1/small/short/recipe.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["data"]["tokens"] = 1
+    path.write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize("spoil, complaint", [
+    (lambda runs: (runs / "plain").rename(runs / "other"), "holds no evaluated run plain/"),
+    (spoiled_recipe, "differ in more than the seed"),
+    (lambda runs: (runs / "plain/seed0/small/short/train.json").write_text("[]"), "is no training summary"),
+])
+def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
+    spoil(runs)
+    with pytest.raises(BadInput, match=complaint):
+        findings.collect(runs)
+    code, out, err = run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out")
+    assert code == 2 and not out and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# The script
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs recipes/lab.sh with a Python that only notes what it is asked, and asks the real one about the method table."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\necho "$*" >>{tmp_path}/calls\n'
+                    'case "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n')
+    fake.chmod(0o755)
+
+    def call(*arguments, **environment):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        done = subprocess.run(["bash", str(REPOSITORY / "recipes/lab.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHON": str(fake), "OUT": "out", **environment})
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done, calls
+
+    return call
+
+
+def test_script_runs_every_setting_and_skips_what_is_finished(script):
+    done, calls = script(SEEDS="0 1", JOBS="3")
+    assert done.returncode == 0, done.stderr
+    evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
+    asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
+    assert len(asked) == 2 + 2 * (8 + 5 + 4 + 2 + 1 + 3 + 2 + 5) and len(set(asked)) == len(asked)
+    assert ("full_length", "out/sharpened/seed1", "data.seed=1", "train.per_device_train_batch_size=16", "rope.sharpen=1.0") in asked
+    assert ("full_length", "out/yarn-sharpened/seed0", "data.seed=0", "train.per_device_train_batch_size=16", "rope.type=yarn", "rope.sharpen=1.0") in asked
+    assert ("endprompt", "out/prompts-3/seed0", "data.seed=0", "train.per_device_train_batch_size=16",
+            'data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]') in asked
+    assert calls[-1] == "-m endprompt.eval.findings out --out out/findings --title tiny over seeds 0 1"
+    done, calls = script(SEEDS="0 1")
+    assert done.returncode == 0 and len(calls) == 1 and "findings" in calls[0]
+
+
+def test_settings_of_the_script_are_recipes(script):
+    done, calls = script(SEEDS="0", METHODS="endprompt pose_recall", JOBS="1")
+    for call in (call for call in calls if "evaluate" in call):
+        _, *overrides = call.split(" --set ")
+        config.load(REPOSITORY / "recipes/tiny.yaml", overrides)
+        assert call.split()[4] in methods.METHODS
+
+
+def test_sharpened_runs_start_where_the_plain_ones_end(script, tmp_path):
+    plain = tmp_path / "out/plain/seed0/tiny/short"
+    for part in ("model", "shards", "checkpoints/checkpoint-192"):
+        (plain / part).mkdir(parents=True)
+    done, _ = script("sharpened", SEEDS="0", METHODS="short")
+    assert done.returncode == 0 and (tmp_path / "out/sharpened/seed0/tiny/short/checkpoints/checkpoint-192").is_dir()
+    assert not (tmp_path / "out/sharpened/seed0/tiny/short/model").exists()
+
+
+def test_script_stops_at_a_failure_and_says_so(script):
+    done, calls = script("plain", SEEDS="FAIL", METHODS="short pose", JOBS="1")
+    assert done.returncode != 0 and "lab.sh: plain short seed FAIL failed; its log is" in done.stderr
+    assert not any("pose" in call or "findings" in call for call in calls)
+    done, calls = script("nowhere")
+    assert done.returncode == 2 and not calls and "there is no setting 'nowhere'" in done.stderr

@@ -1,0 +1,127 @@
+"""Sharpened attention: the number, the scores of the saved model, what stays as it was, and a run that ends with it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import run_main
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import saved
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from training import prepared, run, train, weights
+
+from endprompt import Failure, config, methods, model, sharpen
+
+
+def test_factor():
+    """2^13 to 2^16: 16 / 13.  2^8 to 2^11: 11 / 8."""
+    assert sharpen.factor(1.0, 8192, 65536) == pytest.approx(16 / 13)
+    assert sharpen.factor(0.5, 256, 2048) == pytest.approx(1.375**0.5)
+    assert sharpen.factor(0.0, 8192, 65536) == sharpen.factor(0.0, 1, 65536) == 1.0
+
+
+@given(st.integers(2, 10**6), st.integers(2, 10**6))
+def test_a_score_keeps_its_weight_among_more_keys(original, target):
+    """A score as heavy as C scores of 0 together is, times the factor, as heavy as L of them."""
+    short, long = sorted((original + 1, target + 1))
+    t = sharpen.factor(1.0, short, long)
+    assert long == pytest.approx(short**t, rel=1e-6)
+
+
+@given(st.floats(0, 4), st.integers(2, 2**20), st.floats(1.001, 1000), st.floats(1.001, 1000))
+def test_factor_grows_with_length(power, original, first, second):
+    near, far = sorted((first, second))
+    found = [sharpen.factor(power, original, original * times) for times in (1, near, far)]
+    assert found[0] == 1.0 and found == sorted(found)
+
+
+def test_scores_of_the_saved_model_are_multiplied(base, tmp_path):
+    """In the first layer, whose input is the same, the log-probabilities of attention are those before times t, but for their normalizer."""
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = shutil.copytree(base, tmp_path / "model"), torch.arange(3, 40)[None]
+
+    def attention():
+        network = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        return network(ids, output_attentions=True).attentions[0].double()
+
+    before = attention()
+    sharpen.sharpen(folder, 1.5)
+    torch.testing.assert_close(attention(), (1.5 * before.log()).softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def spoken(folder):
+    """{name: tensor} of all files of the model in ``folder``."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type, queries", [("llama", ["weight"]), ("mistral", ["weight"]), ("qwen2", ["weight", "bias"])])
+def test_only_queries_change_whatever_the_files(base, tmp_path, model_type, queries, dtype):
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "whole", base, model_type), dtype=dtype)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    network.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    folder = tmp_path / "parts"
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    before, told = spoken(folder), json.loads((folder / "config.json").read_text())
+    sharpen.sharpen(folder, 1.25)
+    after = spoken(folder)
+    assert before.keys() == after.keys()
+    changed = {f"model.layers.{layer}.self_attn.q_proj.{kind}" for layer in range(2) for kind in queries}
+    for name in before:
+        assert torch.equal(after[name], (before[name].float() * 1.25).to(dtype) if name in changed else before[name]), name
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert json.loads((folder / "config.json").read_text()) == {**told, "endprompt": {"sharpened": 1.25}}
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_model_without_a_query_projection_a_layer_is_refused(base, tmp_path, left):
+    folder = saved(tmp_path / "model", base)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2 - left):
+        tensors[f"model.layers.{layer}.self_attn.qkv_proj.weight"] = tensors.pop(f"model.layers.{layer}.self_attn.q_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Failure, match=f"has {left} query projections in 2 layers"):
+        sharpen.sharpen(folder, 1.2)
+
+
+def test_recipe_and_method_say_how_much(recipe_file):
+    """The base's window is 256 and the target 512: 9 / 8."""
+    def found(method, *overrides):
+        recipe = config.load(recipe_file(), overrides)
+        return model.sharpness(recipe, methods.get(method), model.load_config(recipe))
+
+    assert found("pose") == 1.0
+    assert found("pose_sharp") == pytest.approx(9 / 8)
+    assert found("pose_sharp", "rope.sharpen=0") == 1.0
+    assert found("full_length", "rope.sharpen=0.5") == pytest.approx((9 / 8) ** 0.5)
+
+
+@pytest.mark.parametrize("value", ["-0.1", "4.5", "true", "much", ".inf"])
+def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
+    code, out, err = run_main("prepare", recipe_file(), "pose", "--out", tmp_path / "out", "--set", f"rope.sharpen={value}")
+    assert code == 2 and not out and err.count("\n") == 1 and "rope.sharpen" in err
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks, options", [(2, ()), (1, ("--set", "train.lora={r: 4, alpha: 8}"))], ids=["two ranks", "lora"])
+def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(train_recipe, tmp_path, ranks, options):
+    trained = {}
+    for method in ("pose", "pose_sharp"):
+        folder = prepared(train_recipe, method, tmp_path)
+        run(train(train_recipe, method, tmp_path, "--set", "train.max_steps=2", "--set", "rope.type=yarn", *options, ranks=ranks))
+        trained[method] = weights(folder)
+    told = json.loads((folder / "model/config.json").read_text())["endprompt"]
+    t = sharpen.factor(1.0, 256, 1024)
+    assert told["method"] == "pose_sharp" and told["sharpened"] == pytest.approx(t)
+    for name, tensor in trained["pose"].items():
+        assert torch.equal(trained["pose_sharp"][name], tensor * t if "q_proj" in name else tensor), name
