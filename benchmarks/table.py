@@ -54,10 +54,13 @@ def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
         row(f"chunked loss, {size}: time", loss["time_ratio"], "{:.2f} of full logits'", "<= 1", lambda value: value <= 1)
     if prepare := found.get("prepare"):
         text = f"{prepare['documents']} documents"
-        row(f"`prepare`, {text}, start-up included: tokens/s", prepare["prepare_once_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
-        row("the same", prepare["prepare_once_of_map"], "{:.1f} times a plain `datasets.map`'s", ">= 1.9", lambda value: value >= 1.9)
-        row("`prepare`, without start-up", prepare["prepare_without_start_up_of_bare"], "{:.1f} times the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
-        row("`prepare` without fastokens, 8 times the documents, start-up included", prepare["tokenizers_8_times_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8",
+        start, speed = prepare["prepare_first"]["seconds"], prepare["prepare_without_start_up_tokens_per_second"]
+        row(f"`prepare`, {text}, its {start:.1f} s of start-up included: tokens/s", prepare["prepare_once_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8",
+            lambda value: value >= 0.8)
+        row("the same, without start-up", prepare["prepare_without_start_up_of_bare"], "{:.1f} times the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
+        row("the same against a plain `datasets.map`, which is timed without start-up too", speed / prepare["map"]["tokens_per_second"],
+            "{:.1f} times", ">= 1.9", lambda value: value >= 1.9)
+        row("`prepare` where fastokens is not installed, without start-up", prepare["tokenizers_without_start_up_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8",
             lambda value: value >= 0.8)
         row("`prepare`: memory at 8 times the documents against once", prepare["prepare_memory_8_times_of_once"], "{:.2f}", "flat (<= 1.1)", lambda value: value <= 1.1)
         row("position columns' share of shard bytes", _at(prepare, "prepare_8", "position_share_of_bytes"), "{:.3%}", "<= 1 %", lambda value: value <= 0.01)
