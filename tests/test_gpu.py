@@ -116,8 +116,9 @@ def test_pack_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, mess
 
 
 def test_calls_bring_all_parts_and_then_run_each_method():
-    lines = pack.calls(REPOSITORY / ".gpu", 2, ("short", "pose")).splitlines()
-    assert len(lines) == 3 and 'carry [".gpu/1"]' in lines[0] and "unpack .gpu/2 && bash recipes/gpu/gpu.sh run short" in lines[1] and "run pose" in lines[2]
+    lines = pack.calls(REPOSITORY / ".gpu", 2, ("short", "full_length")).splitlines()
+    assert len(lines) == 3 and 'carry [".gpu/1"]' in lines[0] and "unpack .gpu/2 && bash recipes/gpu/gpu.sh run short" in lines[1]
+    assert lines[1].endswith("--budget 400") and lines[2].endswith("run full_length --out $OUT --budget 540")
 
 
 def test_the_tree_is_known_by_its_code_alone(tmp_path):
@@ -141,7 +142,8 @@ def home(tmp_path, monkeypatch):
     stage = tmp_path / "stage"
     (stage / "recipe").mkdir(parents=True)
     (stage / "recipe/tiny.yaml").write_text((REPOSITORY / "recipes/tiny.yaml").read_text())
-    about = {"recipe": "tiny.yaml", "set": [], "samples": 4, "commit": "c" * 40, "tree": pack.tree_digest(), "train": "t.jsonl", "heldout": "h.jsonl", "gguf_file": None}
+    about = {"recipe": "tiny.yaml", "set": [], "samples": 4, "commit": "c" * 40, "tree": pack.tree_digest(), "train": "t.jsonl", "heldout": "h.jsonl", "gguf_file": None,
+             "data": "d"}
     parts.pack(stage, tmp_path / "parts", 2**30, about)
     monkeypatch.setenv("ENDPROMPT_GPU", str(tmp_path / "home"))
     monkeypatch.setenv("ENDPROMPT_COMMIT", "")
@@ -245,12 +247,12 @@ def archive(path, files: dict[str, object]):
     return path
 
 
-def results_of(method: str, run: str = "r", kit: str = "k", tokens: int = 10, **stamp) -> dict:
+def results_of(method: str, run: str = "r", data: str = "k", tokens: int = 10, **stamp) -> dict:
     stamp = {"commit": "c", "device": "NVIDIA H100 x 1", "versions": {"torch": "2", "transformers": "5"}, "date": "2026-01-01T00:00:00+00:00", **stamp}
     scores = {"length": 96, "score": 50.0, "low": 20.0, "high": 80.0, "samples": 2, "correct": 1, "cells": [{"depth": 0.0, "correct": 1, "total": 2}]}
     recipe = {"recipe": "small", "method": method, "model": {"name_or_path": "m"}, "lengths": {"physical": 8}, "data": {"tokens": tokens, "seed": 0}, "rope": {"type": None},
               "train": {"deepspeed": method}, "eval": {"samples": 4}}
-    return {"recipe.yaml": recipe, "train.json": {"seconds": 1.0, "tokens": tokens, "history": [], **stamp}, "calls.json": [{"run": run, "kit": kit, "steps": []}],
+    return {"recipe.yaml": recipe, "train.json": {"seconds": 1.0, "tokens": tokens, "history": [], **stamp}, "calls.json": [{"run": run, "data": data, "steps": []}],
             "eval/passkey/96.json": {"question": {"task": "passkey", "length": 96, "model": {"fingerprint": method}}, "recipe": "small", "method": method, "scores": scores,
                                      **stamp}}
 
@@ -275,7 +277,7 @@ def test_collected_results_become_a_table_and_pictures(tmp_path, capsys):
     assert code == 2 and "holds another run of short" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("changed, message", [({"commit": "d"}, "differ in commit"), ({"kit": "other"}, "differ in pack"), ({"tokens": 11}, "differ in setting"),
+@pytest.mark.parametrize("changed, message", [({"commit": "d"}, "differ in commit"), ({"data": "other"}, "differ in data"), ({"tokens": 11}, "differ in setting"),
                                               ({"versions": {"torch": "3", "transformers": "5"}}, "differ in torch"), ({"device": "NVIDIA H200 x 1"}, "are of several devices")])
 def test_mixtures_are_refused(tmp_path, capsys, changed, message):
     files = [archive(tmp_path / "short.tar.gz", results_of("short")), archive(tmp_path / "pose.tar.gz", results_of("pose", **changed))]

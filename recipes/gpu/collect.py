@@ -2,7 +2,7 @@
 
     bash recipes/gpu/gpu.sh collect FILE.tar.gz ... [--out docs/results/smollm2-gpu]       # without a file: makes table and pictures again
 
-Refuses results of another device, commit, pack or setting than those beside them, and what is no such archive.
+Refuses results of another device, commit, data or setting than those beside them, and what is no such archive.
 """
 
 import argparse
@@ -55,13 +55,13 @@ def _json(path: Path):
 
 
 def identity(folder: Path) -> dict[str, str]:
-    """{"device", "commit", "torch", "transformers", "pack", "setting"}: what results that stand in one table agree in.  Raises BadInput if one run's own differ."""
+    """{"device", "commit", "torch", "transformers", "data", "setting"}: what results that stand in one table agree in.  Raises BadInput if one run's own differ."""
     stamps = [_json(path) for path in [*sorted(folder.glob("eval/*/*.json")), *folder.glob("train.json")]]
     if not stamps:
         raise BadInput(f"collect: {folder.name}: holds no result; run it longer, or leave it out")
     calls = _json(folder / CALLS)
     try:
-        found = {"device": {str(stamp["device"]) for stamp in stamps}, "commit": {str(stamp["commit"]) for stamp in stamps}, "pack": {call["kit"] for call in calls},
+        found = {"device": {str(stamp["device"]) for stamp in stamps}, "commit": {str(stamp["commit"]) for stamp in stamps}, "data": {call["data"] for call in calls},
                  **{name: {str(stamp["versions"][name]) for stamp in stamps} for name in ("torch", "transformers")}}
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) if (folder / "recipe.yaml").exists() else None
         if recipe is not None:

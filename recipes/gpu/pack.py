@@ -18,7 +18,7 @@ from pathlib import Path
 
 import parts
 
-from endprompt import BadInput, config, corpus, model, provenance
+from endprompt import BadInput, config, corpus, methods, model, provenance
 from endprompt.eval import ruler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ("lm-eval", "more-itertools", "gguf")
 SOURCES = ("endprompt", "eval", "recipes", "ds_configs")
 CALL_MIB = 60  # of the 64 that may travel in a call
-METHODS = ("short", "endprompt", "endprompt_pose", "full_length")
+METHODS = ("short", "endprompt", "full_length", "endprompt_pose")
 
 
 def tree_files() -> list[Path]:
@@ -110,6 +110,8 @@ def gather(arguments, stage: Path) -> dict:
         made = ruler.ensure(tasks, recipe.eval.lengths, tokenizer, arguments.samples, recipe.eval.seed, arguments.cache)
         pack_samples(list(made.values()), stage / "ruler" / "samples.tar.xz")
         copy_scorers(stage / "scorers")
+    # Wheels are no part of it: some are built here, never twice to the same bytes, and results name their versions.
+    about["data"] = hashlib.sha256("".join(f"{path.relative_to(stage)} {parts.sha256(path)}\n" for path in sorted(stage.rglob("*")) if path.is_file()).encode()).hexdigest()
     if not arguments.no_wheels:
         wheels = stage.parent / "wheels"
         if not any(wheels.glob("lm_eval-*.whl")):
@@ -118,12 +120,13 @@ def gather(arguments, stage: Path) -> dict:
     return about
 
 
-def calls(folder: Path, count: int, methods: tuple[str, ...] = METHODS) -> str:
+def calls(folder: Path, count: int, chosen: tuple[str, ...] = METHODS) -> str:
     """The calls of the device machine, as text: the parts first, then a command a method."""
     shown = os.path.relpath(folder, ROOT)
-    lines = [f'carry ["{shown}/{number}"]  timeout 600  command: bash recipes/gpu/gpu.sh unpack {shown}/{number}' for number in range(1, count)]
-    last = f'carry ["{shown}/{count}"]  timeout 600  command: bash recipes/gpu/gpu.sh unpack {shown}/{count} && bash recipes/gpu/gpu.sh run {methods[0]} --out $OUT --budget 500'
-    return "\n".join([*lines, last, *(f"carry []  timeout 600  command: bash recipes/gpu/gpu.sh run {method} --out $OUT --budget 560" for method in methods[1:])])
+    unpack = [f'carry ["{shown}/{number}"]  timeout 600  command: bash recipes/gpu/gpu.sh unpack {shown}/{number}' for number in range(1, count + 1)]
+    # Rows of the target length train four times as long (docs/gpu.md).
+    run = [f"bash recipes/gpu/gpu.sh run {name} --out $OUT --budget {540 if methods.METHODS[name].row_length == 'target' else 400}" for name in chosen]
+    return "\n".join([*unpack[:-1], f"{unpack[-1]} && {run[0]}", *(f"carry []  timeout 600  command: {command}" for command in run[1:])])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets METHOD.tar.gz")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="of this call, starting included")
     parser.add_argument("--tokens", type=int, default=None, help="to train on; default: the recipe's 10 M")
-    parser.add_argument("--samples", type=int, nargs="+", default=None, metavar="N", help="of passkey and RULER, a round each; default: 20, then all that were packed")
+    parser.add_argument("--samples", type=int, nargs="+", default=None, metavar="N", help="of passkey and RULER, a round each; default: 10, then all that were packed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default=None, help="default: the one that was packed")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     code, home = 0, parts.default_home()
     try:
         method, about = methods.get(arguments.method), parts.about(home)
-        rounds = arguments.samples or sorted({min(20, about["samples"]), about["samples"]})
+        rounds = arguments.samples or sorted({min(10, about["samples"]), about["samples"]})
         if not arguments.budget >= LEAST:
             raise BadInput(f"run: --budget {arguments.budget:g}: nothing gets anywhere in less than {LEAST} s")
         if min(rounds) < 1 or max(rounds) > about["samples"]:
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         calls = json.loads(calls_file.read_text()) if calls_file.exists() else []
         same = pack.tree_digest() == about["tree"]
         os.environ["ENDPROMPT_COMMIT"] = str(about["commit"]) + ("" if same or str(about["commit"]).endswith("+changes") else "+changes")
-        calls.append({"run": calls[0]["run"] if calls else uuid.uuid4().hex, "kit": about["kit"], "command": ["run", *(argv or sys.argv[1:])], "steps": []})
+        calls.append({"run": calls[0]["run"] if calls else uuid.uuid4().hex, "data": about["data"], "command": ["run", *(argv or sys.argv[1:])], "steps": []})
         delivery = Delivery(run, arguments.out, calls)
         with runfolder.hold(run / ".gpu.lock"):
             try:
