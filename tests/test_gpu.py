@@ -127,12 +127,12 @@ def test_the_tree_is_known_by_its_code_alone(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "endprompt/eval").symlink_to("../eval")
-    before = pack.tree_digest(tmp_path)
+    before = parts.tree_digest(tmp_path)
     (tmp_path / "endprompt/notes.txt").write_text("no code")
     (tmp_path / "endprompt/eval").unlink()
-    assert pack.tree_digest(tmp_path) == before
+    assert parts.tree_digest(tmp_path) == before
     (tmp_path / "eval/b.py").write_text("other")
-    assert pack.tree_digest(tmp_path) != before
+    assert parts.tree_digest(tmp_path) != before
 
 
 # On the machine
@@ -143,7 +143,7 @@ def home(tmp_path, monkeypatch):
     stage = tmp_path / "stage"
     (stage / "recipe").mkdir(parents=True)
     (stage / "recipe/tiny.yaml").write_text((REPOSITORY / "recipes/tiny.yaml").read_text())
-    about = {"recipe": "tiny.yaml", "set": [], "samples": 4, "commit": "c" * 40, "tree": pack.tree_digest(), "train": "t.jsonl", "heldout": "h.jsonl", "gguf_file": None,
+    about = {"recipe": "tiny.yaml", "set": [], "samples": 4, "commit": "c" * 40, "tree": parts.tree_digest(), "train": "t.jsonl", "heldout": "h.jsonl", "gguf_file": None,
              "data": "d"}
     parts.pack(stage, tmp_path / "parts", 2**30, about)
     monkeypatch.setenv("ENDPROMPT_GPU", str(tmp_path / "home"))

@@ -15,7 +15,6 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import pack
 import parts
 import yaml
 
@@ -121,7 +120,7 @@ def page(place: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gpu.sh collect", description=__doc__.partition("\n")[0])
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="METHOD.tar.gz, as `gpu.sh run` left them in its --out")
-    parser.add_argument("--out", type=Path, default=pack.ROOT / "docs/results/smollm2-gpu", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=parts.ROOT / "docs/results/smollm2-gpu", metavar="DIR")
     arguments = parser.parse_args(argv)
     try:
         places = collect(arguments.files, arguments.out)

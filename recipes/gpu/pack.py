@@ -17,14 +17,13 @@ import tarfile
 from pathlib import Path
 
 import parts
+from parts import ROOT
 
 from endprompt import BadInput, config, corpus, methods, model, provenance
 from endprompt.eval import ruler
 
-ROOT = Path(__file__).resolve().parents[2]
 # What lm-eval 0.4.13 and a GGUF file need beyond benchmarks/gpu_wheels.sh and what such a machine has (importing and running it with these alone was tried).
 WHEELS = ("lm-eval", "more-itertools", "gguf")
-SOURCES = ("endprompt", "eval", "recipes", "ds_configs")
 CALL_MIB = 60  # of the 64 that may travel in a call
 METHODS = ("short", "endprompt", "full_length", "endprompt_pose")
 
@@ -33,16 +32,6 @@ def tree_files() -> list[Path]:
     """The tracked files of the checkout, and those that git does not ignore: what travels with every call."""
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
     return [path for name in listed if name and (path := ROOT / name).is_file() and not path.is_symlink()]
-
-
-def tree_digest(root: Path = ROOT) -> str:
-    """SHA-256 over what runs: code and settings, by name and content."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (root / folder).rglob("*") if path.suffix in (".py", ".sh", ".yaml", ".json") and path.is_file()
-                       and not any(part.is_symlink() for part in path.relative_to(root).parents if part != Path())
-                       and path.relative_to(root).parts[1] != "eval" and "runs" not in path.parts and "__pycache__" not in path.parts):
-        digest.update(f"{path.relative_to(root)}\0{parts.sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def copy_text(source: Path, target: Path) -> str:
@@ -107,7 +96,7 @@ def gather(arguments, stage: Path) -> dict:
     (stage / "recipe").mkdir()
     shutil.copy(arguments.recipe, stage / "recipe")
     about = {"recipe": Path(arguments.recipe).name, "set": arguments.set, "samples": arguments.samples, "commit": provenance.commit(),
-             "tree": tree_digest(), "train": copy_text(arguments.train, stage / "text"), "heldout": copy_text(arguments.heldout, stage / "text"),
+             "tree": parts.tree_digest(), "train": copy_text(arguments.train, stage / "text"), "heldout": copy_text(arguments.heldout, stage / "text"),
              "gguf_file": copy_model(recipe, stage)}
     if about["train"] == about["heldout"]:
         raise BadInput(f"pack: both texts are named {about['train']}; rename one")

@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from endprompt import BadInput
 
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("endprompt", "eval", "recipes", "ds_configs")
 PART = "part.json"
 BLOCK = 2**20
 MIB = 2**20
@@ -34,6 +36,15 @@ def sha256(path: Path, offset: int = 0, size: int | None = None) -> str:
         while left > 0 and (block := file.read(min(BLOCK, left))):
             digest.update(block)
             left -= len(block)
+    return digest.hexdigest()
+
+
+def tree_digest(root: Path = ROOT) -> str:
+    """SHA-256 over what runs: code and settings, by name and content."""
+    digest = hashlib.sha256()
+    names = (path.relative_to(root) for folder in SOURCES for path in (root / folder).rglob("*") if path.suffix in (".py", ".sh", ".yaml", ".json") and path.is_file())
+    for name in sorted(name for name in names if name.parts[:2] != ("endprompt", "eval") and not {"runs", "__pycache__"} & set(name.parts)):
+        digest.update(f"{name}\0{sha256(root / name)}\n".encode())
     return digest.hexdigest()
 
 

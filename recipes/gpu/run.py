@@ -20,7 +20,6 @@ import time
 import uuid
 from pathlib import Path
 
-import pack
 import parts
 
 from endprompt import BadInput, config, methods, runfolder, shards
@@ -109,7 +108,7 @@ class Steps:
         with log.open("ab") as into:
             start = into.tell()
             process = subprocess.Popen([sys.executable, "-m", "endprompt", verb, *self.common, *options], stdin=subprocess.DEVNULL, stdout=into, stderr=subprocess.STDOUT,
-                                       preexec_fn=_die_with_this, cwd=pack.ROOT)
+                                       preexec_fn=_die_with_this, cwd=parts.ROOT)
             asked = ended = False
             try:
                 while process.poll() is None:
@@ -188,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         calls_file = run / "calls.json"
         calls = json.loads(calls_file.read_text()) if calls_file.exists() else []
-        same = pack.tree_digest() == about["tree"]
+        same = parts.tree_digest() == about["tree"]
         os.environ["ENDPROMPT_COMMIT"] = str(about["commit"]) + ("" if same or str(about["commit"]).endswith("+changes") else "+changes")
         calls.append({"run": calls[0]["run"] if calls else uuid.uuid4().hex, "data": about["data"], "command": ["run", *(argv or sys.argv[1:])], "steps": []})
         parts.write_json(calls_file, calls)
