@@ -25,6 +25,7 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
   "$PYTHON" -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$WHEELS"/*.whl
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
+[ -e "$root/endprompt/eval" ] || ln -s ../eval "$root/endprompt/eval"  # what an installation maps (setup.cfg)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 left=$((seconds - SECONDS))
 if [ "$left" -lt 1 ]; then

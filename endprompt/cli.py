@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--model", default=None, metavar="DIR", help="score this Hugging Face model instead of the run's own")
             command.add_argument("--only", action="append", default=[], metavar="TASK:LENGTH", help="score this pair of the recipe's alone; may be repeated")
+            command.add_argument("--budget", type=float, default=None, metavar="SECONDS", help="begin no other pair when these are over, or less is left than the longest "
+                                 "took; the same command goes on")
             command.add_argument("--list", action="store_true", help="print the recipe's pairs TASK:LENGTH, one a line, and stop")
         if name == "inspect":
             command.add_argument("--row", type=int, default=0, metavar="N", help="row to print")
@@ -191,7 +193,9 @@ def _evaluate(arguments, recipe, method, run: Path) -> None:
     if arguments.list:
         print("\n".join(f"{task}:{length or '-'}" for task, length in scoring.pairs(recipe)))
         return
-    scoring.evaluate(recipe, method, run, arguments.model, arguments.only)
+    if arguments.budget is not None and not arguments.budget > 0:
+        raise BadInput(f"--budget {arguments.budget:g}: name a positive number of seconds, or leave it out")
+    scoring.evaluate(recipe, method, run, arguments.model, arguments.only, arguments.budget)
 
 
 def _plan(arguments, recipe, method, run: Path) -> None:

@@ -104,6 +104,7 @@ class EvalSection(Section):
     perplexity_corpus: str | None = None
     perplexity_tokens: int = Field(65536, gt=0)
     perplexity_stride: int = Field(256, gt=0)
+    ruler_samples: str | None = None  # a folder of samples made elsewhere; null: made here
     longbench_data: str | None = None  # a folder of the official jsonl files; null: from the hub
     longbench_length: int = Field(32768, gt=1)  # tokens a prompt is cut to, in its middle
     short_text_samples: int | None = Field(None, gt=0)  # a subtask; null: all

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -21,13 +22,13 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+changes" if tracked files differ from it; None outside a checkout."""
+    """The repository's commit, with "+changes" if tracked files differ from it; outside a checkout what ENDPROMPT_COMMIT says, else None."""
     folder = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("ENDPROMPT_COMMIT") or None
     return head + ("+changes" if changed.strip() else "")
 
 

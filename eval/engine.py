@@ -1,7 +1,8 @@
 """What runs the models: lm-evaluation-harness, made safe for long prompts.
 
 The harness' HF backend cuts a prompt that is too long from the left without failing, pads prompts of different length in one batch, and keeps
-float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` cuts nothing, groups prompts by length, and keeps the scored logits alone.
+float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` cuts nothing, keeps the scored logits alone, and reads prompts without padding: those
+of one length together, or, on a GPU, one after another into a common cache, from which they are answered together.
 """
 
 import functools
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import DynamicCache
 
 from endprompt import BadInput, rope
 
 # Tokens in a batch of generation, and the logits of a batch that is scored in one piece.
 TOKENS_AT_ONCE = 16384
 LOGIT_BYTES = 2**30
+CACHE_SHARE = 0.4  # of a GPU's free memory, for the keys and values of prompts that are answered together; each new token copies a layer's
 NO_LIMIT = 2**31 - 1
 LONGEST_ANSWER = 512  # tokens that the summarization tasks of LongBench generate
 
@@ -32,28 +35,69 @@ class LongLM(HFLM):
 
     def __init__(self, network, tokenizer):
         super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1)
+        # Tokens whose keys and values one batch may hold, or 0: batches are read whole.  Dynamic frequencies are those of the longest row, for every row.
+        self.cached_tokens = 0
+        if self.device.type == "cuda" and network.get_decoder().rotary_emb.rope_type not in ("dynamic", "longrope"):
+            config = network.config
+            bytes_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * rope.head_dimension(config) * network.dtype.itemsize
+            self.cached_tokens = int(CACHE_SHARE * torch.cuda.mem_get_info()[0] / bytes_a_token)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations of ``requests``, in order.  Prompts of equal length share a batch, so that nothing is padded."""
+        """Greedy continuations of ``requests``, in order.  Nothing is padded while it is read."""
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # bars only fill a log
         groups: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[len(self.tok_encode(request.args[0]))].append(index)
         results: list[str] = [""] * len(requests)
-        for length, indices in sorted(groups.items(), reverse=True):
-            self.batch_size_per_gpu = max(1, TOKENS_AT_ONCE // length)
+        for length, indices in self._batches(groups):
+            self.batch_size_per_gpu = max(1, max(self.cached_tokens, TOKENS_AT_ONCE) // length)
             for index, text in zip(indices, super().generate_until([requests[index] for index in indices], disable_tqdm), strict=True):
                 results[index] = text
         return results
+
+    def _batches(self, groups: dict[int, list[int]]) -> list[tuple[int, list[int]]]:
+        """(longest length, requests) of what may share batches, longest first: requests of one length, or neighbours by length as far as the cache reaches."""
+        ordered = sorted(groups.items(), reverse=True)
+        if not self.cached_tokens:
+            return ordered
+        found: list[tuple[int, list[int]]] = []
+        for length, indices in ordered:
+            for index in indices:
+                if not found or (len(found[-1][1]) + 1) * found[-1][0] > self.cached_tokens:
+                    found.append((length, []))
+                found[-1][1].append(index)
+        return found
+
+    @torch.no_grad()
+    def _read(self, ids, mask):
+        """The cache after all tokens but the last of each row of ``ids`` [rows, tokens], padded on the left where ``mask`` is 0; each row is read alone, unpadded."""
+        rows, tokens, layers = len(ids), ids.shape[1] - 1, []
+        for row in range(rows):
+            own = ids[row:row + 1, int((mask[row] == 0).sum()):-1]
+            if not own.shape[1]:
+                continue
+            cache = self.model(own, attention_mask=torch.ones_like(own), use_cache=True, logits_to_keep=1).past_key_values
+            if not layers:
+                layers = [tuple(part.new_zeros(rows, part.shape[1], tokens, part.shape[3]) for part in (layer.keys, layer.values)) for layer in cache.layers]
+            for whole, layer in zip(layers, cache.layers, strict=True):
+                for into, part in zip(whole, (layer.keys, layer.values), strict=True):
+                    into[row, :, -own.shape[1]:] = part[0]
+        found = DynamicCache()
+        for number in range(len(layers)):
+            found.update(*layers.pop(0), number)  # which copies them: a layer at a time is held twice
+        return found
 
     # The score of a sample must not depend on what was scored before it.
     def _model_call(self, *ids, **options):
         rope.forget(self.model)
         return super()._model_call(*ids, **options)
 
-    def _model_generate(self, *ids, **options):
+    def _model_generate(self, context, **options):
         rope.forget(self.model)
-        return super()._model_generate(*ids, **options)
+        if self.cached_tokens and context.shape[1] > 1:
+            mask = options["attention_mask"]
+            options |= {"past_key_values": self._read(context, mask), "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        return super()._model_generate(context, **options)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:

@@ -45,6 +45,7 @@ CHECKSUMS = {  # SHA-256, as the wheel has them
     "data/synthetic/json/hotpotqa.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
     "eval/synthetic/constants.py": "a7041631f24a17defd433f07b65340bec0ff27c9d20ecb852f44cfe1d386c59f",
 }
+SCORING = ("synthetic.yaml", "data/synthetic/constants.py", "eval/synthetic/constants.py")  # the few of them that scoring needs
 WORD_LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 # SHA-256 over the three lists' own.  2.2.0 draws the keys and words of the samples that were published in 2024; 3.0 took four nouns out, which moves every draw.
 WORDS = {"a4f760729bef833cb51dcee82e3c7204527529bdb465d9c16c26c5adc1eeab51": "2.2.0", "1c988c61c58b78a2150c17a973ff46d484f03e0395d8a1014711b0eabcd32c90": "3.0.1"}
@@ -67,11 +68,13 @@ def _folder(module: str) -> Path:
 
 
 @functools.cache
-def package() -> Path:
-    """The folder of NVIDIA's package.  Raises BadInput if it is missing, of another version, or holds a file that is not the wheel's."""
+def package(files: tuple[str, ...] | None = None) -> Path:
+    """The folder of NVIDIA's package.  Raises BadInput if it is missing, of another version, or one of ``files`` (None: of all) is not the wheel's."""
     _installed(PACKAGE, VERSION)
     folder = _folder("long_context_eval")
     for name, expected in CHECKSUMS.items():
+        if files is not None and name not in files:
+            continue
         found = shards.sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
             raise BadInput(f"{PACKAGE}: {name} is not the wheel's (sha256 {found[:12]}, expected {expected[:12]}); "
@@ -106,7 +109,7 @@ def _settings() -> dict[str, dict]:
     """The package's task table: name -> {"task", "args", "tokens_to_generate", "template", "answer_prefix"}, as prepare.py puts it together."""
     import yaml
 
-    folder = package()
+    folder = package(SCORING)
     from long_context_eval.data.synthetic.constants import TASKS as kinds
 
     table = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
@@ -380,15 +383,24 @@ def number(task: str, predictions: list[str | None], references: list[list[str]]
 # lm-evaluation-harness, see eval/tasks/ruler
 
 def dataset(task: str, *, tokenizer: str | None = None, pretrained: str | None = None, model: str | None = None, max_seq_lengths: list[int] | int = 4096,
-            samples: int = 500, seed: int = 42, cache: str | None = None, processes: int | None = None, **_):
-    """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model arguments, of which others are ignored."""
+            samples: int = 500, seed: int = 42, cache: str | None = None, processes: int | None = None, ruler_samples: str | None = None, **_):
+    """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model arguments, of which others are ignored.
+
+    ``ruler_samples``: a folder of samples that were made elsewhere.
+    """
     import datasets
 
     source = next((value for value in (tokenizer, pretrained, model) if isinstance(value, str) and value), None)
     if source is None:
         raise BadInput("RULER's samples are cut to the model's own tokenizer; name it, for example --metadata '{\"tokenizer\": \"FOLDER\", \"max_seq_lengths\": [4096]}'")
     lengths = max_seq_lengths if isinstance(max_seq_lengths, (list, tuple)) else [max_seq_lengths]
-    found = generate([task], lengths, source, samples, seed, None if cache is None else Path(cache), processes)
+    if ruler_samples:
+        from endprompt.eval import ruler_samples as made_elsewhere
+
+        loaded = load_tokenizer(source)
+        found = {(task, length): _reported((task, length), made_elsewhere.take(ruler_samples, task, length, samples, seed, loaded)) for length in lengths}
+    else:
+        found = generate([task], lengths, source, samples, seed, None if cache is None else Path(cache), processes)
     return {"test": datasets.Dataset.from_list([{**sample, "task": task, "max_length": length} for (_, length), made in found.items() for sample in made])}
 
 

@@ -7,16 +7,18 @@ its score in the official scripts' fields, and says where both come from.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
 from endprompt import BadInput, model, provenance, runfolder, shards
 from endprompt.config import Recipe
-from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler
+from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler, ruler_samples
 from endprompt.methods import Method
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
@@ -108,7 +110,7 @@ def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> d
                         "longest": max(options.lengths)}
     found |= {"samples": options.samples, "chat_template": options.chat_template}
     if task.startswith("ruler_"):
-        return found | {"generator": ruler.GENERATION}
+        return found | {"generator": ruler.GENERATION, **({"made_elsewhere": True} if options.ruler_samples else {})}
     if task.startswith("longbench_"):
         return found | {"data": options.longbench_data}
     return found | {"samples": options.short_text_samples, "few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
@@ -125,8 +127,10 @@ class Scorer:
         options = recipe.eval
         source = options.perplexity_corpus and recipe.path(options.perplexity_corpus)
         data = options.longbench_data and recipe.path(options.longbench_data)
+        self.ruler_samples = options.ruler_samples and str(recipe.path(options.ruler_samples) or options.ruler_samples)
         self.metadata = {"tokenizer": folder, "samples": options.samples, "seed": options.seed, "depths": options.depths, "stride": options.perplexity_stride,
                          "scored_tokens": options.perplexity_tokens, "longest": max(options.lengths), "perplexity_corpus": str(source or options.perplexity_corpus or ""),
+                         "ruler_samples": self.ruler_samples,
                          "longbench_data": str(data or options.longbench_data or "") or None, "longbench_length": options.longbench_length}
 
     def score(self, task: str, length: int | None) -> tuple[dict, list[dict]]:
@@ -153,7 +157,7 @@ class Scorer:
             name = task.removeprefix("ruler_")
             predictions = [{"index": document["index"], "outputs": document["outputs"], "pred": answer, "length": document["length"]}
                            for document, answer in zip(documents, answers, strict=True)]
-            found |= {"metric": "string_match_part" if name.startswith("qa_") else "string_match_all", "generator": ruler.generator(),
+            found |= {"metric": "string_match_part" if name.startswith("qa_") else "string_match_all", "generator": self._generator(name, length),
                       "official": ruler.number(name, answers, [document["outputs"] for document in documents]), "lengths": ruler.report(documents, length)}
         else:
             name = task.removeprefix("longbench_")
@@ -163,6 +167,13 @@ class Scorer:
             found |= {"metric": about.metric, "category": about.category, "truncated": sum(document["truncated"] for document in documents),
                       "official": longbench_scores.number(name, answers, [document["answers"] for document in documents], documents[-1]["all_classes"])}
         return found, predictions
+
+
+    def _generator(self, task: str, length: int) -> dict:
+        if not self.ruler_samples:
+            return ruler.generator()
+        options = self.recipe.eval
+        return ruler_samples.generator(ruler_samples.find(self.ruler_samples, task, length, options.samples, options.seed, self.tokenizer)[1])
 
 
 def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
@@ -189,9 +200,10 @@ def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
     return [known[name] for name in dict.fromkeys(only)] if only else list(known.values())
 
 
-def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None, only: list[str] = ()) -> None:
+def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None, only: list[str] = (), budget: float | None = None) -> None:
     """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash of its path> for another model)
-    and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to score; none: all of the recipe's.
+    and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to score, in that order; none: all of the recipe's.
+    budget: seconds, loading included, after which no pair is begun, nor one when less is left than the longest so far took; None: no end.
 
     Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for its task, data are missing, or
     the held-out documents are shorter than a length.
@@ -205,7 +217,7 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     if benched := [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]:
         longbench_scores.check_environment(*benched)
-    todo = _chosen(recipe, only)
+    todo, began, longest, done = _chosen(recipe, only), time.monotonic(), 0.0, 0
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
         for pair in todo:
             held.enter_context(runfolder.hold(folder / f".{_path(Path(), *pair).with_suffix('').as_posix().replace('/', '-')}.lock"))
@@ -214,25 +226,35 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         asked = {(task, length): question(recipe, task, length, identity) for task, length in todo}
         there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
         missing = [(task.removeprefix("ruler_"), length) for (task, length), result in there.items() if result is None and task.startswith("ruler_")]
-        if missing:  # made together, on all cores; the task files find them in the cache
+        if missing and scorer.ruler_samples:  # not after an hour of other tasks
+            for task, at in missing:
+                ruler_samples.find(scorer.ruler_samples, task, at, options.samples, options.seed, tokenizer)
+        elif missing:  # made together, on all cores; the task files find them in the cache
             ruler.ensure([task for task, _ in missing], [length for _, length in missing], temporary, options.samples, options.seed)
         for task, length in todo:
             result = there[task, length]
             if result is None:
+                left, started = math.inf if budget is None else budget - (time.monotonic() - began), time.monotonic()
+                if left < max(longest, 0.001):
+                    print(f"evaluate: {done} of {len(todo)} pairs are scored, and of {budget:g} s {max(0, left):.0f} are left; the same command goes on", flush=True)
+                    break
                 try:
                     scores, predictions = scorer.score(task, length)
                 except ValueError as error:
                     raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
-                result = {"question": asked[task, length], "recipe": recipe.name, "method": method.name, "scores": scores, **provenance.stamp()}
+                seconds = time.monotonic() - started
+                longest = max(longest, seconds)
+                result = {"question": asked[task, length], "recipe": recipe.name, "method": method.name, "scores": scores, "seconds": round(seconds, 2), **provenance.stamp()}
                 path = _path(folder, task, length)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if predictions:
                     shards.write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions).encode())
                 shards.write_json(path, result)
+            done += 1
             form = SHOWN.get(task, "{:.2f}%")
             score, low, high = (form.format(result["scores"][key]) for key in ("score", "low", "high"))
             print(f"{method.name:14} {task:22} {length or '-':>7} {score:>8}  [{low}, {high}]", flush=True)
-    if any(task == "passkey" for task, _ in todo):
+    if any(task == "passkey" for task, _ in todo) and (folder / "passkey").is_dir():
         figures.heatmaps({method.name: figures.read(folder / "passkey")}, folder / "passkey.png")
 
 

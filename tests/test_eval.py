@@ -712,3 +712,35 @@ def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_
         assert (one["question"], one["scores"]) == (two["question"], two["scores"])
     code, _, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", "passkey:64")
     assert code == 2 and "--only passkey:64: the recipe has no such pair; it has passkey:96, passkey:128" in error
+
+
+def test_prompts_answered_together_from_one_cache_are_answered_as_alone(lm, tokenizer, monkeypatch):
+    """What a GPU does: each prompt read without padding, then all of a batch answered together."""
+    prompts = [passkey.build(tokenizer, length, depth, key)[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (96, 0.5, "97531"))]
+    alone = lm.generate_until(requests_of(prompts, max_gen_toks=9), disable_tqdm=True)
+    read, generated, forward, generate = [], [], lm.model.forward, lm.model.generate
+    monkeypatch.setattr(lm, "cached_tokens", 3 * 150)
+    monkeypatch.setattr(lm.model, "forward", lambda *ids, **options: read.append((ids or [options["input_ids"]])[0].shape) or forward(*ids, **options))
+    monkeypatch.setattr(lm.model, "generate", lambda **options: generated.append(tuple(options["input_ids"].shape)) or generate(**options))
+    assert lm.generate_until(requests_of(prompts, max_gen_toks=9), disable_tqdm=True) == alone
+    assert [shape[0] for shape in generated] == [3, 1] and {shape[1] for shape in read if shape[0] == 3} == {1}
+    assert sorted(shape[1] for shape in read if shape[1] > 1) == sorted(len(tokenizer(prompt)["input_ids"]) - 1 for prompt in prompts)
+
+
+def test_a_budget_ends_an_evaluation_between_two_pairs(recipe_file, tmp_path, monkeypatch):
+    """The first pair takes all of it; the same command goes on with the others, and asks nothing again."""
+    path = recipe_file(eval={"lengths": [96, 128, 160]})
+    clock, score = [0.0], run.Scorer.score
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run.Scorer, "score", lambda *asked: clock.__setitem__(0, clock[0] + 20) or score(*asked))
+    command = ("evaluate", path, "base", "--out", tmp_path, "--budget", 30, "--only", "passkey:160", "--only", "passkey:96", "--only", "passkey:128")
+    code, out, error = run_main(*command)
+    assert code == 0 and out.splitlines()[0].split()[:3] == ["base", "passkey", "160"], error
+    assert out.splitlines()[1:] == ["evaluate: 1 of 3 pairs are scored, and of 30 s 10 are left; the same command goes on"]
+    assert [path.name for path in (tmp_path / "small/base/eval/passkey").glob("*.json")] == ["160.json"]
+    code, out, error = run_main(*command)
+    assert code == 0 and [line.split()[2] for line in out.splitlines()[:2]] == ["160", "96"] and "2 of 3" in out and "again" not in error
+    assert json.loads((tmp_path / "small/base/eval/passkey/160.json").read_text())["seconds"] == 20
+    for budget in ("0", "-1", "nan"):
+        code, _, error = run_main("evaluate", path, "base", "--out", tmp_path, "--budget", budget)
+        assert code == 2 and "name a positive number of seconds" in error and error.count("\n") == 1
