@@ -59,7 +59,7 @@ bench: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python benchmarks/prepare.py "$(CORPUS)" --out benchmarks/results/$(MACHINE).json
 	$(BIN)/python benchmarks/ruler.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/results/$(MACHINE).json
 	OMP_NUM_THREADS=2 $(BIN)/python -m endprompt.eval.efficiency --targets 1024 4096 16384 --rows 1 4 --checkpointing none full --out build/steps.json
-	$(BIN)/python benchmarks/collect.py benchmarks/results/$(MACHINE).json build/steps.json
+	$(BIN)/python benchmarks/gather.py benchmarks/results/$(MACHINE).json build/steps.json
 	$(BIN)/python benchmarks/table.py
 
 quality: $(VENV)/.installed

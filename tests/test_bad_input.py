@@ -1235,7 +1235,7 @@ WHOLE = {
               "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"], "train_embed_norm": False}, "sequence_parallel": 1, "bf16": None, "max_steps": 3,
               "run_name": "a", "neftune_noise_alpha": 1.0, "fsdp": None, "lr_scheduler_kwargs": {"a": 1}, "data_seed": 1, "logging_strategy": "steps"},
     "eval": {"tasks": ["passkey"], "lengths": [64], "samples": 4, "depths": 2, "seed": 1, "perplexity_corpus": None, "perplexity_tokens": 64, "perplexity_stride": 32,
-             "longbench_data": None, "longbench_length": 64, "short_text_samples": None, "chat_template": False, "run_unsafe_code": False, "backend": "hf"},
+             "ruler_samples": None, "longbench_data": None, "longbench_length": 64, "short_text_samples": None, "chat_template": False, "run_unsafe_code": False, "backend": "hf"},
 }
 
 

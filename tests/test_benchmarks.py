@@ -86,15 +86,15 @@ def test_a_target_is_met_or_not(scripts):
 
 
 def test_results_are_collected_by_machine(scripts):
-    collect = scripts("collect")
+    gather = scripts("gather")
     steps = result(shape="small", entries=[], ratios={})
-    found = collect.collected({"loss": result(a=1)}, {"s.json": steps, "l.json": {"loss": result("CPU: some, 1 thread(s)", a=2), "startup": result()}})
+    found = gather.collected({"loss": result(a=1)}, {"s.json": steps, "l.json": {"loss": result("CPU: some, 1 thread(s)", a=2), "startup": result()}})
     assert found["efficiency"] == {"small": steps} and found["loss"]["a"] == 2 and set(found) == {"loss", "startup", "efficiency"}
     with pytest.raises(BadInput, match=r"h\.json is of another device than what is there \(CPU: some and NVIDIA H100 x 1\)"):
-        collect.collected(found, {"h.json": {"machine": result("NVIDIA H100 x 1")}})
+        gather.collected(found, {"h.json": {"machine": result("NVIDIA H100 x 1")}})
     for wrong in ({}, {"a": 1}, {"a": {}}):
         with pytest.raises(BadInput, match="is no result of a benchmark"):
-            collect.collected({}, {"w.json": wrong})
+            gather.collected({}, {"w.json": wrong})
 
 
 @pytest.mark.slow

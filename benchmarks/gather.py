@@ -1,6 +1,6 @@
 """Puts result files of one machine into its one file: those of endprompt.eval.efficiency by their shape, those of the benchmarks here by their name.
 
-    python benchmarks/collect.py benchmarks/results/MACHINE.json RESULT.json ...      # a GPU's: all that benchmarks/gpu.sh left in its folder
+    python benchmarks/gather.py benchmarks/results/MACHINE.json RESULT.json ...      # a GPU's: all that benchmarks/gpu.sh left in its folder
 
 What is there already under the same name is replaced; the files must come from one kind of device.
 """
@@ -30,9 +30,9 @@ def collected(there: dict, results: dict[str, dict]) -> dict:
         elif result and all(isinstance(value, dict) and "device" in value for value in result.values()):
             found |= result
         else:
-            raise BadInput(f"collect: {name} is no result of a benchmark")
+            raise BadInput(f"gather: {name} is no result of a benchmark")
         if len(kinds := devices(found)) > 1:
-            raise BadInput(f"collect: {name} is of another device than what is there ({' and '.join(sorted(kinds))}); one file a machine")
+            raise BadInput(f"gather: {name} is of another device than what is there ({' and '.join(sorted(kinds))}); one file a machine")
     return found
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, ValueError) as error:
-        print(f"endprompt: collect: a result cannot be read: {error}", file=sys.stderr)
+        print(f"endprompt: gather: a result cannot be read: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{arguments.into}: {', '.join(sorted(set(found) - {'efficiency'} | set(found['efficiency'])))}")
 
