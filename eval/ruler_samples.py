@@ -25,7 +25,7 @@ def find(folder: str | Path, task: str, length: int, samples: int, seed: int, to
 
     Raises BadInput if there is none.
     """
-    from endprompt.prepare import tokenizer_fingerprint
+    from endprompt.tokenizing import tokenizer_fingerprint
 
     wanted = {"format": ruler.FORMAT, "task": task, "length": length, "seed": seed, "generation": ruler.GENERATION, "tokenizer": tokenizer_fingerprint(tokenizer),
               "split_special_tokens": bool(tokenizer.split_special_tokens)}

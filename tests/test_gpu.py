@@ -319,7 +319,7 @@ def test_a_gguf_model_keeps_this_machines_tokenizer_and_weights(tmp_path):
     import torch
 
     from endprompt import config, methods, model
-    from endprompt.row_stream import tokenizer_fingerprint
+    from endprompt.tokenizing import tokenizer_fingerprint
 
     recipe = config.load(REPOSITORY / "recipes/smollm2-64k-gpu.yaml")
     name = pack.copy_model(recipe, tmp_path)
