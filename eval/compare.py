@@ -17,9 +17,9 @@ from endprompt.eval import figures, intervals, results
 TRAINING = (("tokens", "trained tokens", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("final_text_loss", "text loss", "{:.3f}"),
             ("final_end_prompt_loss", "end-prompt loss", "{:.3f}"))
 # (largest value, format)
-TASKS = {"passkey": (100.0, "{:.0f}%"), "perplexity": (float("inf"), "{:.2f}")}
+TASKS = {"passkey": (100.0, "{:.0f}%"), "multikey": (100.0, "{:.0f}%"), "perplexity": (float("inf"), "{:.2f}")}
 NOTE = ("Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or that of one seed's own samples "
-        "(Wilson for passkey) where there is one seed, or where all seeds agree exactly.")
+        "(Wilson for keys) where there is one seed, or where all seeds agree exactly.")
 
 
 def run_setting(path: Path) -> tuple[int | None, dict]:
@@ -83,7 +83,7 @@ def summary(folders: list[Path]) -> dict[str, dict]:
 
 
 def table(*folders: Path) -> str:
-    """Markdown: a row a method, passkey accuracy and perplexity by length with 95 % intervals, training beside it.
+    """Markdown: a row a method, keys found and perplexity by length with 95 % intervals, training beside it.
 
     With several folders, a seed each, every cell also says of how many seeds it is the mean.
     """
@@ -99,7 +99,7 @@ def table(*folders: Path) -> str:
                 cells.append("not run")
                 continue
             text = form.format(cell["mean"])
-            if several or task == "passkey":
+            if several or task != "perplexity":
                 text += f" [{form.format(cell['low'])}, {form.format(cell['high'])}]"
             cells.append(text + (f" n={cell['seeds']}" if several else ""))
         cells += [form.format(row["training"][key]) if key in row["training"] else "-" for key, _, form in TRAINING]
@@ -121,11 +121,12 @@ def compare(folders: list[Path], out: Path | None = None, title: str | None = No
     (out / "comparison.md").write_text(text + "\n")
     shards.write_json(out / "comparison.json", {"folders": [str(folder) for folder in folders], "methods": found, **provenance.stamp()})
     print(f"{text}\n\n{out / 'comparison.md'}\n{out / 'comparison.json'}")
-    results = {name: rows for name in found if (rows := figures.pool([figures.read(folder / name / "eval" / "passkey") for folder in folders]))}
-    if results:
-        figures.heatmaps(results, out / "comparison.png", title)
-        figures.lines({name: found[name]["passkey"] for name in results}, out / "comparison-lines.png", title)
-        print(f"{out / 'comparison.png'}\n{out / 'comparison-lines.png'}")
+    for task, stem in (("passkey", "comparison"), ("multikey", "comparison-multikey")):
+        results = {name: rows for name in found if (rows := figures.pool([figures.read(folder / name / "eval" / task) for folder in folders]))}
+        if results:
+            figures.heatmaps(results, out / f"{stem}.png", title)
+            figures.lines({name: found[name][task] for name in results}, out / f"{stem}-lines.png", title)
+            print(f"{out / stem}.png\n{out / stem}-lines.png")
 
 
 def main() -> None:

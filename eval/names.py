@@ -11,13 +11,13 @@ SHORT_TEXT = {"mmlu": (5, "acc,none"), "gsm8k": (5, "exact_match,strict-match"),
 
 GROUPS = {"ruler": tuple(f"ruler_{task}" for task in RULER), "longbench": tuple(f"longbench_{task}" for task in LONGBENCH),
           "longbench_zh": tuple(f"longbench_{task}" for task in LONGBENCH_ZH), "short_text": tuple(SHORT_TEXT)}
-TASKS = ("passkey", "perplexity", *(task for group in GROUPS.values() for task in group))
+TASKS = ("passkey", "multikey", "perplexity", *(task for group in GROUPS.values() for task in group))
 
 
 def expand(names: list[str]) -> list[str]:
     """``names`` with each group replaced by its tasks, each once, in order.  Raises ValueError naming what is not known."""
     found = [task for name in names for task in GROUPS.get(name, (name,))]
     if unknown := [name for name in found if name not in TASKS]:
-        raise ValueError(f"there is no task {unknown[0]!r}; use passkey, perplexity, the groups {', '.join(GROUPS)}, or one of their tasks, such as "
+        raise ValueError(f"there is no task {unknown[0]!r}; use passkey, multikey, perplexity, the groups {', '.join(GROUPS)}, or one of their tasks, such as "
                          "ruler_vt, longbench_qasper, mmlu")
     return list(dict.fromkeys(found))

@@ -1,8 +1,9 @@
-"""Passkey retrieval: a five-digit key hidden at a depth of a long filler text, asked for at its end.
+"""Passkey retrieval: a five-digit key hidden at a depth of a long filler text, asked for at its end; and the same among several named keys.
 
 The texts are those of Landmark Attention (Mohtashami & Jaggi, 2023), which LongLoRA and PoSE use too.  A prompt is filled,
 sentence by sentence, to the largest number of tokens that leaves room for the answer inside ``length``.  Only newly generated
-tokens are scored: the first number in them must be the key.
+tokens are scored: the first number in them must be the key.  ``multikey`` is ours, after RULER's niah_multikey_1: KEYS names with a key
+each, at different depths, one of them asked for.  It is for models that are too small for RULER's words.
 """
 
 import random
@@ -15,17 +16,28 @@ HEADER = ("There is an important info hidden inside a lot of irrelevant text. Fi
 FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+KEYS = 4
+NAMES = ("Mara", "Tobin", "Ilse", "Jonas", "Petra", "Edwin", "Nora", "Silas", "Greta", "Oskar", "Lena", "Hugo", "Amara", "Felix", "Rosa", "Anton")
+NAMED_NEEDLE = "The pass key of {name} is {key}."
+NAMED_QUESTION = "What is the pass key of {name}? The pass key of {name} is"
 NEW_TOKENS = 8  # generated: any five digits, one token each, with a space before and room for a sixth digit to show
 
 
-def prompt(key: str, sentences: int, depth: float) -> str:
-    """The test text with ``sentences`` sentences of filler, of which the share ``depth`` stands before the needle."""
-    filler = [FILLER[i % len(FILLER)] for i in range(sentences)]
-    before = round(depth * sentences)
-    return " ".join([HEADER, *filler[:before], NEEDLE.format(key=key), *filler[before:], QUESTION])
+Needle = tuple[float, str]  # (the share of the filler before it, the sentence)
 
 
-def build(tokenizer, length: int, depth: float, key: str) -> tuple[str, int]:
+def prompt(needles: list[Needle], sentences: int, question: str = QUESTION) -> str:
+    """The test text with ``sentences`` sentences of filler and the ``needles`` among them."""
+    filler, placed = [FILLER[i % len(FILLER)] for i in range(sentences)], 0
+    parts = [HEADER]
+    for depth, needle in sorted(needles):
+        before = round(depth * sentences)
+        parts += [*filler[placed:before], needle]
+        placed = before
+    return " ".join([*parts, *filler[placed:], question])
+
+
+def build(tokenizer, length: int, needles: list[Needle], question: str = QUESTION) -> tuple[str, int]:
     """The longest prompt that fits into ``length`` with its answer, and its tokens.  Raises ValueError if none does, or an answer is longer
     than what is generated."""
     if len(tokenizer(" 123456", add_special_tokens=False)["input_ids"]) > NEW_TOKENS:
@@ -33,7 +45,7 @@ def build(tokenizer, length: int, depth: float, key: str) -> tuple[str, int]:
     limit = length - NEW_TOKENS
 
     def tokens(sentences: int) -> int:
-        return len(tokenizer(prompt(key, sentences, depth))["input_ids"])
+        return len(tokenizer(prompt(needles, sentences, question))["input_ids"])
 
     if tokens(0) > limit:
         raise ValueError(f"{length} tokens are too few for a passkey prompt of {tokens(0)} and its answer")
@@ -43,7 +55,7 @@ def build(tokenizer, length: int, depth: float, key: str) -> tuple[str, int]:
         sentences -= 1
     while tokens(sentences + 1) <= limit:
         sentences += 1
-    return prompt(key, sentences, depth), tokens(sentences)
+    return prompt(needles, sentences, question), tokens(sentences)
 
 
 def correct(continuation: str, key: str) -> bool:
@@ -52,19 +64,43 @@ def correct(continuation: str, key: str) -> bool:
     return bool(number) and number[0] == key
 
 
-def documents(tokenizer, lengths: list[int], samples: int, depths: int, seed: int) -> list[dict]:
+def _key(rng: random.Random) -> str:
+    return f"{rng.randrange(10000, 100000)}"
+
+
+def single(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needle], str]]:
+    """(key, needles, question) of a test at each of ``depths``."""
+    keys = [_key(rng) for _ in depths]
+    return [(key, [(depth, NEEDLE.format(key=key))], QUESTION) for key, depth in zip(keys, depths, strict=True)]
+
+
+def named(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needle], str]]:
+    """As ``single``, with KEYS - 1 other names and keys at depths drawn evenly from 0 to 1."""
+    found = []
+    for depth in depths:
+        names, keys = rng.sample(NAMES, KEYS), [_key(rng) for _ in range(KEYS)]
+        while len(set(keys)) < KEYS:  # another's key would pass for the right one
+            keys = [_key(rng) for _ in range(KEYS)]
+        at = [depth, *(rng.random() for _ in range(KEYS - 1))]
+        needles = [(place, NAMED_NEEDLE.format(name=name, key=key)) for place, name, key in zip(at, names, keys, strict=True)]
+        found.append((keys[0], needles, NAMED_QUESTION.format(name=names[0])))
+    return found
+
+
+TASKS = {"passkey": single, "multikey": named}
+
+
+def documents(tokenizer, lengths: list[int], samples: int, depths: int, seed: int, task: str = "passkey") -> list[dict]:
     """The tests: for each length ``samples`` keys, spread evenly over ``depths`` depths from 0 (start) to 1 (end) of the text.
 
-    Each is {"prompt": text, "key": its five digits, "depth": 0..1, "length": the length it is made for, "prompt_tokens": its own}.
-    Raises ValueError if a length is too short for the test.
+    task: one of TASKS.  Each test is {"prompt": text, "key": its five digits, "depth": 0..1, "length": the length it is made for,
+    "prompt_tokens": its own}.  Raises ValueError if a length is too short for the test.
     """
     found = []
     for length in lengths:
-        rng = random.Random(f"{seed}/{length}")
-        keys = [f"{rng.randrange(10000, 100000)}" for _ in range(samples)]
-        for number, key in enumerate(keys):
-            depth = number % depths / max(1, depths - 1)
-            text, tokens = build(tokenizer, length, depth, key)
+        at = [number % depths / max(1, depths - 1) for number in range(samples)]
+        for depth, (key, needles, question) in zip(at, TASKS[task](random.Random(f"{seed}/{length}"), at), strict=True):
+            text, tokens = build(tokenizer, length, needles, question)
             found.append({"prompt": text, "key": key, "depth": depth, "length": length, "prompt_tokens": tokens})
     return found
 

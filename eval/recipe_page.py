@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from endprompt import BadInput, methods
-from endprompt.eval import figures, names, paper, results
+from endprompt.eval import figures, names, paper, passkey, results
 from endprompt.eval.results import Estimate, Missing, Results
 
 FIELDS = ("method", "benchmark", "task", "length", "ours", "low", "high", "samples")
@@ -51,7 +51,7 @@ class Page:
         return sorted({length for found in self.methods.values() for task in tasks for length in found.lengths(task)}, key=lambda length: length or 0)
 
     def benchmarks(self) -> list[str]:
-        groups = {"passkey": ("passkey",), "perplexity": (PERPLEXITY,), "RULER": names.GROUPS["ruler"], "LongBench": names.GROUPS["longbench"] + names.GROUPS["longbench_zh"],
+        groups = {"passkey": ("passkey",), "multikey": ("multikey",), "perplexity": (PERPLEXITY,), "RULER": names.GROUPS["ruler"], "LongBench": names.GROUPS["longbench"] + names.GROUPS["longbench_zh"],
                   "short text": names.GROUPS["short_text"]}
         return [name for name, tasks in groups.items() if self.tasks(tasks)]
 
@@ -66,9 +66,10 @@ class Page:
         return {method: kept for method, cells in means.items() if (kept := {length: _cell(ours) for length, ours in cells.items() if isinstance(ours, Estimate)})}
 
     def draw(self, out: Path) -> None:
-        if rows := {method: kept for method, found in self.methods.items() if (kept := [found.found["passkey", length] for length in found.lengths("passkey")])}:
-            figures.heatmaps(rows, self._picture(out, "passkey"), f"{self.name}: passkey retrieval by length and depth")
-            figures.lines(self.by_length("passkey"), self._picture(out, "passkey_lines"), f"{self.name}: passkey retrieval")
+        for task in passkey.TASKS:
+            if rows := {method: kept for method, found in self.methods.items() if (kept := [found.found[task, length] for length in found.lengths(task)])}:
+                figures.heatmaps(rows, self._picture(out, task), f"{self.name}: {task} retrieval by length and depth")
+                figures.lines(self.by_length(task), self._picture(out, f"{task}_lines"), f"{self.name}: {task} retrieval")
         if curves := self.by_length(PERPLEXITY):
             figures.lines(curves, self._picture(out, PERPLEXITY), f"{self.name}: perplexity on held-out text", "perplexity", None)
         if curves := self.ruler_means():
@@ -101,10 +102,10 @@ class Page:
         parts = [f"# {self.name}", "A cell is ours with its 95 % interval. " + ("Beside the paper's figures they stand in its tables." if self.name in known else
                  "The paper has no figures for this recipe.")]
         ruler = self.tasks(names.GROUPS["ruler"])
-        if columns := [(task, length) for task in self.tasks(("passkey", PERPLEXITY)) for length in self.lengths([task])]:
+        if columns := [(task, length) for task in self.tasks((*passkey.TASKS, PERPLEXITY)) for length in self.lengths([task])]:
             parts.append("## Passkey and perplexity" if ruler else "## In place of RULER: passkey and perplexity")
             parts.append(("" if ruler else "RULER was not run for this recipe, and these do not replace it: passkey retrieval asks for one number in filler text. ")
-                         + "Passkey: keys found in %, Wilson interval. Perplexity: of the same held-out tokens at every length; "
+                         + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval. Perplexity: of the same held-out tokens at every length; "
                          "it hardly separates methods that retrieve very differently.")
             parts.append(grid("method", [f"{task} {length}" for task, length in columns],
                               [(method, [shown(found.mean([column])) for column in columns]) for method, found in self.methods.items()]))

@@ -17,9 +17,9 @@ SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humanev
 
 
 def full_samples(task: str) -> int:
-    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey as many here; LongBench and short text what their data hold;
+    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey and multikey as many here; LongBench and short text what their data hold;
     0 for perplexity."""
-    if task == "passkey" or task.startswith("ruler_"):
+    if task in ("passkey", "multikey") or task.startswith("ruler_"):
         return 500
     if (name := task.removeprefix("longbench_")) in longbench_scores.TASKS:
         return longbench_scores.TASKS[name].samples

@@ -103,7 +103,7 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
 def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> dict:
     """All that the score depends on; a result that answers another question is scored again."""
     options, found = recipe.eval, {"task": task, "length": length, "model": identity, "seed": recipe.eval.seed, "backend": recipe.eval.backend}
-    if task == "passkey":
+    if task in passkey.TASKS:
         return found | {"samples": options.samples, "depths": options.depths}
     if task == "perplexity":
         return found | {"corpus": options.perplexity_corpus, "stride": options.perplexity_stride, "scored_tokens": options.perplexity_tokens,
@@ -148,7 +148,7 @@ class Scorer:
         if task == "perplexity":
             return {"length": length, **perplexity.summary(documents, [-log_likelihood for log_likelihood, _ in answers])}, []
         scores = [sample["score"] for sample in samples]
-        if task == "passkey":
+        if task in passkey.TASKS:
             predictions = [{"key": document["key"], "depth": document["depth"], "pred": answer} for document, answer in zip(documents, answers, strict=True)]
             return {"length": length, **passkey.summary(documents, scores)}, predictions
         low, high = intervals.bootstrap(scores)
@@ -254,8 +254,9 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
             form = SHOWN.get(task, "{:.2f}%")
             score, low, high = (form.format(result["scores"][key]) for key in ("score", "low", "high"))
             print(f"{method.name:14} {task:22} {length or '-':>7} {score:>8}  [{low}, {high}]", flush=True)
-    if any(task == "passkey" for task, _ in todo) and (folder / "passkey").is_dir():
-        figures.heatmaps({method.name: figures.read(folder / "passkey")}, folder / "passkey.png")
+    for task in passkey.TASKS:
+        if any(asked == task for asked, _ in todo) and (folder / task).is_dir():
+            figures.heatmaps({method.name: figures.read(folder / task)}, folder / f"{task}.png")
 
 
 def _path(folder: Path, task: str, length: int | None) -> Path:

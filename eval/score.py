@@ -14,7 +14,7 @@ from pathlib import Path
 from endprompt import BadInput, corpus
 from endprompt.eval import longbench_scores, names, passkey, ruler
 
-BENCHMARKS = {"ruler": names.RULER, "longbench": (*names.LONGBENCH, *names.LONGBENCH_ZH), "passkey": ("passkey",)}
+BENCHMARKS = {"ruler": names.RULER, "longbench": (*names.LONGBENCH, *names.LONGBENCH_ZH), "passkey": tuple(passkey.TASKS)}
 
 
 def read(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:

@@ -48,7 +48,7 @@ order=(plain sharpened half-sharpened unsharpened linear yarn yarn-sharpened wei
 
 one() {  # setting method seed differences trained
   local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other=$OUT/$5/seed$3/tiny/$2 start=$SECONDS keys key
-  local run=$out/tiny/$method options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16)
+  local run=$out/tiny/$method options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16 --set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
   if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi

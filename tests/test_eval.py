@@ -29,6 +29,10 @@ BASE = methods.get("base")
 
 # Passkey: the text
 
+def one_key(key, depth):
+    return [(depth, passkey.NEEDLE.format(key=key))]
+
+
 @pytest.mark.parametrize("hits, total, low, high", [  # R: prop.test(x, n, correct = FALSE)$conf.int
     (50, 100, 0.4038315, 0.5961685), (0, 10, 0.0, 0.2775328), (10, 10, 0.7224672, 1.0), (1, 1, 0.2065493, 1.0), (95, 100, 0.8882495, 0.9784563),
 ])
@@ -69,15 +73,15 @@ def test_prompt_fills_its_length(tokenizer, monkeypatch, depth, filler):
     """It fits with its answer, and with one sentence more it would not."""
     monkeypatch.setattr(passkey, "FILLER", filler)
     for length in [*range(90, 130), 777, 2048]:
-        text, tokens = passkey.build(tokenizer, length, depth, "48213")
+        text, tokens = passkey.build(tokenizer, length, one_key("48213", depth))
         limit, sentences = length - passkey.NEW_TOKENS, sum(text.count(sentence) for sentence in set(filler))
-        assert text == passkey.prompt("48213", sentences, depth) and tokens == len(tokenizer(text)["input_ids"])
-        assert tokens <= limit < len(tokenizer(passkey.prompt("48213", sentences + 1, depth))["input_ids"])
+        assert text == passkey.prompt(one_key("48213", depth), sentences) and tokens == len(tokenizer(text)["input_ids"])
+        assert tokens <= limit < len(tokenizer(passkey.prompt(one_key("48213", depth), sentences + 1))["input_ids"])
 
 
 @pytest.mark.parametrize("depth", [0.0, 1 / 9, 0.5, 1.0])
 def test_key_stands_at_its_depth_and_nowhere_else(tokenizer, depth):
-    text, _ = passkey.build(tokenizer, 700, depth, "48213")
+    text, _ = passkey.build(tokenizer, 700, one_key("48213", depth))
     assert re.findall(r"\d+", text) == ["48213", "48213"]
     before, after = text.split(passkey.NEEDLE.format(key="48213"))
     sentences = [sum(part.count(sentence) for sentence in set(passkey.FILLER)) for part in (before, after)]
@@ -85,17 +89,33 @@ def test_key_stands_at_its_depth_and_nowhere_else(tokenizer, depth):
     assert before.startswith(passkey.HEADER) and after.endswith(passkey.QUESTION)
 
 
-def test_too_short_a_length_is_refused(tokenizer):
-    shortest = len(tokenizer(passkey.prompt("12345", 0, 0))["input_ids"]) + passkey.NEW_TOKENS
-    assert passkey.build(tokenizer, shortest, 0.5, "12345")[1] == shortest - passkey.NEW_TOKENS
+def test_named_keys(tokenizer):
+    """Four names and keys in the filler, each once; the question names the one whose key is the answer, at the depth that the test says."""
+    tests, depths = passkey.documents(tokenizer, [400], 40, 5, 1, "multikey"), set()
+    for test in tests:
+        found = dict(re.findall(r"The pass key of (\w+) is (\d{5})\.", test["prompt"]))
+        asked = re.search(r"What is the pass key of (\w+)\? The pass key of \1 is$", test["prompt"])[1]
+        assert len(found) == len(set(found.values())) == len(re.findall(r"\d+", test["prompt"])) == passkey.KEYS and found[asked] == test["key"]
+        before, after = (sum(part.count(sentence) for sentence in passkey.FILLER) for part in test["prompt"].split(passkey.NAMED_NEEDLE.format(name=asked, key=test["key"])))
+        assert before == round(test["depth"] * (before + after)) and 400 - 20 < test["prompt_tokens"] <= 400 - passkey.NEW_TOKENS
+        depths.add([*found].index(asked))
+    assert depths == {0, 1, 2, 3}  # no habit gives the answer away
+    assert tests == passkey.documents(tokenizer, [400], 40, 5, 1, "multikey") != passkey.documents(tokenizer, [400], 40, 5, 2, "multikey")
     with pytest.raises(ValueError, match="too few for a passkey prompt"):
-        passkey.build(tokenizer, shortest - 1, 0.5, "12345")
+        passkey.documents(tokenizer, [60], 1, 1, 1, "multikey")
+
+
+def test_too_short_a_length_is_refused(tokenizer):
+    shortest = len(tokenizer(passkey.prompt(one_key("12345", 0), 0))["input_ids"]) + passkey.NEW_TOKENS
+    assert passkey.build(tokenizer, shortest, one_key("12345", 0.5))[1] == shortest - passkey.NEW_TOKENS
+    with pytest.raises(ValueError, match="too few for a passkey prompt"):
+        passkey.build(tokenizer, shortest - 1, one_key("12345", 0.5))
 
 
 def test_a_tokenizer_whose_numbers_are_too_long_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(passkey, "NEW_TOKENS", 6)
     with pytest.raises(ValueError, match="six digits with more than the 6 tokens"):
-        passkey.build(tokenizer, 500, 0.5, "12345")
+        passkey.build(tokenizer, 500, one_key("12345", 0.5))
 
 
 # Passkey: the score, with models whose answers are known
@@ -122,10 +142,10 @@ def key_of(prompt):
     return re.search(r"pass key is (\d{5})\.", prompt)[1]
 
 
-def ask_passkey(answer, base, length=300, depths=5, samples=12, seed=1):
+def ask_passkey(answer, base, length=300, depths=5, samples=12, seed=1, task="endprompt_passkey"):
     """(the summary of ``answer``, the model that gave it) through the harness."""
     known = Known(answer)
-    found = engine.run(known, "endprompt_passkey", {"tokenizer": str(base), "max_seq_lengths": [length], "samples": samples, "depths": depths, "seed": seed})["endprompt_passkey"]
+    found = engine.run(known, task, {"tokenizer": str(base), "max_seq_lengths": [length], "samples": samples, "depths": depths, "seed": seed})[task]
     return passkey.summary([sample["doc"] for sample in found], [sample["score"] for sample in found]), known
 
 
@@ -157,6 +177,17 @@ def test_score_of_known_answers(base, name):
         assert [cell["correct"] for cell in scores["cells"]][::4] == [0, 2]
     else:
         assert scores["score"] == expected
+
+
+@pytest.mark.parametrize("which, expected", [("asked", 100), ("first", None), ("nothing", 0)])
+def test_score_among_named_keys(base, which, expected):
+    def answer(prompt):
+        found = re.findall(r"The pass key of (\w+) is (\d{5})\.", prompt)
+        return {"asked": f" {dict(found)[prompt.split()[-2]]}.", "first": f" {found[0][1]}", "nothing": ""}[which]
+
+    scores, known = ask_passkey(answer, base, task="endprompt_multikey", samples=40)
+    assert scores["samples"] == 40 and known.prompts[0].endswith(" is") and all(options["max_gen_toks"] == passkey.NEW_TOKENS for options in known.options)
+    assert scores["score"] == expected if expected is not None else 5 <= scores["score"] <= 60
 
 
 def test_the_model_is_asked_the_prompt_itself(base, tokenizer):
@@ -194,7 +225,7 @@ def requests_of(prompts, **options):
 
 def test_continuations_are_those_of_transformers_alone(lm, tokenizer, monkeypatch):
     """Prompts of different lengths, in their order, without padding: what generate gives for each."""
-    prompts = [passkey.build(tokenizer, length, depth, key)[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (128, 0.5, "97531"))]
+    prompts = [passkey.build(tokenizer, length, one_key(key, depth))[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (128, 0.5, "97531"))]
     shapes, generate = [], lm.model.generate
     monkeypatch.setattr(lm.model, "generate", lambda **options: shapes.append(tuple(options["input_ids"].shape)) or generate(**options))
     found = lm.generate_until(requests_of(prompts), disable_tqdm=True)
@@ -206,7 +237,7 @@ def test_continuations_are_those_of_transformers_alone(lm, tokenizer, monkeypatc
 
 
 def test_batches_hold_so_many_tokens(lm, tokenizer, monkeypatch):
-    prompt = passkey.build(tokenizer, 128, 0, "12345")[0]
+    prompt = passkey.build(tokenizer, 128, one_key("12345", 0))[0]
     tokens = len(tokenizer(prompt)["input_ids"])
     monkeypatch.setattr(engine, "TOKENS_AT_ONCE", 2 * tokens)
     shapes, generate = [], lm.model.generate
@@ -217,7 +248,7 @@ def test_batches_hold_so_many_tokens(lm, tokenizer, monkeypatch):
 
 def test_a_prompt_beyond_the_window_is_not_cut(lm, tokenizer, monkeypatch):
     """The harness would cut it to the config's window of 256 from the left, without failing."""
-    prompt, tokens = passkey.build(tokenizer, 400, 0, "12345")
+    prompt, tokens = passkey.build(tokenizer, 400, one_key("12345", 0))
     assert tokens > lm.model.config.max_position_embeddings
     seen, generate = [], lm.model.generate
     monkeypatch.setattr(lm.model, "generate", lambda **options: seen.append(options["input_ids"]) or generate(**options))
@@ -716,7 +747,7 @@ def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_
 
 def test_prompts_answered_together_from_one_cache_are_answered_as_alone(lm, tokenizer, monkeypatch):
     """What a GPU does: each prompt read without padding, then all of a batch answered together."""
-    prompts = [passkey.build(tokenizer, length, depth, key)[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (96, 0.5, "97531"))]
+    prompts = [passkey.build(tokenizer, length, one_key(key, depth))[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (96, 0.5, "97531"))]
     alone = lm.generate_until(requests_of(prompts, max_gen_toks=9), disable_tqdm=True)
     read, generated, forward, generate = [], [], lm.model.forward, lm.model.generate
     monkeypatch.setattr(lm, "cached_tokens", 3 * 150)

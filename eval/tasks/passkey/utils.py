@@ -1,4 +1,6 @@
-"""The harness' hooks of the passkey task; the texts and rules are in endprompt/eval/passkey.py."""
+"""The harness' hooks of the passkey tasks; the texts and rules are in endprompt/eval/passkey.py."""
+
+import functools
 
 import datasets
 from transformers import AutoTokenizer
@@ -6,9 +8,12 @@ from transformers import AutoTokenizer
 from endprompt.eval import answers, passkey
 
 
-def tests(tokenizer=None, pretrained=None, model=None, max_seq_lengths=(4096,), samples=100, depths=10, seed=42, **_):
-    found = passkey.documents(AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False), max_seq_lengths, samples, depths, seed)
-    return {"test": datasets.Dataset.from_list(found)}
+def tests(task="passkey", tokenizer=None, pretrained=None, model=None, max_seq_lengths=(4096,), samples=100, depths=10, seed=42, **_):
+    known = AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False)
+    return {"test": datasets.Dataset.from_list(passkey.documents(known, max_seq_lengths, samples, depths, seed, task))}
+
+
+named = functools.partial(tests, "multikey")
 
 
 def score(doc, results):
