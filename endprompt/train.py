@@ -276,12 +276,14 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     if own_attention:
         s2.uninstall(network, own_attention)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # Nothing is logged after a checkpoint of the last step.
+    last = trainer.last_metrics or (history[-1] if history else {})
 
     def finish(merge_difference: float | None) -> None:
         summary = {"recipe": recipe.name, "method": method.name, "steps": trainer.state.global_step, "resumed_from": newest.name if newest else None,
                    "rows": manifest["rows"], "tokens": manifest["tokens"], "world_size": arguments.world_size, "seconds": round(seconds, 1), "probe": probe.moved,
                    **({"merge_difference": merge_difference} if adapters else {}),
-                   **{f"final_{key}": value for key, value in trainer.last_metrics.items() if key not in ("epoch",)}, "history": history, **provenance.stamp()}
+                   **{f"final_{key}": value for key, value in last.items() if key not in ("epoch", "step")}, "history": history, **provenance.stamp()}
         shards.write_json(run / "train.json", summary)
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)

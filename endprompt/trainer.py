@@ -25,9 +25,18 @@ def flops_per_token(config, attended: int, layers_frozen: bool = False, head_fro
     return matrices + 6 * config.num_hidden_layers * heads * attended
 
 
+def kinds(target: torch.Tensor, is_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Masks [rows, columns] of the targets of text, of the prompt, and of the prompt without its first token in a row."""
+    later = is_prompt.clone()
+    later[:, 1:] &= is_prompt[:, :-1]
+    later[:, 0] = False
+    return target & ~is_prompt, is_prompt, later
+
+
 class WeightedTrainer(Trainer):
     """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
-    are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted)."""
+    are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted), and of the latter also
+    the mean without the prompt's first token: where the text ends cannot be foretold, what follows the first token can."""
 
     def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
@@ -35,7 +44,8 @@ class WeightedTrainer(Trainer):
         self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
         self.loss_is_scaled_for_ga = True
         self.last_metrics: dict[str, float] = {}
-        self._sums = torch.zeros(4, dtype=torch.float64)  # text nats, text targets, prompt nats, prompt targets; this rank, since the last log
+        # Nats and targets of text, prompt, prompt without its first token; this rank, since the last log.
+        self._sums = torch.zeros(6, dtype=torch.float64)
         self._tokens, self._since = 0, time.perf_counter()
         self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step under way, for the watch
 
@@ -57,10 +67,9 @@ class WeightedTrainer(Trainer):
         with torch.no_grad():
             target = inputs["shift_labels"] >= 0
             if outputs["nll"] is None:  # a kernel that only sums; all of it is text
-                sums = [outputs["loss_sum"], target.sum(), target.new_zeros(()), target.new_zeros(())]
+                sums = [outputs["loss_sum"], target.sum(), *[target.new_zeros(())] * 4]
             else:
-                text = target & ~is_prompt
-                sums = [(outputs["nll"] * text).sum(), text.sum(), (outputs["nll"] * is_prompt).sum(), is_prompt.sum()]
+                sums = [value for kind in kinds(target, is_prompt) for value in ((outputs["nll"] * kind).sum(), kind.sum())]
             self._sums = self._sums.to(target.device) + torch.stack([value.double() for value in sums])
         self._tokens += inputs["input_ids"].numel()
         return (total, outputs) if return_outputs else total
@@ -71,12 +80,12 @@ class WeightedTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            text, texts, prompt, prompts = self.accelerator.reduce(self._sums, "sum").tolist()
+            text, texts, prompt, prompts, later, laters = self.accelerator.reduce(self._sums, "sum").tolist()
             seconds = time.perf_counter() - self._since
             speed = self._tokens * self.args.world_size / seconds
             logs = {**logs, "text_loss": text / max(texts, 1), "tokens_per_second": round(speed, 1)}
             if prompts:
-                logs["end_prompt_loss"] = prompt / prompts
+                logs |= {"end_prompt_loss": prompt / prompts, "end_prompt_later_loss": later / max(laters, 1)}
             if torch.cuda.is_available():
                 name = torch.cuda.get_device_name()
                 peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)

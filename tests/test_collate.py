@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from networks import row
 
 from endprompt.collate import Collator
+from endprompt.trainer import kinds
 
 PAD, TARGET = 0, 512
 COLUMNS = {"row_numbers": torch.int64, "input_ids": torch.int64, "position_ids": torch.int64, "attention_mask": torch.int64, "shift_labels": torch.int64,
@@ -82,3 +83,12 @@ def test_numpy_columns_do_as_well_as_lists():
               "loss_weights": np.array(plain["loss_weights"], np.float32)}
     one, other = collate(plain), collate(arrays)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_kinds_of_targets():
+    """The prompt's first token is counted apart in every row, wherever the row's padding begins; a row may be prompt from its first target on."""
+    prompt = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    target = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    text, every, later = (mask.int().tolist() for mask in kinds(target, prompt))
+    assert text == [[1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]] and every == prompt.int().tolist()
+    assert later == [[0, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]

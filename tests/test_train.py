@@ -45,7 +45,7 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
     events = EventAccumulator(str(two_ranks / "logs"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/text_loss", "train/end_prompt_loss", "train/tokens_per_second", "train/peak_memory_gib"} <= tags
+    assert {"train/loss", "train/text_loss", "train/end_prompt_loss", "train/end_prompt_later_loss", "train/tokens_per_second", "train/peak_memory_gib"} <= tags
     summary = json.loads((two_ranks / "train.json").read_text())
     assert summary["probe"] > 1e-3 and summary["world_size"] == 2 and summary["commit"]
     loss, text, prompt = losses(two_ranks)[0]
