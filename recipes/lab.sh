@@ -18,22 +18,18 @@ EP_1='This is the end of text, please pay attention here.'
 # By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same training: there, a run whose model
 # only needs other sharpening finds its last checkpoint.
 declare -A methods=(
-  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall full_length'
-  [sharpened]='short endprompt pose endprompt_pose full_length'
-  [half-sharpened]='pose pose_sharp pose_recall full_length'
+  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall full_length lceg longlora'
+  [sharpened]='full_length short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall'
-  [linear]=pose_recall
-  [yarn]='short endprompt_pose full_length'
-  [yarn-sharpened]='endprompt_pose full_length'
+  [yarn]='full_length endprompt_pose'
+  [yarn-sharpened]='full_length endprompt_pose'
   [weight-0]=endprompt [weight-1]=endprompt
   [prompt-short]=endprompt [prompt-long]=endprompt [prompts-3]=endprompt
 )
 declare -A different=(
   [plain]=''
   [sharpened]='rope.sharpen=1.0'
-  [half-sharpened]='rope.sharpen=0.5'
   [unsharpened]='rope.sharpen=0.0'
-  [linear]='rope.type=linear'
   [yarn]='rope.type=yarn'
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
   [weight-0]='data.prompt_loss_weight=0.0'
@@ -42,8 +38,8 @@ declare -A different=(
   [prompt-long]="data.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
-declare -A trained=([sharpened]=plain [half-sharpened]=plain [unsharpened]=plain [yarn-sharpened]=yarn)
-order=(plain sharpened half-sharpened unsharpened linear yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
+declare -A trained=([sharpened]=plain [unsharpened]=plain [yarn-sharpened]=yarn)
+order=(plain sharpened unsharpened yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained

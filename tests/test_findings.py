@@ -167,10 +167,11 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (8 + 5 + 4 + 2 + 1 + 3 + 2 + 5) and len(set(asked)) == len(asked)
-    assert ("full_length", "out/sharpened/seed1", "data.seed=1", "train.per_device_train_batch_size=16", "rope.sharpen=1.0") in asked
-    assert ("full_length", "out/yarn-sharpened/seed0", "data.seed=0", "train.per_device_train_batch_size=16", "rope.type=yarn", "rope.sharpen=1.0") in asked
-    assert ("endprompt", "out/prompts-3/seed0", "data.seed=0", "train.per_device_train_batch_size=16",
+    assert len(asked) == 2 + 2 * (10 + 5 + 2 + 2 + 2 + 5) and len(set(asked)) == len(asked)
+    common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
+    assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
+    assert ("full_length", "out/yarn-sharpened/seed0", "data.seed=0", *common, "rope.type=yarn", "rope.sharpen=1.0") in asked
+    assert ("endprompt", "out/prompts-3/seed0", "data.seed=0", *common,
             'data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]') in asked
     assert calls[-1] == "-m endprompt.eval.findings out --out out/findings --title tiny over seeds 0 1"
     done, calls = script(SEEDS="0 1")
