@@ -75,9 +75,12 @@ def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = Non
 
 
 def _colours(names: list[str]) -> dict[str, str]:
-    """One colour a name: a method's own, the same in every picture; others in order."""
+    """One colour a name: a method's own, the same in every picture; others those that are left, in order."""
     known = list(methods.METHODS)
-    return {name: PALETTE[(known.index(name) if name in known else number) % len(PALETTE)] for number, name in enumerate(names)}
+    own = {name: PALETTE[known.index(name) % len(PALETTE)] for name in names if name in known}
+    left = [colour for colour in PALETTE if colour not in own.values()] or PALETTE
+    other = [name for name in names if name not in known]
+    return own | {name: left[number % len(left)] for number, name in enumerate(other)}
 
 
 def _bars(cells: list[dict]) -> list[list[float]]:

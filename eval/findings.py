@@ -1,9 +1,11 @@
-"""What a laboratory of runs says: tables, curves of the losses, keys found by length and by distance, and every number as JSON.
+"""What a laboratory of runs says: tables, differences with intervals, curves of the losses, keys found by length and by distance, and every number as JSON.
 
     python -m endprompt.eval.findings runs/lab --out docs/findings
+    python -m endprompt.eval.findings docs/findings/findings.json --out docs/findings --page docs/findings.md --page README.md
 
-RUNS holds a folder a setting, and in it OUT of recipes/compare.sh: RUNS/<setting>/seed<k>/<recipe>/<method>.  The setting ``plain`` is the one
-that the others are told apart from.
+A folder holds a folder a setting, and in it OUT of recipes/compare.sh: <setting>/seed<k>/<recipe>/<method>.  The setting ``plain`` is the one
+that the others are told apart from.  A findings.json that was written before gives the same tables and pictures without the runs.  A page takes those
+tables that it has a place for, between ``<!-- name -->`` and ``<!-- /name -->``.
 """
 
 import argparse
@@ -12,10 +14,10 @@ import sys
 from pathlib import Path
 
 from endprompt import BadInput, coverage, methods, positions, provenance, shards
-from endprompt.eval import compare, figures, intervals, results
+from endprompt.eval import compare, figures, findings_tables, intervals, passkey, results
 
 PLAIN = "plain"
-STEPS = (8, 64, 128, 192)  # at which the table names the end-prompt loss
+LOSSES = {"text_loss": "text loss", "end_prompt_loss": "end-prompt loss", "end_prompt_later_loss": "end-prompt loss, first token left out"}
 
 
 def settings(runs: Path) -> dict[str, list[Path]]:
@@ -48,12 +50,12 @@ def spread(values: list[float]) -> dict:
 
 
 def losses(runs: list[Path]) -> dict[str, dict[int, dict]]:
-    """{"text_loss" and, where rows have one, "end_prompt_loss": {step: ``spread`` over the seeds' ``runs``}}."""
+    """{those of LOSSES that were logged: {step: ``spread`` over the seeds' ``runs``}}."""
     found: dict[str, dict[int, list[float]]] = {}
     for run in runs:
         record = results.training(run) or {}
         for entry in record.get("history", []):
-            for key in ("text_loss", "end_prompt_loss"):
+            for key in LOSSES:
                 if key in entry:
                     found.setdefault(key, {}).setdefault(entry["step"], []).append(entry[key])
     return {key: {step: spread(values) for step, values in sorted(by_step.items())} for key, by_step in found.items()}
@@ -74,13 +76,13 @@ def never_seen(run: Path, length: int) -> list[tuple[int, int]] | None:
     return coverage.gap(coverage.counted(coverage.pair_counts(rows, manifest["target_length"])[:length]), length)
 
 
-def passkey(runs: list[Path]) -> dict:
-    """Keys found over the seeds' ``runs``: {"mean": cell over all lengths, "distances": {distance: cell} at the greatest length, "never": the
-    spans of distances that the first seed's rows lack, "seen", "unseen": {length: cell} of keys at distances that they have or lack}.
+def keys(runs: list[Path], task: str) -> dict:
+    """Keys found over the seeds' ``runs`` by ``task``: {"mean": cell over all lengths, "distances": {distance: cell} at the greatest length, "never":
+    the spans of distances that the first seed's rows lack, "seen", "unseen": {length: cell} of keys at distances that they have or lack}.
 
     A key at depth d of a text of n tokens is about (1 - d) x n before the question.
     """
-    seeds = [rows for run in runs if (rows := figures.read(run / "eval" / "passkey"))]
+    seeds = [rows for run in runs if (rows := figures.read(run / "eval" / task))]
     if not seeds:
         return {}
     lengths = sorted({row["scores"]["length"] for rows in seeds for row in rows})
@@ -106,8 +108,24 @@ def passkey(runs: list[Path]) -> dict:
     return found
 
 
+def single(folders: list[Path], method: str) -> dict:
+    """What ``method``'s results say a seed: {"values": {task: {length: {seed's folder: score}}}, "samples": {task: {length: keys a seed}}, "commits", "devices"}."""
+    found: dict[str, dict[int, dict[str, float]]] = {task: {} for task in compare.TASKS}
+    samples, commits, devices = {task: {} for task in passkey.TASKS}, set(), set()
+    for folder in folders:
+        for task in compare.TASKS:
+            for row in figures.read(folder / method / "eval" / task):
+                found[task].setdefault(row["scores"]["length"], {})[folder.parent.name] = row["scores"]["score"]
+                if task in passkey.TASKS:
+                    samples[task][row["scores"]["length"]] = row["scores"]["samples"]
+                commits.add(str(row.get("commit"))[:12])
+                devices.add(str(row.get("device")))
+    return {"values": found, "samples": samples, "commits": sorted(commits), "devices": sorted(devices)}
+
+
 def collect(runs: Path) -> list[dict]:
-    """An entry {"setting", "method", "name", "different", "scores": of ``compare.summary``, "passkey", "losses"} for each setting and method below ``runs``."""
+    """An entry {"setting", "method", "name", "different", "scores": of ``compare.summary``, what ``single`` says, "passkey", "multikey": of ``keys``,
+    "losses"} for each setting and method below ``runs``."""
     entries, plain = [], None
     for setting, folders in settings(runs).items():
         for method, scores in compare.summary(folders).items():
@@ -116,74 +134,78 @@ def collect(runs: Path) -> list[dict]:
             plain = plain or recipe
             different = difference(plain, recipe) if setting != PLAIN else ""
             entries.append({"setting": setting, "method": method, "name": f"{method}, {setting}" if different else method, "different": different,
-                            "scores": scores, "passkey": passkey(own), "losses": losses(own)})
+                            "scores": scores, **single(folders, method), **{task: keys(own, task) for task in passkey.TASKS}, "losses": losses(own)})
     return entries
 
 
-def _cell(cell: dict | None, form: str = "{:.0f}") -> str:
-    return "-" if cell is None else f"{form.format(cell['mean'])} [{form.format(cell['low'])}, {form.format(cell['high'])}]"
+def read(path: Path) -> dict:
+    """{"entries", ...} of a findings.json, as ``collect`` made them.  Raises BadInput if it is none."""
+    def numbers(tree: dict) -> dict:
+        return {int(key) if key.isdigit() else key: value for key, value in tree.items()}
+
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), object_hook=numbers)
+        if not all(isinstance(entry["values"], dict) for entry in record["entries"]):
+            raise ValueError("an entry has no values")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise BadInput(f"{path} is no findings.json ({reason}); make it from the runs of recipes/lab.sh") from None
+    return record
 
 
-def table(entries: list[dict]) -> str:
-    """Markdown: a row an entry; keys found in % by length and over all lengths, perplexity at the least and the greatest length, losses at the end."""
-    lengths = sorted({length for entry in entries for length in entry["scores"]["passkey"]})
-    scored = sorted({length for entry in entries for length in entry["scores"]["perplexity"]})
-    ends = list(dict.fromkeys(scored[:1] + scored[-1:]))
-    head = ["method", "setting", "seeds", *[f"keys {length}" for length in lengths], "keys, mean", *[f"perplexity {length}" for length in ends], "text loss", "end-prompt loss"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for entry in entries:
-        scores, training = entry["scores"], entry["scores"]["training"]
-        seeds = max(cell["seeds"] for task in ("passkey", "perplexity") for cell in scores[task].values())
-        lines.append("| " + " | ".join([
-            f"`{entry['method']}`", f"`{entry['different']}`" if entry["different"] else "", str(seeds), *[_cell(scores["passkey"].get(length)) for length in lengths],
-            _cell(entry["passkey"].get("mean")), *[_cell(scores["perplexity"].get(length), "{:.3f}") for length in ends],
-            *[f"{training[key]:.3f}" if key in training else "-" for key in ("final_text_loss", "final_end_prompt_loss")]]) + " |")
-    return "\n".join(lines)
+def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]:
+    """Writes losses.png, keys.png, multikey.png, distances.png, prompts.png and sharpened.png, those of which there is something to show."""
+    plain, drawn = [entry for entry in entries if entry["setting"] == PLAIN], []
+
+    def picture(name: str) -> Path:
+        drawn.append(out / f"{name}.png")
+        return drawn[-1]
+
+    def lines(name: str, chosen: list[dict], task: str = "passkey") -> None:
+        if found := {entry["name"]: entry["scores"][task] for entry in chosen if entry["scores"][task]}:
+            figures.lines(found, picture(name), title, f"{task}: keys found in %")
+
+    panels = {heading: {entry["name"]: entry["losses"][key] for entry in plain if key in entry["losses"]} for key, heading in LOSSES.items()}
+    if panels := {heading: series for heading, series in panels.items() if series}:
+        figures.curves(panels, picture("losses"), title)
+    lines("keys", plain)
+    lines("multikey", plain, "multikey")
+    if found := {entry["name"]: (entry["passkey"]["distances"], entry["passkey"]["never"] or []) for entry in plain if entry["passkey"]}:
+        figures.distances(found, picture("distances"), title)
+    for name, chosen in (("prompts", findings_tables.prompts(entries)), ("sharpened", findings_tables.sharpened(entries))):
+        if any(entry["setting"] != PLAIN for entry in chosen):
+            lines(name, chosen)
+    return drawn
 
 
-def seen_table(entries: list[dict]) -> str:
-    """Markdown: keys found in % at distances that training rows have and at those they lack, for each length where a method has both."""
-    lines = ["| method | length | at distances seen | at distances never seen |", "|---|---|---|---|"]
-    for entry in entries:
-        for length, cell in entry["passkey"].get("unseen", {}).items():
-            lines.append(f"| `{entry['name']}` | {length} | {_cell(entry['passkey']['seen'].get(length))} | {_cell(cell)} |")
-    return "\n".join(lines)
+def findings(source: Path, out: Path, title: str | None = None, pages: list[Path] = ()) -> None:
+    """Writes findings.json, tables.md and the pictures of ``draw`` into ``out``, the tables into ``pages`` too, and prints them.
 
-
-def prompt_table(entries: list[dict]) -> str:
-    """Markdown: the end-prompt loss in nats a token at some steps, mean with least and greatest seed."""
-    lines = ["| method | " + " | ".join(f"step {step}" for step in STEPS) + " |", "|" + "---|" * (len(STEPS) + 1)]
-    for entry in entries:
-        if series := entry["losses"].get("end_prompt_loss"):
-            lines.append(f"| `{entry['name']}` | " + " | ".join(_cell(series.get(step), "{:.3f}") for step in STEPS) + " |")
-    return "\n".join(lines)
-
-
-def findings(runs: Path, out: Path, title: str | None = None) -> None:
-    """Writes findings.json, tables.md, losses.png, keys.png and distances.png into ``out`` and prints the tables.  Raises BadInput if ``runs`` holds none."""
-    entries = collect(runs)
-    plain = [entry for entry in entries if entry["setting"] == PLAIN]
+    source: a folder of runs, or a findings.json.  Raises BadInput if it holds no runs, or a page is missing or has a place twice.
+    """
+    record = read(source) if source.is_file() else {"title": title, "entries": collect(source), **provenance.stamp()}
+    entries, title = record["entries"], title or record.get("title")
+    tables = findings_tables.tables(entries)
+    texts = {page: findings_tables.filled(page, tables) for page in pages}
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join([table(entries), prompt_table(entries), seen_table(entries)])
-    (out / "tables.md").write_text(text + "\n")
-    shards.write_json(out / "findings.json", {"entries": entries, **provenance.stamp()})
-    trained = [entry for entry in plain if entry["losses"]]
-    panels = {heading: {entry["name"]: entry["losses"][key] for entry in trained if key in entry["losses"]}
-              for heading, key in (("text loss", "text_loss"), ("end-prompt loss", "end_prompt_loss"))}
-    figures.curves({heading: series for heading, series in panels.items() if series} or {"text loss": {}}, out / "losses.png", title)
-    figures.lines({entry["name"]: entry["scores"]["passkey"] for entry in plain if entry["scores"]["passkey"]}, out / "keys.png", title)
-    figures.distances({entry["name"]: (entry["passkey"]["distances"], entry["passkey"]["never"] or []) for entry in entries if entry["passkey"]}, out / "distances.png", title)
-    print("\n".join([text, "", *(str(out / name) for name in ("tables.md", "findings.json", "losses.png", "keys.png", "distances.png"))]))
+    text = "\n\n".join(f"<!-- {name} -->\n{table}\n<!-- /{name} -->" for name, table in tables.items())
+    (out / "tables.md").write_text(text + "\n", encoding="utf-8")
+    if not source.is_file():
+        shards.write_json(out / "findings.json", record)
+    for page, content in texts.items():
+        page.write_text(content, encoding="utf-8")
+    print("\n".join([text, "", *map(str, [out / "tables.md", *([] if source.is_file() else [out / "findings.json"]), *draw(entries, out, title), *pages])]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="the folder of the settings' folders")
+    parser.add_argument("source", type=Path, help="the folder of the settings' folders, or a findings.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--title", default=None)
+    parser.add_argument("--page", type=Path, action="append", default=[], metavar="PAGE", help="a page whose tables are replaced")
     arguments = parser.parse_args()
     try:
-        findings(arguments.runs, arguments.out, arguments.title)
+        findings(arguments.source, arguments.out, arguments.title, arguments.page)
     except BadInput as error:
         print(f"findings: {error}", file=sys.stderr)
         raise SystemExit(2) from None

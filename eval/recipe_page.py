@@ -51,7 +51,8 @@ class Page:
         return sorted({length for found in self.methods.values() for task in tasks for length in found.lengths(task)}, key=lambda length: length or 0)
 
     def benchmarks(self) -> list[str]:
-        groups = {"passkey": ("passkey",), "multikey": ("multikey",), "perplexity": (PERPLEXITY,), "RULER": names.GROUPS["ruler"], "LongBench": names.GROUPS["longbench"] + names.GROUPS["longbench_zh"],
+        groups = {**{task: (task,) for task in passkey.TASKS}, "perplexity": (PERPLEXITY,), "RULER": names.GROUPS["ruler"],
+                  "LongBench": names.GROUPS["longbench"] + names.GROUPS["longbench_zh"],
                   "short text": names.GROUPS["short_text"]}
         return [name for name, tasks in groups.items() if self.tasks(tasks)]
 

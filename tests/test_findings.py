@@ -15,14 +15,14 @@ from matplotlib import image
 from test_eval import cells, write_result
 
 from endprompt import BadInput, config, methods
-from endprompt.eval import findings, intervals
+from endprompt.eval import findings, findings_tables, intervals
 
 
-def passkey_result(folder, method, length, by_depth, total=10):
+def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
     """A result with ``by_depth`` {depth: keys found of ``total``}."""
     correct, samples = sum(by_depth.values()), total * len(by_depth)
     low, high = intervals.wilson(correct, samples)
-    write_result(folder, method, "passkey", length, correct=correct, samples=samples, score=100 * correct / samples, low=100 * low, high=100 * high,
+    write_result(folder, method, task, length, correct=correct, samples=samples, score=100 * correct / samples, low=100 * low, high=100 * high,
                  cells=[{"depth": depth, "correct": found, "total": total} for depth, found in by_depth.items()])
 
 
@@ -40,9 +40,10 @@ def runs(recipe_file, tmp_path):
             # Distances 511, 256 and 0 at 512.
             passkey_result(recipe, method, 512, {0.0: 8 + seed, 0.5: seed, 1.0: 10} if method == "endprompt" else {0.0: 0, 0.5: 0, 1.0: 1})
             passkey_result(recipe, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
+            passkey_result(recipe, method, 64, {0.0: 5 + seed, 1.0: 5}, task="multikey")
             write_result(recipe, method, "perplexity", 64, score=3.0 + seed, nats=1.0, low=2.5, high=3.5)
-            history = [{"step": step, "loss": 1.0, "text_loss": 2.0 + seed, **({"end_prompt_loss": 64.0 / step + seed} if method == "endprompt" else {})}
-                       for step in (8, 64)]
+            history = [{"step": step, "loss": 1.0, "text_loss": 2.0 + seed,
+                        **({"end_prompt_loss": 64.0 / step + seed, "end_prompt_later_loss": 8.0 / step} if method == "endprompt" else {})} for step in (8, 64)]
             record = {"seconds": 3.0, "tokens": 4096, "final_text_loss": 2.0 + seed, "final_end_prompt_loss": history[-1].get("end_prompt_loss"), "history": history}
             (recipe / method / "train.json").write_text(json.dumps(record))
     return folder
@@ -64,7 +65,8 @@ def test_numbers(runs):
     assert [entry["different"] for entry in found.values()] == ["", "", "data.prompt_loss_weight=1.0"]
     prompt = found["endprompt"]
     assert prompt["losses"] == {"text_loss": {8: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2}, 64: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2}},
-                                "end_prompt_loss": {8: {"mean": 8.5, "low": 8.0, "high": 9.0, "seeds": 2}, 64: {"mean": 1.5, "low": 1.0, "high": 2.0, "seeds": 2}}}
+                                "end_prompt_loss": {8: {"mean": 8.5, "low": 8.0, "high": 9.0, "seeds": 2}, 64: {"mean": 1.5, "low": 1.0, "high": 2.0, "seeds": 2}},
+                                "end_prompt_later_loss": {8: {"mean": 1.0, "low": 1.0, "high": 1.0, "seeds": 2}, 64: {"mean": 0.125, "low": 0.125, "high": 0.125, "seeds": 2}}}
     assert list(found["short"]["losses"]) == ["text_loss"]
     # 48 and 50 of 60 keys: mean 81.6667, s = 2.3570, t(1) = 12.7062, half 21.1770.
     assert prompt["passkey"]["mean"] == {"mean": pytest.approx(81.6667, abs=1e-3), "low": pytest.approx(60.4896, abs=1e-3), "high": 100.0, "seeds": 2, "interval": "t"}
@@ -81,15 +83,37 @@ def test_numbers(runs):
 
 def test_tables(runs):
     entries = findings.collect(runs)
-    rows = cells(findings.table(entries[:2]))
-    assert rows["`short`"] == {"setting": "", "seeds": "2", "keys 64": "100 [89, 100]", "keys 512": "3 [1, 17]", "keys, mean": "52 [39, 64]",
-                               "perplexity 64": "3.500 [0.000, 9.853]", "text loss": "2.500", "end-prompt loss": "-"}
-    assert rows["`endprompt`"]["end-prompt loss"] == "1.500"
-    assert cells(findings.table(entries[2:]))["`endprompt`"]["setting"] == "`data.prompt_loss_weight=1.0`"
-    assert cells(findings.prompt_table(entries)) == {
-        "`endprompt`": {"step 8": "8.500 [8.000, 9.000]", "step 64": "1.500 [1.000, 2.000]", "step 128": "-", "step 192": "-"},
-        "`endprompt, weight-1`": {"step 8": "8.000 [8.000, 8.000]", "step 64": "1.000 [1.000, 1.000]", "step 128": "-", "step 192": "-"}}
-    assert "| `endprompt` | 512 | 92 [61, 100] | 5 [0, 69] |" in findings.seen_table(entries).splitlines()
+    tables = {name: cells(table) for name, table in findings_tables.tables(entries).items()}
+    assert tables["passkey"]["`short`"] == {"seeds": "2", "64": "100 [89, 100]", "512": "3 [1, 17]", "mean": "52 [39, 64]"}
+    assert tables["multikey"]["`short`"] == {"seeds": "2", "64": "52 [21, 84]", "mean": "52 [21, 84]"}
+    assert tables["perplexity"]["`short`"] == {"seeds": "2", "64": "3.500 [0.000, 9.853]", "text loss": "2.500", "end-prompt loss": "-"}
+    assert tables["perplexity"]["`endprompt`"]["end-prompt loss"] == "1.500"
+    assert list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt`, `data.prompt_loss_weight=1.0`"] and "sharpened" not in tables
+    steps = {f"step {step}": "-" for step in findings_tables.STEPS}
+    losses = findings_tables.prompt_losses(entries[1:2]).splitlines()[2:]
+    assert [list(cells("\n".join(["| method | tokens | " + " | ".join(steps) + " |", "|---|", line])).values())[0] for line in losses] == [
+        {"tokens": "all", **steps, "step 8": "8.500 [8.000, 9.000]", "step 64": "1.500 [1.000, 2.000]"},
+        {"tokens": "all but the first", **steps, "step 8": "1.000 [1.000, 1.000]", "step 64": "0.125 [0.125, 0.125]"}]
+    assert "| `endprompt` | 512 | 92 [61, 100] | 5 [0, 69] |" in findings_tables.seen(entries).splitlines()
+    assert tables["evidence"]["`endprompt`"]["passkey 512"] == tables["passkey"]["`endprompt`"]["512"]
+
+
+def test_contrasts(runs):
+    """endprompt finds 18 and 20 of 30 keys at 512, short one in both seeds: differences 56.67 and 63.33, mean 60, half 12.7062 x 4.714 / sqrt 2 = 42.35."""
+    found = cells(findings_tables.contrasts(findings.collect(runs)))
+    assert found["`endprompt` - `short`"] == {"64": "+0 [-6, +6]", "512": "**+60 [+18, +100]**", "mean": "+30 [+9, +51]", "multikey, mean": "+0 [-21, +21]",
+                                              "perplexity 64, %": "+0.0 [+0.0, +0.0]"}
+    # Weight 1 has the first seed only: there both have the same keys, and the interval is that of 30 keys.
+    assert found["`endprompt, weight-1` - `endprompt`"]["512"].startswith("+0 [-")
+
+
+def test_seeds_that_agree_have_the_interval_of_two_proportions():
+    """8 of 10 and 6 of 10 keys: Wilson's [0.490, 0.943] and [0.313, 0.832] give 0.2 - 0.387 and 0.2 + 0.321."""
+    cell = findings_tables.paired({"a": 80.0, "c": 1.0}, {"a": 60.0, "b": 0.0}, 10)
+    assert cell == {"mean": 20.0, "low": pytest.approx(-18.7, abs=0.05), "high": pytest.approx(52.1, abs=0.05), "seeds": 1, "interval": "samples"}
+    assert findings_tables.paired({"a": 80.0}, {"b": 60.0}, 10) is None
+    pooled = findings_tables.paired({"a": 80.0, "b": 80.0}, {"a": 60.0, "b": 60.0}, 10)
+    assert pooled["seeds"] == 2 and cell["low"] < pooled["low"] < 20 < pooled["high"] < cell["high"]
 
 
 def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
@@ -98,14 +122,41 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matplotlib.axes.Axes, "broken_barh", lambda axis, spans, *rest, **options: grey.append(list(spans)) or draw(axis, spans, *rest, **options))
     code, out, err = run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out", "--title", "two seeds")
     assert code == 0 and not err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"findings.json", "tables.md", "losses.png", "keys.png", "distances.png"}
+    pictures = {"losses.png", "keys.png", "multikey.png", "distances.png", "prompts.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"findings.json", "tables.md", *pictures}
     assert (tmp_path / "out/tables.md").read_text().strip() in out
     record = json.loads((tmp_path / "out/findings.json").read_text())
-    assert len(record["entries"]) == 3 and record.keys() >= {"commit", "versions", "device", "date"}
+    assert len(record["entries"]) == 3 and record.keys() >= {"commit", "versions", "device", "date"} and record["title"] == "two seeds"
     (low, high), = record["entries"][1]["passkey"]["never"]
-    assert grey == [[(64, 448)], [(low, high + 1 - low)], [(low, high + 1 - low)]]
-    for name in ("losses.png", "keys.png", "distances.png"):
+    assert grey == [[(64, 448)], [(low, high + 1 - low)]]
+    for name in pictures:
         assert image.imread(tmp_path / "out" / name).std() > 0.05
+
+    # The same from the numbers alone, and into a page.
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n")
+    code, again, err = run_findings(monkeypatch, capsys, tmp_path / "out/findings.json", "--out", tmp_path / "again", "--page", page)
+    assert code == 0 and not err and (tmp_path / "again/tables.md").read_text() == (tmp_path / "out/tables.md").read_text()
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"tables.md", *pictures}
+    for name in pictures:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    table = findings_tables.tables(findings.collect(runs))["passkey"]
+    assert page.read_text() == f"# A page\n\n<!-- passkey -->\n{table}\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n"
+
+
+@pytest.mark.parametrize("content, page, complaint", [
+    ("{", None, "is no findings.json"), ('{"entries": [{}]}', None, "is no findings.json (no 'values')"), ('{"entries": 3}', None, "is no findings.json"),
+    (None, "no place", "it has no place for a table"), (None, None, "it cannot be read (No such file"),
+])
+def test_unusable_numbers_and_pages(runs, tmp_path, monkeypatch, capsys, content, page, complaint):
+    source = runs
+    if content is not None:
+        source = tmp_path / "findings.json"
+        source.write_text(content)
+    if page is not None:
+        (tmp_path / "page.md").write_text(page)
+    code, out, err = run_findings(monkeypatch, capsys, source, "--out", tmp_path / "out", "--page", tmp_path / "page.md")
+    assert code == 2 and not out and complaint in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_runs_without_shards_or_training_are_shown_as_far_as_they_go(runs, tmp_path):
