@@ -167,7 +167,8 @@ def evidence(entries: list[dict]) -> str:
 def tables(entries: list[dict]) -> dict[str, str]:
     """{name of the place: table} of all that there is to say."""
     found = {"passkey": keys(plain(entries)), "multikey": keys(plain(entries), "multikey"), "perplexity": perplexity(plain(entries)),
-             "prompt-losses": prompt_losses(prompts(entries)), "seen": seen(plain(entries)), "contrasts": contrasts(entries), "prompts": keys(prompts(entries)), "sharpened": keys(sharpened(entries)),
+             "prompt-losses": prompt_losses(prompts(entries)), "seen": seen(plain(entries)), "contrasts": contrasts(entries), "prompts": keys(prompts(entries)),
+             "sharpened": keys(sharpened(entries)),
              "sharpened-multikey": keys(sharpened(entries), "multikey"), "evidence": evidence(entries)}
     return {name: table for name, table in found.items() if table.count("\n") > 1}
 
