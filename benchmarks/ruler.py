@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     from endprompt import config, model
-    from endprompt.eval import ruler
+    from endprompt.eval import names, ruler
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
@@ -31,7 +31,7 @@ def main() -> None:
         recipe.write_text(f"model: {{name_or_path: '{arguments.model}', gguf_file: {arguments.gguf or 'null'}}}\n"
                           "lengths: {physical: 8192, target: 65536}\ndata: {corpus: none, tokens: 8192}\n")
         model.load_tokenizer(config.load(recipe)).save_pretrained(folder / "tokenizer")
-        seconds, tasks = [], arguments.tasks or list(ruler.TASKS)
+        seconds, tasks = [], arguments.tasks or list(names.RULER)
         for _ in ("made", "found"):
             started = time.perf_counter()
             paths = ruler.ensure(tasks, [arguments.length], folder / "tokenizer", arguments.samples, cache=folder / "cache")

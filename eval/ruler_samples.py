@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from endprompt import BadInput
-from endprompt.eval import ruler
+from endprompt.eval import ruler, ruler_package
 
 
 def _question(path: Path) -> dict | None:
@@ -27,7 +27,7 @@ def find(folder: str | Path, task: str, length: int, samples: int, seed: int, to
     """
     from endprompt.tokenizing import tokenizer_fingerprint
 
-    wanted = {"format": ruler.FORMAT, "task": task, "length": length, "seed": seed, "generation": ruler.GENERATION, "tokenizer": tokenizer_fingerprint(tokenizer),
+    wanted = {"format": ruler.FORMAT, "task": task, "length": length, "seed": seed, "generation": ruler_package.GENERATION, "tokenizer": tokenizer_fingerprint(tokenizer),
               "split_special_tokens": bool(tokenizer.split_special_tokens)}
     there = [(path, found) for path in sorted(Path(folder).glob(f"{task}-{length}-*.jsonl")) if (found := _question(path))]
     fitting = [(path, found) for path, found in there if found["samples"] >= samples and all(found.get(key) == value for key, value in wanted.items())]
@@ -45,5 +45,5 @@ def take(folder: str | Path, task: str, length: int, samples: int, seed: int, to
 
 
 def generator(question: dict) -> dict:
-    """What `ruler.generator` said where the samples were made, and how many were drawn."""
+    """What `ruler_package.generator` said where the samples were made, and how many were drawn."""
     return {**{key: question.get(key) for key in ("generation", "words", "sentences", "python", "versions")}, "drawn": question["samples"]}

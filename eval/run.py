@@ -18,7 +18,7 @@ import torch
 
 from endprompt import BadInput, model, provenance, runfolder, shards
 from endprompt.config import Recipe
-from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler, ruler_samples
+from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler, ruler_package, ruler_samples
 from endprompt.methods import Method
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
@@ -110,7 +110,7 @@ def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> d
                         "longest": max(options.lengths)}
     found |= {"samples": options.samples, "chat_template": options.chat_template}
     if task.startswith("ruler_"):
-        return found | {"generator": ruler.GENERATION, **({"made_elsewhere": True} if options.ruler_samples else {})}
+        return found | {"generator": ruler_package.GENERATION, **({"made_elsewhere": True} if options.ruler_samples else {})}
     if task.startswith("longbench_"):
         return found | {"data": options.longbench_data}
     return found | {"samples": options.short_text_samples, "few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
@@ -171,7 +171,7 @@ class Scorer:
 
     def _generator(self, task: str, length: int) -> dict:
         if not self.ruler_samples:
-            return ruler.generator()
+            return ruler_package.generator()
         options = self.recipe.eval
         return ruler_samples.generator(ruler_samples.find(self.ruler_samples, task, length, options.samples, options.seed, self.tokenizer)[1])
 

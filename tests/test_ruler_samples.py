@@ -5,7 +5,7 @@ import json
 import pytest
 
 from endprompt import BadInput
-from endprompt.eval import ruler, ruler_samples
+from endprompt.eval import ruler, ruler_package, ruler_samples
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def folder(tmp_path, base):
     from endprompt.prepare import tokenizer_fingerprint
 
     question = {"task": "vt", "length": 1024, "format": ruler.FORMAT, "tokenizer": tokenizer_fingerprint(ruler.load_tokenizer(base)), "split_special_tokens": False,
-                "samples": 5, "seed": 42, "generation": ruler.GENERATION, "words": "w", "sentences": "s", "python": "3.1", "versions": {"nltk": "0"}}
+                "samples": 5, "seed": 42, "generation": ruler_package.GENERATION, "words": "w", "sentences": "s", "python": "3.1", "versions": {"nltk": "0"}}
     rows = [{"index": number, "input": f"prompt {number}", "outputs": [f"{number}"], "length": 1000} for number in range(5)]
     folder = tmp_path / "samples"
     folder.mkdir()
@@ -23,11 +23,11 @@ def folder(tmp_path, base):
 
 
 def test_the_first_so_many_are_taken_without_the_packages_data(folder, base, monkeypatch):
-    monkeypatch.setattr(ruler, "generator", lambda: pytest.fail("the generator was asked"))
+    monkeypatch.setattr(ruler_package, "generator", lambda: pytest.fail("the generator was asked"))
     found = ruler.dataset("vt", tokenizer=str(base), max_seq_lengths=[1024], samples=3, ruler_samples=str(folder))["test"]
     assert [row["input"] for row in found] == ["prompt 0", "prompt 1", "prompt 2"] and found[0]["max_length"] == 1024
     path, question = ruler_samples.find(folder, "vt", 1024, 5, 42, ruler.load_tokenizer(base))
-    assert path.parent == folder and ruler_samples.generator(question) == {"generation": ruler.GENERATION, "words": "w", "sentences": "s", "python": "3.1",
+    assert path.parent == folder and ruler_samples.generator(question) == {"generation": ruler_package.GENERATION, "words": "w", "sentences": "s", "python": "3.1",
                                                                           "versions": {"nltk": "0"}, "drawn": 5}
 
 
@@ -58,16 +58,16 @@ def test_another_tokenizer_and_damage_are_refused(folder, base):
 
 def test_scoring_needs_the_scorers_alone(monkeypatch):
     """Where the samples come from elsewhere, the package's data need not be there."""
-    for function in (ruler.package, ruler._settings):
+    for function in (ruler_package.package, ruler_package.settings):
         function.cache_clear()
-    monkeypatch.setitem(ruler.CHECKSUMS, "data/synthetic/json/hotpotqa.json", "0" * 64)
+    monkeypatch.setitem(ruler_package.CHECKSUMS, "data/synthetic/json/hotpotqa.json", "0" * 64)
     assert ruler.score("vt", ["ABC"], [["abc", "def"]]) == [50.0]
     with pytest.raises(BadInput, match="hotpotqa.json is not the wheel's"):
-        ruler.package()
-    monkeypatch.setitem(ruler.CHECKSUMS, "synthetic.yaml", "0" * 64)
-    for function in (ruler.package, ruler._settings):
+        ruler_package.package()
+    monkeypatch.setitem(ruler_package.CHECKSUMS, "synthetic.yaml", "0" * 64)
+    for function in (ruler_package.package, ruler_package.settings):
         function.cache_clear()
     with pytest.raises(BadInput, match="synthetic.yaml is not the wheel's"):
         ruler.score("vt", ["ABC"], [["abc"]])
-    for function in (ruler.package, ruler._settings):
+    for function in (ruler_package.package, ruler_package.settings):
         function.cache_clear()

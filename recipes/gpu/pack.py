@@ -20,7 +20,7 @@ import parts
 from parts import ROOT
 
 from endprompt import BadInput, config, corpus, methods, model, provenance
-from endprompt.eval import ruler
+from endprompt.eval import ruler, ruler_package
 
 # What lm-eval 0.4.13 and a GGUF file need beyond benchmarks/gpu_wheels.sh and what such a machine has (importing and running it with these alone was tried).
 WHEELS = ("lm-eval", "more-itertools", "gguf")
@@ -67,11 +67,11 @@ def copy_model(recipe, stage: Path) -> str | None:
 
 def copy_scorers(target: Path) -> None:
     """Of NVIDIA's package what scoring needs: three files of its own, and what names its version."""
-    found = ruler.package()
-    for name in ruler.SCORING:
+    found = ruler_package.package()
+    for name in ruler_package.SCORING:
         (target / "long_context_eval" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(found / name, target / "long_context_eval" / name)
-    about, = (file.locate() for file in importlib.metadata.files(ruler.PACKAGE) if file.name == "METADATA")
+    about, = (file.locate() for file in importlib.metadata.files(ruler_package.PACKAGE) if file.name == "METADATA")
     (target / Path(about).parent.name).mkdir(parents=True, exist_ok=True)
     shutil.copy(about, target / Path(about).parent.name)
 

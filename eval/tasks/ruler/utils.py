@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from endprompt.eval import ruler
+from endprompt.eval import names, ruler
 
 process_results = ruler.process_results
-globals().update({task: partial(ruler.dataset, task) for task in ruler.TASKS})
+globals().update({task: partial(ruler.dataset, task) for task in names.RULER})
