@@ -7,12 +7,11 @@ it), 1 failure while running.
 import argparse
 import contextlib
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
 
-from endprompt import BadInput, Failure, __version__
+from endprompt import BadInput, Failure, __version__, launch
 
 MOST_WORKERS = 1024
 
@@ -68,7 +67,7 @@ def _claim(recipe, method, run: Path):
     training belongs to another recipe."""
     import yaml
 
-    from endprompt import config, shards
+    from endprompt import config, settings_file, shards
 
     # How often to report or save does not change what is trained.
     harmless = {"logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "dataloader_num_workers"}
@@ -77,7 +76,7 @@ def _claim(recipe, method, run: Path):
         raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
     before = path.read_bytes() if path.exists() else None
     if before is not None and ((run / "checkpoints").exists() or (run / "model").exists()):
-        old, new = config.parse_yaml(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
+        old, new = settings_file.parse(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
         sections = ("model", "lengths", "data", "rope", "train")
         if not isinstance(old, dict) or not all(isinstance(old.get(section) or {}, dict) for section in sections):
             raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
@@ -226,40 +225,6 @@ def _inspect(arguments, recipe, method, run: Path) -> None:
     print(inspection.describe(folder, manifest, tokenizer, arguments.row))
 
 
-def _launched(environment) -> None:
-    """Raises BadInput unless what torchrun or deepspeed put into ``environment`` (or what was left there by hand) can start ranks.
-
-    Left to torch, most of these end in a wait of minutes for ranks that never come.
-    """
-    numbers = {}
-    for name, low, high in (("WORLD_SIZE", 1, 2**20), ("RANK", 0, 2**20), ("LOCAL_WORLD_SIZE", 1, 2**20), ("LOCAL_RANK", 0, 2**20), ("MASTER_PORT", 1, 65535)):
-        if name in environment:
-            if not re.fullmatch(r"[0-9]{1,9}", environment[name]) or not low <= int(environment[name]) <= high:
-                raise BadInput(f"environment: {name}={environment[name][:40]!r} is no whole number from {low} to {high}; unset it, or start with torchrun or deepspeed")
-            numbers[name] = int(environment[name])
-    ranks = numbers.get("WORLD_SIZE", 1)
-    for name, most in (("RANK", ranks), ("LOCAL_RANK", numbers.get("LOCAL_WORLD_SIZE", ranks))):
-        if numbers.get(name, 0) >= most:
-            raise BadInput(f"environment: {name} is {numbers[name]}, but of {most} ranks the last is {most - 1}; unset it, or start with torchrun or deepspeed")
-    if ranks > 1 and (absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
-        raise BadInput(f"environment: WORLD_SIZE is {ranks}, but {', '.join(absent)} is missing; unset it, or start with torchrun or deepspeed")
-    threads = environment.get("OMP_NUM_THREADS", "1")
-    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*)*", threads):
-        raise BadInput(f"environment: OMP_NUM_THREADS={threads[:40]!r} is no number of threads; set it to 1 or more, or unset it")
-
-
-def _end_with_launcher() -> None:
-    """A killed torchrun cannot end its ranks, which would wait for each other for ever, or go on and keep their GPUs: the kernel sends them
-    SIGTERM instead (Linux's prctl), which ends them, or, while they train, has them save first."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            raise SystemExit(143)
-
-
 def _check_out(out: Path, run: Path, writes: bool) -> None:
     """Raises BadInput unless ``run`` is a folder or can become one and, if the command ``writes``, takes files; leaves nothing."""
     for above in [run, *run.parents]:
@@ -285,9 +250,9 @@ def main(argv: list[str] | None = None) -> None:
             _status(arguments)
             return
         if arguments.command == "train":
-            _end_with_launcher()
+            launch.end_with_launcher()
             try:
-                _launched(os.environ)
+                launch.check(os.environ)
             except BadInput:
                 speaks = True  # there may be no rank 0
                 raise

@@ -1,7 +1,6 @@
 """The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
 
 import json
-import re
 import reprlib
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from endprompt import BadInput, methods, training_keys
+from endprompt import BadInput, methods, settings_file, training_keys
 from endprompt.eval import names
 from endprompt.rope import TYPES
 from endprompt.training_keys import Lora
@@ -17,9 +16,6 @@ from endprompt.training_keys import Lora
 # The three prompts the paper measures (Eq. 10, appendix B.1).
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
 
-# No recipe comes near them.  YAML's aliases let a page of text stand for a terabyte, which the count of values catches.
-FILE_BYTES = 2**20
-VALUES, DEPTH = 100_000, 32
 NAME_BYTES = 200
 
 
@@ -177,7 +173,7 @@ class Recipe(Section):
     def deepspeed(self) -> dict[str, Any] | None:
         """DeepSpeed's options, from the recipe itself or from the file it names; None without."""
         given = self.train.get("deepspeed")
-        return json.loads(read_small(Path(given))) if isinstance(given, str) else given
+        return json.loads(settings_file.read(Path(given))) if isinstance(given, str) else given
 
     def dump(self, method: str) -> str:
         return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
@@ -189,68 +185,16 @@ def defaults() -> dict[str, Any]:
             and issubclass(field.annotation, Section) for key, inner in field.annotation.model_fields.items() if not inner.is_required()}
 
 
-class Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error and 2e-5 is a number (YAML 1.1 reads it as text)."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {reprlib.repr(key)} is not text; quote it")
-            if key in seen:
-                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def _plain(tree: Any) -> None:
-    """Raises BadInput unless ``tree`` is text, numbers, booleans, null, and lists and mappings of them, of a size that a person writes."""
-    waiting, values = [(tree, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        values += 1
-        if depth > DEPTH or values > VALUES:
-            raise BadInput(f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself; write it out, and shorter")
-        if isinstance(value, dict | list):
-            waiting += ((item, depth + 1) for item in (value if isinstance(value, list) else [*value, *value.values()]))
-        elif isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise BadInput(f"{reprlib.repr(value)} holds half of a UTF-16 surrogate pair, which is no text; mend it") from None
-        elif not isinstance(value, bool | int | float | None):
-            raise BadInput(f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it is text")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What stands in ``text``.  Raises BadInput beginning with ``where`` if it is not YAML, gives a key twice, or holds other than plain values."""
-    try:
-        tree = yaml.load(text, Loader)
-        _plain(tree)
-        return tree
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:  # "!!int x" and the like raise what they meet
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise BadInput(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
-
-
 def _override(tree: dict, assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts) or len(parts) > DEPTH:
+    if not equals or not all(parts) or len(parts) > settings_file.DEPTH:
         raise BadInput(f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set lengths.target=32768")
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise BadInput(f"--set {assignment}: {part!r} is a value, not a section; give its keys to a section")
-    tree[parts[-1]] = parse_yaml(value, f"--set {key}")
+    tree[parts[-1]] = settings_file.parse(value, f"--set {key}")
 
 
 def _message(error: ValidationError) -> str:
@@ -270,17 +214,6 @@ def _message(error: ValidationError) -> str:
                          else item["msg"].removeprefix("Value error, ") if key in ("lengths", "data", "eval")
                          else f"{key}: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(found)
-
-
-def read_small(path: Path) -> str:
-    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above FILE_BYTES."""
-    if path.exists() and not path.is_dir() and not path.is_file():
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        data = file.read(FILE_BYTES + 1)
-    if len(data) > FILE_BYTES:
-        raise ValueError(f"it is larger than {FILE_BYTES} bytes")
-    return data.decode("utf-8")
 
 
 def _name(name: Any, source: str) -> str:
@@ -305,12 +238,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
     path = Path(path)
     try:
-        text = read_small(path)
+        text = settings_file.read(path)
     except FileNotFoundError:
         raise BadInput(f"recipe: there is no file {path}; recipes/ holds the ones that come with the repository") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
-    tree = parse_yaml(text, str(path))
+    tree = settings_file.parse(text, str(path))
     if not isinstance(tree, dict):
         raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
     # A resolved copy names its recipe and method: it loads again under the same name.
@@ -338,7 +271,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         if found is None or not found.is_file():
             raise BadInput(f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json")
         try:
-            options = json.loads(read_small(found))
+            options = json.loads(settings_file.read(found))
         except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/") from None
         _zero_options(options, f"{path}: train.deepspeed: {found}")

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from endprompt import BadInput, cli, config, corpus, methods, model, prepare, shards, tokenizing
+from endprompt import BadInput, config, corpus, launch, methods, model, prepare, shards, tokenizing
 
 
 def refused(result, *telling):
@@ -1163,7 +1163,7 @@ def test_environment(recipe_file, out, bare, monkeypatch, variables, telling):
     {}, {"OMP_NUM_THREADS": "4,2"}, {"MASTER_PORT": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
     {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}])
 def test_environments_that_launchers_make(variables):
-    cli._launched(variables)
+    launch.check(variables)
 
 
 TMPDIRS = {"none": lambda path: None, "a file": Path.touch, "a link to nothing": lambda path: path.symlink_to("gone"), "a pipe": fifo}

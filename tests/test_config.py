@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, run_main
 
-from endprompt import BadInput, config, methods
+from endprompt import BadInput, config, methods, settings_file
 
 RECIPES = sorted(path for path in (REPOSITORY / "recipes").glob("*.yaml") if path.name != "sft.yaml")  # that one is TRL's, see test_sft.py
 ZERO_FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -23,7 +23,7 @@ def name(path):
     ("0.1", 0.1), ("12", 12), ("1e", "1e"), ("e5", "e5"), ("2e-5x", "2e-5x"), ("'2e-5'", "2e-5"), ("", None), ("null", None), ("[1e3, a]", [1000.0, "a"]),
 ])
 def test_yaml_values(text, value):
-    read = config.parse_yaml(text, "here")
+    read = settings_file.parse(text, "here")
     assert read == value and type(read) is type(value)
 
 
@@ -39,7 +39,7 @@ def test_yaml_values(text, value):
 ])
 def test_yaml_errors(text, telling):
     with pytest.raises(BadInput, match="^here: ") as caught:
-        config.parse_yaml(text, "here")
+        settings_file.parse(text, "here")
     assert telling in str(caught.value)
 
 

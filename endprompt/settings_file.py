@@ -1,0 +1,77 @@
+"""Files of settings that anyone may have written: read up to a size, parsed as plain YAML without surprises."""
+
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from endprompt import BadInput
+
+# No recipe comes near them.  YAML's aliases let a page of text stand for a terabyte, which the count of values catches.
+FILE_BYTES = 2**20
+VALUES, DEPTH = 100_000, 32
+
+
+def read(path: Path) -> str:
+    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above FILE_BYTES."""
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        data = file.read(FILE_BYTES + 1)
+    if len(data) > FILE_BYTES:
+        raise ValueError(f"it is larger than {FILE_BYTES} bytes")
+    return data.decode("utf-8")
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error and 2e-5 is a number (YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {reprlib.repr(key)} is not text; quote it")
+            if key in seen:
+                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def _plain(tree: Any) -> None:
+    """Raises BadInput unless ``tree`` is text, numbers, booleans, null, and lists and mappings of them, of a size that a person writes."""
+    waiting, values = [(tree, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        if depth > DEPTH or values > VALUES:
+            raise BadInput(f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself; write it out, and shorter")
+        if isinstance(value, dict | list):
+            waiting += ((item, depth + 1) for item in (value if isinstance(value, list) else [*value, *value.values()]))
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise BadInput(f"{reprlib.repr(value)} holds half of a UTF-16 surrogate pair, which is no text; mend it") from None
+        elif not isinstance(value, bool | int | float | None):
+            raise BadInput(f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it is text")
+
+
+def parse(text: str, where: str) -> Any:
+    """What stands in ``text``.  Raises BadInput beginning with ``where`` if it is not YAML, gives a key twice, or holds other than plain values."""
+    try:
+        tree = yaml.load(text, Loader)
+        _plain(tree)
+        return tree
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:  # "!!int x" and the like raise what they meet
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise BadInput(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
