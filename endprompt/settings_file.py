@@ -14,14 +14,14 @@ FILE_BYTES = 2**20
 VALUES, DEPTH = 100_000, 32
 
 
-def read(path: Path) -> str:
-    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above FILE_BYTES."""
+def read(path: Path, most: int = FILE_BYTES) -> str:
+    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above ``most`` bytes."""
     if path.exists() and not path.is_dir() and not path.is_file():
         raise ValueError("it is no regular file")
     with path.open("rb") as file:
-        data = file.read(FILE_BYTES + 1)
-    if len(data) > FILE_BYTES:
-        raise ValueError(f"it is larger than {FILE_BYTES} bytes")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most} bytes")
     return data.decode("utf-8")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from endprompt import BadInput
+from endprompt import BadInput, settings_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,14 +78,8 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """What stands in a manifest or the like.  Raises OSError, or ValueError if it is not JSON in UTF-8, no regular file, or larger than MANIFEST_BYTES."""
-    if path.exists() and not path.is_dir() and not path.is_file():
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        data = file.read(MANIFEST_BYTES + 1)
-    if len(data) > MANIFEST_BYTES:
-        raise ValueError(f"it is larger than {MANIFEST_BYTES} bytes")
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(settings_file.read(path, MANIFEST_BYTES))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
