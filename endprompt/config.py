@@ -58,6 +58,8 @@ class DataSection(Section):
     recall_share: float = Field(0.25, gt=0, le=0.5)  # of a row's tokens, for methods that repeat spans of its text
     recall_cue: int = Field(4, gt=0)  # tokens of a span that name the place, without loss
     recall_tokens: int = Field(16, gt=0)  # tokens of a span after its cue
+    match_pieces: int = Field(4, ge=2)  # a row, for methods that bring together what repeats; a power of two
+    match_tokens: int = Field(5, gt=0)  # as many in a row that two pieces share count once
     rows_per_shard: int = Field(4096, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -76,6 +78,13 @@ class DataSection(Section):
     def worded(cls, value):
         if any(not prompt.strip() for prompt in value):
             raise ValueError("an end prompt without text; name EP_1, EP_2, EP_3 or write one")
+        return value
+
+    @field_validator("match_pieces")
+    @classmethod
+    def halved(cls, value):
+        if value & (value - 1):
+            raise ValueError(f"{value} is no power of two, and pieces are brought together by twos; use 2, 4, 8")
         return value
 
     @model_validator(mode="after")

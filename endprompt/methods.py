@@ -29,6 +29,7 @@ class Method:
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
     rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
     whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
+    matched: a row is ``data.match_pieces`` pieces of a stretch of L tokens that repeat something of each other (endprompt/matching.py).
     sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved (endprompt/sharpen.py), unless the
         recipe's ``rope.sharpen`` names another power; 0 leaves them.
     attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
@@ -41,6 +42,7 @@ class Method:
     end_prompt: bool = False
     recall: bool = False
     chunked: bool = False
+    matched: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
     rope_share: dict[str, float] = field(default_factory=dict, hash=False)
@@ -90,3 +92,5 @@ register(Method("longlora", "shifted sparse attention, LoRA with embeddings and 
 register(Method("pose_sharp", "pose on YaRN, attention sharpened by ln L / ln C when training is over", positions.skipwise, chunked=True, rope="yarn", sharpen=1.0))
 register(Method("pose_recall", "pose_sharp, whose rows end in spans of their own text repeated at far positions", positions.skipwise_then_recall,
                 recall=True, chunked=True, rope="yarn", sharpen=1.0))
+register(Method("pose_matched", "pose_sharp, whose rows are pieces of text that repeat something of each other, from all over L tokens", positions.skipwise,
+                chunked=True, matched=True, rope="yarn", sharpen=1.0))

@@ -15,7 +15,7 @@ from pathlib import Path
 from endprompt import BadInput, corpus, shards
 from endprompt.config import Recipe
 from endprompt.methods import Method
-from endprompt.row_stream import Cursor, end_prompts, row_maker
+from endprompt.row_stream import Cursor, end_prompts, row_maker, rows_at_once
 from endprompt.tokenizing import tokenized, tokenizer_fingerprint
 
 PROGRESS = "progress.json"
@@ -33,7 +33,8 @@ def settings(recipe: Recipe, method: Method, tokenizer) -> dict:
         "seed": recipe.data.seed, "rows_per_shard": recipe.data.rows_per_shard, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "end_prompts": [{"name": prompt.name, "text": prompt.text, "ids": prompt.ids.tolist()} for prompt in prompts],
         "prompt_loss_weight": recipe.data.prompt_loss_weight if prompts else None,
-        **({"pose_chunks": recipe.data.pose_chunks, "pose_text": recipe.data.pose_text} if method.chunked else {}),
+        **({"pose_chunks": recipe.data.pose_chunks, "pose_text": recipe.data.pose_text} if method.chunked and not method.matched else {}),
+        **({key: getattr(recipe.data, key) for key in ("match_pieces", "match_tokens")} if method.matched else {}),
         **({key: getattr(recipe.data, key) for key in ("recall_share", "recall_cue", "recall_tokens")} if method.recall else {}),
     }
 
@@ -189,7 +190,9 @@ def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int,
     prompts = end_prompts(recipe, tokenizer) if method.end_prompt else []
     make = row_maker(recipe, method, prompts)
     # Longer rows, fewer of them: a shard is held in memory while it is made.
-    rows_per_shard = max(1, min(recipe.data.rows_per_shard, SHARD_TOKENS // recipe.row_length(method)))
+    at_once = rows_at_once(recipe, method)
+    # A shard ends where the cursor tells it all.
+    rows_per_shard = max(1, min(recipe.data.rows_per_shard, SHARD_TOKENS // recipe.row_length(method)) // at_once) * at_once
     files = corpus.local_files(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     state = _resume(folder, expected, part)
@@ -222,7 +225,8 @@ def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int,
     if number == 0 and part is None:
         (folder / progress).unlink(missing_ok=True)
         folder.rmdir()
-        raise BadInput(f"data.corpus: it holds fewer tokens than one row of {recipe.row_length(method)}; give more text or lower the length")
+        rows = "one row" if at_once == 1 else f"the {at_once} rows that {method.name} makes of one stretch,"
+        raise BadInput(f"data.corpus: it holds fewer tokens than {rows} of {recipe.row_length(method)}; give more text or lower the length")
     if number < wanted:
         print(f"warning: the corpus{' of this part' if part else ''} ended after {number} of {wanted} rows; data.tokens asks for more text than there is", file=sys.stderr)
     manifest = {**expected, "rows": number, "tokens": state["text_tokens"] + state["prompt_tokens"], "text_tokens": state["text_tokens"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from endprompt import BadInput, positions
+from endprompt import BadInput, matching, positions
 from endprompt.config import END_PROMPTS, Recipe
 from endprompt.methods import Method
 
@@ -98,6 +98,21 @@ def recall(text: np.ndarray, spans: np.ndarray, cue: int, rng: np.random.Generat
     return np.concatenate([text[start:start + span] for start, span in zip(starts, spans, strict=True)]), np.concatenate(weights).astype(np.float32)
 
 
+def rows_at_once(recipe: Recipe, method: Method) -> int:
+    """How many rows are made of one stretch of the corpus; between them the cursor stands behind all of it."""
+    return max(1, recipe.lengths.target // recipe.row_length(method)) if method.matched else 1
+
+
+def _matched_rows(recipe: Recipe, length: int, count: int, cursor: Cursor, rng: np.random.Generator) -> list[tuple[np.ndarray, list[str]]]:
+    """(ids [length], ids of the documents) of the ``count`` rows that the next tokens make; none at the end of the corpus."""
+    together = recipe.data.match_pieces
+    taken = [cursor.take(length // together) for _ in range(count * together)]
+    if taken[-1] is None:
+        return []
+    found = matching.groups(np.stack([ids for ids, _ in taken]), together, recipe.data.match_tokens, rng)
+    return [(np.concatenate([taken[number][0] for number in group]), list(dict.fromkeys(name for number in group for name in taken[number][1]))) for group in found]
+
+
 def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Callable[[int, Cursor], dict | None]:
     """A function (row number, cursor) -> row of the shard schema, None at the end of the corpus.
 
@@ -105,23 +120,37 @@ def row_maker(recipe: Recipe, method: Method, prompts: list[EndPrompt]) -> Calla
     github.com/dwzhu-pku/PoSE does; the positions are those of contiguous text.
     """
     length, target = recipe.row_length(method), recipe.lengths.target
-    later = method.chunked and recipe.data.pose_text == "later_span"
+    later = method.chunked and not method.matched and recipe.data.pose_text == "later_span"
     spans = recall_spans(recipe, length) if method.recall else np.zeros(0, np.int64)
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if longest >= length:
         raise BadInput(f"lengths.physical: rows of {length} tokens leave no room for text beside an end prompt of {longest}; raise it")
 
+    at_once, waiting = rows_at_once(recipe, method), []
+    if method.matched and recipe.data.packing != "cut":
+        raise BadInput(f"data.packing: {method.name} takes stretches of {at_once * length} tokens apart, whatever documents they are of; set data.packing=cut")
+    if method.matched and length % recipe.data.match_pieces:
+        raise BadInput(f"data.match_pieces: rows of {length} tokens (lengths.physical) cannot be cut into {recipe.data.match_pieces} equal pieces; change one of them")
+
     def make(number: int, cursor: Cursor) -> dict | None:
         rng = np.random.default_rng([recipe.data.seed, number])
         prompt = prompts[int(rng.integers(len(prompts)))] if prompts else None
         b = len(prompt.ids) if prompt else int(spans.sum())
-        taken = cursor.take(length - b) if recipe.data.packing == "cut" else cursor.take_document(target if later else length - b)
+        if method.matched:
+            waiting[:] = waiting or _matched_rows(recipe, length, at_once, cursor, rng)
+            taken = waiting.pop(0) if waiting else None
+        else:
+            taken = cursor.take(length - b) if recipe.data.packing == "cut" else cursor.take_document(target if later else length - b)
         if taken is None:
             return None
         text, names = taken
         a = min(len(text), length - b)
         repeated = spans if spans.max(initial=0) <= a else spans[:0]  # a document may be shorter than a span
-        parts = positions.chunk_lengths(a, recipe.data.pose_chunks, rng) if method.chunked else a
+        parts = a
+        if method.matched:
+            parts = np.full(recipe.data.match_pieces, length // recipe.data.match_pieces, np.int64)
+        elif method.chunked:
+            parts = positions.chunk_lengths(a, recipe.data.pose_chunks, rng)
         position_ids = method.plan(parts, repeated if method.recall else b, target, rng)
         positions.check(position_ids, target)
         if later:

@@ -16,7 +16,9 @@ CONTRASTS = (("endprompt", "short"), ("endprompt", "full_length"), ("short", "fu
              ("endprompt, prompt-long", "endprompt"), ("endprompt, prompts-3", "endprompt"),
              ("full_length, sharpened", "full_length"), ("pose, sharpened", "pose"), ("endprompt_pose, sharpened", "endprompt_pose"),
              ("pose_sharp", "pose"), ("pose_recall", "pose_sharp"), ("pose_sharp", "short"), ("pose_sharp", "endprompt"), ("pose_sharp", "full_length"),
-             ("pose_sharp", "full_length, sharpened"), ("pose_sharp", "full_length, yarn-sharpened"), ("pose_recall", "full_length"))
+             ("pose_sharp", "full_length, sharpened"), ("pose_sharp", "full_length, yarn-sharpened"), ("pose_recall", "full_length"),
+             ("pose_matched", "pose_sharp"), ("pose_matched", "short"), ("pose_matched", "endprompt"), ("pose_matched", "full_length"),
+             ("pose_matched", "full_length, sharpened"), ("pose_matched", "full_length, yarn-sharpened"))
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -150,14 +152,14 @@ def prompts(entries: list[dict]) -> list[dict]:
 def sharpened(entries: list[dict]) -> list[dict]:
     """What differs in the scaling or the sharpness of attention, after the same methods without."""
     kinds = {entry["method"] for entry in entries if entry["different"].startswith("rope")}
-    return [entry for entry in entries if entry["different"].startswith("rope") or entry["setting"] == "plain" and entry["method"] in kinds | {"pose_sharp"}]
+    return [entry for entry in entries if entry["different"].startswith("rope") or entry["setting"] == "plain" and entry["method"] in kinds]
 
 
 def evidence(entries: list[dict]) -> str:
     """The few rows of the README: keys found by length and their mean, multikey's mean, perplexity at the least length."""
     known = {entry["name"]: entry for entry in entries}
     rows, lengths, scored = [], _lengths(entries, "passkey"), _lengths(entries, "perplexity")
-    for name in ("short", "endprompt", "pose", "full_length", "full_length, sharpened", "pose_sharp"):
+    for name in ("short", "endprompt", "pose", "full_length", "full_length, sharpened", "pose_sharp", "pose_matched"):
         if entry := known.get(name):
             rows.append([f"`{name}`", *[cell(entry["scores"]["passkey"].get(length)) for length in lengths], cell(entry["passkey"].get("mean")),
                          cell(entry["multikey"].get("mean")), cell(entry["scores"]["perplexity"].get(scored[0]), "{:.3f}") if scored else "-"])

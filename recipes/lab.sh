@@ -18,9 +18,9 @@ EP_1='This is the end of text, please pay attention here.'
 # By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same training: there, a run whose model
 # only needs other sharpening finds its last checkpoint.
 declare -A methods=(
-  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall full_length lceg longlora'
+  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora'
   [sharpened]='full_length short endprompt pose endprompt_pose'
-  [unsharpened]='pose_sharp pose_recall'
+  [unsharpened]='pose_sharp pose_recall pose_matched'
   [yarn]='full_length endprompt_pose'
   [yarn-sharpened]='full_length endprompt_pose'
   [weight-0]=endprompt [weight-1]=endprompt

@@ -22,6 +22,7 @@ from endprompt import BadInput, config, methods, positions, prepare, row_stream,
 from endprompt.config import END_PROMPTS
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
+IN_ORDER = [name for name in TRAINED if not methods.get(name).matched]
 # One plan for every row; the others draw theirs.
 PLAIN = [name for name in TRAINED if methods.get(name).plan in (positions.contiguous, positions.text_then_end_prompt)]
 PROMPTS = {"EP_1": END_PROMPTS["EP_1"], "EP_3": "End.", "So it ends here.": "So it ends here."}
@@ -67,7 +68,7 @@ def expected_stream(texts, tokenizer):
     return ids, source
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", IN_ORDER)
 def test_rows(make, method, tokenizer, tiny_text):
     made = make(method)
     manifest, chosen, found = made[1], methods.get(method), rows(made)
@@ -102,12 +103,60 @@ def text_hash(made, tokens):
 def test_all_methods_of_one_setting_see_the_same_text(make):
     """In the same order: the streams differ in nothing but where they end, as end prompts take room within the token budget."""
     options = [f"data.end_prompts={json.dumps(list(PROMPTS))}"]
-    made = {method: make(method, options, out=method) for method in TRAINED}
+    made = {method: make(method, options, out=method) for method in IN_ORDER}
     common = min(len(text_stream(one)) for one in made.values())
     assert common > 2000
     assert len({text_hash(one, common) for one in made.values()}) == 1
     assert text_hash(make("pose", [*options, "data.seed=1"], out="other"), common) == text_hash(made["pose"], common)
     assert text_hash(made["pose"], common - 1) != text_hash(made["pose"], common)
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_matched_rows(make, tokenizer, tiny_text, together):
+    """Each stretch of eight rows holds the text of the short rows, cut into pieces that stay whole and in order, with what shares n-grams together."""
+    made = make("pose_matched", [f"data.match_pieces={together}", "data.match_tokens=3"])
+    ids, source = expected_stream(tiny_text, tokenizer)
+    found, size, apart = rows(made), 64 // together, 0
+    assert len(found) == made[1]["rows"] == 64 and made[1]["tokens"] == 4096
+    for first in range(0, 64, 8):
+        start, taken = first * 64, []
+        pieces = [ids[at:at + size] for at in range(start, start + 512, size)]
+        for row in found[first:first + 8]:
+            chosen = []
+            for at in range(0, 64, size):
+                chosen.append(next(number for number in range(len(pieces)) if pieces[number] == row["input_ids"][at:at + size] and number not in taken + chosen))
+            assert chosen == sorted(chosen)
+            taken += chosen
+            apart += chosen[-1] - chosen[0] >= together
+            assert row["document_ids"] == [f"corpus.jsonl#{one}" for one in dict.fromkeys(source[start + number * size + at] for number in chosen for at in range(size))]
+            position_ids = np.array(row["position_ids"])
+            positions.check(position_ids, 512)
+            assert all((np.diff(position_ids[at:at + size]) == 1).all() for at in range(0, 64, size)) and position_ids[0] == 0
+            assert row["loss_weights"] == [0.0] + [1.0] * 63 and (row["text_length"], row["prompt_length"], row["prompt_name"]) == (64, 0, "")
+        assert sorted(taken) == list(range(len(pieces)))
+    assert apart > 48  # of 64
+
+    def shared(texts):
+        grams = [[{tuple(text[at + i:at + i + 3]) for i in range(size - 2)} for at in range(0, 64, size)] for text in texts]
+        return sum(len(one & other) for row in grams for number, one in enumerate(row) for other in row[:number])
+
+    assert shared([row["input_ids"] for row in found]) > 2 * shared([ids[at:at + 64] for at in range(0, 4096, 64)])
+
+
+@pytest.mark.parametrize("overrides, complaint", [
+    (["data.packing=document"], r"data\.packing: pose_matched takes stretches of 512 tokens .* set data\.packing=cut"),
+    (["data.match_pieces=128"], r"data\.match_pieces: rows of 64 tokens \(lengths\.physical\) cannot be cut into 128 equal pieces"),
+])
+def test_rows_that_cannot_be_matched(make, tmp_path, overrides, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        make("pose_matched", overrides)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_too_little_text_for_a_stretch(make, tmp_path, tiny_text):
+    with pytest.raises(BadInput, match="fewer tokens than the 8 rows that pose_matched makes of one stretch, of 64"):
+        make("pose_matched", texts=[" ".join(tiny_text)[:800]])
+    assert not (tmp_path / "out").exists()
 
 
 DRAWN = [method for method in TRAINED if method not in PLAIN]
@@ -116,6 +165,8 @@ DRAWN = [method for method in TRAINED if method not in PLAIN]
 @pytest.mark.parametrize("options", [[], ["data.packing=document", "data.pose_text=later_span", "data.pose_chunks=3"]], ids=["default", "later span"])
 @pytest.mark.parametrize("method", DRAWN)
 def test_drawn_positions_are_reproducible(make, monkeypatch, method, options):
+    if methods.get(method).matched:
+        options = []
     monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
     options = [*options, f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=20", "data.tokens=3000"]
     one, two = (make(method, options, out=f"out{workers}", workers=workers) for workers in (1, 2))
@@ -398,11 +449,11 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("packing", ["cut", "document"])
-def test_resumes_from_every_write(make, monkeypatch, packing):
+@pytest.mark.parametrize("method, packing", [("endprompt", "cut"), ("endprompt", "document"), ("pose_matched", "cut")])
+def test_resumes_from_every_write(make, monkeypatch, method, packing):
     """Killed before, in the middle of, and right after each write in turn, the run ends in the same bytes."""
     options = [f"data.end_prompts={json.dumps(list(PROMPTS))}", "data.rows_per_shard=9", "data.tokens=2000", f"data.packing={packing}"]
-    whole = contents(make(overrides=options, out="whole")[0])
+    whole = contents(make(method, overrides=options, out="whole")[0])
     write, writes = shards.write_atomically, 0
 
     def dying(path, data):
@@ -423,9 +474,9 @@ def test_resumes_from_every_write(make, monkeypatch, packing):
             writes, out = 0, f"killed-{at}-{moment}"
             monkeypatch.setattr(shards, "write_atomically", dying)
             with pytest.raises(Killed):
-                make(overrides=options, out=out)
+                make(method, overrides=options, out=out)
             monkeypatch.setattr(shards, "write_atomically", write)
-            folder, _ = make(overrides=options, out=out)
+            folder, _ = make(method, overrides=options, out=out)
             (folder / prepare.PROGRESS).unlink(missing_ok=True)  # outlives a kill right after the manifest
             assert {name: data for name, data in contents(folder).items() if not name.startswith(".manifest")} == whole
 

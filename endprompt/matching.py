@@ -1,0 +1,46 @@
+"""Pieces of a stretch of text, brought together by what they repeat.
+
+Facts, names and phrases come back far from where they first stood, which a row of a window's length seldom holds.  Rows of a few pieces that share
+n-grams do: what is late in such a row can be foretold from what is early in it, across the jump of positions between them.  Every token of the
+stretch stays in one row, in its order.
+"""
+
+import numpy as np
+
+
+def grams(pieces: np.ndarray, n: int) -> np.ndarray:
+    """Bool [g, p]: which of ``pieces`` [p, size] (token ids) hold each n-gram that at least two of them hold.
+
+    Two n-grams pass for one if their 64-bit hashes are equal.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(pieces.astype(np.uint64), min(n, pieces.shape[1]), axis=1)
+    hashes = np.zeros(windows.shape[:2], np.uint64)
+    for column in range(windows.shape[2]):  # FNV-1a, an id at a time; it wraps on purpose
+        hashes = (hashes ^ windows[:, :, column]) * np.uint64(1099511628211)
+    number = np.unique(hashes, return_inverse=True)[1].reshape(hashes.shape)
+    held = np.zeros((int(number.max()) + 1, len(pieces)), bool)
+    held[number, np.arange(len(pieces))[:, None]] = True
+    return held[held.sum(axis=1) > 1]
+
+
+def groups(pieces: np.ndarray, together: int, n: int, rng: np.random.Generator) -> list[list[int]]:
+    """The numbers of ``pieces`` [p, size] in groups of ``together``, each ascending, all in the order of their first piece.
+
+    Greedily: the two pieces that share most n-grams first, among equals at random; then pairs of pairs alike, until a group is full.  Raises ValueError
+    unless ``together`` is a power of two and p a multiple of it.
+    """
+    if together < 1 or together & (together - 1) or len(pieces) % together:
+        raise ValueError(f"{len(pieces)} pieces do not make groups of {together}; a power of two that divides them is wanted")
+    held, found = grams(pieces, n).astype(np.float32), [[number] for number in range(len(pieces))]
+    while len(found[0]) < together:
+        shared = held.T @ held
+        first, second = np.triu_indices(len(found), 1)
+        order = np.lexsort((rng.random(len(first)), -shared[first, second]))
+        free, merged = np.ones(len(found), bool), []
+        for one, other in zip(first[order].tolist(), second[order].tolist(), strict=True):
+            if free[one] and free[other]:
+                free[one] = free[other] = False
+                merged.append((one, other))
+        held = np.maximum(held[:, [one for one, _ in merged]], held[:, [other for _, other in merged]])
+        found = [sorted(found[one] + found[other]) for one, other in merged]
+    return sorted(found)
