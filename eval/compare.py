@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from endprompt import BadInput, methods, provenance, shards
+from endprompt import BadInput, config, methods, provenance, shards
 from endprompt.eval import figures, intervals, results
 
 TRAINING = (("tokens", "trained tokens", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("final_text_loss", "text loss", "{:.3f}"),
@@ -26,7 +26,9 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
     """(seed, what must be equal among seeds) of a run's recipe.yaml; (None, {}) if it is not there."""
     try:
         tree = yaml.safe_load(path.read_text())
-        data, train = dict(tree["data"]), dict(tree.get("train") or {})
+        # A key that came after the run was made had its default.
+        data = {key.removeprefix("data."): value for key, value in config.defaults().items() if key.startswith("data.")} | tree["data"]
+        train = dict(tree.get("train") or {})
     except FileNotFoundError:
         return None, {}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):

@@ -39,6 +39,11 @@ def _lengths(entries: list[dict], task: str) -> list[int]:
     return sorted({length for entry in entries for length in entry["scores"][task]})
 
 
+def _greatest(entries: list[dict]) -> list[int]:
+    """The greatest length of multikey, if it was scored."""
+    return _lengths(entries, "multikey")[-1:]
+
+
 def _seeds(entry: dict) -> str:
     return str(max((found["seeds"] for task in (*KEYS, "perplexity") for found in entry["scores"][task].values()), default=0))
 
@@ -131,13 +136,13 @@ def contrasts(entries: list[dict], pairs: tuple[tuple[str, str], ...] = CONTRAST
     lengths, rows = _lengths(entries, "passkey"), []
     for one, other in chosen:
         row = [f"`{one['name']}` - `{other['name']}`"]
-        for task, length in [*(("passkey", length) for length in [*lengths, None]), ("multikey", None)]:
+        for task, length in [*(("passkey", length) for length in [*lengths, None]), *(("multikey", length) for length in [*_greatest(entries), None])]:
             ends = [entry["scores"][task].get(length) if length else entry[task].get("mean") for entry in (one, other)]
             shown = cell(difference(one, other, task, length), "{:+.0f}")
             row.append(f"**{shown}**" if _apart(*ends) else shown)
         rows.append([*row, cell(longer(one, other), "{:+.1f}")])
     least = next(iter(_lengths(entries, "perplexity")), "")
-    return grid(["one - another", *map(str, lengths), "mean", "multikey, mean", f"perplexity {least}, %"], rows)
+    return grid(["one - another", *map(str, lengths), "mean", *[f"multikey {length}" for length in _greatest(entries)], "multikey, mean", f"perplexity {least}, %"], rows)
 
 
 def plain(entries: list[dict]) -> list[dict]:
@@ -162,8 +167,10 @@ def evidence(entries: list[dict]) -> str:
     for name in ("short", "endprompt", "pose", "full_length", "full_length, sharpened", "pose_sharp", "pose_matched"):
         if entry := known.get(name):
             rows.append([f"`{name}`", *[cell(entry["scores"]["passkey"].get(length)) for length in lengths], cell(entry["passkey"].get("mean")),
-                         cell(entry["multikey"].get("mean")), cell(entry["scores"]["perplexity"].get(scored[0]), "{:.3f}") if scored else "-"])
-    return grid(["method", *[f"passkey {length}" for length in lengths], "mean", "multikey, mean", f"perplexity {scored[0]}" if scored else "perplexity"], rows)
+                         *[cell(entry["scores"]["multikey"].get(length)) for length in _greatest(entries)], cell(entry["multikey"].get("mean")),
+                         cell(entry["scores"]["perplexity"].get(scored[0]), "{:.3f}") if scored else "-"])
+    return grid(["method", *[f"passkey {length}" for length in lengths], "mean", *[f"multikey {length}" for length in _greatest(entries)], "multikey, mean",
+                 f"perplexity {scored[0]}" if scored else "perplexity"], rows)
 
 
 def tables(entries: list[dict]) -> dict[str, str]:
