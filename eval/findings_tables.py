@@ -190,7 +190,7 @@ def filled(page: Path, found: dict[str, str]) -> str:
         raise BadInput(f"--page {page}: it cannot be read ({getattr(error, 'strerror', None) or error}); name a page of this repository") from None
     count = 0
     for name, table in found.items():
-        text, times = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
+        text, times = re.subn(rf"(<!-- {name} -->\n)(?:.*?\n)?(<!-- /{name} -->)", lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
         count += times
     if not count:
         raise BadInput(f"--page {page}: it has no place for a table; write <!-- passkey --> and <!-- /passkey -->, or another of {', '.join(found)}")

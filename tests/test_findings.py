@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -135,14 +136,24 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
 
     # The same from the numbers alone, and into a page.
     page = tmp_path / "page.md"
-    page.write_text("# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n")
+    page.write_text("# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n<!-- multikey -->\n<!-- /multikey -->\n")
     code, again, err = run_findings(monkeypatch, capsys, tmp_path / "out/findings.json", "--out", tmp_path / "again", "--page", page)
     assert code == 0 and not err and (tmp_path / "again/tables.md").read_text() == (tmp_path / "out/tables.md").read_text()
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"tables.md", *pictures}
     for name in pictures:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    table = findings_tables.tables(findings.collect(runs))["passkey"]
-    assert page.read_text() == f"# A page\n\n<!-- passkey -->\n{table}\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n"
+    tables = findings_tables.tables(findings.collect(runs))
+    assert page.read_text() == (f"# A page\n\n<!-- passkey -->\n{tables['passkey']}\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n"
+                                f"<!-- multikey -->\n{tables['multikey']}\n<!-- /multikey -->\n")
+
+
+def test_pages_hold_the_committed_numbers():
+    """docs/findings.md and README.md say what docs/findings/findings.json says."""
+    tables = findings_tables.tables(findings.read(REPOSITORY / "docs/findings/findings.json")["entries"])
+    for page in ("docs/findings.md", "README.md"):
+        text = (REPOSITORY / page).read_text()
+        assert findings_tables.filled(REPOSITORY / page, tables) == text, f"{page}: run python -m endprompt.eval.findings docs/findings/findings.json"
+        assert set(re.findall(r"<!-- /([\w-]+) -->", text)) - {"costs"} <= set(tables)
 
 
 @pytest.mark.parametrize("content, page, complaint", [

@@ -25,7 +25,7 @@ from endprompt.eval import ruler, ruler_package
 # What lm-eval 0.4.13 and a GGUF file need beyond benchmarks/gpu_wheels.sh and what such a machine has (importing and running it with these alone was tried).
 WHEELS = ("lm-eval", "more-itertools", "gguf")
 CALL_MIB = 60  # of the 64 that may travel in a call
-METHODS = ("short", "endprompt", "full_length", "endprompt_pose")
+METHODS = ("short", "endprompt", "pose_sharp", "full_length", "endprompt_pose")
 
 
 def tree_files() -> list[Path]:
