@@ -154,7 +154,7 @@ def read(path: Path) -> dict:
 
 
 def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]:
-    """Writes losses.png, keys.png, multikey.png, distances.png, prompts.png and sharpened.png, those of which there is something to show."""
+    """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png and sharpened.png, those of which there is something to show."""
     plain, drawn = [entry for entry in entries if entry["setting"] == PLAIN], []
 
     def picture(name: str) -> Path:
@@ -170,8 +170,9 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
         figures.curves(panels, picture("losses"), title)
     lines("keys", plain)
     lines("multikey", plain, "multikey")
-    if found := {entry["name"]: (entry["passkey"]["distances"], entry["passkey"]["never"] or []) for entry in plain if entry["passkey"]}:
-        figures.distances(found, picture("distances"), title)
+    for task, name in (("passkey", "distances"), ("multikey", "distances-multikey")):
+        if found := {entry["name"]: (entry[task]["distances"], entry[task]["never"] or []) for entry in plain if entry[task]}:
+            figures.distances(found, picture(name), title)
     for name, chosen in (("prompts", findings_tables.prompts(entries)), ("sharpened", findings_tables.sharpened(entries))):
         if any(entry["setting"] != PLAIN for entry in chosen):
             lines(name, chosen)
