@@ -32,7 +32,7 @@ def cell(value: dict | None, form: str = "{:.0f}") -> str:
 
 
 def _name(entry: dict) -> str:
-    return f"`{entry['method']}`" + (f", `{entry['different']}`" if entry["different"] else "")
+    return f"`{entry['name']}`"
 
 
 def _lengths(entries: list[dict], task: str) -> list[int]:
@@ -160,6 +160,12 @@ def sharpened(entries: list[dict]) -> list[dict]:
     return [entry for entry in entries if entry["different"].startswith("rope") or entry["setting"] == "plain" and entry["method"] in kinds]
 
 
+def settings(entries: list[dict]) -> str:
+    """A row a setting: what differs from the plain one."""
+    return grid(["setting", "differs in"], [[f"`{name}`", f"`{different}`"] for name, different in {
+        entry["setting"]: entry["different"] for entry in entries if entry["different"]}.items()])
+
+
 def evidence(entries: list[dict]) -> str:
     """The few rows of the README: keys found by length and their mean, multikey's mean, perplexity at the least length."""
     known = {entry["name"]: entry for entry in entries}
@@ -178,7 +184,7 @@ def tables(entries: list[dict]) -> dict[str, str]:
     found = {"passkey": keys(plain(entries)), "multikey": keys(plain(entries), "multikey"), "perplexity": perplexity(plain(entries)),
              "prompt-losses": prompt_losses(prompts(entries)), "seen": seen(plain(entries)), "contrasts": contrasts(entries), "prompts": keys(prompts(entries)),
              "sharpened": keys(sharpened(entries)),
-             "sharpened-multikey": keys(sharpened(entries), "multikey"), "evidence": evidence(entries)}
+             "sharpened-multikey": keys(sharpened(entries), "multikey"), "settings": settings(entries), "evidence": evidence(entries)}
     return {name: table for name, table in found.items() if table.count("\n") > 1}
 
 

@@ -89,7 +89,8 @@ def test_tables(runs):
     assert tables["multikey"]["`short`"] == {"seeds": "2", "64": "52 [21, 84]", "mean": "52 [21, 84]"}
     assert tables["perplexity"]["`short`"] == {"seeds": "2", "64": "3.500 [0.000, 9.853]", "text loss": "2.500", "end-prompt loss": "-"}
     assert tables["perplexity"]["`endprompt`"]["end-prompt loss"] == "1.500"
-    assert list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt`, `data.prompt_loss_weight=1.0`"] and "sharpened" not in tables
+    assert list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt, weight-1`"] and "sharpened" not in tables
+    assert tables["settings"] == {"`weight-1`": {"differs in": "`data.prompt_loss_weight=1.0`"}}
     steps = {f"step {step}": "-" for step in findings_tables.STEPS}
     losses = findings_tables.prompt_losses(entries[1:2]).splitlines()[2:]
     assert [list(cells("\n".join(["| method | tokens | " + " | ".join(steps) + " |", "|---|", line])).values())[0] for line in losses] == [
