@@ -8,11 +8,12 @@ A target that is not met stands there as such; what was not measured on a machin
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 import measure
+
+from endprompt.eval.markdown import replaced
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = {Path(__file__).resolve().parent / "README.md": "benchmarks", measure.REPOSITORY / "README.md": "costs"}
@@ -125,14 +126,6 @@ def blocks(files: list[Path]) -> dict[str, str]:
     short = ["| what | measured | target |", "|---|---|---|",
              *(f"| {what} | {value} | {target}{'' if met is None else ', met' if met else ', **not met**'} |" for what, value, target, met in rows(found))]
     return {"benchmarks": "\n".join(text).strip(), "costs": "\n".join(short)}
-
-
-def replaced(page: str, name: str, block: str) -> str:
-    """``page`` with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced.  Raises ValueError if they are not there, once each."""
-    made, count = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda match: match.group(1) + block + match.group(2), page, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"the page has {count} blocks {name}; one is wanted")
-    return made
 
 
 def main() -> None:

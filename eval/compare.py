@@ -27,14 +27,15 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
     try:
         tree = yaml.safe_load(path.read_text())
         # A key that came after the run was made had its default.
-        data = {key.removeprefix("data."): value for key, value in config.defaults().items() if key.startswith("data.")} | tree["data"]
+        data, rope = ({key.removeprefix(f"{section}."): value for key, value in config.defaults().items() if key.startswith(f"{section}.")} | given
+                      for section, given in (("data", tree["data"]), ("rope", tree.get("rope") or {})))
         train = dict(tree.get("train") or {})
     except FileNotFoundError:
         return None, {}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise BadInput(f"{path} is no recipe; restore it, or leave its folder out") from None
     train.pop("deepspeed", None)  # the same file has another path in another clone
-    return data.pop("seed", None), {"model": tree.get("model"), "lengths": tree.get("lengths"), "data": data, "rope": tree.get("rope"), "train": train}
+    return data.pop("seed", None), {"model": tree.get("model"), "lengths": tree.get("lengths"), "data": data, "rope": rope, "train": train}
 
 
 def check(folders: list[Path]) -> None:

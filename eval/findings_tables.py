@@ -1,14 +1,12 @@
 """The Markdown tables of endprompt.eval.findings, by the name of their place in a page."""
 
 import math
-import re
 from pathlib import Path
 
 from endprompt import BadInput
-from endprompt.eval import intervals
+from endprompt.eval import intervals, markdown, passkey
 
 STEPS = (8, 16, 32, 64, 128, 192)  # at which the losses of the end prompt are named
-KEYS = ("passkey", "multikey")
 # (one, another): is one better?  By the names of the entries; the questions of docs/findings.md, in their order.
 CONTRASTS = (("endprompt", "short"), ("endprompt", "full_length"), ("short", "full_length"), ("endprompt_random", "endprompt"), ("pose", "endprompt"),
              ("endprompt_pose", "endprompt"), ("pose", "full_length"), ("endprompt_pose", "full_length"),
@@ -22,8 +20,7 @@ CONTRASTS = (("endprompt", "short"), ("endprompt", "full_length"), ("short", "fu
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return markdown.grid(head[0], head[1:], [(row[0], row[1:]) for row in rows])
 
 
 def cell(value: dict | None, form: str = "{:.0f}") -> str:
@@ -45,7 +42,7 @@ def _greatest(entries: list[dict]) -> list[int]:
 
 
 def _seeds(entry: dict) -> str:
-    return str(max((found["seeds"] for task in (*KEYS, "perplexity") for found in entry["scores"][task].values()), default=0))
+    return str(max((found["seeds"] for task in (*passkey.TASKS, "perplexity") for found in entry["scores"][task].values()), default=0))
 
 
 def keys(entries: list[dict], task: str = "passkey") -> str:
@@ -189,15 +186,18 @@ def tables(entries: list[dict]) -> dict[str, str]:
 
 
 def filled(page: Path, found: dict[str, str]) -> str:
-    """The text of ``page`` with those of the tables ``found`` that it has a place for.  Raises BadInput if it cannot be read or has no place."""
+    """The text of ``page`` with those of the tables ``found`` that it has a place for.  Raises BadInput if it cannot be read, has no place, or one
+    twice or without an end."""
     try:
         text = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BadInput(f"--page {page}: it cannot be read ({getattr(error, 'strerror', None) or error}); name a page of this repository") from None
-    count = 0
-    for name, table in found.items():
-        text, times = re.subn(rf"(<!-- {name} -->\n)(?:.*?\n)?(<!-- /{name} -->)", lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
-        count += times
-    if not count:
+    places = [name for name in found if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text]
+    try:
+        for name in places:
+            text = markdown.replaced(text, name, found[name])
+    except ValueError as error:
+        raise BadInput(f"--page {page}: {error}") from None
+    if not places:
         raise BadInput(f"--page {page}: it has no place for a table; write <!-- passkey --> and <!-- /passkey -->, or another of {', '.join(found)}")
     return text

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from endprompt import BadInput, methods
 from endprompt.eval import figures, names, paper, passkey, results
+from endprompt.eval.markdown import grid
 from endprompt.eval.results import Estimate, Missing, Results
 
 FIELDS = ("method", "benchmark", "task", "length", "ours", "low", "high", "samples")
@@ -15,11 +16,6 @@ PERPLEXITY = "perplexity"
 
 def shown(ours: Estimate | Missing) -> str:
     return f"{ours.score:.2f} [{ours.low:.2f}, {ours.high:.2f}]" if isinstance(ours, Estimate) else "not run"
-
-
-def grid(corner: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """A markdown table."""
-    return "\n".join([f"| {' | '.join([corner, *columns])} |", "|" + "---|" * (len(columns) + 1), *(f"| {' | '.join([name, *cells])} |" for name, cells in rows)])
 
 
 @dataclass

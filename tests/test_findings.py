@@ -159,7 +159,8 @@ def test_pages_hold_the_committed_numbers():
 
 @pytest.mark.parametrize("content, page, complaint", [
     ("{", None, "is no findings.json"), ('{"entries": [{}]}', None, "is no findings.json (no 'values')"), ('{"entries": 3}', None, "is no findings.json"),
-    (None, "no place", "it has no place for a table"), (None, None, "it cannot be read (No such file"),
+    (None, "no place", "it has no place for a table"), (None, "<!-- passkey -->\n", "the page has 0 blocks passkey; one is wanted"),
+    (None, 2 * "<!-- seen -->\n<!-- /seen -->\n", "the page has 2 blocks seen; one is wanted"), (None, None, "it cannot be read (No such file"),
 ])
 def test_unusable_numbers_and_pages(runs, tmp_path, monkeypatch, capsys, content, page, complaint):
     source = runs
