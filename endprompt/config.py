@@ -99,6 +99,14 @@ class RopeSection(Section):
     type: Literal[TYPES] | None = None
     sharpen: float | None = Field(None, ge=0, le=4)  # attention scores x (ln L / ln C) ** sharpen once trained; null: as the method says
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def of_every_length(cls, value):
+        if value == "dynamic":
+            raise ValueError("dynamic NTK reads short rows with other frequencies than rows of the target length train; "
+                             "set rope.type=ntk, which holds the target's for every length")
+        return value
+
 
 class EvalSection(Section):
     tasks: list[str] = ["passkey"]  # names and groups of endprompt/eval/names.py

@@ -224,7 +224,7 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
 
 def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
     rope_type = None if method.rope is None else recipe.rope.type or method.rope
-    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.rope_share.get(rope_type, 1.0), method.whole_factor)
+    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.whole_factor)
 
 
 def sharpness(recipe: Recipe, method: Method, config) -> float:

@@ -243,7 +243,6 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     own_attention = s2.install(network, group) if group else None
     if shared > 1:
         plain_attention = ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation]  # DeepSpeed puts its own in this place
-        sequence.hold_frequencies(network, recipe.row_length(method))
         transformers.trainer.skip_first_batches = sequence.skip_first_batches
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,

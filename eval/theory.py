@@ -97,8 +97,6 @@ def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
     rope.apply(scaled, scaling, recipe.lengths.target)
     module = type(network.get_decoder().rotary_emb)(config=scaled)
     rope.verify(module, scaled, scaling, theta)
-    # Dynamic scaling has frequencies of its own at every length: those of the target are meant.
-    module(module.inv_freq[:1], torch.tensor([[recipe.lengths.target - 1]]))
     return module.inv_freq.double().cpu().numpy(), float(module.attention_scaling), module
 
 
