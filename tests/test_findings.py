@@ -255,7 +255,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (11 + 5 + 3 + 2 + 2 + 5) and len(set(asked)) == len(asked)
+    assert len(asked) == 2 + 2 * (11 + 6 + 3 + 2 + 2 + 5) and len(set(asked)) == len(asked)
     common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
     assert ("full_length", "out/yarn-sharpened/seed0", "data.seed=0", *common, "rope.type=yarn", "rope.sharpen=1.0") in asked
