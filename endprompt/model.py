@@ -156,6 +156,17 @@ def refuse_kernels(config, key: str) -> None:
         raise BadInput(f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers; take attn_implementation out of it")
 
 
+def refuse_other_kinds(config, where: str) -> None:
+    """Raises BadInput beginning with ``where`` unless a model of ``config`` continues text, reading it from left to right."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    known = named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    two_way = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False
+    if getattr(config, "is_encoder_decoder", False) or two_way or ("For" in named and not known):
+        raise BadInput(f"{where} is a {named} of type {config.model_type!r}, and no decoder that continues text; name a causal language model")
+
+
 # What a config.json may hold that changes attention, positions or logits in transformers or in an engine that serves the model, and that
 # is neither trained nor checked here: (its keys, what it does).  Null, false, 0 and empty values switch it off.
 CHANGES_ATTENTION = (
@@ -366,6 +377,15 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
     if wanted == "flash_attention_2" and not (cuda and is_flash_attn_2_available()):
         raise BadInput("model.attn_implementation: flash_attention_2 needs a GPU and the package flash-attn; use sdpa, or null to choose automatically")
     return wanted or ("flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa")
+
+
+def supported_attention(recipe: Recipe, cuda: bool, config) -> str | None:
+    """``attention_implementation`` for a model of any type; None, transformers' choice, if its class lacks it and the recipe names none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    chosen, kind = attention_implementation(recipe, cuda), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    supports = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(chosen, "")
+    return chosen if recipe.model.attn_implementation or getattr(kind, supports, False) else None
 
 
 def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
