@@ -19,18 +19,33 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, sharpen, training_keys, watch
+from endprompt import (
+    BadInput,
+    Failure,
+    checkpoint,
+    checkpoint_files,
+    lora,
+    loss,
+    model,
+    prepare,
+    provenance,
+    runfolder,
+    s2,
+    sequence,
+    shards,
+    sharpen,
+    training_keys,
+    watch,
+    zero_file,
+)
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
 from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
+from endprompt.training_keys import DEFAULTS
 
 CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once
 
-# The paper's (appendix A.1), where a recipe does not say otherwise.
-DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "weight_decay": 0.0, "num_train_epochs": 1,
-            "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 10, "save_steps": 200,
-            "report_to": ["tensorboard"]}
 CHECKPOINTS_KEPT = 2
 
 
@@ -93,15 +108,16 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal checkpoint."""
     rows, accumulation = shape
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
-    if universal:
-        given["deepspeed"] = loading_universal(recipe.deepspeed)
+    if recipe.deepspeed is not None:
+        options = zero_file.filled(recipe.deepspeed)
+        given["deepspeed"] = loading_universal(options) if universal else options
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     # The Trainer reads the TensorBoard folder from the environment.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "logs")
     try:
-        return TrainingArguments(**{
+        arguments = TrainingArguments(**{
             "seed": recipe.data.seed, **DEFAULTS, **platform, **given, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
             **training_keys.speed_options(recipe.train),
@@ -110,6 +126,11 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
+    # The Trainer would say so once the model is loaded.
+    if arguments.deepspeed and (differing := arguments.hf_deepspeed_config.mismatches):
+        said = "; ".join(line.removeprefix("- ds ") for line in differing)
+        raise BadInput(f"train.deepspeed: it differs from what this run trains with ({said}); write \"auto\" there")
+    return arguments
 
 
 def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool):
