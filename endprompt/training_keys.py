@@ -1,7 +1,8 @@
-"""The keys of a recipe's ``train:``: those of transformers.TrainingArguments that do what they say, and two of our own.
+"""The keys of a recipe's ``train:``: names of transformers.TrainingArguments, and two of our own.
 
-Every key was looked at.  A key that does nothing with this repository's loss, checkpoints or data, or that harms, is
-refused with the reason.  So is a key that a later transformers brings, until somebody has looked at it.
+Every name was looked at.  A key that does nothing with this repository's loss, checkpoints or data is refused
+with the reason, and so is one that harms.  A key that a later transformers brings is refused until somebody
+has looked at it.
 docs/training-keys.md lists them all.
 """
 
@@ -27,8 +28,7 @@ from pydantic import (
 
 from endprompt import BadInput
 
-# The projections that llama, mistral and qwen2 layers have.  The output layer is not among them: the loss lives
-# in it.
+# The projections that llama, mistral and qwen2 layers have.  The output layer, which holds the loss, is none.
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -51,7 +51,7 @@ Tracker = Literal["tensorboard", "none"]
 
 
 class Key(NamedTuple):
-    """type: the value's, for pydantic; does: the effect, for docs/training-keys.md; others: why others are refused."""
+    """type: of the value; does: its effect, for docs/training-keys.md; others: why others are refused."""
 
     type: Any
     does: str
@@ -198,9 +198,10 @@ _REFUSED = {
     "the weighted loss knows no smoothing": "label_smoothing_factor",
     "the loss is always divided by the weights of all ranks' rows": "average_tokens_across_devices",
     "nothing is evaluated during training; endprompt evaluate scores": (
-        "eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches "
-        "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
-        "load_best_model_at_end metric_for_best_model greater_is_better bf16_full_eval fp16_full_eval"
+        "eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start "
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+        "batch_eval_metrics load_best_model_at_end metric_for_best_model greater_is_better "
+        "bf16_full_eval fp16_full_eval"
     ),
     "only trackers other than TensorBoard read it": (
         "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
@@ -223,14 +224,14 @@ _REFUSED = {
         "fp16 half_precision_backend"
     ),
     "training attends without a cache": "use_cache",
-    "its noise would pass the liveness probe in the place of the text": "neftune_noise_alpha",
+    "the size of its noise would depend on padding, so on how rows are split": "neftune_noise_alpha",
     "it starts the count of the largest memory anew, which the log reports": "skip_memory_metrics",
     "checkpoints and the saved model were not tried with FSDP; take train.deepspeed": "fsdp fsdp_config",
-    "graphs change with accumulation": "ddp_static_graph",
+    "it was not tried with gradient_accumulation_steps": "ddp_static_graph",
 }
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
 
-# The paper's (appendix A.1), where a recipe does not say otherwise; then transformers', which a later one may change.
+# The paper's (appendix A.1), where a recipe does not say otherwise, and transformers' of 5.23.
 DEFAULTS = {
     "learning_rate": 2e-5,
     "lr_scheduler_type": "constant_with_warmup",
@@ -257,10 +258,12 @@ ADAMW = (None, "adamw_torch", "adamw_torch_fused")
 
 
 class Lora(BaseModel):
-    """``train.lora`` of a recipe: W + alpha / r x B A in place of W, with A [r, in] and B [out, r] trained (arXiv 2106.09685).
+    """``train.lora`` of a recipe: W + alpha / r x B A in place of W, with A [r, in] and B [out, r] trained.
 
-    dropout: of the adapters' input.  train_embed_norm: every parameter whose name contains ``embed`` or ``norm`` is trained whole,
-    as in LongLoRA (section 3.3); a tied output layer is then trained with the embedding.
+    dropout: of the adapters' input.  train_embed_norm: every parameter whose name contains ``embed`` or
+    ``norm`` is trained whole, as in LongLoRA (section 3.3); a tied output layer is then trained with the
+    embedding.
+    Source: arXiv 2106.09685.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -329,7 +332,7 @@ def _value(key: str, value: Any) -> Any:
         )
     if key not in ALLOWED:
         raise BadInput(
-            f"train.{key}: transformers knows it, but whether it has its effect here was not looked at yet; remove it"
+            f"train.{key}: transformers knows it, but its effect here was not looked at yet; remove it"
         )
     try:
         checked = _adapter(key).validate_python(value)
@@ -347,7 +350,7 @@ def _value(key: str, value: Any) -> Any:
 def check(train: dict[str, Any]) -> dict[str, Any]:
     """``train`` with every value in its type.
 
-    Raises BadInput naming the key that is unknown, refused, wrong by itself, or without effect beside the others.
+    Raises BadInput naming the key that is unknown, refused, wrong by itself, or without effect beside others.
     """
     checked = {key: _value(key, value) for key, value in train.items()}
     _together(checked)
@@ -387,8 +390,8 @@ def _together(train: dict[str, Any]) -> None:
         (
             "optim",
             deepspeed is not None and not plain,
-            f"DeepSpeed hands {optim} flat pieces of weights and converts AdamW's states alone for other numbers "
-            "of ranks; take adamw_torch, or train.deepspeed=null",
+            f"DeepSpeed hands {optim} flat pieces of weights, and converts AdamW's states alone for other "
+            "numbers of ranks; take adamw_torch, or train.deepspeed=null",
         ),
         *(
             (key, not plain, f"{optim} does not read it; remove it")
@@ -443,7 +446,7 @@ def _together(train: dict[str, Any]) -> None:
 
 
 def _optim_args(text: str, optim: str) -> None:
-    """Raises BadInput unless ``text`` is name=value pairs that transformers hands on to ``optim``; it drops others."""
+    """Raises BadInput unless ``text`` is name=value pairs that reach ``optim``; transformers drops others."""
     takes, flags = OPTIM_ARGS.get(optim, ()), ("nesterov", "centered")
     for pair in text.replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
@@ -456,7 +459,7 @@ def _optim_args(text: str, optim: str) -> None:
             wrong = True
         if not equals or wrong:
             raise BadInput(
-                f"train.optim_args: {name} wants {'true or false' if name in flags else 'a number from 0 on'} "
+                f"train.optim_args: {name} takes {'true, false' if name in flags else 'a number from 0 on'} "
                 f"(given: {reprlib.repr(pair)})"
             )
     _try("train.optim_args", lambda: _optimizer(text, optim))
@@ -503,7 +506,7 @@ def _schedule(train: dict[str, Any], name: str) -> None:
 
 
 def _try(where: str, make):
-    """What ``make`` returns; whatever another's code says to a recipe's values becomes BadInput after ``where``."""
+    """What ``make`` returns.  Raises BadInput, beginning with ``where``, for whatever it raises."""
     try:
         return make()
     except Exception as error:
@@ -518,18 +521,19 @@ def _refuse_speed(train: dict[str, Any]) -> None:
     liger = train.get("liger_kernel_config") or {}
     if ours := [name for name in ("cross_entropy", "fused_linear_cross_entropy") if liger.get(name)]:
         raise BadInput(
-            f"train.liger_kernel_config: {ours[0]} would put Liger's loss, which knows no weights, in the place of "
-            "ours; leave it out"
+            f"train.liger_kernel_config: {ours[0]} would put Liger's loss, which knows no weights, "
+            "in the place of ours; leave it out"
         )
     if train.get("tf32") and tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
         raise BadInput(
-            f"train.tf32: transformers {transformers.__version__} makes the angles of positions by a matrix product, "
-            "which TF32 rounds to 11 bits; leave it out (the model computes in bfloat16 anyway), or install 5.23"
+            f"train.tf32: transformers {transformers.__version__} makes the angles of positions by a matrix "
+            "product, which TF32 rounds to 11 bits; leave it out (the model computes in bfloat16 anyway), "
+            "or install 5.23"
         )
 
 
 def speed_options(train: dict) -> dict:
-    """What a recipe's ``train`` needs beside its own keys for compiled layers and Liger's kernels (docs/speed.md).
+    """What a recipe's ``train`` needs beside its own keys for compiled layers and Liger (docs/speed.md).
 
     Raises BadInput on options that would change the loss or the positions, and where Liger is not installed.
     """
@@ -538,11 +542,11 @@ def speed_options(train: dict) -> dict:
     _refuse_speed(train)
     if train.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
         raise BadInput(
-            "train.use_liger_kernel: the package is not installed; pip install liger-kernel, or remove the key"
+            "train.use_liger_kernel: the package is not installed; pip install liger-kernel, or remove it"
         )
     if any(train.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")):
-        # Layer by layer: compiled as one, transformers cannot look whether the mask is all ones, and builds the square
-        # of it, which no flash kernel takes.
+        # Layer by layer: compiled as one, transformers cannot look whether the mask is all ones, and builds
+        # the square of it, which no flash kernel takes.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
         loss.leave_uncompiled()
     # Where nothing is said, Liger's loss is on.

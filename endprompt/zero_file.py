@@ -1,6 +1,6 @@
-"""DeepSpeed's options, from a ZeRO file or the recipe itself: what they may hold, and what they leave to the recipe.
+"""DeepSpeed's options, from a ZeRO file or the recipe itself: what they may hold, and what the recipe says.
 
-DeepSpeed ignores names that it does not know beside its sections, and takes its own values where a file leaves one out.
+DeepSpeed ignores names that it does not know beside its sections, and has values of its own for the rest.
 """
 
 import difflib
@@ -42,9 +42,9 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def check(train: dict[str, Any], options: Any, where: str) -> None:
-    """Raises BadInput beginning with ``where`` unless ``options`` are DeepSpeed's and agree with the recipe's ``train``.
+    """Raises BadInput beginning with ``where`` unless DeepSpeed's ``options`` agree with the recipe.
 
-    Refused are names that DeepSpeed would ignore, that train something else, or that a run could not be saved with.
+    Refused are names that DeepSpeed would ignore, that train something else, or that leave no model to save.
     """
 
     def wrong(name: str, why: str) -> NoReturn:
@@ -52,7 +52,8 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
 
     if not isinstance(options, dict):
         raise BadInput(
-            f"{where} is no mapping of DeepSpeed's options, but {type(options).__name__}; ds_configs/ holds examples"
+            f"{where} is no mapping of DeepSpeed's options, but {type(options).__name__}; "
+            "ds_configs/ holds examples"
         )
     zero = options.get("zero_optimization", {})
     if (
@@ -62,7 +63,8 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
     ):
         wrong(
             "zero_optimization",
-            f"is no mapping with a stage from 0 to 3 (given: {reprlib.repr(zero)}); ds_configs/ holds examples",
+            f"is no mapping with a stage from 0 to 3 (given: {reprlib.repr(zero)}); "
+            "ds_configs/ holds examples",
         )
     if "zero_optimization" not in options:
         wrong("zero_optimization", "is missing; add it with a stage, or set train.deepspeed to null")
@@ -98,7 +100,7 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
 
 
 def _check_half(name: str, section: Any, trained: bool | None, wrong) -> None:
-    """``check`` for the section ``name``, bf16 or fp16; trained: whether the recipe trains in it, None where it leaves it open."""
+    """``check`` for a section bf16 or fp16; trained: whether the recipe trains in it, None if it is open."""
     if not isinstance(section, dict):
         wrong(name, f'is no mapping such as {{"enabled": "auto"}} (given: {reprlib.repr(section)})')
     enabled = section.get("enabled", "auto")
@@ -136,8 +138,8 @@ def _check_optimizer(merged: dict[str, Any], section: Any, wrong) -> None:
 def filled(options: dict[str, Any]) -> dict[str, Any]:
     """``options`` with what the recipe says in the places that they leave out.
 
-    Left out, gradients would not be clipped, the learning rate would be the optimizer's own, and under ZeRO-3 there
-    would be no model to save at the end.
+    Else gradients would not be clipped, the learning rate would be the optimizer's own, and under ZeRO-3
+    there would be no model to save at the end.
     """
     zero = options["zero_optimization"]
     if zero.get("stage") == 3:
