@@ -20,7 +20,8 @@ END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP
 NAME_BYTES = 200
 
 _HERE = Path(__file__).resolve().parent
-# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone around it.
+# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone
+# around it.
 SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
@@ -161,8 +162,8 @@ class Recipe(Section):
     folder: Path = Field(exclude=True)
 
     def path(self, value: str) -> Path | None:
-        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files that come with this
-        program; None if there is none."""
+        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files
+        that come with this program; None if there is none."""
         for base in (Path(), self.folder, self.folder.parent, SHIPPED):
             try:
                 if (found := (base / value).expanduser()).exists():
@@ -256,14 +257,19 @@ def find(path: Path) -> Path:
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe, see ``find``.  Raises BadInput with one line that names the key and the mend."""
+    """Reads, overrides and checks a recipe, see ``find``.  Raises BadInput with one line that names the key
+    and the mend."""
     path = Path(path)
     try:
         path = find(path)
         text = settings_file.read(path)
     except FileNotFoundError:
-        known = ", ".join(sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft"))  # which is TRL's
-        raise BadInput(f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}") from None
+        known = ", ".join(
+            sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft")
+        )  # which is TRL's
+        raise BadInput(
+            f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}"
+        ) from None
     except (OSError, ValueError) as error:
         raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
     tree = settings_file.parse(text, str(path))

@@ -267,8 +267,10 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         transformers.trainer.skip_first_batches = sequence.skip_first_batches
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
-                                **sharpen.inherited(config), **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
+                                **sharpen.inherited(config),
+                                **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
     model.state_length(network, tokenizer, recipe.lengths.target)
+    model.forget_code(network, tokenizer)
     collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
@@ -279,6 +281,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
                               callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
                                          watch.Report(run, rows_per_step * recipe.row_length(method) // shared),
                                          *([sequence.NewEpoch()] if shared > 1 else []), *([checkpoint.SeparateSteps()] if universal else [])])
+    network.config.use_cache = config.use_cache  # the Trainer switches it off, for good
     watching.trainer = trainer
     started = time.perf_counter()
     with checkpoint.weights_only() if newest else contextlib.nullcontext():
@@ -309,5 +312,6 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
 
-    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, recipe.lengths.target, sample(dataset, collator) if adapters else None,
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, recipe.lengths.target,
+                          sample(dataset, collator) if adapters else None,
                           model.sharpness(recipe, method, config), finish)
