@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import struct
 import sys
@@ -109,11 +110,67 @@ def _loading(what: str, recipe: Recipe, function):
         raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}") from None
 
 
+def _matrix(folder: Path, name: str) -> tuple[Path, str] | None:
+    """(file, the tensor's full name) of the tensor in ``folder`` that ends in ``name``, in the safetensors that transformers would read; None: no such.
+
+    Raises what JSON and safetensors raise on damaged files.
+    """
+    from safetensors import safe_open
+
+    if (index := folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return next(((folder / file, key) for key, file in places.items() if key.split(".")[-2:] == name.split(".")), None)
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as opened:
+        return next(((file, key) for key in opened.keys() if key.split(".")[-2:] == name.split(".")), None)  # noqa: SIM118 (no mapping)
+
+
+def refuse_untied(where: str, source: str, config, revision: str | None = None) -> None:
+    """Raises BadInput beginning with ``where`` if ``config`` says that input and output embeddings are one matrix, and the safetensors of
+    ``source`` (a folder, or a hub id as far as it was fetched) hold two that differ.
+
+    transformers uses both as long as it reads these files, and one once they were saved again.  Two equal copies are one matrix.  A GGUF file says
+    nothing of its own about it: its config is read off the tensors that are there.
+    """
+    import torch
+    from safetensors import safe_open
+
+    if not config.get_text_config().tie_word_embeddings or (folder := _snapshot(source, revision)) is None:
+        return
+    try:
+        places = [_matrix(folder, name) for name in ("embed_tokens.weight", "lm_head.weight")]
+        if None in places:
+            return
+        with contextlib.ExitStack() as stack:
+            one, other = (stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places)
+            same, rows = one.get_shape() == other.get_shape(), one.get_shape()[0]
+            same = same and all(torch.equal(one[row:row + 4096].float(), other[row:row + 4096].float()) for row in range(0, rows, 4096))
+    except (*UNREADABLE, RuntimeError):  # whoever loads the files says what is wrong with them
+        return
+    if not same:
+        raise BadInput(f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in {places[1][0].name} is another "
+                       f"than {places[0][1]}; set tie_word_embeddings to false in config.json, or take {places[1][1]} out of the files")
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of ``name``: itself, or where the hub's client keeps what it fetched of it; None if nothing is there."""
+    from transformers.utils import cached_file
+
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(cached_file(name, "config.json", revision=revision, local_files_only=True)).parent
+    except (OSError, ValueError):
+        return None
+
+
 def load_weights(where: str, **arguments):
     """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from the files.
 
-    Raises BadInput beginning with ``where`` if files are unusable, or if weights are missing from them or have another shape than config.json says,
-    which transformers would fill with random values.
+    Raises BadInput beginning with ``where`` if files are unusable, if weights are missing from them or have another shape than config.json says,
+    which transformers would fill with random values, or if what ``refuse_untied`` refuses.
     """
     from transformers import AutoModelForCausalLM
 
@@ -137,6 +194,8 @@ def load_weights(where: str, **arguments):
     if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
         print(f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a {network.config.model_type} model and are left out, "
               f"first {sorted(found['unexpected_keys'])[:3]}", file=sys.stderr)
+    if "gguf_file" not in arguments:
+        refuse_untied(where, arguments["pretrained_model_name_or_path"], network.config, arguments.get("revision"))
     return network
 
 
@@ -228,7 +287,10 @@ def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
 
 
 def sharpness(recipe: Recipe, method: Method, config) -> float:
-    """What attention scores are multiplied by after training; 1 leaves them."""
+    """What attention scores are multiplied by after training, or, where a method trains nothing, before the model is scored; 1 leaves them.
+
+    config: the base's own, before ``rope.apply`` gave it another window.
+    """
     return sharpen.factor(recipe.sharpen(method), original_length(recipe, config), recipe.lengths.target)
 
 

@@ -19,6 +19,24 @@ def factor(power: float, original_length: int, target_length: int) -> float:
     return (math.log(target_length) / math.log(max(2, original_length))) ** power  # a window of 1 is no window, but no reason to divide by 0
 
 
+def sharpen_network(network, t: float) -> None:
+    """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole weights: what a method that trains nothing
+    is scored with.
+
+    Raises Failure if it has not one query projection a layer.
+    """
+    import torch
+
+    found = 0
+    with torch.no_grad():
+        for name, weights in network.named_parameters():
+            if name.endswith(QUERIES):
+                weights.copy_((weights.float() * t).to(weights.dtype))
+                found += name.endswith("weight")
+    if found != network.config.num_hidden_layers:
+        raise Failure(f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers; which scores would be sharpened is not known")
+
+
 def sharpen(folder: Path, t: float) -> None:
     """Multiplies the query projections of the model in ``folder`` by ``t``, in float32, in place, and notes ``t`` in config.json.
 
