@@ -71,12 +71,13 @@ def tokenizer_of(tokenizer) -> str:
 
 @functools.cache
 def code(task: str) -> str:
-    """SHA-256 over the code that makes and scores ``task``: its task file, its hooks, the modules of endprompt.eval that these import, and the engine.
+    """SHA-256 over the code that makes and scores ``task``: its task file, its hooks, the modules of endprompt.eval that these import, the
+    engine, and the intervals.
 
-    Comments, docstrings and layout do not count.  Of the harness' own tasks it is the engine's; their version stands beside it.
+    Comments, docstrings and layout do not count.  The harness' own tasks are known by its version, which stands beside this.
     """
     known: dict[str, str] = {}
-    waiting = [HERE / "engine.py"]
+    waiting = [HERE / "engine.py", HERE / "intervals.py"]
     if family(task) != "short_text":
         folder = engine.TASKS / family(task)
         waiting.append(folder / "utils.py")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from endprompt import BadInput, config, corpus, methods, provenance
-from endprompt.eval import compare, engine, figures, intervals, longbench, passkey, perplexity, prompts, question, ruler, ruler_package, run
+from endprompt.eval import compare, engine, figures, intervals, passkey, perplexity, question, run
 
 BASE = methods.get("base")
 
@@ -530,18 +530,6 @@ def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, 
         capsys.readouterr()
         run.evaluate(checked, method, tmp_path / "run", other)
         assert "scoring again" in capsys.readouterr().err, method.name
-
-
-@pytest.mark.parametrize("name, at, seen", [("model.safetensors", 0, True), ("model.safetensors", -1, True), ("model.gguf", 0, True), ("config.json", 0, True),
-                                            ("README.md", 0, False)])
-def test_fingerprint(tmp_path, name, at, seen):
-    """Large files are told apart by their two ends."""
-    data = bytearray(2**21 + 100)
-    (tmp_path / name).write_bytes(data)
-    before = question.fingerprint(tmp_path)
-    data[at] = 1
-    (tmp_path / name).write_bytes(data)
-    assert (question.fingerprint(tmp_path) != before) is seen
 
 
 def test_another_model_has_its_own_folder(recipe, base, tmp_path):
