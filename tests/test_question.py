@@ -328,8 +328,8 @@ def test_fingerprint_of_one_quantization_among_several(tmp_path):
 
 def test_old_results_can_still_be_read_and_compared(tmp_path):
     """Those that are published, whose questions have other keys."""
-    for folder in sorted((REPOSITORY / "docs/results").glob("tiny/*/eval")):
-        assert results.read(folder).found
+    published = results.read(REPOSITORY / "docs/results/smollm2-ruler")
+    assert len(published.found) > 10 and not published.older
     one, two = tmp_path / "seed0/tiny", tmp_path / "seed1/tiny"
     for folder in (one, two):
         path = folder / "base/eval/passkey/96.json"
