@@ -45,7 +45,7 @@ def check_template(tokenizer) -> None:
     if not tokenizer.chat_template:
         raise BadInput("eval.chat_template: the model's tokenizer has no chat template; set eval.chat_template=false, or name a model that has one")
     try:
-        if PROBE not in render(tokenizer, PROBE, True):
+        if render(tokenizer, "1", True) == render(tokenizer, "2", True):
             raise ValueError("the message is not in what it makes")
     except Exception as error:  # a template is a program, and may raise anything
         raise BadInput(f"eval.chat_template: the model's chat template cannot be used: {str(error).strip() or type(error).__name__}; "

@@ -50,11 +50,12 @@ def load_tokenizer(source: str | Path):
 def arguments(task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path, room: int = 0) -> list[str]:
     """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in place of its fixed 42.
 
-    room: tokens that are kept free besides those of the answer, to which the scripts themselves put them.
+    room: tokens of ``length`` that are kept free besides those of the answer.  vt makes an example of 500 tokens whatever the length, with
+    room for an answer: so the length is what shrinks.
     """
     found = ruler_package.about(task)
-    options = {"save_dir": folder, "save_name": task, "subset": "validation", "tokenizer_path": tokenizer, "tokenizer_type": "hf", "max_seq_length": length,
-               "tokens_to_generate": found["tokens_to_generate"] + room, "num_samples": samples, "random_seed": seed, **found["args"],
+    options = {"save_dir": folder, "save_name": task, "subset": "validation", "tokenizer_path": tokenizer, "tokenizer_type": "hf", "max_seq_length": length - room,
+               "tokens_to_generate": found["tokens_to_generate"], "num_samples": samples, "random_seed": seed, **found["args"],
                **({"pre_samples": 0} if found["task"] == "qa" else {}), "template": found["template"] + found["answer_prefix"]}
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
