@@ -118,48 +118,54 @@ def _loading(what: str, recipe: Recipe, function):
         raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}") from None
 
 
-def _matrix(folder: Path, name: str) -> tuple[Path, str] | None:
-    """(file, the tensor's full name) of the tensor in ``folder`` that ends in ``name``, in the safetensors that transformers would read; None: no such.
+def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
+    """(file, its full name there) of the tensor ``name`` in the safetensors that transformers would read of ``folder``; None: no such.
 
-    Raises what JSON and safetensors raise on damaged files.
+    Some files leave out what ``name`` begins with: its last two parts count.  Raises what JSON and safetensors raise on damaged files.
     """
     from safetensors import safe_open
 
-    if (index := folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").is_file():
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.is_file():
+        with safe_open(file, "pt") as opened:
+            places = dict.fromkeys(opened.keys(), file.name)
+    elif index.is_file():
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return next(((folder / file, key) for key, file in places.items() if key.split(".")[-2:] == name.split(".")), None)
-    file = folder / "model.safetensors"
-    if not file.is_file():
+    else:
         return None
-    with safe_open(file, "pt") as opened:
-        return next(((file, key) for key in opened.keys() if key.split(".")[-2:] == name.split(".")), None)  # noqa: SIM118 (no mapping)
+    return next(((folder / there, key) for key, there in places.items() if key.split(".")[-2:] == name.split(".")[-2:]), None)
 
 
 def refuse_untied(where: str, source: str, config, revision: str | None = None) -> None:
     """Raises BadInput beginning with ``where`` if ``config`` says that input and output embeddings are one matrix, and the safetensors of
     ``source`` (a folder, or a hub id as far as it was fetched) hold two that differ.
 
-    transformers uses both as long as it reads these files, and one once they were saved again.  Two equal copies are one matrix.  A GGUF file says
-    nothing of its own about it: its config is read off the tensors that are there.
+    transformers trains both, with a warning; the harness, and engines that go by config.json, use the input's for both.  Two equal copies are
+    one matrix.  A GGUF file says nothing of its own about it: its config is read off the tensors that are there.
     """
     import torch
     from safetensors import safe_open
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if not config.get_text_config().tie_word_embeddings or (folder := _snapshot(source, revision)) is None:
+    text = config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False) or (folder := _snapshot(source, revision)) is None:
         return
-    try:
-        places = [_matrix(folder, name) for name in ("embed_tokens.weight", "lm_head.weight")]
-        if None in places:
+    known = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None), "_tied_weights_keys", None)
+    known = known if isinstance(known, dict) else {"lm_head.weight": "model.embed_tokens.weight"}
+    for one, other in known.items():
+        try:
+            if None in (places := [_tensor(folder, name) for name in (other, one)]):
+                continue
+            with contextlib.ExitStack() as stack:
+                first, second = (stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places)
+                same, rows = first.get_shape() == second.get_shape(), first.get_shape()[0]
+                same = same and all(torch.equal(first[row:row + 4096].float(), second[row:row + 4096].float()) for row in range(0, rows, 4096))
+        except (*UNREADABLE, RuntimeError):  # whoever loads the files says what is wrong with them
             return
-        with contextlib.ExitStack() as stack:
-            one, other = (stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places)
-            same, rows = one.get_shape() == other.get_shape(), one.get_shape()[0]
-            same = same and all(torch.equal(one[row:row + 4096].float(), other[row:row + 4096].float()) for row in range(0, rows, 4096))
-    except (*UNREADABLE, RuntimeError):  # whoever loads the files says what is wrong with them
-        return
-    if not same:
-        raise BadInput(f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in {places[1][0].name} is another "
-                       f"than {places[0][1]}; set tie_word_embeddings to false in config.json, or take {places[1][1]} out of the files")
+        if not same:
+            raise BadInput(f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in "
+                           f"{places[1][0].name} is another than {places[0][1]}; set tie_word_embeddings to false in config.json, or take "
+                           f"{places[1][1]} out of the files")
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
