@@ -124,6 +124,9 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
     base = model.load_config(recipe)
     tokenizer = model.load_tokenizer(recipe)
     model.check_vocabulary(tokenizer, base, f"model: the tokenizer of {recipe.model.name_or_path!r}")
+    if not recipe.model.gguf_file:
+        source = model.locate(recipe)["pretrained_model_name_or_path"]
+        model.refuse_untied(f"model.name_or_path: the weights of {recipe.model.name_or_path!r}", source, base, recipe.model.revision)
     workers = arguments.workers or min(16, os.cpu_count() or 1)
     with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(recipe, method, run):
         manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "fastokens", "pyarrow", "numpy")), part)

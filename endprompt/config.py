@@ -103,7 +103,8 @@ class DataSection(Section):
 
 class RopeSection(Section):
     type: Literal[TYPES] | None = None
-    sharpen: float | None = Field(None, ge=0, le=4)  # attention scores x (ln L / ln C) ** sharpen once trained; null: as the method says
+    # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null: as the method says.
+    sharpen: float | None = Field(None, ge=0, le=4)
 
     @field_validator("type", mode="before")
     @classmethod
@@ -121,13 +122,14 @@ class EvalSection(Section):
     depths: int = Field(10, gt=0)
     seed: int = Field(42, ge=0, lt=2**32)
     perplexity_corpus: str | None = None
+    perplexity_column: str | None = None  # the field that holds its text; null: data.text_column
     perplexity_tokens: int = Field(65536, gt=0)
     perplexity_stride: int = Field(256, gt=0)
     ruler_samples: str | None = None  # a folder of samples made elsewhere; null: made here
     longbench_data: str | None = None  # a folder of the official jsonl files; null: from the hub
     longbench_length: int = Field(32768, gt=1)  # tokens a prompt is cut to, in its middle
     short_text_samples: int | None = Field(None, gt=0)  # a subtask; null: all
-    chat_template: bool = False
+    chat_template: bool = False  # put around prompts; never around the text of perplexity
     run_unsafe_code: bool = False  # HumanEval runs what the model writes
     backend: Literal["hf", "vllm"] = "hf"
 
@@ -185,7 +187,8 @@ class Recipe(Section):
         return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
 
     def sharpen(self, method: methods.Method) -> float:
-        """The power of ln L / ln C by which attention is sharpened after training; 0 leaves it as it was trained."""
+        """The power of ln L / ln C by which attention is sharpened after training, or, if nothing is trained, as the model is built to be scored;
+        0 leaves it."""
         return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
 
     @property

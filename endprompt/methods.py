@@ -30,7 +30,7 @@ class Method:
     whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
     matched: a row is ``data.match_pieces`` pieces of a stretch of L tokens that repeat something of each other (endprompt/matching.py).
     sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved (endprompt/sharpen.py), unless the
-        recipe's ``rope.sharpen`` names another power; 0 leaves them.
+        recipe's ``rope.sharpen`` names another power; 0 leaves them.  Where nothing is trained, the built model's are, before it is scored.
     attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
     lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
     """

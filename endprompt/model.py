@@ -129,11 +129,73 @@ def _loading(what: str, recipe: Recipe, function):
         raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}") from None
 
 
+def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
+    """(file, its full name there) of the tensor ``name`` in the safetensors that transformers would read of ``folder``; None: no such.
+
+    Some files leave out what ``name`` begins with: its last two parts count.  Raises what JSON and safetensors raise on damaged files.
+    """
+    from safetensors import safe_open
+
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.is_file():
+        with safe_open(file, "pt") as opened:
+            places = dict.fromkeys(opened.keys(), file.name)
+    elif index.is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        return None
+    return next(((folder / there, key) for key, there in places.items() if key.split(".")[-2:] == name.split(".")[-2:]), None)
+
+
+def refuse_untied(where: str, source: str, config, revision: str | None = None) -> None:
+    """Raises BadInput beginning with ``where`` if ``config`` says that input and output embeddings are one matrix, and the safetensors of
+    ``source`` (a folder, or a hub id as far as it was fetched) hold two that differ.
+
+    transformers trains both, with a warning; the harness, and engines that go by config.json, use the input's for both.  Two equal copies are
+    one matrix.  A GGUF file says nothing of its own about it: its config is read off the tensors that are there.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False) or (folder := _snapshot(source, revision)) is None:
+        return
+    known = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None), "_tied_weights_keys", None)
+    known = known if isinstance(known, dict) else {"lm_head.weight": "model.embed_tokens.weight"}
+    for one, other in known.items():
+        try:
+            if None in (places := [_tensor(folder, name) for name in (other, one)]):
+                continue
+            with contextlib.ExitStack() as stack:
+                first, second = (stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places)
+                same, rows = first.get_shape() == second.get_shape(), first.get_shape()[0]
+                same = same and all(torch.equal(first[row:row + 4096].float(), second[row:row + 4096].float()) for row in range(0, rows, 4096))
+        except (*UNREADABLE, RuntimeError):  # whoever loads the files says what is wrong with them
+            return
+        if not same:
+            raise BadInput(f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in "
+                           f"{places[1][0].name} is another than {places[0][1]}; set tie_word_embeddings to false in config.json, or take "
+                           f"{places[1][1]} out of the files")
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of ``name``: itself, or where the hub's client keeps what it fetched of it; None if nothing is there."""
+    from transformers.utils import cached_file
+
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(cached_file(name, "config.json", revision=revision, local_files_only=True)).parent
+    except (OSError, ValueError):
+        return None
+
+
 def load_weights(where: str, **arguments):
     """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from the files.
 
-    Raises BadInput beginning with ``where`` if files are unusable, or if weights are missing from them or have another shape than config.json says,
-    which transformers would fill with random values.
+    Raises BadInput beginning with ``where`` if files are unusable, if weights are missing from them or have another shape than config.json says,
+    which transformers would fill with random values, or if what ``refuse_untied`` refuses.
     """
     from transformers import AutoModelForCausalLM
 
@@ -157,6 +219,8 @@ def load_weights(where: str, **arguments):
     if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
         print(f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a {network.config.model_type} model and are left out, "
               f"first {sorted(found['unexpected_keys'])[:3]}", file=sys.stderr)
+    if "gguf_file" not in arguments:
+        refuse_untied(where, arguments["pretrained_model_name_or_path"], network.config, arguments.get("revision"))
     return network
 
 
@@ -464,8 +528,9 @@ def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
 
 
 def sharpness(recipe: Recipe, method: Method, config) -> float:
-    """What attention scores are multiplied by after training; 1 leaves them.
+    """What attention scores are multiplied by after training, or, where a method trains nothing, before the model is scored; 1 leaves them.
 
+    config: the base's own, before ``rope.apply`` gave it another window.
     A base that is sharpened already gets what its own factor lacks of the method's, both counted from the
     same window; it loses nothing.
     """

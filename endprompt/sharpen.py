@@ -62,6 +62,24 @@ def inherited(config) -> dict[str, float | int]:
     return {"sharpened": t, **({"sharpened_from": start} if start else {})}
 
 
+def sharpen_network(network, t: float) -> None:
+    """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole weights: what a method that trains nothing
+    is scored with.
+
+    Raises Failure if it has not one query projection a layer.
+    """
+    import torch
+
+    found = 0
+    with torch.no_grad():
+        for name, weights in network.named_parameters():
+            if name.endswith(QUERIES):
+                weights.copy_((weights.float() * t).to(weights.dtype))
+                found += name.endswith("weight")
+    if found != network.config.num_hidden_layers:
+        raise Failure(f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers; which scores would be sharpened is not known")
+
+
 def sharpen(folder: Path, t: float) -> None:
     """Multiplies the query projections of the model in ``folder`` by ``t``, in float32, in place, and notes
     in config.json what they have been multiplied by in all.

@@ -62,7 +62,9 @@ def check(folders: list[Path]) -> None:
                     asked = {key: value for key, value in row["question"].items() if key != "model"}
                     before = questions.setdefault((task, row["scores"]["length"]), (asked, folder))
                     if before[0] != asked:
-                        raise BadInput(f"{before[1] / name} and {folder / name} were asked different questions ({task} at {row['scores']['length']}); evaluate them alike")
+                        unlike = ", ".join(sorted(key for key in {**before[0], **asked} if before[0].get(key) != asked.get(key)))
+                        raise BadInput(f"{before[1] / name} and {folder / name} were asked different questions ({task} at {row['scores']['length']}: {unlike}); "
+                                       "evaluate them alike")
 
 
 def summary(folders: list[Path]) -> dict[str, dict]:

@@ -3,6 +3,9 @@
 The harness' HF backend cuts a prompt that is too long from the left without failing, pads prompts of different length in one batch, and keeps
 float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` cuts nothing, keeps the scored logits alone, and reads prompts without padding: those
 of one length together, or, on a GPU, one after another into a common cache, from which they are answered together.
+
+Of a model's generation_config.json nothing counts but the tokens that end an answer: a repetition penalty or a forced token in it would make
+"greedy" answers others than the model's own.
 """
 
 import functools
@@ -13,9 +16,10 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from endprompt import BadInput, model, rope
+from endprompt.eval import prompts
 
 # Tokens in a batch of generation, and the logits of a batch that is scored in one piece.
 TOKENS_AT_ONCE = 16384
@@ -50,11 +54,36 @@ def shares_cache(network) -> bool:
     return plain and rotary.rope_type not in ("dynamic", "longrope")
 
 
-class LongLM(HFLM):
-    """The harness' HF model that never cuts a prompt, whatever window its config names; same scores otherwise."""
+def ends(generation_config, tokenizer) -> list[int]:
+    """The tokens that end an answer, sorted: those of a model's generation config (None: it has none), and the tokenizer's end of sequence."""
+    named = getattr(generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+class Prompting:
+    """The harness' ``tok_encode`` of one text or a list of them, which ends in the text's own last token (endprompt/eval/prompts.py)."""
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_):
+        if not isinstance(string, str):
+            return [self.tok_encode(one, add_special_tokens, left_truncate_len) for one in string]
+        if add_special_tokens is None:
+            ids = prompts.encode(self.tokenizer, string)
+        else:
+            ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = prompts.frame(self.tokenizer)[0] + ids if add_special_tokens else ids
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+
+class LongLM(Prompting, HFLM):
+    """The harness' HF model that never cuts a prompt, whatever window its config names, and decodes greedily whatever its folder asks for; same
+    scores otherwise.  ``network``'s generation config is replaced."""
 
     def __init__(self, network, tokenizer):
         super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1)
+        given = network.generation_config
+        network.generation_config = GenerationConfig(bos_token_id=given.bos_token_id, pad_token_id=given.pad_token_id,
+                                                     eos_token_id=ends(given, tokenizer) or None)
         # Tokens whose keys and values one batch may hold, or 0: batches are read whole.  Dynamic frequencies are those of the longest row, for every row.
         self.cached_tokens = 0
         self.positions = table(network)
@@ -62,6 +91,16 @@ class LongLM(HFLM):
             config = network.config
             bytes_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * rope.head_dimension(config) * network.dtype.itemsize
             self.cached_tokens = int(CACHE_SHARE * torch.cuda.mem_get_info()[0] / bytes_a_token)
+
+    def tok_batch_encode(self, strings, padding_side: str = "left", left_truncate_len=None, truncation: bool = False):
+        """(ids, mask), both int64 [texts, longest], as ``tok_encode`` writes each text; ``truncation`` is not done."""
+        rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
+        shape = len(rows), max(map(len, rows))
+        ids, mask = torch.full(shape, self.tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            place = slice(shape[1] - len(row), None) if padding_side == "left" else slice(len(row))
+            ids[number, place], mask[number, place] = torch.tensor(row, dtype=torch.long), 1
+        return ids, mask
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations of ``requests``, in order.  Nothing is padded while it is read."""
@@ -157,10 +196,54 @@ def vllm(source: str, longest: int, trust_remote_code: bool = False):
         import vllm  # noqa: F401
     except ImportError as error:
         raise BadInput(f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine with a GPU), or use eval.backend=hf") from None
-    from lm_eval.models.vllm_causallms import VLLM
 
     # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for scaled models (docs/footguns.md, 9).
-    return VLLM(pretrained=source, trust_remote_code=trust_remote_code, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto", gpu_memory_utilization=0.9)
+    return _served()(pretrained=source, trust_remote_code=trust_remote_code, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto",
+                     gpu_memory_utilization=0.9, generation_config="vllm")
+
+
+def saved_ends(source: str, tokenizer, trust_remote_code: bool = False) -> list[int]:
+    """``ends`` of the model in the folder or under the hub id ``source``, as transformers would load it."""
+    from transformers import AutoConfig
+
+    try:
+        return ends(GenerationConfig.from_pretrained(source), tokenizer)
+    except OSError:  # it has none
+        return ends(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), tokenizer)
+
+
+@functools.cache
+def _served():
+    """The class of the harness' vLLM model that asks as ``LongLM`` does; importing it needs vLLM."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    class Served(Prompting, VLLM):
+        def __init__(self, pretrained: str, **options):
+            super().__init__(pretrained=pretrained, **options)
+            # generation_config="vllm" keeps what is in the folder's file out, and its end tokens with it.
+            self.ends = saved_ends(pretrained, self.tokenizer, options.get("trust_remote_code", False))
+
+        def modify_gen_kwargs(self, *arguments, **options):
+            kwargs, until, tokens = super().modify_gen_kwargs(*arguments, **options)
+            return kwargs | {"stop_token_ids": sorted({*kwargs.get("stop_token_ids", ()), *self.ends})}, until, tokens
+
+        # The harness cuts what does not fit from the left, with a warning in a log.
+        def _fits(self, tokens: int) -> None:
+            if tokens > self.max_length - 1:
+                raise ValueError(f"a prompt and its answer are {tokens} tokens, and vLLM was started for {self.max_length - 1}; raise the greatest "
+                                 "of eval.lengths, or use eval.backend=hf")
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            for text, options in (request.args for request in requests):
+                self._fits(len(self.tok_encode(text)) + int(options.get("max_gen_toks", self.max_gen_toks)))
+            return super().generate_until(requests, disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False):
+            for _, context, continuation in requests:
+                self._fits(len(context) + len(continuation))
+            return super()._loglikelihood_tokens(requests, disable_tqdm)
+
+    return Served
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from endprompt import methods
+from endprompt.eval.results import model_of
 
 PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 
@@ -12,8 +13,8 @@ PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 def read(folder: Path) -> list[dict]:
     """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by length."""
     results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    newest = max(results, key=lambda result: result["date"])["question"]["model"] if results else None
-    return sorted((result for result in results if result["question"]["model"] == newest), key=lambda result: result["scores"]["length"])
+    newest = model_of(max(results, key=lambda result: result["date"])) if results else None
+    return sorted((result for result in results if model_of(result) == newest), key=lambda result: result["scores"]["length"])
 
 
 def pool(seeds: list[list[dict]]) -> list[dict]:

@@ -12,11 +12,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from endprompt import BadInput, corpus
+from endprompt.eval import prompts
 from endprompt.eval.answers import strip_prompt
 from endprompt.eval.longbench_scores import get, score
 
@@ -66,20 +69,21 @@ def truncate(prompt: str, tokenizer, max_length: int) -> tuple[str, int]:
     As the official pred.py: the whole prompt is tokenized *with* the tokenizer's special tokens, int(max_length / 2) tokens are kept at each
     end, decoded without special tokens and joined; the model's own tokenizer call then adds them again.  So a beginning-of-sequence token takes
     one place of the first half, an odd length loses a token, and at the seam tokens may merge or split: the second number can differ from
-    ``max_length`` by a few, either way.
+    ``max_length`` by a few, either way.  Tokens that a tokenizer appends are left out, as they are where a model is asked.
     """
     if max_length < 2:
         raise BadInput(f"longbench_length is {max_length}; it counts a prompt's tokens, of which both ends are kept: give 2 or more")
-    ids = tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+    ids = prompts.encode(tokenizer, prompt)
     if len(ids) <= max_length:
         return prompt, len(ids)
     half = int(max_length / 2)
     prompt = tokenizer.decode(ids[:half], skip_special_tokens=True) + tokenizer.decode(ids[-half:], skip_special_tokens=True)
-    return prompt, len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+    return prompt, len(prompts.encode(tokenizer, prompt))
 
 
-def generation_kwargs(task: str, tokenizer) -> dict:
-    """What ``model.generate`` needs besides greedy decoding and ``new_tokens``: nothing, but for samsum, as the official pred.py.
+def generation_kwargs(task: str, tokenizer, backend: str = "hf") -> dict:
+    """What ``model.generate`` (or with ``backend`` vllm, vLLM's SamplingParams) needs besides greedy decoding and ``new_tokens``: nothing, but for
+    samsum, as the official pred.py.
 
     There the newline token ends the answer, and cannot be its first token, nor can the end of sequence (min_new_tokens=1 is the original's
     min_length = prompt + 1).  ``tokenizer.encode("\\n")[-1]`` is the newline alone; tokens that merge it with other characters do not stop it.
@@ -88,7 +92,17 @@ def generation_kwargs(task: str, tokenizer) -> dict:
         get(task)
         return {}
     newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    if backend == "vllm":  # which ends at the model's own end tokens besides
+        return {"stop_token_ids": [newline], "min_tokens": 1}
     return {"eos_token_id": [token for token in (tokenizer.eos_token_id, newline) if token is not None], "min_new_tokens": 1}
+
+
+def content(task: str, data: str | Path | None, limit: int | None = None) -> str:
+    """SHA-256 of the first ``limit`` rows of ``task`` that ``samples`` would read, wherever they lie.  Raises BadInput on missing or damaged data."""
+    digest = hashlib.sha256()
+    for _, row in itertools.islice(_task_rows(task, data), limit):
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 # Data
@@ -145,6 +159,12 @@ def _field(row: dict, where: str, *names: str):
     raise BadInput(f"{where} has no {names[0]!r}; it has {', '.join(map(str, row))}; LongBench's rows have input, context, answers, all_classes and length")
 
 
+def _task_rows(task: str, data: str | Path | None) -> Iterator[tuple[str, dict]]:
+    if data is not None and not Path(data).expanduser().exists():
+        raise BadInput(f"longbench_data: there is no {data}; give the folder that the official data.zip unpacks to")
+    return _packed(task) if data is None else _local(task, Path(data).expanduser())
+
+
 def samples(task: str, data: str | Path | None, tokenizer, max_length: int = LENGTH, limit: int | None = None) -> list[dict]:
     """The task's prompts in the data's order, cut to ``max_length`` tokens; the first ``limit`` of them.
 
@@ -158,11 +178,8 @@ def samples(task: str, data: str | Path | None, tokenizer, max_length: int = LEN
     about = get(task)
     if limit is not None and limit < 1:
         raise BadInput(f"samples is {limit}; give 1 or more, or leave it out for all of them")
-    if data is not None and not Path(data).expanduser().exists():
-        raise BadInput(f"longbench_data: there is no {data}; give the folder that the official data.zip unpacks to")
-    rows = _packed(task) if data is None else _local(task, Path(data).expanduser())
     found = []
-    for where, row in rows:
+    for where, row in _task_rows(task, data):
         answers = _field(row, where, "answers", "gold")
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
             raise BadInput(f"{where}: 'answers' is no list of texts; restore the file")

@@ -9,7 +9,7 @@ each, at different depths, one of them asked for.  It is for models that are too
 import random
 import re
 
-from endprompt.eval import intervals
+from endprompt.eval import intervals, prompts
 
 HEADER = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
           "I will quiz you about the important information there.")
@@ -37,15 +37,15 @@ def prompt(needles: list[Needle], sentences: int, question: str = QUESTION) -> s
     return " ".join([*parts, *filler[placed:], question])
 
 
-def build(tokenizer, length: int, needles: list[Needle], question: str = QUESTION) -> tuple[str, int]:
-    """The longest prompt that fits into ``length`` with its answer, and its tokens.  Raises ValueError if none does, or an answer is longer
-    than what is generated."""
+def build(tokenizer, length: int, needles: list[Needle], question: str = QUESTION, chat: bool = False) -> tuple[str, int]:
+    """The longest prompt that fits into ``length`` with its answer, and its tokens; with ``chat``, the chat template that will be put around it
+    counts.  Raises ValueError if none fits, or an answer is longer than what is generated."""
     if len(tokenizer(" 123456", add_special_tokens=False)["input_ids"]) > NEW_TOKENS:
         raise ValueError(f"the tokenizer writes a number of six digits with more than the {NEW_TOKENS} tokens that are generated")
     limit = length - NEW_TOKENS
 
     def tokens(sentences: int) -> int:
-        return len(tokenizer(prompt(needles, sentences, question))["input_ids"])
+        return len(prompts.encode(tokenizer, prompts.render(tokenizer, prompt(needles, sentences, question), chat)))
 
     if tokens(0) > limit:
         raise ValueError(f"{length} tokens are too few for a passkey prompt of {tokens(0)} and its answer")
@@ -90,17 +90,20 @@ def named(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needl
 TASKS = {"passkey": single, "multikey": named}
 
 
-def documents(tokenizer, lengths: list[int], samples: int, depths: int, seed: int, task: str = "passkey") -> list[dict]:
+def documents(tokenizer, lengths: list[int], samples: int, depths: int, seed: int, task: str = "passkey",
+              chat: bool = False) -> list[dict]:
     """The tests: for each length ``samples`` keys, spread evenly over ``depths`` depths from 0 (start) to 1 (end) of the text.
 
-    task: one of TASKS.  Each test is {"prompt": text, "key": its five digits, "depth": 0..1, "length": the length it is made for,
+    task: one of TASKS.  chat: whether the model's chat template will be put around a prompt.
+
+    Each test is {"prompt": text, "key": its five digits, "depth": 0..1, "length": the length it is made for,
     "prompt_tokens": its own}.  Raises ValueError if a length is too short for the test.
     """
     found = []
     for length in lengths:
         at = [number % depths / max(1, depths - 1) for number in range(samples)]
         for depth, (key, needles, question) in zip(at, TASKS[task](random.Random(f"{seed}/{length}"), at), strict=True):
-            text, tokens = build(tokenizer, length, needles, question)
+            text, tokens = build(tokenizer, length, needles, question, chat)
             found.append({"prompt": text, "key": key, "depth": depth, "length": length, "prompt_tokens": tokens})
     return found
 

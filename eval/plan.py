@@ -9,6 +9,7 @@ counted), short text, fine-tuning, start-up and data, activation checkpointing's
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -81,21 +82,36 @@ def prefill_flops(recipe: Recipe, about) -> float:
 
 def _answered(recipe: Recipe, folder: Path, scored: Path | None) -> tuple[int, int]:
     """(results in ``folder`` that `endprompt evaluate` would keep, results it would make) for the model in ``scored``; None: the untrained one."""
-    from endprompt.eval import run
+    from endprompt.eval import question, run
 
-    print_of = run.fingerprint(scored) if scored is not None and scored.is_dir() else None
-    there = wanted = 0
-    for task in recipe.eval.tasks:
-        for length in run.lengths(recipe, task):
-            wanted += 1
-            try:
-                asked = json.loads((folder / task / f"{length or 'any'}.json").read_text(encoding="utf-8"))["question"]
-                of = asked.pop("model")
-                expected = {key: value for key, value in run.question(recipe, task, length, {}).items() if key != "model"}
+    pairs, found = run.pairs(recipe), {}
+    for task, length in pairs:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            asked = json.loads((folder / task / f"{length or 'any'}.json").read_text(encoding="utf-8"))["question"]
+            found[task, length] = asked.pop("model"), asked
+    if not found:
+        return 0, len(pairs)
+    print_of = question.fingerprint(scored) if scored is not None and scored.is_dir() else None
+    there = 0
+    with contextlib.suppress(BadInput):  # a tokenizer that cannot be loaded, as of a base that was not fetched
+        asks = question.Questions(recipe, _tokenizer(recipe, scored))
+        for (task, length), (of, asked) in found.items():
+            with contextlib.suppress(BadInput, KeyError, TypeError):  # data that are not there, an old form of result
+                expected = {key: value for key, value in asks(task, length, {}).items() if key != "model"}
                 there += asked == json.loads(json.dumps(expected)) and (print_of is None or of["fingerprint"] == print_of)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-    return there, wanted
+    return there, len(pairs)
+
+
+def _tokenizer(recipe: Recipe, scored: Path | None):
+    """The tokenizer of the model in ``scored``, or of the recipe's base.  Raises BadInput."""
+    from transformers import AutoTokenizer
+
+    from endprompt import model
+
+    if scored is not None and (scored / "tokenizer.json").is_file():
+        with contextlib.suppress(*model.UNREADABLE):
+            return AutoTokenizer.from_pretrained(scored)
+    return model.load_tokenizer(recipe)
 
 
 @dataclass(frozen=True)

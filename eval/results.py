@@ -9,8 +9,8 @@ from pathlib import Path
 from endprompt import BadInput, methods
 from endprompt.eval import longbench_scores
 
-# What two results of one model agree in; dtype and attention may differ between machines.
-_MODEL = ("name_or_path", "revision", "gguf_file", "fingerprint", "rope_parameters")
+# What two results of one model may differ in, for they may come from different machines.
+_MACHINE = ("dtype", "attention")
 
 # Of the harness' own data: MMLU's 57 tests, GSM8K test, HellaSwag validation, HumanEval.
 SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humaneval": 164}
@@ -97,9 +97,15 @@ def _check(path: Path) -> dict:
     return result
 
 
-def _identity(result: dict) -> str:
+def model_of(result: dict) -> dict | str:
+    """What a result file says of its model; where the weights' fingerprint is known, without where they lay."""
     model = result["question"]["model"]
-    return json.dumps({key: model.get(key) for key in _MODEL} if isinstance(model, dict) else model, sort_keys=True)
+    return {key: value for key, value in model.items() if key != "name_or_path"} if isinstance(model, dict) and model.get("fingerprint") else model
+
+
+def _identity(result: dict) -> str:
+    model = model_of(result)
+    return json.dumps({key: model[key] for key in model if key not in _MACHINE} if isinstance(model, dict) else model, sort_keys=True)
 
 
 def read(folder: Path) -> Results:

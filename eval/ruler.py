@@ -20,7 +20,7 @@ from pathlib import Path
 
 import endprompt
 from endprompt import BadInput, shards
-from endprompt.eval import answers, names, ruler_package, ruler_worker
+from endprompt.eval import answers, names, prompts, ruler_package, ruler_worker
 
 FORMAT = 1  # of a cache file
 PATIENCE = 120  # seconds of processor time without a sign of life of a script
@@ -47,10 +47,14 @@ def load_tokenizer(source: str | Path):
     return tokenizer
 
 
-def arguments(task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path) -> list[str]:
-    """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in place of its fixed 42."""
+def arguments(task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path, room: int = 0) -> list[str]:
+    """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in place of its fixed 42.
+
+    room: tokens of ``length`` that are kept free besides those of the answer.  vt makes an example of 500 tokens whatever the length, with
+    room for an answer: so the length is what shrinks.
+    """
     found = ruler_package.about(task)
-    options = {"save_dir": folder, "save_name": task, "subset": "validation", "tokenizer_path": tokenizer, "tokenizer_type": "hf", "max_seq_length": length,
+    options = {"save_dir": folder, "save_name": task, "subset": "validation", "tokenizer_path": tokenizer, "tokenizer_type": "hf", "max_seq_length": length - room,
                "tokens_to_generate": found["tokens_to_generate"], "num_samples": samples, "random_seed": seed, **found["args"],
                **({"pre_samples": 0} if found["task"] == "qa" else {}), "template": found["template"] + found["answer_prefix"]}
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
@@ -60,11 +64,12 @@ def _too_short(task: str, length: int, reason: str) -> BadInput:
     return BadInput(f"eval.lengths: ruler_{task} at {length}: too short for this task with this tokenizer ({reason}); raise the length, or leave the task out")
 
 
-def _start(task: str, length: int, samples: int, seed: int, definition: Path, special: bool, folder: Path) -> tuple[subprocess.Popen, dict]:
+def _start(task: str, length: int, samples: int, seed: int, definition: Path, special: bool, folder: Path,
+           room: int) -> tuple[subprocess.Popen, dict]:
     script = ruler_package.package() / "data" / "synthetic" / f"{ruler_package.about(task)['task']}.py"
-    job = {"script": str(script), "argv": arguments(task, length, samples, seed, str(definition.parent), folder),
+    job = {"script": str(script), "argv": arguments(task, length, samples, seed, str(definition.parent), folder, room),
            "definition": str(definition), "encode_special_tokens": special, "nltk_data": ruler_package.sentences()[0], "samples": str(folder / task / "validation.jsonl"),
-           "tokens_to_generate": ruler_package.tokens_to_generate(task), "counts": str(folder / "counts.json"), "failure": str(folder / "failure.txt"), "patience": PATIENCE}
+           "tokens_to_generate": ruler_package.tokens_to_generate(task) + room, "counts": str(folder / "counts.json"), "failure": str(folder / "failure.txt"), "patience": PATIENCE}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     path = [str(Path(endprompt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -149,9 +154,10 @@ def _check(tasks: list[str], lengths: list[int], samples: int, seed: int, proces
 
 
 def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
-           processes: int | None = None) -> dict[tuple[str, int], Path]:
+           processes: int | None = None, chat: bool = False) -> dict[tuple[str, int], Path]:
     """The cache file of every task at every length, for `read`; what is missing is made by ``processes`` at a time (None: one a core), longest first.
 
+    chat: whether the tokenizer's chat template will be put around a sample, for which samples keep room in their length.
     Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or packages that are not the pinned ones.
     """
     tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
@@ -161,6 +167,9 @@ def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, 
     loaded = load_tokenizer(tokenizer)
     special = bool(loaded.split_special_tokens)
     common = {"format": FORMAT, "tokenizer": tokenizer_fingerprint(loaded), "split_special_tokens": special, "samples": samples, "seed": seed, **ruler_package.generator()}
+    if chat:
+        prompts.check_template(loaded)
+        common["room"] = prompts.room(loaded, chat)
     folder = Path(cache) if cache is not None else default_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,13 +190,13 @@ def ensure(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, 
 
 
 def generate(tasks: Iterable[str], lengths: Iterable[int], tokenizer: str | Path, samples: int = 500, seed: int = 42, cache: Path | None = None,
-             processes: int | None = None) -> dict[tuple[str, int], list[dict]]:
+             processes: int | None = None, chat: bool = False) -> dict[tuple[str, int], list[dict]]:
     """The samples of every task at every length (tokens, answer included), as `ensure` makes them; 500 at 65536 tokens are about 150 MB a task.
 
     A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this tokenizer plus the tokens to generate.  The
     official generator lets fwe overrun its length, and counts vt before its example is renamed; a line on stderr says how many samples are over.
     """
-    return {key: _reported(key, read(path)) for key, path in ensure(tasks, lengths, tokenizer, samples, seed, cache, processes).items()}
+    return {key: _reported(key, read(path)) for key, path in ensure(tasks, lengths, tokenizer, samples, seed, cache, processes, chat).items()}
 
 
 def _reported(key: tuple[str, int], samples: list[dict]) -> list[dict]:
@@ -209,7 +218,8 @@ def _make(missing: list[tuple[dict, Path]], definition: str, special: bool, proc
             with lock:
                 if stopped.is_set():
                     return
-                process, job = _start(task, length, question["samples"], question["seed"], file, special, Path(folder))
+                process, job = _start(task, length, question["samples"], question["seed"], file, special, Path(folder),
+                                      question.get("room", 0))
                 running.add(process)
             try:
                 code = process.wait()
@@ -277,10 +287,11 @@ def number(task: str, predictions: list[str | None], references: list[list[str]]
 # lm-evaluation-harness, see eval/tasks/ruler
 
 def dataset(task: str, *, tokenizer: str | None = None, pretrained: str | None = None, model: str | None = None, max_seq_lengths: list[int] | int = 4096,
-            samples: int = 500, seed: int = 42, cache: str | None = None, processes: int | None = None, ruler_samples: str | None = None, **_):
+            samples: int = 500, seed: int = 42, cache: str | None = None, processes: int | None = None, ruler_samples: str | None = None,
+            chat_template: bool = False, **_):
     """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model arguments, of which others are ignored.
 
-    ``ruler_samples``: a folder of samples that were made elsewhere.
+    ``ruler_samples``: a folder of samples that were made elsewhere.  ``chat_template``: whether the harness is told to apply the model's.
     """
     import datasets
 
@@ -292,9 +303,10 @@ def dataset(task: str, *, tokenizer: str | None = None, pretrained: str | None =
         from endprompt.eval import ruler_samples as made_elsewhere
 
         loaded = load_tokenizer(source)
-        found = {(task, length): _reported((task, length), made_elsewhere.take(ruler_samples, task, length, samples, seed, loaded)) for length in lengths}
+        found = {(task, length): _reported((task, length), made_elsewhere.take(ruler_samples, task, length, samples, seed, loaded, chat_template))
+                 for length in lengths}
     else:
-        found = generate([task], lengths, source, samples, seed, None if cache is None else Path(cache), processes)
+        found = generate([task], lengths, source, samples, seed, None if cache is None else Path(cache), processes, chat_template)
     return {"test": datasets.Dataset.from_list([{**sample, "task": task, "max_length": length} for (_, length), made in found.items() for sample in made])}
 
 
@@ -311,12 +323,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, required=True, metavar="TOKENS")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--chat-template", action="store_true", help="keep room for the tokenizer's chat template, as eval.chat_template asks")
     parser.add_argument("--processes", type=int, help="default: one a core")
     parser.add_argument("--cache", type=Path, help=f"default: {default_cache()}")
     parser.add_argument("--out", type=Path, help="write OUT/<length>/<task>/validation.jsonl, in the official fields")
     options = parser.parse_args(argv)
     try:
-        paths = ensure(options.tasks, options.lengths, options.tokenizer, options.samples, options.seed, options.cache, options.processes)
+        paths = ensure(options.tasks, options.lengths, options.tokenizer, options.samples, options.seed, options.cache, options.processes,
+                       options.chat_template)
         for (task, length), made in paths.items():
             samples = _reported((task, length), read(made))
             said = report(samples, length)

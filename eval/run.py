@@ -5,7 +5,6 @@ its score in the official scripts' fields, and says where both come from.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -16,29 +15,19 @@ from pathlib import Path
 
 import torch
 
-from endprompt import BadInput, model, provenance, runfolder, shards
+from endprompt import BadInput, model, provenance, runfolder, shards, sharpen
 from endprompt.config import Recipe
-from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, results, ruler, ruler_package, ruler_samples
+from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, prompts, results, ruler, ruler_package, ruler_samples
+from endprompt.eval.question import Questions, chat, fingerprint, same
 from endprompt.methods import Method
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
 
 
-def fingerprint(folder: Path) -> str:
-    """Identity of a saved model: SHA-256 over name, size, first and last MiB of its config and of every file of weights."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix in (".safetensors", ".gguf", ".bin")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
-
-
 def load(recipe: Recipe, method: Method, run: Path, other: str | None):
     """(model, tokenizer, what identifies the model); the model is its folder's name, unloaded, for vLLM.
 
-    Raises BadInput if there is no model to score.
+    A method that trains nothing is built here, its attention sharpened as the recipe or the method says.  Raises BadInput if there is no model to score.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -47,12 +36,16 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
     if other is None and not method.trained:
         if vllm:
             raise BadInput(f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model")
-        network = model.build(recipe, method, dtype, cuda)
+        network, sharpness = model.build(recipe, method, dtype, cuda), 1.0
+        if recipe.sharpen(method):
+            sharpness = model.sharpness(recipe, method, model.load_config(recipe))
+            sharpen.sharpen_network(network, sharpness)
         tokenizer = model.load_tokenizer(recipe)
         model.check_vocabulary(tokenizer, network.config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
         folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
         identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
-                    "rope_parameters": network.config.rope_parameters, "fingerprint": fingerprint(folder) if folder.is_dir() else None}
+                    "rope_parameters": network.config.rope_parameters, "sharpened": sharpness,
+                    **_content(folder, network.config, recipe.model.gguf_file)}
     else:
         folder = run / "model" if other is None else _named(other)
         if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
@@ -71,15 +64,27 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         if not tokenizer.is_fast:
             raise BadInput(f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
         model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
-        network = source if vllm else model.load_weights(f"--model: the weights of {source}", pretrained_model_name_or_path=source, trust_remote_code=trust, dtype=dtype,
+        weights = f"--model: the weights of {source}"
+        if vllm:
+            model.refuse_untied(weights, source, config)
+        network = source if vllm else model.load_weights(weights, pretrained_model_name_or_path=source, trust_remote_code=trust, dtype=dtype,
                                                          attn_implementation=model.supported_attention(recipe, cuda, config))
-        identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
+        identity = {"name_or_path": str(folder), **_content(folder, config)}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
     if vllm:
+        identity |= {"ends": engine.saved_ends(network, tokenizer, recipe.model.trust_remote_code)}
         return network, tokenizer, identity | {"dtype": "bfloat16", "attention": "vllm"}
+    identity |= {"ends": engine.ends(network.generation_config, tokenizer)}
     identity |= {"dtype": str(network.dtype), "attention": network.config._attn_implementation}
     return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
+
+
+def _content(folder: Path, config, gguf_file: str | None = None) -> dict:
+    """What the model's files are: a fingerprint of ``folder``, or the hub's commit where it is none."""
+    if folder.is_dir():
+        return {"fingerprint": fingerprint(folder, gguf_file)}
+    return {"fingerprint": None, "commit": getattr(config, "_commit_hash", None)}
 
 
 def _named(other: str) -> Path:
@@ -101,38 +106,20 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
     return [recipe.eval.longbench_length] if task.startswith("longbench_") else sorted(recipe.eval.lengths)
 
 
-def question(recipe: Recipe, task: str, length: int | None, identity: dict) -> dict:
-    """All that the score depends on; a result that answers another question is scored again."""
-    options, found = recipe.eval, {"task": task, "length": length, "model": identity, "seed": recipe.eval.seed, "backend": recipe.eval.backend}
-    if task in passkey.TASKS:
-        return found | {"samples": options.samples, "depths": options.depths}
-    if task == "perplexity":
-        return found | {"corpus": options.perplexity_corpus, "stride": options.perplexity_stride, "scored_tokens": options.perplexity_tokens,
-                        "longest": max(options.lengths)}
-    found |= {"samples": options.samples, "chat_template": options.chat_template}
-    if task.startswith("ruler_"):
-        return found | {"generator": ruler_package.GENERATION, **({"made_elsewhere": True} if options.ruler_samples else {})}
-    if task.startswith("longbench_"):
-        return found | {"data": options.longbench_data}
-    return found | {"samples": options.short_text_samples, "few_shots": names.SHORT_TEXT[task][0], "metric": names.SHORT_TEXT[task][1]}
-
-
 class Scorer:
     """A loaded model and what its tasks need: a folder of its tokenizer, and the recipe's options as the task files know them."""
 
-    def __init__(self, recipe: Recipe, network, tokenizer, folder: str):
+    def __init__(self, recipe: Recipe, network, tokenizer, folder: str, asks: Questions):
         self.recipe, self.tokenizer = recipe, tokenizer
         tokenizer.save_pretrained(folder)
-        longest = max(*recipe.eval.lengths, recipe.eval.longbench_length + engine.LONGEST_ANSWER)
-        self.lm = engine.vllm(network, longest, recipe.model.trust_remote_code) if recipe.eval.backend == "vllm" else engine.LongLM(network, tokenizer)
         options = recipe.eval
-        source = options.perplexity_corpus and recipe.path(options.perplexity_corpus)
-        data = options.longbench_data and recipe.path(options.longbench_data)
-        self.ruler_samples = options.ruler_samples and str(recipe.path(options.ruler_samples) or options.ruler_samples)
+        longest = max(*options.lengths, options.longbench_length + engine.LONGEST_ANSWER + prompts.room(tokenizer, options.chat_template))
+        self.lm = engine.vllm(network, longest, recipe.model.trust_remote_code) if options.backend == "vllm" else engine.LongLM(network, tokenizer)
+        self.ruler_samples = asks.place("ruler_samples")
         self.metadata = {"tokenizer": folder, "samples": options.samples, "seed": options.seed, "depths": options.depths, "stride": options.perplexity_stride,
-                         "scored_tokens": options.perplexity_tokens, "longest": max(options.lengths), "perplexity_corpus": str(source or options.perplexity_corpus or ""),
-                         "ruler_samples": self.ruler_samples,
-                         "longbench_data": str(data or options.longbench_data or "") or None, "longbench_length": options.longbench_length}
+                         "scored_tokens": options.perplexity_tokens, "longest": max(options.lengths), "perplexity_corpus": asks.place("perplexity_corpus") or "",
+                         "perplexity_column": asks.column, "ruler_samples": self.ruler_samples,
+                         "longbench_data": asks.place("longbench_data") or None, "longbench_length": options.longbench_length}
 
     def score(self, task: str, length: int | None) -> tuple[dict, list[dict]]:
         """(what the result file holds under "scores", the predictions in the official fields).  Raises ValueError or BadInput."""
@@ -140,10 +127,11 @@ class Scorer:
             options = self.recipe.eval
             return short_text(self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code), []
         generation = None
-        if task.startswith("longbench_") and self.recipe.eval.backend == "hf":
-            generation = longbench.generation_kwargs(task.removeprefix("longbench_"), self.tokenizer) or None
-        chat = self.recipe.eval.chat_template and (not task.startswith("longbench_") or longbench_scores.get(task.removeprefix("longbench_")).chat)
-        samples = engine.run(self.lm, f"endprompt_{task}", {**self.metadata, "max_seq_lengths": [length]}, generation=generation, chat_template=chat)[f"endprompt_{task}"]
+        if task.startswith("longbench_"):
+            generation = longbench.generation_kwargs(task.removeprefix("longbench_"), self.tokenizer, self.recipe.eval.backend) or None
+        templated, name = chat(self.recipe, task), f"endprompt_{task}"
+        asked = {**self.metadata, "max_seq_lengths": [length], "chat_template": templated}
+        samples = engine.run(self.lm, name, asked, generation=generation, chat_template=templated)[name]
         documents = [sample["doc"] for sample in samples]
         answers = [sample["filtered_resps"][0] for sample in samples]
         if task == "perplexity":
@@ -169,12 +157,12 @@ class Scorer:
                       "official": longbench_scores.number(name, answers, [document["answers"] for document in documents], documents[-1]["all_classes"])}
         return found, predictions
 
-
     def _generator(self, task: str, length: int) -> dict:
         if not self.ruler_samples:
             return ruler_package.generator()
         options = self.recipe.eval
-        return ruler_samples.generator(ruler_samples.find(self.ruler_samples, task, length, options.samples, options.seed, self.tokenizer)[1])
+        return ruler_samples.generator(ruler_samples.find(self.ruler_samples, task, length, options.samples, options.seed, self.tokenizer,
+                                                          options.chat_template)[1])
 
 
 def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
@@ -229,15 +217,16 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
                 f"eval.lengths: {beyond[0][0]} at {beyond[0][1]}: the model has a table of {reach} positions "
                 "and cannot read beyond; lower the length, or leave it out"
             )
-        scorer = Scorer(recipe, network, tokenizer, temporary)
-        asked = {(task, length): question(recipe, task, length, identity) for task, length in todo}
+        if options.chat_template:
+            prompts.check_template(tokenizer)
+        asks = Questions(recipe, tokenizer)
+        asked = {(task, length): asks(task, length, identity) for task, length in todo}
+        scorer = Scorer(recipe, network, tokenizer, temporary, asks)
         there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
         missing = [(task.removeprefix("ruler_"), length) for (task, length), result in there.items() if result is None and task.startswith("ruler_")]
-        if missing and scorer.ruler_samples:  # not after an hour of other tasks
-            for task, at in missing:
-                ruler_samples.find(scorer.ruler_samples, task, at, options.samples, options.seed, tokenizer)
-        elif missing:  # made together, on all cores; the task files find them in the cache
-            ruler.ensure([task for task, _ in missing], [length for _, length in missing], temporary, options.samples, options.seed)
+        if missing and not options.ruler_samples:  # made together, on all cores; the task files find them in the cache
+            ruler.ensure([task for task, _ in missing], [length for _, length in missing], temporary, options.samples, options.seed,
+                         chat=options.chat_template)
         for task, length in todo:
             result = there[task, length]
             if result is None:
@@ -274,7 +263,7 @@ def _existing(path: Path, question: dict) -> dict | None:
     """A result already there for the very same question; None, after saying so, if there is one for another."""
     try:
         result = json.loads(path.read_text())
-        if result["question"] == json.loads(json.dumps(question)):
+        if same(result["question"], question):
             return result
         print(f"{path}: was scored for another model or setting; scoring again", file=sys.stderr)
     except FileNotFoundError:

@@ -1239,7 +1239,8 @@ WHOLE = {
               "gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "save_steps": 10, "report_to": ["none"], "warmup_steps": 2,
               "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"], "train_embed_norm": False}, "sequence_parallel": 1, "bf16": True, "max_steps": 3,
               "save_total_limit": None, "ddp_timeout": 9, "lr_scheduler_kwargs": {"num_cycles": 1}, "data_seed": 1, "logging_strategy": "steps"},
-    "eval": {"tasks": ["passkey"], "lengths": [64], "samples": 4, "depths": 2, "seed": 1, "perplexity_corpus": None, "perplexity_tokens": 64, "perplexity_stride": 32,
+    "eval": {"tasks": ["passkey"], "lengths": [64], "samples": 4, "depths": 2, "seed": 1, "perplexity_corpus": None,
+             "perplexity_column": None, "perplexity_tokens": 64, "perplexity_stride": 32,
              "ruler_samples": None, "longbench_data": None, "longbench_length": 64, "short_text_samples": None, "chat_template": False, "run_unsafe_code": False, "backend": "hf"},
 }
 

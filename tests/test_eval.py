@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from endprompt import BadInput, config, corpus, methods, provenance
-from endprompt.eval import compare, engine, figures, intervals, passkey, perplexity, run
+from endprompt.eval import compare, engine, figures, intervals, passkey, perplexity, question, run
 
 BASE = methods.get("base")
 
@@ -459,7 +459,7 @@ def test_results_say_where_they_come_from(recipe, base, tmp_path, capsys):
     assert list(found) == ["passkey/128.json", "passkey/96.json", "perplexity/128.json", "perplexity/96.json"]
     for result in found.values():
         assert result["recipe"] == "small" and result["method"] == "base" and result["question"]["seed"] == 42
-        assert result["question"]["model"]["name_or_path"] == str(base) and result["question"]["model"]["fingerprint"] == run.fingerprint(base)
+        assert result["question"]["model"]["name_or_path"] == str(base) and result["question"]["model"]["fingerprint"] == question.fingerprint(base)
         assert result["question"]["model"]["rope_parameters"]["rope_type"] == "default"
         assert result["versions"]["torch"] == importlib.metadata.version("torch") and result["versions"].keys() >= {"python", "transformers", "endprompt"}
         assert result["device"] == provenance.device() and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", result["date"])
@@ -532,23 +532,12 @@ def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, 
         assert "scoring again" in capsys.readouterr().err, method.name
 
 
-@pytest.mark.parametrize("name, at, seen", [("model.safetensors", 0, True), ("model.safetensors", -1, True), ("model.gguf", 0, True), ("config.json", 0, True),
-                                            ("README.md", 0, False)])
-def test_fingerprint(tmp_path, name, at, seen):
-    """Large files are told apart by their two ends."""
-    data = bytearray(2**21 + 100)
-    (tmp_path / name).write_bytes(data)
-    before = run.fingerprint(tmp_path)
-    data[at] = 1
-    (tmp_path / name).write_bytes(data)
-    assert (run.fingerprint(tmp_path) != before) is seen
-
-
 def test_another_model_has_its_own_folder(recipe, base, tmp_path):
     checked = recipe(tasks=["passkey"], lengths=[96])
     run.evaluate(checked, methods.get("endprompt"), tmp_path / "run", str(base))
     found = results(next((tmp_path / "run").glob("eval-base-*")))["passkey/96.json"]
-    assert found["question"]["model"] == {"name_or_path": str(base), "fingerprint": run.fingerprint(base), "dtype": "torch.float32", "attention": "sdpa"}
+    assert found["question"]["model"] == {"name_or_path": str(base), "fingerprint": question.fingerprint(base), "ends": [2],
+                                          "dtype": "torch.float32", "attention": "sdpa"}
     assert not (tmp_path / "run/eval").exists() and next((tmp_path / "run").glob("eval-base-*/passkey.png"))
 
 

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 import torch
-from networks import LENGTHS, THETA, saved, short_everywhere
+from conftest import run_main
+from networks import LENGTHS, THETA, configuration, network, saved, short_everywhere
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt import BadInput, Failure, checkpoint, config, methods, model, rope
+from endprompt.eval import engine
 from endprompt.eval import run as evaluation
 
 ENDPROMPT = methods.get("endprompt")
@@ -560,3 +562,98 @@ def test_smollm2_from_its_package(recipe, tmp_path):
         assert torch.equal(again(ids).logits, loaded(ids).logits)
     assert torch.equal(again.get_decoder().rotary_emb.inv_freq, loaded.get_decoder().rotary_emb.inv_freq)
     (tmp_path / "model.safetensors").unlink()  # half a gigabyte that pytest would keep for three runs
+
+
+# Input and output embeddings
+
+def two_matrices(folder, change=1.0, sharded=False):
+    """Puts an output matrix beside the input matrix of the tied model in ``folder``, which differs by ``change`` in one number."""
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
+    weights["lm_head.weight"] = weights[name].clone()
+    weights["lm_head.weight"][-1, -1] += change
+    if not sharded:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    (folder / "model.safetensors").unlink()
+    places = {name: "a.safetensors" if name == "lm_head.weight" else "b.safetensors" for name in weights}
+    for file in set(places.values()):
+        save_file({name: tensor for name, tensor in weights.items() if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+UNTIED = "says tie_word_embeddings, one matrix for input and output, but lm_head.weight in {} is another than .*set tie_word_embeddings to false"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_two_matrices_that_are_said_to_be_one_are_refused(recipe, base, tmp_path, monkeypatch, model_type, sharded):
+    folder = two_matrices(saved(tmp_path / "model", base, model_type, tie_word_embeddings=True), sharded=sharded)
+    with pytest.raises(BadInput, match=UNTIED.format("a.safetensors" if sharded else "model.safetensors")):
+        build(recipe(folder))
+    # The twin: unseen, both are used, until the harness ties them, and the scores are another model's.
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "refuse_untied", lambda *_: None)
+        loaded, ids = build(recipe(folder)).eval(), torch.arange(3, 40)[None]
+        both = loaded(ids).logits
+        engine.LongLM(loaded, AutoTokenizer.from_pretrained(base))
+        assert not torch.equal(loaded(ids).logits, both)
+    # What the message says mends it.
+    change_config(folder, tie_word_embeddings=False)
+    assert torch.equal(build(recipe(folder)).eval()(ids).logits, both)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_equal_matrices_are_one(recipe, base, tmp_path, sharded):
+    folder = two_matrices(saved(tmp_path / "model", base, tie_word_embeddings=True), 0.0, sharded)
+    loaded = build(recipe(folder))
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+
+
+def test_no_command_takes_two_matrices_for_one(recipe_file, base, tmp_path):
+    folder = two_matrices(saved(tmp_path / "model", base, tie_word_embeddings=True))
+    odd, sound = recipe_file("odd", model={"name_or_path": str(folder)}, eval={"lengths": [128]}), recipe_file("sound", eval={"lengths": [128]})
+    for arguments in (("prepare", odd, "endprompt"), ("evaluate", odd, "base"), ("evaluate", sound, "base", "--model", folder)):
+        code, _, error = run_main(*arguments, "--out", tmp_path / "out")
+        assert code == 2 and "Traceback" not in error and "one matrix for input and output" in error.splitlines()[-1], error
+        assert not list((tmp_path / "out").rglob("*.json")) and not list((tmp_path / "out").rglob("shards*/*.bin"))
+
+
+@pytest.mark.parametrize("change, same", [(1.0, False), (0.0, True)])
+def test_two_matrices_of_a_family_that_names_them_otherwise(base, tmp_path, change, same):
+    """GPT-2's are wte and lm_head, and its files leave out "transformer."."""
+    shape = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+    network(AutoConfig.for_model("gpt2", **shape)).save_pretrained(tmp_path)
+    folder = two_matrices(tmp_path, change)
+    with contextlib.nullcontext() if same else pytest.raises(BadInput, match=UNTIED.format("model.safetensors")):
+        model.load_weights("here", pretrained_model_name_or_path=folder)
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_a_gguf_file_is_tied_by_what_is_in_it(base, recipe, tmp_path, another):
+    gguf = pytest.importorskip("gguf")
+    loaded = network(configuration(tie_word_embeddings=not another, num_key_value_heads=4))
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(THETA)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(96)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, tensor in loaded.state_dict().items():
+        if another or name != "lm_head.weight":
+            writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = build(recipe(tmp_path, gguf_file="x.gguf"))
+    assert found.config.tie_word_embeddings is not another
+    assert torch.equal(found.lm_head.weight, loaded.lm_head.weight)
+    assert torch.equal(found.lm_head.weight, found.model.embed_tokens.weight) is not another

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from matplotlib import image
 
 from endprompt import BadInput, config, estimate, methods
-from endprompt.eval import figures, longbench_scores, names, paper, plan, recipe_page, results, run, tables
+from endprompt.eval import figures, longbench_scores, names, paper, plan, question, recipe_page, results, run, tables
 from endprompt.eval.results import Estimate, Missing
 
 SOURCE = REPOSITORY.parent / "shared/paper/tables.yaml"
@@ -276,6 +276,7 @@ def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, m
     monkeypatch.setattr(run, "load", lambda *_: (None, None, {"name_or_path": "x"}))
     monkeypatch.setattr(run, "Scorer", Scorer)
     monkeypatch.setattr(run.engine, "table", lambda network: None)
+    monkeypatch.setattr(run, "Questions", lambda *_: lambda task, length, identity: {"model": identity})
     recipe = config.load(recipe_file(), ["eval.tasks=[perplexity]", "eval.perplexity_corpus=x"])
     run.evaluate(recipe, methods.get("base"), tmp_path / "run", str(tmp_path / "model"))
     run.evaluate(recipe, methods.get("base"), tmp_path / "run")
@@ -469,7 +470,7 @@ def test_known_shapes_are_those_of_the_files():
 
 
 @pytest.fixture
-def tiny(tmp_path, recipe_file):
+def tiny(tmp_path, recipe_file, tokenizer):
     """A small recipe, with its results written as `endprompt evaluate` would ask for them."""
     path = recipe_file("tiny")
 
@@ -478,7 +479,7 @@ def tiny(tmp_path, recipe_file):
 
     def answer(method, length, fingerprint, **other):
         recipe = config.load(path)
-        asked = {**run.question(recipe, "passkey", length, {"fingerprint": fingerprint}), **other}
+        asked = {**question.Questions(recipe, tokenizer)("passkey", length, {"fingerprint": fingerprint}), **other}
         file = tmp_path / "runs/tiny" / method / f"eval/passkey/{length}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"question": asked}))
@@ -494,12 +495,12 @@ def test_states(tiny):
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     assert state() == ("trained", False)
-    answer("endprompt", 64, run.fingerprint(model))
+    answer("endprompt", 64, question.fingerprint(model))
     assert state() == ("1 of 2 results", False)
-    answer("endprompt", 128, run.fingerprint(model))
+    answer("endprompt", 128, question.fingerprint(model))
     assert state() == ("evaluated", True)
     assert plan.inspect(job(), PER_HOUR).train_hours == 0 == plan.inspect(job(), PER_HOUR).evaluate_hours
-    answer("endprompt", 128, run.fingerprint(model), samples=999)
+    answer("endprompt", 128, question.fingerprint(model), samples=999)
     assert state() == ("1 of 2 results", False), "another question is no answer"
     answer("endprompt", 128, "another model")
     assert state() == ("1 of 2 results", False), "another model's score is no answer"

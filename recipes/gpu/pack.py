@@ -103,7 +103,8 @@ def gather(arguments, stage: Path) -> dict:
     if tasks:
         tokenizer = stage.parent / "tokenizer"
         model.load_tokenizer(recipe).save_pretrained(tokenizer)
-        made = ruler.ensure(tasks, recipe.eval.lengths, tokenizer, arguments.samples, recipe.eval.seed, arguments.cache)
+        made = ruler.ensure(tasks, recipe.eval.lengths, tokenizer, arguments.samples, recipe.eval.seed, arguments.cache,
+                            chat=recipe.eval.chat_template)
         pack_samples(list(made.values()), stage / "ruler" / "samples.tar.xz")
         copy_scorers(stage / "scorers")
     # Wheels are no part of it: some are built here, never twice to the same bytes, and results name their versions.
