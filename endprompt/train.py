@@ -25,7 +25,7 @@ from endprompt.config import Recipe
 from endprompt.methods import Method
 from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
 
-CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once
+CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once, and the number of embeddings
 
 # The paper's (appendix A.1), where a recipe does not say otherwise.
 DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "weight_decay": 0.0, "num_train_epochs": 1,
@@ -112,16 +112,19 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
 
 
-def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool):
-    """The shards as a memory-mapped dataset.  Raises BadInput where they are missing, damaged, or of another recipe or tokenizer."""
+def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool, embeddings: int = 2**31):
+    """The shards as a memory-mapped dataset.
+
+    Raises BadInput where they are missing, damaged, of another recipe or tokenizer, or hold token ids from ``embeddings`` on.
+    """
     manifest = shards.read_manifest(folder)
     if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
         raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); prepare them again, or mend the recipe")
     if verify:
         shards.verify(folder, manifest)
-        checked, sums = folder / ".cache" / CHECKED, "".join(shard["sha256"] + "\n" for shard in manifest["shards"])
+        checked, sums = folder / ".cache" / CHECKED, "".join(shard["sha256"] + "\n" for shard in manifest["shards"]) + f"{embeddings}\n"
         if not checked.is_file() or checked.read_text(errors="replace") != sums:
-            shards.check_rows(folder, manifest)
+            shards.check_rows(folder, manifest, embeddings)
             checked.parent.mkdir(exist_ok=True)
             shards.write_atomically(checked, sums.encode())
     import datasets
@@ -207,8 +210,8 @@ def train(recipe: Recipe, method: Method, run: Path) -> None:
 def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch.StopRequest) -> None:
     main, world_size = int(os.environ["RANK"]) == 0, int(os.environ["WORLD_SIZE"])
     tokenizer = model.load_tokenizer(recipe)
-    dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
     config, shared = model.load_config(recipe), recipe.sequence_parallel
+    dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", int(os.environ["LOCAL_RANK"]) == 0, config.vocab_size)
     model.check_vocabulary(tokenizer, config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), world_size, manifest)
     newest = checkpoint_files.to_resume(run / "checkpoints", sys.stderr if main else None)
@@ -248,7 +251,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
                                 **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
-    collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
+    collator = Collator(model.pad_token_id(tokenizer, config.vocab_size), recipe.lengths.target, sharded=shared > 1)
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
     keep = recipe.train.get("save_total_limit", CHECKPOINTS_KEPT)
