@@ -165,8 +165,9 @@ class Ledger:
     not on the number of workers, so that the same rows come with the same record.
     """
 
-    def __init__(self, files: list[File] | None):
-        self.records = None if files is None else [[file.inside, file.path.stat().st_size, 0, ""] for file in files]
+    def __init__(self, files: list[File] | None, records: list[list] | None = None):
+        """records: those of a run that this one goes on from."""
+        self.records = records or (None if files is None else [[file.inside, file.path.stat().st_size, 0, ""] for file in files])
         self._given, self._changes = 0, deque()
 
     def note(self, file: File, source: Source) -> None:
@@ -183,7 +184,7 @@ class Ledger:
         """Records what was read for the first ``used`` documents of those followed, None for all there are."""
         while self._changes and (used is None or self._changes[0][0] < used):
             _, index, count, digest = self._changes.popleft()
-            if count > self.records[index][2]:  # a file can be named twice
+            if count > self.records[index][2]:  # a run that goes on reads again what was recorded
                 self.records[index][2:] = [count, digest]
 
 

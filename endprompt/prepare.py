@@ -243,7 +243,7 @@ def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int,
     files = corpus.local_files(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     state = _resume(folder, expected, part)
-    number, ledger = sum(shard["rows"] for shard in state["shards"]), corpus.Ledger(files)
+    number, ledger = sum(shard["rows"] for shard in state["shards"]), corpus.Ledger(files, state["corpus_files"])
     if state["shards"]:
         _refuse_other_corpus(files, state["corpus_files"], f"the preparation in {folder} was begun")
     documents = islice(_documents(recipe, files, ledger, part), state["document"], None)
