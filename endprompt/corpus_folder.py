@@ -76,6 +76,7 @@ def splits(folder: Path, names: list[str]) -> dict[str, set[str]]:
         raise BadInput(f"data.corpus: {folder}: {str(error).splitlines()[0]}; name the files themselves in data.corpus") from None
     found: dict[str, set[str]] = {}
     for split, listed in patterns.items():
+        split = str(split)  # of a class of datasets
         found[split] = set()
         for pattern in listed:
             try:
