@@ -129,7 +129,8 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
         model.refuse_untied(f"model.name_or_path: the weights of {recipe.model.name_or_path!r}", source, base, recipe.model.revision)
     workers = arguments.workers or min(16, os.cpu_count() or 1)
     with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(recipe, method, run):
-        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "fastokens", "pyarrow", "numpy")), part)
+        manifest = prepare.prepare(recipe, method, tokenizer, run / "shards", workers, provenance.versions(("endprompt", "tokenizers", "fastokens", "pyarrow", "numpy")), part,
+                                   base.vocab_size)
     if part:
         print(f"{run / 'shards'}: part {part[0]} of {part[1]}: {sum(shard['rows'] for shard in manifest['shards'])} rows; prepare without --part joins the parts")
         return
@@ -173,6 +174,16 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _check_names(arguments) -> None:
+    """Raises BadInput naming an argument that is no UTF-8: results, and what is said of them, could not be written down."""
+    for key, value in vars(arguments).items():
+        for given in value if isinstance(value, list) else [value]:
+            try:
+                str(given).encode()
+            except UnicodeEncodeError:
+                raise BadInput(f"{key}: {given} is no UTF-8 text; give the file or folder a name that is (mv renames it)") from None
 
 
 def _say(error: Exception) -> None:
@@ -249,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     # Ranks other than the first fail alike; one message is enough.
     speaks = os.environ.get("RANK", "0") == "0"
     try:
+        _check_names(arguments)
         if arguments.command == "status":
             _status(arguments)
             return

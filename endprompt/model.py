@@ -417,7 +417,10 @@ def load_tokenizer(recipe: Recipe):
 
 
 def check_vocabulary(tokenizer, config, where: str) -> None:
-    """Raises BadInput beginning with ``where`` if ``tokenizer`` writes ids that a model of ``config`` has no embedding for.  Tokens added to it later may: nothing uses them."""
+    """Raises BadInput beginning with ``where`` if ``tokenizer`` writes ids that a model of ``config`` has no embedding for.
+
+    Tokens added to it later may have none: ``check_ids`` refuses texts that hold them.
+    """
     greatest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
     if greatest >= config.vocab_size:
         raise BadInput(f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to {config.vocab_size - 1} alone; "
@@ -498,8 +501,22 @@ def stated_lengths(folder: Path) -> dict[str, int | None]:
     return found | {"tokenizer_config.json: model_max_length": settings.get("model_max_length")}
 
 
-def pad_token_id(tokenizer) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def check_ids(ids, tokenizer, embeddings: int, where: str) -> None:
+    """Raises BadInput naming the first of ``ids`` (numbers, or an array of them) that a model with ``embeddings`` rows has no embedding for.
+
+    Tokens that were added to a tokenizer and not to its model do no harm until a text holds them.
+    """
+    if len(ids) and (max(ids) if isinstance(ids, list) else ids.max()) >= embeddings:
+        token = next(int(token) for token in ids if token >= embeddings)
+        raise BadInput(f"{where} holds the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), and the model has embeddings for 0 to "
+                       f"{embeddings - 1} alone; take it out of the text, or use a model whose "
+                       "embeddings were resized for its tokenizer")
+
+
+def pad_token_id(tokenizer, embeddings: int = 2**31) -> int:
+    """What rows are filled up with: the tokenizer's own padding where the model has an embedding for it, else the end of a document."""
+    padding = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None or padding >= embeddings else padding
 
 
 def attention_implementation(recipe: Recipe, cuda: bool) -> str:

@@ -9,10 +9,13 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from endprompt import BadInput, corpus, shards
+import numpy as np
+
+from endprompt import BadInput, corpus, model, shards
 from endprompt.config import Recipe
 from endprompt.methods import Method
 from endprompt.row_stream import Cursor, end_prompts, row_maker, rows_at_once
@@ -49,13 +52,17 @@ def _names(part: tuple[int, int] | None) -> tuple[str, str, str]:
 
 def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
     """The state after the last whole shard; what a killed run left half-written is removed."""
-    fresh = {"settings": expected, "shards": [], "document": 0, "offset": 0, "text_tokens": 0, "prompt_tokens": 0}
+    fresh = {"settings": expected, "shards": [], "document": 0, "offset": 0, "text_tokens": 0, "prompt_tokens": 0, "corpus_files": None}
     progress, finished, shard = _names(part)
     path, mine = folder / progress, shard.replace("{:05d}", "?????")
     try:
         state = shards.read_json(path)
         differing = shards.disagreements(state["settings"], expected)
         if not shards.listed(state["shards"]) or not all(shards.whole(state[key], 0) for key in ("document", "offset", "text_tokens", "prompt_tokens")):
+            raise ValueError
+        if "corpus_files" not in state:
+            raise BadInput(f"shards: {path} is of an earlier version, which did not note what the corpus was; delete the folder and prepare again")
+        if not corpus.are_records(state["corpus_files"]):
             raise ValueError
     except FileNotFoundError:
         state, differing = fresh, []
@@ -81,23 +88,36 @@ def _finished(path: Path) -> dict:
     """What a finished part says of itself.  Raises BadInput if it cannot be read, or is not what this module writes."""
     try:
         found = shards.read_json(path)
-        if not isinstance(found, dict) or not shards.listed(found["shards"]) or not all(shards.whole(found[key], 0) for key in COUNTS) or "corpus_files" not in found:
-            raise ValueError("it is not what prepare writes")
+        if not (isinstance(found, dict) and shards.listed(found["shards"]) and all(shards.whole(found[key], 0) for key in COUNTS)
+                and corpus.are_records(found["corpus_files"])):
+            raise ValueError("it is not what this version of prepare writes")
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"shards: {path} cannot be read: {error}; delete the folder and prepare again") from None
     return found
 
 
-def _sizes(files: list[Path]) -> list:
-    return [[path.name, path.stat().st_size] for path in files]
+def _refuse_other_corpus(files: list[corpus.File] | None, records: list | None, where: str, *others: list) -> None:
+    """Raises BadInput beginning with ``where`` if the corpus is not what ``records``, and ``others`` of the same files, say was read."""
+    if (files is None) != (records is None) or (records is not None and (fault := corpus.changed(files, records, *others))):
+        what = fault if files is not None and records is not None else "it was on the hub, or is now"
+        raise BadInput(f"shards: the corpus changed since {where} ({what}); restore it, or delete the folder and prepare again")
 
 
-def _refuse_other_corpus(recipe: Recipe, folder: Path, manifest: dict) -> None:
-    files = None
-    with contextlib.suppress(BadInput):  # shards serve where their corpus is not
-        files = corpus.local_files(recipe)
-    if files is not None and manifest.get("corpus_files") != _sizes(files):
-        raise BadInput(f"shards: the corpus files are not those that {folder} was made of (names or sizes differ); delete the folder and prepare again")
+def _here(recipe: Recipe) -> list[corpus.File] | None:
+    """The corpus' files; none if it is not on this machine, as shards serve without it."""
+    with contextlib.suppress(BadInput):
+        return corpus.local_files(recipe)
+    return None
+
+
+def _refuse_finished_of_other_corpus(recipe: Recipe, folder: Path, manifest: dict) -> None:
+    files, records = _here(recipe), manifest.get("corpus_files")
+    if files is None:
+        return
+    if corpus.are_records(records):
+        _refuse_other_corpus(files, records, f"{folder} was made")
+    elif records != [[file.path.name, file.path.stat().st_size] for file in files]:  # as earlier versions noted it
+        raise BadInput(f"shards: the corpus changed since {folder} was made (names or sizes of its files); restore it, or delete the folder and prepare again")
 
 
 def _share(wanted: int, part: tuple[int, int] | None) -> tuple[int, int]:
@@ -111,17 +131,40 @@ def _share(wanted: int, part: tuple[int, int] | None) -> tuple[int, int]:
     return whole * (number - 1) + min(number - 1, more), whole + (number <= more)
 
 
-def _documents(recipe: Recipe, files: list[Path] | None, part: tuple[int, int] | None):
+def _documents(recipe: Recipe, files: list[corpus.File] | None, ledger: corpus.Ledger, part: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
     """A part reads every N-th file, or, where there are fewer files than parts, every N-th document."""
-    if part is None:
-        return corpus.documents(recipe, files)
-    number, count = part
+    number, count = part or (1, 1)
     if files is not None and len(files) >= count:
-        return corpus.documents(recipe, files[number - 1::count])
-    return islice(corpus.documents(recipe, files), number - 1, None, count)
+        return ledger.follow(corpus.documents(recipe, files[number - 1::count], ledger))
+    return ledger.follow(islice(corpus.documents(recipe, files, ledger), number - 1, None, count))
 
 
-def join(folder: Path, expected: dict) -> dict:
+def _embedded(stream: Iterator[tuple[str, np.ndarray]], tokenizer, embeddings: int) -> Iterator[tuple[str, np.ndarray]]:
+    """``stream``.  Raises BadInput where a document holds a token that the model has no embedding for."""
+    with contextlib.closing(stream):
+        for name, ids in stream:
+            model.check_ids(ids, tokenizer, embeddings, f"data.corpus: the document {name}")
+            yield name, ids
+
+
+def _joined(recipe: Recipe, folder: Path, parts: list[list | None]) -> list | None:
+    """What the parts read of the corpus, together.  Raises BadInput if they did not all read the same."""
+    if parts[0] is None and not any(parts):
+        return None
+    told = f"shards: the corpus changed while the parts in {folder} were made"
+    if None in parts or len({json.dumps([record[:2] for record in records]) for records in parts}) > 1:
+        raise BadInput(f"{told} (names or sizes of its files); delete the folder and prepare again")
+    for found in zip(*parts, strict=True):
+        if len({digest for _, _, _, digest in found}) > len({count for _, _, count, _ in found}):
+            raise BadInput(f"{told} ({found[0][0]} held other text of the same length); delete the folder and prepare again")
+    if (files := _here(recipe)) is not None:
+        _refuse_other_corpus(files, parts[0], f"the parts in {folder} were made", *parts[1:])
+    elif any(len({count for _, _, count, _ in found if count}) > 1 for found in zip(*parts, strict=True)):
+        print("warning: the corpus is not here; that all parts read the same text was compared by names and sizes", file=sys.stderr)
+    return [max(found, key=lambda record: record[2]) for found in zip(*parts, strict=True)]
+
+
+def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
     """Writes the manifest of finished parts.  Raises BadInput if they are not all of one set, one is not finished, or a shard is damaged."""
     found = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"(part|progress)-\d{5}-of-\d{5}\.json", path.name))
     counts = sorted({int(name[-10:-5]) for name in found})
@@ -136,10 +179,9 @@ def join(folder: Path, expected: dict) -> dict:
     for path, state in zip(done, parts, strict=True):
         if differing := shards.disagreements(state, expected):
             raise BadInput(f"shards: {path} is of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
-    if len({json.dumps(state["corpus_files"]) for state in parts}) > 1:
-        raise BadInput(f"shards: the corpus changed while the parts in {folder} were made; delete the folder and prepare again")
+    records = _joined(recipe, folder, [state["corpus_files"] for state in parts])
     summed = {key: sum(state[key] for state in parts) for key in COUNTS}
-    manifest = {**parts[0], **summed, "parts": counts[0], "corpus_ended": any(state.get("corpus_ended") for state in parts),
+    manifest = {**parts[0], **summed, "corpus_files": records, "parts": counts[0], "corpus_ended": any(state.get("corpus_ended") for state in parts),
                 "shards": [shard for state in parts for shard in state["shards"]]}
     if not manifest["rows"]:
         raise BadInput("data.corpus: no part holds as many tokens as one row; give more text or lower the length")
@@ -150,23 +192,27 @@ def join(folder: Path, expected: dict) -> dict:
     return manifest
 
 
-def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int, versions: dict, part: tuple[int, int] | None = None) -> dict:
+def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int, versions: dict, part: tuple[int, int] | None = None,
+            embeddings: int = 2**31) -> dict:
     """Writes the shards of ``method`` into ``folder`` and returns their manifest; goes on where a killed run stopped.
 
     part: (i, n), from 1 on: only the i-th of n parts, which may be made at the same time; without it, finished parts are joined.
-    A row's randomness comes from its number among all; which text it holds depends on n, as rows do not cross from part to part.
-    Raises BadInput if the corpus cannot be read or holds not one row, or if ``folder`` holds shards of another setting.
+    embeddings: those of the model.  A row's randomness comes from its number among all; which text it holds depends on n, as rows do not cross from part to part.
+    Raises BadInput if the corpus cannot be read, holds not one row, or holds a token without an embedding, or if ``folder`` holds shards of another
+    setting or another corpus.
     """
     expected = settings(recipe, method, tokenizer)
+    for prompt in expected["end_prompts"]:
+        model.check_ids(prompt["ids"], tokenizer, embeddings, f"data.end_prompts: {prompt['text']!r}")
     if (folder / shards.MANIFEST).exists():
         manifest = shards.read_manifest(folder)
         if differing := shards.disagreements(manifest, expected):
             raise BadInput(f"shards: {folder} holds those of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
-        _refuse_other_corpus(recipe, folder, manifest)
+        _refuse_finished_of_other_corpus(recipe, folder, manifest)
         shards.verify(folder, manifest)
         return manifest
     if part is None and (any(folder.glob("part-*-of-*.json")) or any(folder.glob("progress-*-of-*.json"))):
-        return join(folder, expected)
+        return join(recipe, folder, expected)
     if part is not None:
         if (folder / PROGRESS).exists():
             raise BadInput(f"shards: {folder} holds a started preparation without parts; go on without --part, or delete the folder")
@@ -174,12 +220,13 @@ def prepare(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: in
             state = _finished(folder / _names(part)[1])
             if differing := shards.disagreements(state, expected):
                 raise BadInput(f"shards: part {part[0]} in {folder} is of another setting ({'; '.join(differing)}); delete the folder or choose another --out")
-            _refuse_other_corpus(recipe, folder, state)
+            _refuse_finished_of_other_corpus(recipe, folder, state)
             return state
-    return _make(recipe, method, tokenizer, folder, workers, versions, expected, part)
+    return _make(recipe, method, tokenizer, folder, workers, versions, expected, part, embeddings)
 
 
-def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int, versions: dict, expected: dict, part: tuple[int, int] | None) -> dict:
+def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int, versions: dict, expected: dict, part: tuple[int, int] | None,
+          embeddings: int) -> dict:
     from tqdm import tqdm
 
     asked = recipe.data.tokens // recipe.row_length(method)
@@ -196,9 +243,11 @@ def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int,
     files = corpus.local_files(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     state = _resume(folder, expected, part)
-    number = sum(shard["rows"] for shard in state["shards"])
-    documents = islice(_documents(recipe, files, part), state["document"], None)
-    stream = tokenized(documents, tokenizer, workers)
+    number, ledger = sum(shard["rows"] for shard in state["shards"]), corpus.Ledger(files, state["corpus_files"])
+    if state["shards"]:
+        _refuse_other_corpus(files, state["corpus_files"], f"the preparation in {folder} was begun")
+    documents = islice(_documents(recipe, files, ledger, part), state["document"], None)
+    stream = _embedded(tokenized(documents, tokenizer, workers), tokenizer, embeddings)
     cursor = Cursor(stream, state["document"], state["offset"])
     bar = tqdm(total=wanted * recipe.row_length(method), initial=number * recipe.row_length(method), unit="tok", unit_scale=True,
                desc=f"prepare {method.name}", mininterval=0.5 if sys.stderr.isatty() else 10, delay=1, file=sys.stderr)
@@ -218,20 +267,25 @@ def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int,
                 state["shards"].append({"file": name, "rows": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
                 state["text_tokens"] += sum(row["text_length"] for row in rows)
                 state["prompt_tokens"] += sum(row["prompt_length"] for row in rows)
-                state |= {"document": cursor.document, "offset": cursor.offset}
+                ledger.settle(cursor.document + (cursor.offset > 0))
+                state |= {"document": cursor.document, "offset": cursor.offset, "corpus_files": ledger.records}
                 shards.write_json(folder / progress, state)
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: shards are there
+            folder.rmdir()
+        raise
     finally:
         stream.close()
     if number == 0 and part is None:
-        (folder / progress).unlink(missing_ok=True)
         folder.rmdir()
         rows = "one row" if at_once == 1 else f"the {at_once} rows that {method.name} makes of one stretch,"
         raise BadInput(f"data.corpus: it holds fewer tokens than {rows} of {recipe.row_length(method)}; give more text or lower the length")
     if number < wanted:
+        ledger.settle(None)
         print(f"warning: the corpus{' of this part' if part else ''} ended after {number} of {wanted} rows; data.tokens asks for more text than there is", file=sys.stderr)
     manifest = {**expected, "rows": number, "tokens": state["text_tokens"] + state["prompt_tokens"], "text_tokens": state["text_tokens"],
                 "prompt_tokens": state["prompt_tokens"], "documents": cursor.document + (cursor.offset > 0), "corpus_ended": number < wanted,
-                "corpus_files": _sizes(files) if files is not None else None, "shards": state["shards"], "versions": versions}
+                "corpus_files": ledger.records, "shards": state["shards"], "versions": versions}
     shards.write_json(folder / finished, manifest)
     (folder / progress).unlink(missing_ok=True)
     return manifest

@@ -15,14 +15,17 @@ VALUES, DEPTH = 100_000, 32
 
 
 def read(path: Path, most: int = FILE_BYTES) -> str:
-    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above ``most`` bytes."""
+    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above ``most`` bytes.
+
+    The mark of UTF-8 (BOM) that editors on Windows put first is no part of it.
+    """
     if path.exists() and not path.is_dir() and not path.is_file():
         raise ValueError("it is no regular file")
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it is larger than {most} bytes")
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")
 
 
 class Loader(yaml.SafeLoader):

@@ -17,7 +17,7 @@ from endprompt import BadInput, settings_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 2**27  # the names of a million corpus files
+MANIFEST_BYTES = 2**28  # the names and checksums of a million corpus files
 # What Arrow raises on a Parquet file that is not what it says.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError)
 SCHEMA = pa.schema([
@@ -150,7 +150,7 @@ def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _row_fault(batch: pa.RecordBatch, target: int) -> tuple[int, str] | None:
+def _row_fault(batch: pa.RecordBatch, target: int, embeddings: int) -> tuple[int, str] | None:
     """(index, what is wrong) of a row of ``batch`` that cannot be trained on, or None: the checks of ``positions.check`` and more, on all rows at once."""
     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
     for name, column in columns.items():
@@ -180,13 +180,16 @@ def _row_fault(batch: pa.RecordBatch, target: int) -> tuple[int, str] | None:
         return of_token(np.append(False, ~rises), "its positions do not increase")
     if ids.min() < 0:
         return of_token(ids < 0, "it has a negative token id")
+    if ids.max() >= embeddings:
+        return of_token(ids >= embeddings, f"it has the token id {ids.max()}, and the model has embeddings for 0 to {embeddings - 1} alone")
     if not (weights.min() >= 0 and weights.max() < np.inf):
         return of_token(~(np.isfinite(weights) & (weights >= 0)), "it has a loss weight that is no number from 0 on")
     return first((at[ends - lengths] < 0) | (at[ends - 1] >= target), f"its positions leave 0..{target - 1}")
 
 
-def check_rows(folder: Path, manifest: dict) -> None:
-    """Raises BadInput naming the first row that cannot be trained on: unequal lists, nulls, positions that fall or leave the target length.
+def check_rows(folder: Path, manifest: dict, embeddings: int = 2**31) -> None:
+    """Raises BadInput naming the first row that cannot be trained on: unequal lists, nulls, positions that fall or leave the target length,
+    token ids from ``embeddings`` on.
 
     Files of this program's own making pass; a checksum says only that a file is the one that was listed.  Reading all columns takes some
     fifteen times as long as the checksum, so training does it once for a set of shards.
@@ -196,7 +199,7 @@ def check_rows(folder: Path, manifest: dict) -> None:
         try:
             for batch in pq.ParquetFile(path).iter_batches(batch_size=max(1, min(1024, 2**23 * manifest["rows"] // manifest["tokens"]))):
                 batch.validate(full=True)  # offsets inside their arrays, text in UTF-8
-                if len(batch) and (fault := _row_fault(batch, manifest["target_length"])):
+                if len(batch) and (fault := _row_fault(batch, manifest["target_length"], embeddings)):
                     raise BadInput(f"shards: {path}: row {number + fault[0]}: {fault[1]}; delete the folder and prepare again")
                 number += len(batch)
                 tokens += sum(offsets[-1].as_py() - offsets[0].as_py() for offsets in [batch.column("position_ids").offsets])

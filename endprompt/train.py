@@ -44,7 +44,7 @@ from endprompt.methods import Method
 from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
 from endprompt.training_keys import DEFAULTS
 
-CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once
+CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once, and the number of embeddings
 
 CHECKPOINTS_KEPT = 2
 
@@ -133,16 +133,19 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     return arguments
 
 
-def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool):
-    """The shards as a memory-mapped dataset.  Raises BadInput where they are missing, damaged, or of another recipe or tokenizer."""
+def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool, embeddings: int = 2**31):
+    """The shards as a memory-mapped dataset.
+
+    Raises BadInput where they are missing, damaged, of another recipe or tokenizer, or hold token ids from ``embeddings`` on.
+    """
     manifest = shards.read_manifest(folder)
     if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
         raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); prepare them again, or mend the recipe")
     if verify:
         shards.verify(folder, manifest)
-        checked, sums = folder / ".cache" / CHECKED, "".join(shard["sha256"] + "\n" for shard in manifest["shards"])
+        checked, sums = folder / ".cache" / CHECKED, "".join(shard["sha256"] + "\n" for shard in manifest["shards"]) + f"{embeddings}\n"
         if not checked.is_file() or checked.read_text(errors="replace") != sums:
-            shards.check_rows(folder, manifest)
+            shards.check_rows(folder, manifest, embeddings)
             checked.parent.mkdir(exist_ok=True)
             shards.write_atomically(checked, sums.encode())
     import datasets
@@ -228,8 +231,8 @@ def train(recipe: Recipe, method: Method, run: Path) -> None:
 def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch.StopRequest) -> None:
     main, world_size = int(os.environ["RANK"]) == 0, int(os.environ["WORLD_SIZE"])
     tokenizer = model.load_tokenizer(recipe)
-    dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", verify=int(os.environ["LOCAL_RANK"]) == 0)
     config, shared = model.load_config(recipe), recipe.sequence_parallel
+    dataset, manifest = load_rows(recipe, method, tokenizer, run / "shards", int(os.environ["LOCAL_RANK"]) == 0, config.vocab_size)
     model.check_vocabulary(tokenizer, config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
     sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), world_size, manifest)
     newest = checkpoint_files.to_resume(run / "checkpoints", sys.stderr if main else None)
@@ -271,7 +274,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
                                 **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
     model.state_length(network, tokenizer, recipe.lengths.target)
     model.forget_code(network, tokenizer)
-    collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
+    collator = Collator(model.pad_token_id(tokenizer, config.vocab_size), recipe.lengths.target, sharded=shared > 1)
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
     keep = recipe.train.get("save_total_limit", CHECKPOINTS_KEPT)

@@ -107,13 +107,18 @@ class LongLM(Prompting, HFLM):
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # bars only fill a log
         groups: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            groups[len(self.tok_encode(request.args[0]))].append(index)
+            ids = self.tok_encode(request.args[0])
+            self._embedded(ids)
+            groups[len(ids)].append(index)
         results: list[str] = [""] * len(requests)
         for length, indices in self._batches(groups):
             self.batch_size_per_gpu = max(1, max(self.cached_tokens, TOKENS_AT_ONCE) // length)
             for index, text in zip(indices, super().generate_until([requests[index] for index in indices], disable_tqdm), strict=True):
                 results[index] = text
         return results
+
+    def _embedded(self, ids: list[int]) -> None:
+        model.check_ids(ids, self.tokenizer, self.model.get_input_embeddings().weight.shape[0], "evaluate: a prompt")
 
     def _batches(self, groups: dict[int, list[int]]) -> list[tuple[int, list[int]]]:
         """(longest length, requests) of what may share batches, longest first: requests of one length, or neighbours by length as far as the cache reaches."""
@@ -171,6 +176,8 @@ class LongLM(Prompting, HFLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()
+        for _, context, continuation in requests:
+            self._embedded([*context, *continuation])
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         batch = LOGIT_BYTES // (longest * self.model.config.get_text_config().vocab_size * 4)
         if batch:

@@ -131,7 +131,7 @@ def _packed(task: str) -> Iterator[tuple[str, dict]]:
         raise BadInput(f"LongBench's data.zip cannot be had from the hub ({type(error).__name__}); where there is no network, unpack it elsewhere "
                        f"and give its folder of {task}.jsonl and the others as longbench_data") from None
     try:
-        with zipfile.ZipFile(path) as archive, io.TextIOWrapper(archive.open(f"data/{task}.jsonl"), encoding="utf-8") as file:
+        with zipfile.ZipFile(path) as archive, io.TextIOWrapper(archive.open(f"data/{task}.jsonl"), encoding="utf-8-sig") as file:
             yield from _rows(file, f"{path}: {task}.jsonl")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: no data/{task}.jsonl can be read from it ({error}); delete it and let it be fetched again") from None

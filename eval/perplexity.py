@@ -78,7 +78,7 @@ def held_out(source: str, tokenizer, longest: int, stride: int, budget: int, col
     data = SimpleNamespace(corpus=source, text_column=column, split="train")
     reader = SimpleNamespace(data=data, path=lambda value: Path(value) if Path(value).exists() else None)
     try:
-        for _, text in corpus.documents(reader, corpus.local_files(reader)):
+        for _, text in corpus.documents(reader, corpus.local_files(reader, corpus.HELD_OUT)):
             document = Text(text, tokenizer)
             if document.tokens >= longest:
                 found.append(document)

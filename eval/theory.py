@@ -104,12 +104,14 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
     """(text, where it is from): ``path``, else the recipe's held-out text or corpus if it is on this machine, else the licence."""
     if path is not None:
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            return path.read_text(encoding="utf-8-sig"), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"--text: {path} cannot be read as UTF-8 text: {error}") from None
-    for value in filter(None, (recipe.eval.perplexity_corpus, recipe.data.corpus)):
+    for value, splits in ((recipe.eval.perplexity_corpus, corpus.HELD_OUT), (recipe.data.corpus, None)):
+        if not value:
+            continue
         reader = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": value})})
-        files = corpus.local_files(reader)
+        files = corpus.local_files(reader, splits)
         if files is not None:
             return "\n\n".join(text for _, text in islice(corpus.documents(reader, files), 4)), str(value)
     licence = config.SHIPPED / "LICENSE"

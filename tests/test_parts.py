@@ -124,7 +124,7 @@ def damage(name):
         elif name == "no shards":
             path.write_text(json.dumps({key: value for key, value in tree.items() if key != "shards"}))
         elif name == "other corpus":
-            path.write_text(json.dumps({**tree, "corpus_files": [["x", 1]]}))
+            path.write_text(json.dumps({**tree, "corpus_files": [["x", 1, 0, ""]]}))
         elif name == "other count":
             shutil.copy(path, path.with_name("part-00001-of-00003.json"))
         elif name == "flipped":

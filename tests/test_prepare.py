@@ -687,6 +687,6 @@ def test_an_edited_corpus_is_not_taken_for_the_old_one(recipe_file, tmp_path, ti
     assert run_main(*arguments)[0] == 0
     write_jsonl(tmp_path / "corpus.jsonl", [*tiny_text, "one more"])
     code, _, error = run_main(*arguments)
-    assert code == 2 and "corpus files are not those" in error
+    assert code == 2 and "the corpus changed since" in error
     (tmp_path / "corpus.jsonl").unlink()
     assert run_main(*arguments)[0] == 0, "shards must serve on a machine without their corpus"
