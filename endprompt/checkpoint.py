@@ -65,8 +65,17 @@ def weights_only() -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int, adapted: dict[str, torch.Tensor] | None,
-               sharpness: float, finish: Callable[[float | None], None]) -> None:
+def save_final(
+    trainer,
+    tokenizer,
+    folder: Path,
+    scaling: rope.Scaling,
+    rope_theta: float,
+    target_length: int,
+    adapted: dict[str, torch.Tensor] | None,
+    sharpness: float,
+    finish: Callable[[float | None], None],
+) -> None:
     """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens its attention by ``sharpness``,
     and only then gives it its name.
 
@@ -99,8 +108,8 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
 
 
 def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int) -> None:
-    """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the expected inv_freq, and states
-    ``target_length`` wherever it states the window."""
+    """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the
+    expected inv_freq, and states ``target_length`` wherever it states the window."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -110,16 +119,24 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     rope.verify(type(network.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
-    window = {"config.json: max_position_embeddings": scaling.window(target_length) or config.max_position_embeddings}
-    if wrong := {key: value for key, value in model.stated_lengths(folder).items() if value != window.get(key, target_length)}:
-        raise Failure(f"saved model: {folder} states other lengths than the target of {target_length}: {wrong}")
+    # A scaling without a window of its own leaves the base's.
+    own = scaling.window(target_length) or config.max_position_embeddings
+    window = {"config.json: max_position_embeddings": own}
+    stated = model.stated_lengths(folder)
+    wrong = {key: value for key, value in stated.items() if value != window.get(key, target_length)}
+    if wrong:
+        raise Failure(f"saved model: {folder} states other lengths than {target_length} tokens: {wrong}")
     saved = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             names = file.keys()
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     tied = set(network.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    wrong = [name for name, parameter in network.named_parameters() if saved.get(name, None) != tuple(parameter.shape) and name not in tied]
+    wrong = [
+        name
+        for name, parameter in network.named_parameters()
+        if saved.get(name, None) != tuple(parameter.shape) and name not in tied
+    ]
     if wrong:
         raise Failure(f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from endprompt import BadInput, methods, settings_file, training_keys
+from endprompt import BadInput, methods, settings_file, training_keys, zero_file
 from endprompt.eval import names
 from endprompt.rope import TYPES
 from endprompt.training_keys import Lora
@@ -20,7 +20,8 @@ END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP
 NAME_BYTES = 200
 
 _HERE = Path(__file__).resolve().parent
-# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone around it.
+# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone
+# around it.
 SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
@@ -163,8 +164,8 @@ class Recipe(Section):
     folder: Path = Field(exclude=True)
 
     def path(self, value: str) -> Path | None:
-        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files that come with this
-        program; None if there is none."""
+        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files
+        that come with this program; None if there is none."""
         for base in (Path(), self.folder, self.folder.parent, SHIPPED):
             try:
                 if (found := (base / value).expanduser()).exists():
@@ -251,15 +252,6 @@ def _name(name: Any, source: str) -> str:
     return name
 
 
-def _zero_options(options: Any, where: str) -> None:
-    """Raises BadInput unless ``options`` are a mapping whose zero_optimization names a stage of ZeRO."""
-    if not isinstance(options, dict):
-        raise BadInput(f"{where} is no mapping of DeepSpeed's options, but {type(options).__name__}; ds_configs/ holds examples")
-    zero = options.get("zero_optimization", {})
-    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or not 0 <= zero.get("stage", 0) <= 3:
-        raise BadInput(f"{where}: zero_optimization is no mapping with a stage from 0 to 3 (given: {reprlib.repr(zero)}); ds_configs/ holds examples")
-
-
 def find(path: Path) -> Path:
     """The file of a recipe: ``path``, else the recipe of that path or name that comes with this program."""
     recipes = SHIPPED / "recipes"
@@ -268,14 +260,19 @@ def find(path: Path) -> Path:
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe, see ``find``.  Raises BadInput with one line that names the key and the mend."""
+    """Reads, overrides and checks a recipe, see ``find``.  Raises BadInput with one line that names the key
+    and the mend."""
     path = Path(path)
     try:
         path = find(path)
         text = settings_file.read(path)
     except FileNotFoundError:
-        known = ", ".join(sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft"))  # which is TRL's
-        raise BadInput(f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}") from None
+        known = ", ".join(
+            sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft")
+        )  # which is TRL's
+        raise BadInput(
+            f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}"
+        ) from None
     except (OSError, ValueError) as error:
         raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
     tree = settings_file.parse(text, str(path))
@@ -300,7 +297,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise BadInput(f"{path}: {error}") from None
     deepspeed = recipe.train.get("deepspeed")
     if isinstance(deepspeed, dict):
-        _zero_options(deepspeed, f"{path}: train.deepspeed")
+        zero_file.check(recipe.train, deepspeed, f"{path}: train.deepspeed")
     if isinstance(deepspeed, str):
         found = recipe.path(deepspeed)
         if found is None or not found.is_file():
@@ -309,6 +306,6 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
             options = json.loads(settings_file.read(found))
         except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/") from None
-        _zero_options(options, f"{path}: train.deepspeed: {found}")
+        zero_file.check(recipe.train, options, f"{path}: train.deepspeed: {found}")
         recipe.train["deepspeed"] = str(found)
     return recipe

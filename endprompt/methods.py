@@ -87,6 +87,10 @@ register(Method("lceg", "LCEG's protocol: NTK scaling held at the target's frequ
                 positions.contiguous, row_length="target", rope="ntk", whole_factor=True))
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
                 row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
+# Scores times log n are Su Jianlin's (kexue.fm 8823, 2021) and Chiang and Cholak's (2202.12172); Qwen's logn
+# attention, YaRN's temperature and SSMax (2501.19399) are kin, see sharpen.py.  Ours is the constant, folded
+# into the queries after short rows with jumps.  Why rows of the target length teach far distances seldom is
+# counted by STRING (2410.18745).
 register(Method("pose_sharp", "pose on YaRN, attention sharpened by ln L / ln C when training is over", positions.skipwise, chunked=True, rope="yarn", sharpen=1.0))
 register(Method("pose_recall", "pose_sharp, whose rows end in spans of their own text repeated at far positions", positions.skipwise_then_recall,
                 recall=True, chunked=True, rope="yarn", sharpen=1.0))

@@ -146,7 +146,7 @@ def forget(model) -> None:
     """
     import torch
 
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)  # not every model has RoPE, and one of several schemes has no one type
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)  # not every model has RoPE
     if getattr(rotary, "rope_type", None) == "dynamic":
         device = rotary.inv_freq.device
         rotary(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device))

@@ -35,8 +35,8 @@ for name in ("lm_eval", "lm-eval"):  # warnings that a model object was passed, 
 
 
 def table(network) -> int | None:
-    """Positions that ``network`` has a table for (GPT-2, OPT, GPT-J; MPT: of distances), beyond which it cannot read; None for one that
-    computes them."""
+    """Positions that ``network`` has a table for (GPT-2, OPT, GPT-J; MPT: of distances), beyond which it
+    cannot read; None for one that computes them."""
     if network.config.model_type == "mpt":
         return network.config.max_seq_len
     tables = ("wpe", "embed_positions", "position_embeddings")
@@ -47,8 +47,8 @@ def table(network) -> int | None:
 
 
 def shares_cache(network) -> bool:
-    """Whether rows of ``network`` may be read one after another into a common cache: keys and values of all tokens in every layer, and
-    frequencies that are not those of the longest row."""
+    """Whether rows of ``network`` may be read one after another into a common cache: keys and values of all
+    tokens in every layer, and frequencies that are not those of the longest row."""
     config, rotary = network.config, getattr(network.get_decoder(), "rotary_emb", None)
     plain = config.model_type in model.SUPPORTED and not getattr(config, "sliding_window", None)
     return plain and rotary.rope_type not in ("dynamic", "longrope")
@@ -149,7 +149,10 @@ class LongLM(Prompting, HFLM):
 
     def _fits(self, tokens: int) -> None:
         if self.positions is not None and tokens > self.positions:
-            raise ValueError(f"a prompt with its answer has {tokens} tokens, and the model a table of {self.positions} positions")
+            raise ValueError(
+                f"a prompt with its answer has {tokens} tokens, and the model a table of {self.positions} "
+                "positions"
+            )
 
     # The score of a sample must not depend on what was scored before it.
     def _model_call(self, *ids, **options):

@@ -213,8 +213,10 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         network, tokenizer, identity = load(recipe, method, run, other)
         reach = None if recipe.eval.backend == "vllm" else engine.table(network)
         if reach and (beyond := [(task, length) for task, length in todo if (length or 0) > reach]):
-            raise BadInput(f"eval.lengths: {beyond[0][0]} at {beyond[0][1]}: the model has a table of {reach} positions and cannot read beyond; "
-                           "lower the length, or leave it out")
+            raise BadInput(
+                f"eval.lengths: {beyond[0][0]} at {beyond[0][1]}: the model has a table of {reach} positions "
+                "and cannot read beyond; lower the length, or leave it out"
+            )
         if options.chat_template:
             prompts.check_template(tokenizer)
         asks = Questions(recipe, tokenizer)

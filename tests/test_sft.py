@@ -59,7 +59,10 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     assert tuned.config.rope_parameters == rope and tuned.config.max_position_embeddings == 2048
-    for folder in (tmp_path / "sft", next((tmp_path / "sft").glob("checkpoint-*"))):  # rows are cut to max_length; what is saved still reads 2048
+    for folder in (
+        tmp_path / "sft",
+        next((tmp_path / "sft").glob("checkpoint-*")),
+    ):  # rows are cut to max_length; what is saved still reads 2048
         assert set(stated_lengths(folder).values()) == {2048}
     history = json.loads(next((tmp_path / "sft").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]

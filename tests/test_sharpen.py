@@ -116,7 +116,8 @@ def noted(folder, **note):
 
 
 def scores(folder):
-    """Logarithms of the first layer's attention, each row counted from its first key: the differences of the scores, in float64."""
+    """Logarithms of the first layer's attention, each row counted from its first key: the differences of the
+    scores, in float64."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
@@ -124,17 +125,40 @@ def scores(folder):
     return (found - found[..., :1]).tril()
 
 
-@pytest.mark.parametrize("start, target, noted_from, missing, twice", [
-    (256, 2048, {"original_length": 256}, 1, 11 / 8),  # all of it is there
-    (256, 4096, {"original_length": 256}, 12 / 11, 12 / 8),  # ln 4096 / ln 256 = 12 / 8 in all, of which 11 / 8 is there
-    (2048, 4096, {"original_length": 256}, 12 / 11, 12 / 11),  # a window that was extended: its own factor is what is missing
-    (4096, 8192, {"original_length": 4096, "sharpened_from": 256}, 13 / 11, 13 / 12),  # a run between that did not sharpen
-    (256, 2048, {}, 1, 11 / 8),  # from where is not known: from the base's own window
-    (256, 512, {"original_length": 256}, 1, 9 / 8),  # more is there than is wished
-])
-def test_a_sharpened_base_gets_what_is_missing(recipe_file, base, tmp_path, start, target, noted_from, missing, twice):
-    """Its scores are in the end those of the plain base times the whole factor, however many runs it took.  twice: the factor that a base
-    without the note gets, on top of what is there."""
+@pytest.mark.parametrize(
+    "start, target, noted_from, missing, twice",
+    [
+        (256, 2048, {"original_length": 256}, 1, 11 / 8),  # all of it is there
+        (
+            256,
+            4096,
+            {"original_length": 256},
+            12 / 11,
+            12 / 8,
+        ),  # ln 4096 / ln 256 = 12 / 8 in all, of which 11 / 8 is there
+        (
+            2048,
+            4096,
+            {"original_length": 256},
+            12 / 11,
+            12 / 11,
+        ),  # a window that was extended: its own factor is what is missing
+        (
+            4096,
+            8192,
+            {"original_length": 4096, "sharpened_from": 256},
+            13 / 11,
+            13 / 12,
+        ),  # a run between that did not sharpen
+        (256, 2048, {}, 1, 11 / 8),  # from where is not known: from the base's own window
+        (256, 512, {"original_length": 256}, 1, 9 / 8),  # more is there than is wished
+    ],
+)
+def test_a_sharpened_base_gets_what_is_missing(
+    recipe_file, base, tmp_path, start, target, noted_from, missing, twice
+):
+    """Its scores are in the end those of the plain base times the whole factor, however many runs it took.
+    twice: the factor that a base without the note gets, on top of what is there."""
     plain, done = shutil.copytree(base, tmp_path / "plain"), shutil.copytree(base, tmp_path / "done")
     noted(done, **noted_from)
     sharpen.sharpen(done, 11 / 8)
@@ -146,25 +170,50 @@ def test_a_sharpened_base_gets_what_is_missing(recipe_file, base, tmp_path, star
     t = model.sharpness(recipe, methods.get("pose_sharp"), read)
     assert t == pytest.approx(missing, rel=1e-12)
     assert model.sharpness(recipe, methods.get("pose"), read) == 1.0  # what is there stays
-    assert model.sharpness(recipe, methods.get("pose_sharp"), SimpleNamespace(max_position_embeddings=start)) == pytest.approx(twice)
+    assert model.sharpness(
+        recipe, methods.get("pose_sharp"), SimpleNamespace(max_position_embeddings=start)
+    ) == pytest.approx(twice)
     before = scores(plain)
     sharpen.sharpen(done, t)
     torch.testing.assert_close(scores(done), 11 / 8 * missing * before, atol=1e-4, rtol=1e-4)
-    assert json.loads((done / "config.json").read_text())["endprompt"]["sharpened"] == pytest.approx(11 / 8 * missing)
+    assert json.loads((done / "config.json").read_text())["endprompt"]["sharpened"] == pytest.approx(
+        11 / 8 * missing
+    )
 
 
-@pytest.mark.parametrize("note", [{"sharpened": "1.4"}, {"sharpened": -1.0, "original_length": 256}, {"sharpened": 0},
-                                  {"sharpened": 1.4, "original_length": "256"}, {"sharpened": True}, {"sharpened": 1.4, "sharpened_from": 0}])
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"sharpened": "1.4"},
+        {"sharpened": -1.0, "original_length": 256},
+        {"sharpened": 0},
+        {"sharpened": 1.4, "original_length": "256"},
+        {"sharpened": True},
+        {"sharpened": 1.4, "sharpened_from": 0},
+    ],
+)
 def test_a_note_that_says_nothing_is_refused(recipe_file, base, tmp_path, note):
     folder = noted(shutil.copytree(base, tmp_path / "model"), **note)
-    code, out, err = run_main("prepare", recipe_file(model={"name_or_path": str(folder)}), "pose", "--out", tmp_path / "out")
-    assert code == 2 and not out and err.count("\n") == 1 and "endprompt.sharpened" in err and not (tmp_path / "out").exists()
+    code, out, err = run_main(
+        "prepare", recipe_file(model={"name_or_path": str(folder)}), "pose", "--out", tmp_path / "out"
+    )
+    assert (
+        code == 2
+        and not out
+        and err.count("\n") == 1
+        and "endprompt.sharpened" in err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_other_notes_of_ours_say_nothing_of_sharpness(recipe_file, base, tmp_path):
-    folder = noted(shutil.copytree(base, tmp_path / "model"), method="pose", original_length=64, target_length=256)
+    folder = noted(
+        shutil.copytree(base, tmp_path / "model"), method="pose", original_length=64, target_length=256
+    )
     recipe = config.load(recipe_file(model={"name_or_path": str(folder)}))
-    assert model.sharpness(recipe, methods.get("pose_sharp"), model.load_config(recipe)) == pytest.approx(9 / 8)
+    assert model.sharpness(recipe, methods.get("pose_sharp"), model.load_config(recipe)) == pytest.approx(
+        9 / 8
+    )
     assert sharpen.inherited(model.load_config(recipe)) == {}
 
 
@@ -175,10 +224,16 @@ def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks, options, there", [(2, (), 1.0), (1, ("--set", "train.lora={r: 4, alpha: 8}"), 1.0), (1, (), 1.5)],
-                         ids=["two ranks", "lora", "sharpened base"])
-def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(train_recipe, base, tmp_path, ranks, options, there):
-    """1.5 is more than the 1.25 that is asked for, so nothing is added.  The base states its window wherever it can; model/ states the target."""
+@pytest.mark.parametrize(
+    "ranks, options, there",
+    [(2, (), 1.0), (1, ("--set", "train.lora={r: 4, alpha: 8}"), 1.0), (1, (), 1.5)],
+    ids=["two ranks", "lora", "sharpened base"],
+)
+def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(
+    train_recipe, base, tmp_path, ranks, options, there
+):
+    """1.5 is more than the 1.25 that is asked for, so nothing is added.  The base states its window wherever
+    it can; model/ states the target."""
     odd = shutil.copytree(base, tmp_path / "base")
     if there != 1:
         noted(odd, method="pose_sharp", original_length=256, sharpened=there)
@@ -186,12 +241,28 @@ def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(train_recipe, 
     trained = {}
     for method in ("pose", "pose_sharp"):
         folder = prepared(train_recipe, method, tmp_path)
-        run(train(train_recipe, method, tmp_path, "--set", "train.max_steps=2", "--set", "rope.type=yarn", "--set", f"model.name_or_path={odd}", *options, ranks=ranks))
+        run(
+            train(
+                train_recipe,
+                method,
+                tmp_path,
+                "--set",
+                "train.max_steps=2",
+                "--set",
+                "rope.type=yarn",
+                "--set",
+                f"model.name_or_path={odd}",
+                *options,
+                ranks=ranks,
+            )
+        )
         trained[method] = weights(folder)
         assert set(model.stated_lengths(folder / "model").values()) == {1024}
         checkpoint = next((folder / "checkpoints").glob("checkpoint-*"))
         assert set(model.stated_lengths(checkpoint).values()) == {1024, None}  # it has no tokenizer
-    told = json.loads((folder / "model/config.json").read_text())["endprompt"]
+    saved_config = json.loads((folder / "model/config.json").read_text())
+    assert saved_config["use_cache"] is True  # as the base says; the Trainer switches it off
+    told = saved_config["endprompt"]
     t = sharpen.factor(1.0, 256, 1024) if there == 1 else 1.0
     assert told["method"] == "pose_sharp" and told["sharpened"] == pytest.approx(t * there)
     for name, tensor in trained["pose"].items():
