@@ -1,7 +1,9 @@
-"""What a score depends on.  A result may stand only as long as nothing of it has changed; where it lies and when it was written is no part of it.
+"""What a score depends on.  A result may stand only as long as nothing of it has changed; where it lies and
+when it was written is no part of it.
 
-A question holds what was resolved: the content of weights and data, the tokenizer, the chat template's text, the code of the task, and every key of
-the recipe's eval section but those that are named here as having no say.
+A question holds what was resolved: the content of weights and data, the tokenizer, the chat template's text,
+the code of the task, and every key of the recipe's eval section but those that are named here as having no
+say.
 """
 
 import ast
@@ -15,21 +17,44 @@ from pathlib import Path
 
 from endprompt import shards
 from endprompt.config import Recipe
-from endprompt.eval import engine, longbench, longbench_scores, names, perplexity, ruler_package, ruler_samples
+from endprompt.eval import (
+    engine,
+    longbench,
+    longbench_scores,
+    names,
+    perplexity,
+    ruler_package,
+    ruler_samples,
+)
 
 HERE = Path(__file__).parent
 WEIGHTS = (".safetensors", ".gguf", ".bin")
 
-# Keys of the eval section that no question holds: which pairs are asked for and whether code may run; and those in whose place stands what they lead to.
-_ELSEWHERE = ("tasks", "lengths", "run_unsafe_code", "perplexity_corpus", "perplexity_column", "ruler_samples", "longbench_data", "longbench_length",
-              "chat_template")
+# Keys of the eval section that no question holds: which pairs are asked for and whether code may run; and
+# those in whose place stands what they lead to.
+_ELSEWHERE = (
+    "tasks",
+    "lengths",
+    "run_unsafe_code",
+    "perplexity_corpus",
+    "perplexity_column",
+    "ruler_samples",
+    "longbench_data",
+    "longbench_length",
+    "chat_template",
+)
 # The only tasks that read a key.  Any other key is part of every question.
-_READERS = {"samples": ("passkey", "ruler", "longbench"), "depths": ("passkey",), "perplexity_tokens": ("perplexity",), "perplexity_stride": ("perplexity",),
-            "short_text_samples": ("short_text",)}
+_READERS = {
+    "samples": ("passkey", "ruler", "longbench"),
+    "depths": ("passkey",),
+    "perplexity_tokens": ("perplexity",),
+    "perplexity_stride": ("perplexity",),
+    "short_text_samples": ("short_text",),
+}
 
 
 def family(task: str) -> str:
-    """"passkey" (multikey too), "perplexity", "ruler", "longbench" or "short_text"."""
+    """ "passkey" (multikey too), "perplexity", "ruler", "longbench" or "short_text"."""
     if task in names.SHORT_TEXT:
         return "short_text"
     return {"multikey": "passkey"}.get(task, task.partition("_")[0])
@@ -37,11 +62,14 @@ def family(task: str) -> str:
 
 # The model
 
+
 def fingerprint(folder: Path, gguf_file: str | None = None) -> str:
-    """Identity of a saved model: SHA-256 over the names and the whole content of its config, its code, its weights and their index.
+    """Identity of a saved model: SHA-256 over the names and the whole content of its config, its code, its
+    weights and their index.
 
     gguf_file: the one file of weights that is used, where a folder holds several quantizations.
     """
+
     def counts(path: Path) -> bool:
         if path.suffix in WEIGHTS:
             return gguf_file in (None, path.name)
@@ -55,26 +83,38 @@ def fingerprint(folder: Path, gguf_file: str | None = None) -> str:
 
 # The tokenizer
 
+
 def tokenizer_of(tokenizer) -> str:
-    """SHA-256 over all of a fast tokenizer that ids and texts depend on: its definition, its special tokens, and how it splits and decodes.
+    """SHA-256 over all of a fast tokenizer that ids and texts depend on: its definition, its special tokens,
+    and how it splits and decodes.
 
     Nothing is padded where it counts, and the harness sets a padding token of its own: it is left out.
     """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition["truncation"] = definition["padding"] = None
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if key != "pad_token"}
-    return _digest([definition, special, tokenizer.bos_token_id, tokenizer.eos_token_id, bool(tokenizer.split_special_tokens),
-                    bool(tokenizer.clean_up_tokenization_spaces)])
+    return _digest(
+        [
+            definition,
+            special,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            bool(tokenizer.split_special_tokens),
+            bool(tokenizer.clean_up_tokenization_spaces),
+        ]
+    )
 
 
 # The code
 
+
 @functools.cache
 def code(task: str) -> str:
-    """SHA-256 over the code that makes and scores ``task``: its task file, its hooks, the modules of endprompt.eval that these import, the
-    engine, and the intervals.
+    """SHA-256 over the code that makes and scores ``task``: its task file, its hooks, the modules of
+    endprompt.eval that these import, the engine, and the intervals.
 
-    Comments, docstrings and layout do not count.  The harness' own tasks are known by its version, which stands beside this.
+    Comments, docstrings and layout do not count.  The harness' own tasks are known by its version, which
+    stands beside this.
     """
     known: dict[str, str] = {}
     waiting = [HERE / "engine.py", HERE / "intervals.py"]
@@ -99,7 +139,11 @@ def _imported(tree: ast.AST) -> Iterator[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("endprompt.eval."):
             modules = [node.module.removeprefix("endprompt.eval.")]
         elif isinstance(node, ast.Import):
-            modules = [alias.name.removeprefix("endprompt.eval.") for alias in node.names if alias.name.startswith("endprompt.eval.")]
+            modules = [
+                alias.name.removeprefix("endprompt.eval.")
+                for alias in node.names
+                if alias.name.startswith("endprompt.eval.")
+            ]
         else:
             continue
         yield from (HERE / f"{module}.py" for module in modules if (HERE / f"{module}.py").is_file())
@@ -108,7 +152,10 @@ def _imported(tree: ast.AST) -> Iterator[Path]:
 def _plain(tree: ast.AST) -> str:
     """The code of ``tree`` without docstrings, in Python's own layout."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node, False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and ast.get_docstring(node, False) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
@@ -122,17 +169,22 @@ def _task_file(path: Path) -> str:
 
     Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    return json.dumps([_task_file(path.parent / tree["include"])] if "include" in tree else []) + json.dumps(tree, sort_keys=True)
+    return json.dumps([_task_file(path.parent / tree["include"])] if "include" in tree else []) + json.dumps(
+        tree, sort_keys=True
+    )
 
 
 # The question
+
 
 def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def chat(recipe: Recipe, task: str) -> bool:
-    """Whether ``task`` is asked in the model's chat template: what LongBench asks without it is, and perplexity is that of the text itself."""
+    """Whether ``task`` is asked in the model's chat template: what LongBench asks without it is, and
+    perplexity is that of the text itself.
+    """
     if not recipe.eval.chat_template or task == "perplexity":
         return False
     return family(task) != "longbench" or longbench_scores.get(task.removeprefix("longbench_")).chat
@@ -152,8 +204,14 @@ class Questions:
     def _held_out(self) -> str:
         """Of the documents that are scored, in their order."""
         options = self.recipe.eval
-        found = perplexity.held_out(str(self.place("perplexity_corpus")), self.tokenizer, max(options.lengths), options.perplexity_stride,
-                                    options.perplexity_tokens, self.column)
+        found = perplexity.held_out(
+            str(self.place("perplexity_corpus")),
+            self.tokenizer,
+            max(options.lengths),
+            options.perplexity_stride,
+            options.perplexity_tokens,
+            self.column,
+        )
         return _digest([text.text for text in found])
 
     @property
@@ -162,7 +220,9 @@ class Questions:
         return self.recipe.eval.perplexity_column or self.recipe.data.text_column
 
     def place(self, key: str) -> str | None:
-        """Where the data that ``key`` of the eval section names lie, as a path if there is one, else the name itself; None if it names none."""
+        """Where the data that ``key`` of the eval section names lie, as a path if there is one, else the name
+        itself; None if it names none.
+        """
         value = getattr(self.recipe.eval, key)
         return value and str(self.recipe.path(value) or value)
 
@@ -174,12 +234,27 @@ class Questions:
                 return {"data": self._held_out, "longest": max(options.lengths)}
             case "ruler" if options.ruler_samples:
                 name = task.removeprefix("ruler_")
-                return {"generator": ruler_package.GENERATION, "made_elsewhere": True,
-                        "data": ruler_samples.content(self.place("ruler_samples"), name, length, options.samples, options.seed, self.tokenizer, chat(self.recipe, task))}
+                return {
+                    "generator": ruler_package.GENERATION,
+                    "made_elsewhere": True,
+                    "data": ruler_samples.content(
+                        self.place("ruler_samples"),
+                        name,
+                        length,
+                        options.samples,
+                        options.seed,
+                        self.tokenizer,
+                        chat(self.recipe, task),
+                    ),
+                }
             case "ruler":
                 return {"generator": ruler_package.GENERATION, "data": _digest(ruler_package.generator())}
             case "longbench":
-                return {"data": longbench.content(task.removeprefix("longbench_"), self.place("longbench_data"), options.samples)}
+                return {
+                    "data": longbench.content(
+                        task.removeprefix("longbench_"), self.place("longbench_data"), options.samples
+                    )
+                }
             case "short_text":
                 few_shots, metric = names.SHORT_TEXT[task]
                 return {"few_shots": few_shots, "metric": metric}
@@ -187,16 +262,31 @@ class Questions:
                 return {}
 
     def __call__(self, task: str, length: int | None, identity: dict) -> dict:
-        """All that the score of ``task`` at ``length`` depends on, of the model that ``identity`` describes.  Raises BadInput if its data cannot be read."""
-        options = {key: value for key, value in self.recipe.eval.model_dump(mode="json").items()
-                   if key not in _ELSEWHERE and family(task) in _READERS.get(key, (family(task),))}
+        """All that the score of ``task`` at ``length`` depends on, of the model that ``identity`` describes.
+        Raises BadInput if its data cannot be read.
+        """
+        options = {
+            key: value
+            for key, value in self.recipe.eval.model_dump(mode="json").items()
+            if key not in _ELSEWHERE and family(task) in _READERS.get(key, (family(task),))
+        }
         template = _digest(self.tokenizer.chat_template) if chat(self.recipe, task) else None
-        return {"task": task, "length": length, "model": identity, **options, **self._data(task, length), "tokenizer": self._tokenizer,
-                "chat_template": template, "code": code(task), "lm_eval": importlib.metadata.version("lm_eval")}
+        return {
+            "task": task,
+            "length": length,
+            "model": identity,
+            **options,
+            **self._data(task, length),
+            "tokenizer": self._tokenizer,
+            "chat_template": template,
+            "code": code(task),
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
 
 
 def same(one: dict, other: dict) -> bool:
     """Whether two questions are one, wherever the model's files lie."""
+
     def bare(question: dict) -> dict:
         found = json.loads(json.dumps(question))
         if isinstance(found["model"], dict) and found["model"].get("fingerprint"):

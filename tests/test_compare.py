@@ -130,7 +130,7 @@ def test_different_questions_are_not_averaged(seeds):
     result = json.loads(path.read_text())
     result["question"]["samples"] = 7
     path.write_text(json.dumps(result))
-    with pytest.raises(BadInput, match=r"were asked different questions \(passkey at 512\)"):
+    with pytest.raises(BadInput, match=r"were asked different questions \(passkey at 512: samples\)"):
         compare.check(seeds)
 
 

@@ -12,18 +12,43 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from endprompt import config, methods
-from endprompt.eval import compare, engine, figures, longbench, names, prompts, question, results, ruler, ruler_package, run
+from endprompt.eval import (
+    compare,
+    engine,
+    figures,
+    longbench,
+    names,
+    prompts,
+    question,
+    results,
+    ruler,
+    ruler_package,
+    run,
+)
 from endprompt.tokenizing import tokenizer_fingerprint
 
 TEMPLATE = "{% for m in messages %}[{{m['role']}}] {{m['content']}}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-ROW = {"input": "What?", "context": "The sky is blue.", "answers": ["blue"], "length": 4, "dataset": "qasper", "language": "en", "all_classes": None}
+ROW = {
+    "input": "What?",
+    "context": "The sky is blue.",
+    "answers": ["blue"],
+    "length": 4,
+    "dataset": "qasper",
+    "language": "en",
+    "all_classes": None,
+}
 
 
 class Setting:
     """A model, data of every kind, and a recipe over them, whose scores are counted and not computed."""
 
     def __init__(self, folder, base, text):
-        self.folder, self.model, self.overrides, self.method = folder, shutil.copytree(base, folder / "base"), [], "base"
+        self.folder, self.model, self.overrides, self.method = (
+            folder,
+            shutil.copytree(base, folder / "base"),
+            [],
+            "base",
+        )
         self.held = write_jsonl(folder / "held.jsonl", [" ".join(text[:4])])
         self.bench = folder / "bench"
         self.bench.mkdir()
@@ -38,10 +63,26 @@ class Setting:
         (self.bench / "qasper.jsonl").write_text(json.dumps(row) + "\n")
 
     def write_samples(self, word):
-        asked = {"task": "vt", "length": 96, "format": ruler.FORMAT, "tokenizer": tokenizer_fingerprint(ruler.load_tokenizer(self.model)),
-                 "split_special_tokens": False, "samples": 5, "seed": 42, "generation": ruler_package.GENERATION}
-        rows = [{"index": number, "input": f"{word} {number}", "outputs": [f"{number}"], "length": 90} for number in range(5)]
-        ruler._write(self.samples / "vt-96-5-0.jsonl", asked, "".join(json.dumps(row) + "\n" for row in rows).encode(), [90] * 5)
+        asked = {
+            "task": "vt",
+            "length": 96,
+            "format": ruler.FORMAT,
+            "tokenizer": tokenizer_fingerprint(ruler.load_tokenizer(self.model)),
+            "split_special_tokens": False,
+            "samples": 5,
+            "seed": 42,
+            "generation": ruler_package.GENERATION,
+        }
+        rows = [
+            {"index": number, "input": f"{word} {number}", "outputs": [f"{number}"], "length": 90}
+            for number in range(5)
+        ]
+        ruler._write(
+            self.samples / "vt-96-5-0.jsonl",
+            asked,
+            "".join(json.dumps(row) + "\n" for row in rows).encode(),
+            [90] * 5,
+        )
 
     def edit(self, name, **values):
         path = self.model / name
@@ -51,9 +92,23 @@ class Setting:
         self.overrides += overrides
 
     def recipe(self):
-        tree = {"model": {"name_or_path": str(self.model)}, "lengths": {"physical": 64, "target": 2048}, "data": {"corpus": str(self.held), "tokens": 64},
-                "eval": {"tasks": self.tasks, "lengths": [96], "samples": 3, "depths": 2, "perplexity_corpus": str(self.held), "perplexity_tokens": 64,
-                         "perplexity_stride": 32, "longbench_data": str(self.bench), "longbench_length": 96, "ruler_samples": str(self.samples)}}
+        tree = {
+            "model": {"name_or_path": str(self.model)},
+            "lengths": {"physical": 64, "target": 2048},
+            "data": {"corpus": str(self.held), "tokens": 64},
+            "eval": {
+                "tasks": self.tasks,
+                "lengths": [96],
+                "samples": 3,
+                "depths": 2,
+                "perplexity_corpus": str(self.held),
+                "perplexity_tokens": 64,
+                "perplexity_stride": 32,
+                "longbench_data": str(self.bench),
+                "longbench_length": 96,
+                "ruler_samples": str(self.samples),
+            },
+        }
         path = self.folder / "small.yaml"
         path.write_text(yaml.safe_dump(tree))
         return config.load(path, self.overrides)
@@ -68,7 +123,14 @@ class Setting:
 
             def score(self, task, length):
                 scored.append(task)
-                return {"length": length, "metric": task, "score": 5.0, "low": 4.0, "high": 6.0, "samples": 3}, []
+                return {
+                    "length": length,
+                    "metric": task,
+                    "score": 5.0,
+                    "low": 4.0,
+                    "high": 6.0,
+                    "samples": 3,
+                }, []
 
         def same(one, other):
             return question.same(*({**asked, **({blind: None} if blind else {})} for asked in (one, other)))
@@ -135,21 +197,53 @@ CHANGES = {
     "attention": (lambda setting: setting.set("model.attn_implementation=eager"), ALL, "model"),
     "sharpness": (lambda setting: setting.set("rope.sharpen=1.0"), ALL, "model"),
     "post-processor": (appended, ALL, "tokenizer"),
-    "special tokens": (lambda setting: setting.edit("tokenizer_config.json", bos_token="<unk>"), ALL, "tokenizer"),
+    "special tokens": (
+        lambda setting: setting.edit("tokenizer_config.json", bos_token="<unk>"),
+        ALL,
+        "tokenizer",
+    ),
     "samples": (lambda setting: setting.set("eval.samples=2"), {"passkey", "longbench_qasper"}, "samples"),
     "depths": (lambda setting: setting.set("eval.depths=3"), {"passkey"}, "depths"),
     "seed": (lambda setting: setting.set("eval.seed=7"), ALL, "seed"),
     "stride": (lambda setting: setting.set("eval.perplexity_stride=16"), {"perplexity"}, "perplexity_stride"),
-    "scored tokens": (lambda setting: setting.set("eval.perplexity_tokens=80"), {"perplexity"}, "perplexity_tokens"),
+    "scored tokens": (
+        lambda setting: setting.set("eval.perplexity_tokens=80"),
+        {"perplexity"},
+        "perplexity_tokens",
+    ),
     "words shuffled": (shuffled, {"perplexity"}, "data"),
-    "benchmark's data": (lambda setting: setting.write_bench({**ROW, "answers": ["Blue"]}), {"longbench_qasper"}, "data"),
+    "benchmark's data": (
+        lambda setting: setting.write_bench({**ROW, "answers": ["Blue"]}),
+        {"longbench_qasper"},
+        "data",
+    ),
     "version of the harness": (None, ALL, "lm_eval"),
-    "a task's module": (lambda setting: code("passkey.py", "KEYS = 4", "KEYS = 5", setting), {"passkey"}, "code"),
-    "a module of its module": (lambda setting: code("longbench_scores.py", "round(100 * total", "round(99 * total", setting), {"longbench_qasper"}, "code"),
+    "a task's module": (
+        lambda setting: code("passkey.py", "KEYS = 4", "KEYS = 5", setting),
+        {"passkey"},
+        "code",
+    ),
+    "a module of its module": (
+        lambda setting: code("longbench_scores.py", "round(100 * total", "round(99 * total", setting),
+        {"longbench_qasper"},
+        "code",
+    ),
     "the intervals": (lambda setting: code("intervals.py", "0.95", "0.96", setting), ALL, "code"),
-    "a task file": (lambda setting: code("tasks/longbench/qasper.yaml", "128", "129", setting), {"longbench_qasper"}, "code"),
-    "an included task file": (lambda setting: code("tasks/longbench/_longbench.yaml", "version: 1.0", "version: 1.1", setting), {"longbench_qasper"}, "code"),
-    "the engine": (lambda setting: code("engine.py", "NO_LIMIT = 2**31 - 1", "NO_LIMIT = 2**30", setting), ALL, "code"),
+    "a task file": (
+        lambda setting: code("tasks/longbench/qasper.yaml", "128", "129", setting),
+        {"longbench_qasper"},
+        "code",
+    ),
+    "an included task file": (
+        lambda setting: code("tasks/longbench/_longbench.yaml", "version: 1.0", "version: 1.1", setting),
+        {"longbench_qasper"},
+        "code",
+    ),
+    "the engine": (
+        lambda setting: code("engine.py", "NO_LIMIT = 2**31 - 1", "NO_LIMIT = 2**30", setting),
+        ALL,
+        "code",
+    ),
 }
 
 
@@ -170,7 +264,9 @@ def test_a_change_is_scored_again(setting, monkeypatch, capsys, name):
     if change:
         change(setting)
     follow(setting, monkeypatch, name)
-    assert setting.asked(monkeypatch, blind=key) == set(), "the twin: without the key, what was scored before would stand"
+    assert setting.asked(monkeypatch, blind=key) == set(), (
+        "the twin: without the key, what was scored before would stand"
+    )
     assert setting.asked(monkeypatch) == expected
     assert capsys.readouterr().err.count("scoring again") == len(expected)
     assert setting.asked(monkeypatch) == set()
@@ -205,7 +301,10 @@ def test_the_template_counts_where_it_is_used(setting, monkeypatch):
     assert setting.asked(monkeypatch, blind="chat_template") == set()
     assert setting.asked(monkeypatch) == {"passkey", "multikey", "longbench_qasper"}
     setting.set("eval.chat_template=false")
-    assert setting.asked(monkeypatch) == {"passkey", "multikey", "longbench_qasper"} and setting.asked(monkeypatch) == set()
+    assert (
+        setting.asked(monkeypatch) == {"passkey", "multikey", "longbench_qasper"}
+        and setting.asked(monkeypatch) == set()
+    )
 
 
 def test_the_column_of_the_text_counts_by_what_stands_in_it(setting, monkeypatch):
@@ -262,10 +361,16 @@ COSMETIC = {
     "data moved and packed": packed,
     "model moved": moved,
     "notes beside the weights": lambda setting: (setting.model / "README.md").write_text("x"),
-    "a penalty that does not count": lambda setting: setting.edit("generation_config.json", repetition_penalty=2.0, temperature=0.7),
-    "a template that is not used": lambda setting: setting.edit("tokenizer_config.json", chat_template=TEMPLATE),
+    "a penalty that does not count": lambda setting: setting.edit(
+        "generation_config.json", repetition_penalty=2.0, temperature=0.7
+    ),
+    "a template that is not used": lambda setting: setting.edit(
+        "tokenizer_config.json", chat_template=TEMPLATE
+    ),
     "comments": lambda setting: code("passkey.py", "KEYS = 4\n", "KEYS   =  4  # of them\n", setting),
-    "docstrings": lambda setting: code("passkey.py", '"""The longest prompt', '"""A prompt, the longest', setting),
+    "docstrings": lambda setting: code(
+        "passkey.py", '"""The longest prompt', '"""A prompt, the longest', setting
+    ),
     "code of another task": lambda setting: code("ruler.py", "FORMAT = 1", "FORMAT = 2", setting),
     "what may run": lambda setting: setting.set("eval.run_unsafe_code=true"),
 }
@@ -296,16 +401,44 @@ def test_every_key_of_the_eval_section_is_held_or_named(setting):
     recipe, loaded = setting.recipe(), AutoTokenizer.from_pretrained(setting.model)
     for task in ("passkey", "multikey", "perplexity", "longbench_qasper", "ruler_vt", "hellaswag"):
         asked = question.Questions(recipe, loaded)(task, 96, {})
-        wanted = {key for key in fields - set(question._ELSEWHERE) if question.family(task) in question._READERS.get(key, (question.family(task),))}
+        wanted = {
+            key
+            for key in fields - set(question._ELSEWHERE)
+            if question.family(task) in question._READERS.get(key, (question.family(task),))
+        }
         assert wanted <= set(asked), task
-        assert {"model", "tokenizer", "code", "chat_template", "lm_eval", "task", "length", "backend", "seed"} <= set(asked)
-    assert set(question._READERS["samples"]) | {"perplexity", "short_text"} == {question.family(task) for task in names.TASKS}
-    assert len({question.code(task) for task in names.TASKS if question.family(task) != "short_text"}) == len(names.TASKS) - len(names.SHORT_TEXT)
+        assert {
+            "model",
+            "tokenizer",
+            "code",
+            "chat_template",
+            "lm_eval",
+            "task",
+            "length",
+            "backend",
+            "seed",
+        } <= set(asked)
+    assert set(question._READERS["samples"]) | {"perplexity", "short_text"} == {
+        question.family(task) for task in names.TASKS
+    }
+    assert len({question.code(task) for task in names.TASKS if question.family(task) != "short_text"}) == len(
+        names.TASKS
+    ) - len(names.SHORT_TEXT)
 
 
-@pytest.mark.parametrize("name, at, seen", [("model.safetensors", 0, True), ("model.safetensors", 2**21, True), ("model.safetensors", -1, True),
-                                            ("model.gguf", 2**21, True), ("model.safetensors.index.json", 5, True), ("modeling.py", 5, True),
-                                            ("config.json", 0, True), ("README.md", 0, False)])
+@pytest.mark.parametrize(
+    "name, at, seen",
+    [
+        ("model.safetensors", 0, True),
+        ("model.safetensors", 2**21, True),
+        ("model.safetensors", -1, True),
+        ("model.gguf", 2**21, True),
+        ("model.safetensors.index.json", 5, True),
+        ("modeling.py", 5, True),
+        ("config.json", 0, True),
+        ("README.md", 0, False),
+    ],
+)
 def test_fingerprint(tmp_path, name, at, seen):
     """Every byte counts, also far from both ends."""
     data = bytearray(2**22 + 100)
@@ -334,10 +467,23 @@ def test_old_results_can_still_be_read_and_compared(tmp_path):
     for folder in (one, two):
         path = folder / "base/eval/passkey/96.json"
         path.parent.mkdir(parents=True)
-        asked = {"task": "passkey", "length": 96, "model": {"name_or_path": "x", "fingerprint": "f"}, "seed": 42, "samples": 3}
+        asked = {
+            "task": "passkey",
+            "length": 96,
+            "model": {"name_or_path": "x", "fingerprint": "f"},
+            "seed": 42,
+            "samples": 3,
+        }
         cells = [{"depth": 0, "correct": 1, "total": 1}]
-        path.write_text(json.dumps({"question": asked, "date": "2026-01-01T00:00:00+00:00", 
-                                    "scores": {"length": 96, "score": 1, "low": 0, "high": 2, "samples": 1, "cells": cells}}))
+        path.write_text(
+            json.dumps(
+                {
+                    "question": asked,
+                    "date": "2026-01-01T00:00:00+00:00",
+                    "scores": {"length": 96, "score": 1, "low": 0, "high": 2, "samples": 1, "cells": cells},
+                }
+            )
+        )
     compare.check([one, two])
     path.write_text(path.read_text().replace('"samples": 3', '"samples": 4, "code": "c"'))
     with pytest.raises(compare.BadInput, match=r"passkey at 96: code, samples"):
@@ -345,10 +491,16 @@ def test_old_results_can_still_be_read_and_compared(tmp_path):
 
 
 def test_the_content_of_longbench_is_that_of_its_rows(tmp_path):
-    (tmp_path / "qasper.jsonl").write_text("".join(json.dumps({**ROW, "input": str(number)}) + "\n" for number in range(3)))
+    (tmp_path / "qasper.jsonl").write_text(
+        "".join(json.dumps({**ROW, "input": str(number)}) + "\n" for number in range(3))
+    )
     whole, first = longbench.content("qasper", tmp_path), longbench.content("qasper", tmp_path, 1)
-    (tmp_path / "qasper.jsonl").write_text("".join(json.dumps({**ROW, "input": str(number)}) + "\n" for number in (0, 5)))
-    assert longbench.content("qasper", tmp_path, 1) == first and longbench.content("qasper", tmp_path) != whole
+    (tmp_path / "qasper.jsonl").write_text(
+        "".join(json.dumps({**ROW, "input": str(number)}) + "\n" for number in (0, 5))
+    )
+    assert (
+        longbench.content("qasper", tmp_path, 1) == first and longbench.content("qasper", tmp_path) != whole
+    )
 
 
 def test_the_tokenizer_is_its_definition_and_its_special_tokens(base, tmp_path):

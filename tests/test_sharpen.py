@@ -267,3 +267,38 @@ def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(
     assert told["method"] == "pose_sharp" and told["sharpened"] == pytest.approx(t * there)
     for name, tensor in trained["pose"].items():
         assert torch.equal(trained["pose_sharp"][name], tensor * t if "q_proj" in name else tensor), name
+
+
+@pytest.mark.parametrize("name", ["base", "interpolation"])
+def test_what_is_not_trained_is_scored_as_sharp_as_asked(recipe_file, base, tmp_path, name):
+    """As if it were saved and sharpened; 1 in the recipe is ln L / ln C."""
+    from endprompt.eval import run as evaluation
+
+    method, ids = methods.get(name), torch.arange(3, 40)[None]
+
+    def scored(*overrides):
+        network, _, identity = evaluation.load(config.load(recipe_file(), overrides), method, tmp_path, None)
+        return network, identity["sharpened"]
+
+    plain, t = scored()
+    assert t == 1.0
+    folder = tmp_path / "model"
+    plain.save_pretrained(folder)
+    checked = config.load(recipe_file())
+    wanted = sharpen.factor(1.0, model.load_config(checked).max_position_embeddings, checked.lengths.target)
+    sharpen.sharpen(folder, wanted)
+    on_disk = type(plain).from_pretrained(folder)
+    network, t = scored("rope.sharpen=1.0")
+    assert t == wanted > 1 and torch.equal(network(ids).logits, on_disk(ids).logits)
+    # The twin: unsharpened, the logits are others.
+    assert not torch.equal(network(ids).logits, plain(ids).logits)
+    assert scored("rope.sharpen=0.0")[1] == 1.0
+
+
+def test_a_model_whose_queries_are_not_found_is_not_sharpened_in_part(base):
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base)
+    network.model.layers[1].self_attn.q_proj = torch.nn.Identity()
+    with pytest.raises(Failure, match="query projections in"):
+        sharpen.sharpen_network(network, 1.5)
