@@ -271,8 +271,9 @@ def _make(recipe: Recipe, method: Method, tokenizer, folder: Path, workers: int,
                 state |= {"document": cursor.document, "offset": cursor.offset, "corpus_files": ledger.records}
                 shards.write_json(folder / progress, state)
     except BaseException:
-        with contextlib.suppress(OSError):  # not empty: shards are there
-            folder.rmdir()
+        if part is None:  # another part may be about to write
+            with contextlib.suppress(OSError):  # not empty: shards are there
+                folder.rmdir()
         raise
     finally:
         stream.close()

@@ -261,7 +261,7 @@ SETTINGS = [
     ("model.name_or_path=!!python/name:os.system", "not valid YAML"),
     ("model.name_or_path=2026-01-02", "date", "quote it"),
     ("model.name_or_path=a\0b", "not valid YAML"),
-    ("model.name_or_path=\udcff", "not valid YAML"),
+    ("model.name_or_path=\udcff", "is no UTF-8 text"),
     ("data.tokens=" + "9" * 5000, "not valid YAML"),
     ("data.tokens=9223372036854775808", "data.tokens", "less than"),
     ("recipe=../x", "unknown key recipe"),
@@ -492,7 +492,7 @@ def test_a_line_without_end_is_not_read_to_the_end(recipe_file, tmp_path, out, m
 
 
 def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypatch):
-    """What is finished stays; when the line is mended, the run goes on from there, to the same bytes."""
+    """What is finished stays; with the line mended it is another corpus, which is said, and prepared anew."""
     path = recipe_file(data={"rows_per_shard": 10})
     corpus = write_jsonl(tmp_path / "corpus.jsonl", tiny_text)
     lines = corpus.read_text().splitlines()
@@ -503,6 +503,9 @@ def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypa
     found = files(folder)
     assert found[0] == prepare.PROGRESS and len(found) > 2 and all(re.fullmatch(r"shard-\d{5}\.parquet", name) for name in found[1:])
     corpus.write_text("\n".join(lines))
+    refused(run_main("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1), "the corpus changed since", "corpus.jsonl has", "delete the folder")
+    assert files(folder) == found
+    shutil.rmtree(folder)
     for out in ("out", "whole"):
         assert run_main("prepare", path, "endprompt", "--out", tmp_path / out, "--workers", 1)[0] == 0
     whole = tmp_path / "whole/small/endprompt/shards"

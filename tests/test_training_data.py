@@ -357,11 +357,15 @@ def test_tokens_that_no_text_holds_do_no_harm_and_old_shards_are_refused(more, t
         train.load_rows(recipe, method, tokenizer, folder, True, 896)
 
 
-def test_evaluate_refuses_them_in_a_line(more, more_tokens, tmp_path, tiny_text):
+def test_evaluate_refuses_them_in_a_line(more, more_tokens, tmp_path, tiny_text, monkeypatch):
     held = write_jsonl(tmp_path / "held.jsonl", [" ".join(tiny_text[:2]) + " <pad> " + " ".join(tiny_text[2:4])])
     evaluation = {"tasks": ["perplexity"], "lengths": [64], "perplexity_corpus": str(held), "perplexity_tokens": 800, "perplexity_stride": 32}
     code, _, err = run_main("evaluate", more(eval=evaluation), "base", "--out", tmp_path / "out", "--model", more_tokens)
     assert code == 2 and "holds the token '<pad>' (896)" in err.splitlines()[-1] and "Traceback" not in err
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "check_ids", lambda *arguments: None)
+        with pytest.raises(IndexError):
+            run_main("evaluate", more(eval=evaluation), "base", "--out", tmp_path / "other", "--model", more_tokens)
     write_jsonl(held, [" ".join(tiny_text[:4])])
     assert run_main("evaluate", more(eval=evaluation), "base", "--out", tmp_path / "out", "--model", more_tokens)[0] == 0
 
