@@ -19,7 +19,7 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
+from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, precision, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -93,15 +93,16 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal checkpoint."""
     rows, accumulation = shape
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
-    if universal:
-        given["deepspeed"] = loading_universal(recipe.deepspeed)
+    if recipe.train.get("deepspeed"):
+        options = precision.deepspeed_options(recipe.deepspeed, accumulation)
+        given["deepspeed"] = loading_universal(options) if universal else options
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     # The Trainer reads the TensorBoard folder from the environment.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "logs")
     try:
-        return TrainingArguments(**{
+        arguments = TrainingArguments(**{
             "seed": recipe.data.seed, **DEFAULTS, **platform, **given, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
             **training_keys.speed_options(recipe.train),
@@ -110,6 +111,8 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
+    precision.check(arguments)
+    return arguments
 
 
 def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool):
@@ -235,11 +238,13 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     if universal:
         make_universal(newest)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
-    network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
-    loss.attach(network, uniform=not method.weighted)
     adapters, group = recipe.lora(method), recipe.group_size(method)
+    network = model.build(recipe, method, precision.loaded(arguments, bool(adapters)), cuda)
+    loss.attach(network, uniform=not method.weighted)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
+    if not arguments.deepspeed:
+        precision.raise_trained(network)
     own_attention = s2.install(network, group) if group else None
     if shared > 1:
         plain_attention = ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation]  # DeepSpeed puts its own in this place
@@ -255,10 +260,11 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, sequence_parallel=shared,
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
-                              callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
+                              callbacks=[precision.Masters(whole=not adapters), probe, watching,
+                                         checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
                                          watch.Report(run, rows_per_step * recipe.row_length(method) // shared),
                                          *([sequence.NewEpoch()] if shared > 1 else []), *([checkpoint.SeparateSteps()] if universal else [])])
-    watching.trainer = trainer
+    watching.trainer = probe.trainer = trainer
     started = time.perf_counter()
     with checkpoint.weights_only() if newest else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
