@@ -1,6 +1,6 @@
 """What a run will take, before it is submitted: memory a GPU under each ZeRO file, FLOPs, hours.
 
-Activations are counted, not guessed: one decoder layer is run on torch's meta device at the real row length, and the bytes that autograd
+Activations are counted, not guessed: one decoder layer is run on tensors without data at the real row length, and the bytes that autograd
 keeps are added up.  The rest is arithmetic: ZeRO's partitions (arXiv 1910.02054), what ZeRO-3 gathers at a time, the loss' buffers, buckets.
 """
 
@@ -89,22 +89,30 @@ def _attention():
     return "endprompt_counted"
 
 
-def activations(about, rows: int, length: int, dtype) -> tuple[int, int]:
-    """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does), for ``rows`` of ``length`` tokens."""
+def activations(about, rows: int, length: int, dtype, autocast: bool = False) -> tuple[int, int]:
+    """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does), for ``rows`` of ``length`` tokens.
+
+    dtype: of the weights; autocast: from float32 weights to bfloat16.  The copies of weights that it makes are left out.
+    """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def counted(layers: int) -> int:
         config = LlamaConfig(hidden_size=about.hidden_size, intermediate_size=about.intermediate_size, num_hidden_layers=layers, num_attention_heads=about.num_attention_heads,
                              num_key_value_heads=about.num_key_value_heads, vocab_size=256, head_dim=getattr(about, "head_dim", None))
         config._attn_implementation = _attention()
-        with torch.device("meta"):
-            network = LlamaForCausalLM(config).to(dtype).train()
+        # autocast does not see meta tensors, but fake ones of a CPU, which have no data either.
+        with FakeTensorMode() if autocast else torch.device("meta"):
+            network = LlamaForCausalLM(config).train()
+            if not autocast:
+                network.to(dtype)
             inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64), "position_ids": torch.zeros(rows, length, dtype=torch.int64)}
-            with Kept(network) as kept:
+            with Kept(network) as kept, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = network.get_decoder()(**inputs, use_cache=False).last_hidden_state
         del out
-        return kept.bytes
+        matrices = layers * sum(parameter.numel() for parameter in network.get_decoder().layers[0].parameters() if parameter.dim() == 2)
+        return kept.bytes - (2 * matrices if autocast else 0)
 
     one, two = counted(1), counted(2)
     return two - one, 2 * one - two
