@@ -1,6 +1,7 @@
 """The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
 
 import json
+import os
 import reprlib
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,10 @@ from endprompt.training_keys import Lora
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
 
 NAME_BYTES = 200
+
+_HERE = Path(__file__).resolve().parent
+# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone around it.
+SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
 class Section(BaseModel):
@@ -99,6 +104,14 @@ class RopeSection(Section):
     type: Literal[TYPES] | None = None
     sharpen: float | None = Field(None, ge=0, le=4)  # attention scores x (ln L / ln C) ** sharpen once trained; null: as the method says
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def of_every_length(cls, value):
+        if value == "dynamic":
+            raise ValueError("dynamic NTK reads short rows with other frequencies than rows of the target length train; "
+                             "set rope.type=ntk, which holds the target's for every length")
+        return value
+
 
 class EvalSection(Section):
     tasks: list[str] = ["passkey"]  # names and groups of endprompt/eval/names.py
@@ -148,8 +161,9 @@ class Recipe(Section):
     folder: Path = Field(exclude=True)
 
     def path(self, value: str) -> Path | None:
-        """``value`` as an existing path: as given, beside the recipe, or one folder above it; None if there is none."""
-        for base in (Path(), self.folder, self.folder.parent):
+        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files that come with this
+        program; None if there is none."""
+        for base in (Path(), self.folder, self.folder.parent, SHIPPED):
             try:
                 if (found := (base / value).expanduser()).exists():
                     return found
@@ -243,13 +257,22 @@ def _zero_options(options: Any, where: str) -> None:
         raise BadInput(f"{where}: zero_optimization is no mapping with a stage from 0 to 3 (given: {reprlib.repr(zero)}); ds_configs/ holds examples")
 
 
+def find(path: Path) -> Path:
+    """The file of a recipe: ``path``, else the recipe of that path or name that comes with this program."""
+    recipes = SHIPPED / "recipes"
+    shipped = [] if os.path.lexists(path) else [SHIPPED / path, recipes / path, recipes / f"{path}.yaml"]
+    return next((found for found in shipped if found.is_file()), path)
+
+
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
+    """Reads, overrides and checks a recipe, see ``find``.  Raises BadInput with one line that names the key and the mend."""
     path = Path(path)
     try:
+        path = find(path)
         text = settings_file.read(path)
     except FileNotFoundError:
-        raise BadInput(f"recipe: there is no file {path}; recipes/ holds the ones that come with the repository") from None
+        known = ", ".join(sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft"))  # which is TRL's
+        raise BadInput(f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
     tree = settings_file.parse(text, str(path))

@@ -19,7 +19,25 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, precision, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
+from endprompt import (
+    BadInput,
+    Failure,
+    checkpoint,
+    checkpoint_files,
+    lora,
+    loss,
+    model,
+    precision,
+    prepare,
+    provenance,
+    runfolder,
+    s2,
+    sequence,
+    shards,
+    sharpen,
+    training_keys,
+    watch,
+)
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -248,11 +266,11 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     own_attention = s2.install(network, group) if group else None
     if shared > 1:
         plain_attention = ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation]  # DeepSpeed puts its own in this place
-        sequence.hold_frequencies(network, recipe.row_length(method))
         transformers.trainer.skip_first_batches = sequence.skip_first_batches
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
-                                **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
+                                **sharpen.inherited(config), **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
+    model.state_length(network, tokenizer, recipe.lengths.target)
     collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
@@ -294,5 +312,5 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
 
-    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None,
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, recipe.lengths.target, sample(dataset, collator) if adapters else None,
                           model.sharpness(recipe, method, config), finish)
