@@ -79,16 +79,17 @@ def _chunk(vocabulary: int, kernel) -> int:
 def _scaled(gradient, scale):
     """gradient x scale (float32, no dimensions) in the gradient's type, each product rounded once.
 
-    A scale that is rounded to bf16 first is wrong by up to 0.39 %, everywhere alike.
+    A scale that is rounded to bf16 first is wrong by up to 0.39 %, everywhere alike.  What remains is the rounding of bf16 products,
+    which has a mean of its own (0.2 % at most) only for scales within 0.4 % of a power of two.
     """
     if gradient.dtype == scale.dtype:
         return gradient * scale
-    # torch takes a number's type from the other operand; with one dimension it counts as float32, and no copy in that type is made on a GPU.
+    # torch takes a number's type from the other operand; with one dimension it counts as float32, and a GPU makes no copy.
     return torch.mul(gradient, scale[None], out=torch.empty_like(gradient))
 
 
 def _as_autocast(*tensors):
-    """The tensors (or None) in autocast's type where it is on: weights are float32 masters then, and the products would mix types."""
+    """The tensors (or None) in autocast's type where it is on: weights are float32 masters then, and products would mix types."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
