@@ -88,13 +88,13 @@ def figure_4() -> list[str]:
     from endprompt.trainer import PEAK_FLOPS, flops_per_token
 
     recipe, printed = config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"), paper.tables()["figure_4_64k"].printed
-    about, (_, zero) = estimate.shape(recipe), estimate.zero_options(recipe)
+    about = estimate.shape(recipe)
     lines = ["| method | GB a GPU, 1 row of 8K | 2 rows | 4 rows (the recipe) | the paper | hours at 40 % MFU | the paper |", "|---|---|---|---|---|---|---|"]
     for name in ("endprompt", "full_length", "longlora", "lceg"):
         method = methods.get(name)
         length, adapters = recipe.row_length(method), recipe.lora(method)
         counts = [rows if length == recipe.lengths.physical else 1 for rows in (1, 2, 4)]
-        memory = [estimate.memory(about, zero, 8, rows, length, True, adapters).total / 1e9 for rows in counts]
+        memory = [estimate.training_memory(recipe, method, about, 8, rows=rows).total / 1e9 for rows in counts]
         shown = [f"{value:.1f}" for value in memory] if len(set(counts)) > 1 else [f"{memory[0]:.1f} (a row of 64K)", "", ""]
         flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), bool(adapters) and not adapters.train_embed_norm)
         hours = flops * recipe.data.tokens / (PEAK_FLOPS["A800"] * 8 * 0.4) / 3600

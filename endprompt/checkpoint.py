@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from endprompt import Failure, checkpoint_files, lora, model, rope, shards, sharpen
+from endprompt import Failure, checkpoint_files, lora, model, precision, rope, shards, sharpen
 from endprompt.checkpoint_files import MARKER
 
 
@@ -87,6 +87,8 @@ def save_final(
     if adapted is not None:
         expected = lora.logits(trainer.model, adapted, trainer.args.device)
         traces = lora.merge(trainer.model)
+    if not trainer.is_deepspeed_enabled:
+        precision.lower(trainer.model, precision.saved(trainer.args))
     partial = folder.with_name(folder.name + ".part")
     if trainer.args.should_save and partial.exists():
         shutil.rmtree(partial)

@@ -1,6 +1,6 @@
 """What a run will take, before it is submitted: memory a GPU under each ZeRO file, FLOPs, hours.
 
-Activations are counted, not guessed: one decoder layer is run on torch's meta device at the real row length, and the bytes that autograd
+Activations are counted, not guessed: one decoder layer is run on tensors without data at the real row length, and the bytes that autograd
 keeps are added up.  The rest is arithmetic: ZeRO's partitions (arXiv 1910.02054), what ZeRO-3 gathers at a time, the loss' buffers, buckets.
 """
 
@@ -89,22 +89,30 @@ def _attention():
     return "endprompt_counted"
 
 
-def activations(about, rows: int, length: int, dtype) -> tuple[int, int]:
-    """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does), for ``rows`` of ``length`` tokens."""
+def activations(about, rows: int, length: int, dtype, autocast: bool = False) -> tuple[int, int]:
+    """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does), for ``rows`` of ``length`` tokens.
+
+    dtype: of the weights; autocast: from float32 weights to bfloat16.  The copies of weights that it makes are left out.
+    """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def counted(layers: int) -> int:
         config = LlamaConfig(hidden_size=about.hidden_size, intermediate_size=about.intermediate_size, num_hidden_layers=layers, num_attention_heads=about.num_attention_heads,
                              num_key_value_heads=about.num_key_value_heads, vocab_size=256, head_dim=getattr(about, "head_dim", None))
         config._attn_implementation = _attention()
-        with torch.device("meta"):
-            network = LlamaForCausalLM(config).to(dtype).train()
+        # autocast does not see meta tensors, but fake ones of a CPU, which have no data either.
+        with FakeTensorMode() if autocast else torch.device("meta"):
+            network = LlamaForCausalLM(config).train()
+            if not autocast:
+                network.to(dtype)
             inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64), "position_ids": torch.zeros(rows, length, dtype=torch.int64)}
-            with Kept(network) as kept:
+            with Kept(network) as kept, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = network.get_decoder()(**inputs, use_cache=False).last_hidden_state
         del out
-        return kept.bytes
+        matrices = layers * sum(parameter.numel() for parameter in network.get_decoder().layers[0].parameters() if parameter.dim() == 2)
+        return kept.bytes - (2 * matrices if autocast else 0)
 
     one, two = counted(1), counted(2)
     return two - one, 2 * one - two
@@ -157,11 +165,14 @@ class Memory:
         return self.states + self.gathered + self.activations + self.loss + self.buckets
 
 
-def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: bool, adapters=None, element: int = 2) -> Memory:
+def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: bool, adapters=None, element: int = 2,
+           summed: int | None = None) -> Memory:
     """Of one GPU in training.
 
-    zero: a DeepSpeed file's ``zero_optimization``; rows: of ``length`` tokens a micro-batch; element: bytes of a weight (2: bfloat16, with
-    float32 copies in the optimizer, as DeepSpeed keeps them; 4: float32, of which it keeps a second copy too).
+    zero: a DeepSpeed file's ``zero_optimization``; rows: of ``length`` tokens a micro-batch; element: bytes of what matrix products
+    take (2: bfloat16; 4: float32).  From stage 1 on weights are of that type, with float32 copies in the optimizer; at stage 0, or
+    without DeepSpeed, what is trained is float32 itself, and autocast makes copies.  summed: bytes in which ZeRO sums gradients,
+    ``element`` unless given.
     """
     import torch
 
@@ -170,9 +181,13 @@ def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: 
     count, share, stage = parameter_count(about), trained_share(about, adapters), zero.get("stage", 0)
     trained = count * share
     off_optimizer, off_weights = ((zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme") for what in ("optimizer", "param"))
-    weights = element * count / (gpus if stage == 3 else 1)
-    gradients = element * trained / (gpus if stage >= 2 else 1)
-    optimizer = 12 * trained / (gpus if stage >= 1 else 1)
+    autocast = stage == 0 and element == 2 and (adapters is None or adapters.train_embed_norm)  # between layers; always in adapters
+    if stage == 0:
+        weights, gradients, optimizer = element * (count - trained) + 4 * trained, 4 * trained, 8 * trained
+    else:
+        weights = element * count / (gpus if stage == 3 else 1)
+        gradients = (summed or element) * trained / (gpus if stage >= 2 else 1)
+        optimizer = 12 * trained / gpus
     host = 0.0
     if off_optimizer:
         host += optimizer + 4 * trained / gpus
@@ -186,7 +201,7 @@ def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: 
         return automatic if value == "auto" else float(value)
 
     width, head = about.hidden_size, about.vocab_size * about.hidden_size
-    gathered = 0.0
+    gathered = element * trained if stage == 0 and element == 2 else 0.0  # autocast's copies live as long as the step's graph
     if stage == 3:
         # Layers stay gathered as long as they are reused soon, up to this many; the output layer or embedding comes on top, and its gradient is whole before it is reduced.
         live = min(count - head, number("stage3_max_live_parameters", 1e9, 1e9))
@@ -194,10 +209,13 @@ def memory(about, zero: dict, gpus: int, rows: int, length: int, checkpointing: 
     bucket = number("reduce_bucket_size", width * width, 5e8)
     buckets = element * (bucket * (2 if zero.get("overlap_comm") else 1)
                          + (number("stage3_prefetch_bucket_size", 0.9 * width * width, 5e7) if stage == 3 else number("allgather_bucket_size", 5e8, 5e8) if stage else 0))
-    layer, rest = activations(about, rows, length, torch.bfloat16 if element == 2 else torch.float32)
+    if stage == 0:  # DistributedDataParallel sums gradients in a copy of them
+        buckets = 4 * trained * (gpus > 1)
+    layer, rest = activations(about, rows, length, torch.bfloat16 if element == 2 else torch.float32, autocast)
     tokens = rows * length
     working = 3 * element * tokens * about.intermediate_size  # gradients of the feed-forward layer, the widest place of the backward pass
-    kept = about.num_hidden_layers * element * tokens * width + layer if checkpointing else about.num_hidden_layers * layer
+    stream = 4 if autocast else element  # of what layers hand on
+    kept = about.num_hidden_layers * stream * tokens * width + layer if checkpointing else about.num_hidden_layers * layer
     head_trained = share == 1.0 or (adapters is not None and adapters.train_embed_norm and about.tie_word_embeddings)
     if element == 2:  # a GPU's form: logits in place; the weight's gradient, in float32 too for many chunks, and scaled in the backward pass
         chunk = losses._chunk(about.vocab_size, True)
@@ -217,12 +235,29 @@ def zero_options(recipe: Recipe) -> tuple[str, dict]:
 
 
 def candidates(recipe: Recipe) -> dict[str, dict]:
-    """The recipe's own ZeRO file first, then those that come with this program."""
-    name, options = zero_options(recipe)
-    found = {name: options}
+    """DeepSpeed's options by name: the recipe's own file first ({} without one), then those that come with this program."""
+    name, _ = zero_options(recipe)
+    found = {name: recipe.deepspeed or {}}
     for path in sorted((SHIPPED / "ds_configs").glob("*.json")):
-        found.setdefault(path.stem, json.loads(path.read_text(encoding="utf-8"))["zero_optimization"])
+        found.setdefault(path.stem, json.loads(path.read_text(encoding="utf-8")))
     return found
+
+
+def training_memory(recipe: Recipe, method: Method, about, gpus: int, options: dict | None = None, rows: int | None = None) -> Memory:
+    """``memory`` of a recipe's run.  options: DeepSpeed's in place of the recipe's, {} for none; rows: in place of those of its micro-batch.
+
+    Raises BadInput if its step cannot be split into micro-batches.
+    """
+    from endprompt import precision
+    from endprompt.train import DEFAULTS, batch_shape
+
+    shape, options = batch_shape(recipe, method), (recipe.deepspeed or {}) if options is None else options
+    rows = rows or shape[0]
+    kind = (precision.deepspeed_options(options, shape[0] * shape[1] // rows).get("data_types") or {}).get("grad_accum_dtype")
+    half = recipe.train.get("bf16", True) or recipe.train.get("fp16", False)  # as on a GPU
+    return memory(about, options.get("zero_optimization") or {}, gpus, rows, recipe.row_length(method),
+                  recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]), recipe.lora(method), 2 if half else 4,
+                  {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind))
 
 
 def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: str, mfu: float) -> str:
@@ -245,12 +280,16 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
     (rows, accumulation), length = batch_shape(recipe, method), recipe.row_length(method)
     checkpointing = recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"])
     adapters = recipe.lora(method)
-    found = {name: memory(about, options, gpus, rows, length, checkpointing, adapters) for name, options in candidates(recipe).items()}
+    found = {name: training_memory(recipe, method, about, gpus, options) for name, options in candidates(recipe).items()}
+    half = "fp16" if recipe.train.get("fp16") else "bf16" if recipe.train.get("bf16", True) else None
+    masters = half and not recipe.deepspeed
+    weights = f"weights, {half or 'fp32'}" + (f" (none: {'trained ' if adapters else ''}fp32)" if masters else "")
+    gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"
     lines = [f"{recipe.model.name_or_path}: {parameter_count(about) / 1e9:.3g} B parameters, {trained_share(about, adapters):.2%} trained; {method.name}: rows of {length} tokens",
              f"{gpus} GPUs x {rows} rows x {accumulation} = {gpus * rows * accumulation} rows, {gpus * rows * accumulation * length} tokens a step; "
              f"activation checkpointing {'on' if checkpointing else 'off'}", "",
              f"{'GB a GPU':34}" + "".join(f"{name:>16}" for name in found)]
-    for label, of in (("weights, bf16", "weights"), ("gradients", "gradients"), ("optimizer states, fp32", "optimizer"), ("gathered weights and gradient", "gathered"),
+    for label, of in ((weights, "weights"), ("gradients", "gradients"), ("optimizer states, fp32", "optimizer"), (gathered, "gathered"),
                       ("activations", "activations"), ("loss", "loss"), ("communication buckets", "buckets"), ("sum", "total")):
         lines.append(f"{label:34}" + "".join(f"{getattr(one, of) / 1e9:16.2f}" for one in found.values()))
     lines.append(f"{'on the host, GB a rank':34}" + "".join(f"{one.host / 1e9:16.2f}" for one in found.values()))

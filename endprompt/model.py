@@ -579,5 +579,7 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     model = load_weights(f"model.name_or_path: the weights of {recipe.model.name_or_path!r}", **arguments, config=config,
                          dtype=dtype, attn_implementation=attention)
+    # transformers takes config.json's pad_token_id for it, and torch gives that row no gradient; it may be the separator of documents.
+    model.get_input_embeddings().padding_idx = None
     rope.verify(model.get_decoder().rotary_emb, model.config, chosen, theta)
     return model

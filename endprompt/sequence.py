@@ -14,7 +14,7 @@ import itertools
 import torch
 from transformers import TrainerCallback
 
-from endprompt import BadInput, Failure, positions
+from endprompt import BadInput, Failure, attention, positions
 from endprompt.config import Recipe
 from endprompt.methods import Method
 
@@ -109,8 +109,13 @@ def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
     here = slice(part * rank, part * (rank + 1))
     ids, position_ids = batch["input_ids"][:, here], batch["position_ids"][:, here]
     changed = (ids + 1) % model.config.vocab_size if rank == 0 else ids
-    before, after = (model.get_output_embeddings()(model.get_decoder()(input_ids=tokens, position_ids=position_ids, use_cache=False).last_hidden_state[:1, -last:]).float()
-                     for tokens in (ids, changed))
+
+    def run(tokens):
+        with attention.same_draws(ids.device):
+            hidden = model.get_decoder()(input_ids=tokens, position_ids=position_ids, use_cache=False).last_hidden_state
+            return model.get_output_embeddings()(hidden[:1, -last:]).float()
+
+    before, after = run(ids), run(changed)
     moved = (after - before).abs().max() / before.std().clamp_min(1e-12)
     # The first shard moves by itself.  Not a number counts as nothing, since a minimum might pass it over.
     least = torch.where(moved.isnan(), 0.0, moved) if rank else torch.full_like(moved, torch.finfo(moved.dtype).max)

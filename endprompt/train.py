@@ -27,6 +27,7 @@ from endprompt import (
     lora,
     loss,
     model,
+    precision,
     prepare,
     provenance,
     runfolder,
@@ -109,7 +110,7 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     rows, accumulation = shape
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
     if recipe.deepspeed is not None:
-        options = zero_file.filled(recipe.deepspeed)
+        options = precision.deepspeed_options(zero_file.filled(recipe.deepspeed), accumulation)
         given["deepspeed"] = loading_universal(options) if universal else options
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
@@ -126,10 +127,7 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
-    # The Trainer would say so once the model is loaded.
-    if arguments.deepspeed and (differing := arguments.hf_deepspeed_config.mismatches):
-        said = "; ".join(line.removeprefix("- ds ") for line in differing)
-        raise BadInput(f"train.deepspeed: it differs from what this run trains with ({said}); write \"auto\" there")
+    precision.check(arguments)
     return arguments
 
 
@@ -259,11 +257,13 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     if universal:
         make_universal(newest)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
-    network = model.build(recipe, method, torch.bfloat16 if arguments.bf16 else torch.float32, cuda)
-    loss.attach(network, uniform=not method.weighted)
     adapters, group = recipe.lora(method), recipe.group_size(method)
+    network = model.build(recipe, method, precision.loaded(arguments, bool(adapters)), cuda)
+    loss.attach(network, uniform=not method.weighted)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
+    if not arguments.deepspeed:
+        precision.raise_trained(network)
     own_attention = s2.install(network, group) if group else None
     if shared > 1:
         plain_attention = ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation]  # DeepSpeed puts its own in this place
@@ -281,11 +281,12 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, sequence_parallel=shared,
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
-                              callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
+                              callbacks=[precision.Masters(whole=not adapters), probe, watching,
+                                         checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
                                          watch.Report(run, rows_per_step * recipe.row_length(method) // shared),
                                          *([sequence.NewEpoch()] if shared > 1 else []), *([checkpoint.SeparateSteps()] if universal else [])])
     network.config.use_cache = config.use_cache  # the Trainer switches it off, for good
-    watching.trainer = trainer
+    watching.trainer = probe.trainer = trainer
     started = time.perf_counter()
     with checkpoint.weights_only() if newest else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)

@@ -107,6 +107,7 @@ class Probe(TrainerCallback):
 
     def __init__(self, dataset, collator, sequence_parallel: int):
         self.dataset, self.collator, self.sequence_parallel, self.moved = dataset, collator, sequence_parallel, None
+        self.trainer: Trainer | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -115,5 +116,6 @@ class Probe(TrainerCallback):
         batch = self.collator([row] * (args.per_device_train_batch_size if shared else 1))
         training = model.training
         model.train()  # attention may differ between training and inference; what trains is what is probed
-        self.moved = (sequence if shared else attention).probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+        with self.trainer.accelerator.autocast():  # the probe calls the decoder itself, not the forward that accelerate wraps
+            self.moved = (sequence if shared else attention).probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
         model.train(training)

@@ -129,13 +129,7 @@ class Planned:
 
 def training_memory(recipe: Recipe, method: Method, about, gpus: int) -> float | None:
     """Bytes a GPU under the recipe's own ZeRO file (see ``estimate.memory``)."""
-    from endprompt.train import DEFAULTS, batch_shape
-
-    if recipe.sequence_parallel > 1:
-        return None
-    rows, _ = batch_shape(recipe, method)
-    checkpointing = recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"])
-    return estimate.memory(about, estimate.zero_options(recipe)[1], gpus, rows, recipe.row_length(method), checkpointing, recipe.lora(method)).total
+    return None if recipe.sequence_parallel > 1 else estimate.training_memory(recipe, method, about, gpus).total
 
 
 def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
