@@ -16,8 +16,6 @@ from endprompt.training_keys import Lora
 # The three prompts the paper measures (Eq. 10, appendix B.1).
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
 
-NAME_BYTES = 200
-
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -225,15 +223,6 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
-def _name(name: Any, source: str) -> str:
-    """``name`` if it can be the folder of a recipe's results and leads nowhere else.  Raises BadInput."""
-    if (not isinstance(name, str) or not name.strip() or name != name.strip() or name.startswith((".", "-")) or not name.isprintable()
-            or any(mark in name for mark in "/\\") or len(name.encode(errors="replace")) > NAME_BYTES):
-        raise BadInput(f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
-                       f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)")
-    return name
-
-
 def _zero_options(options: Any, where: str) -> None:
     """Raises BadInput unless ``options`` are a mapping whose zero_optimization names a stage of ZeRO."""
     if not isinstance(options, dict):
@@ -246,19 +235,7 @@ def _zero_options(options: Any, where: str) -> None:
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
     path = Path(path)
-    try:
-        text = settings_file.read(path)
-    except FileNotFoundError:
-        raise BadInput(f"recipe: there is no file {path}; recipes/ holds the ones that come with the repository") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
-    tree = settings_file.parse(text, str(path))
-    if not isinstance(tree, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
-    # A resolved copy names its recipe and method: it loads again under the same name.
-    copied = "method" in tree and "recipe" in tree
-    name = _name(tree.pop("recipe"), f"{path}: recipe:") if copied else _name(path.stem, "recipe: the file's name")
-    tree.pop("method", None)
+    name, tree = settings_file.recipe(path)
     for assignment in overrides:
         _override(tree, assignment)
     for key in ("name", "folder"):

@@ -19,7 +19,7 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
+from endprompt import BadInput, Failure, checkpoint, checkpoint_files, launch, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -184,13 +184,18 @@ def train(recipe: Recipe, method: Method, run: Path) -> None:
         runfolder.write_status(run, state="starting", reason=None)
     try:
         _train(recipe, method, run, cuda, request)
-    except BadInput:
+    except BadInput as error:
+        if rank == 0 and (run / runfolder.STATUS).exists():
+            with contextlib.suppress(OSError):
+                runfolder.write_status(run, state="refused", reason=str(error)[:500])
         raise
     except Exception as error:
         timeout = recipe.train.get("ddp_timeout", 1800)
         # A file that cannot be written ends one rank; what the others see is that it is gone, and theirs is not the reason to keep.
         unwritable = watch.unwritable(error)
         reason = unwritable or watch.lost_rank(error, timeout)
+        if unwritable or isinstance(error, Failure):
+            launch.note_exit_code(3)
         with contextlib.suppress(OSError):
             if unwritable or isinstance(error, Failure) and rank == 0:
                 runfolder.write_status(run, state="failed", reason=unwritable or str(error)[:500])
