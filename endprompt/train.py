@@ -19,7 +19,25 @@ import transformers.trainer
 from transformers import TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from endprompt import BadInput, Failure, checkpoint, checkpoint_files, launch, lora, loss, model, prepare, provenance, runfolder, s2, sequence, shards, training_keys, watch
+from endprompt import (
+    BadInput,
+    Failure,
+    checkpoint,
+    checkpoint_files,
+    dealing,
+    launch,
+    lora,
+    loss,
+    model,
+    prepare,
+    provenance,
+    runfolder,
+    s2,
+    sequence,
+    shards,
+    training_keys,
+    watch,
+)
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
@@ -257,7 +275,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
     keep = recipe.train.get("save_total_limit", CHECKPOINTS_KEPT)
-    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, sequence_parallel=shared,
+    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dealing.Rows(dataset), data_collator=collator, sequence_parallel=shared,
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
                               callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
