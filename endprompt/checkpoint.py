@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from endprompt import Failure, checkpoint_files, lora, rope, shards, sharpen
+from endprompt import Failure, checkpoint_files, lora, model, rope, shards, sharpen
 from endprompt.checkpoint_files import MARKER
 
 
@@ -73,8 +73,17 @@ def weights_only() -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_theta: float, adapted: dict[str, torch.Tensor] | None,
-               sharpness: float, finish: Callable[[float | None], None]) -> None:
+def save_final(
+    trainer,
+    tokenizer,
+    folder: Path,
+    scaling: rope.Scaling,
+    rope_theta: float,
+    target_length: int,
+    adapted: dict[str, torch.Tensor] | None,
+    sharpness: float,
+    finish: Callable[[float | None], None],
+) -> None:
     """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens its attention by ``sharpness``,
     and only then gives it its name.
 
@@ -95,7 +104,7 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
     if trainer.args.should_save:
         tokenizer.save_pretrained(partial)
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml beside the folder says the same
-        verify_saved(partial, scaling, rope_theta)
+        verify_saved(partial, scaling, rope_theta, target_length)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
         if sharpness != 1:
@@ -106,8 +115,9 @@ def save_final(trainer, tokenizer, folder: Path, scaling: rope.Scaling, rope_the
     barrier()
 
 
-def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None:
-    """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the expected inv_freq."""
+def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int) -> None:
+    """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the
+    expected inv_freq, and states ``target_length`` wherever it states the window."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -115,15 +125,26 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float) -> None
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    rope.verify(type(model.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    rope.verify(type(network.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
+    # A scaling without a window of its own leaves the base's.
+    own = scaling.window(target_length) or config.max_position_embeddings
+    window = {"config.json: max_position_embeddings": own}
+    stated = model.stated_lengths(folder)
+    wrong = {key: value for key, value in stated.items() if value != window.get(key, target_length)}
+    if wrong:
+        raise Failure(f"saved model: {folder} states other lengths than {target_length} tokens: {wrong}")
     saved = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             names = file.keys()
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    wrong = [name for name, parameter in model.named_parameters() if saved.get(name, None) != tuple(parameter.shape) and name not in tied]
+    tied = set(network.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    wrong = [
+        name
+        for name, parameter in network.named_parameters()
+        if saved.get(name, None) != tuple(parameter.shape) and name not in tied
+    ]
     if wrong:
         raise Failure(f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}")
 

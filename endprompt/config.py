@@ -8,9 +8,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from endprompt import BadInput, methods, settings_file, training_keys
+from endprompt import BadInput, methods, settings_file, training_keys, zero_file
 from endprompt.eval import names
 from endprompt.rope import TYPES
+from endprompt.settings_file import SHIPPED
 from endprompt.training_keys import Lora
 
 # The three prompts the paper measures (Eq. 10, appendix B.1).
@@ -97,6 +98,14 @@ class RopeSection(Section):
     type: Literal[TYPES] | None = None
     sharpen: float | None = Field(None, ge=0, le=4)  # attention scores x (ln L / ln C) ** sharpen once trained; null: as the method says
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def of_every_length(cls, value):
+        if value == "dynamic":
+            raise ValueError("dynamic NTK reads short rows with other frequencies than rows of the target length train; "
+                             "set rope.type=ntk, which holds the target's for every length")
+        return value
+
 
 class EvalSection(Section):
     tasks: list[str] = ["passkey"]  # names and groups of endprompt/eval/names.py
@@ -146,8 +155,9 @@ class Recipe(Section):
     folder: Path = Field(exclude=True)
 
     def path(self, value: str) -> Path | None:
-        """``value`` as an existing path: as given, beside the recipe, or one folder above it; None if there is none."""
-        for base in (Path(), self.folder, self.folder.parent):
+        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files
+        that come with this program; None if there is none."""
+        for base in (Path(), self.folder, self.folder.parent, SHIPPED):
             try:
                 if (found := (base / value).expanduser()).exists():
                     return found
@@ -223,18 +233,10 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
-def _zero_options(options: Any, where: str) -> None:
-    """Raises BadInput unless ``options`` are a mapping whose zero_optimization names a stage of ZeRO."""
-    if not isinstance(options, dict):
-        raise BadInput(f"{where} is no mapping of DeepSpeed's options, but {type(options).__name__}; ds_configs/ holds examples")
-    zero = options.get("zero_optimization", {})
-    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or not 0 <= zero.get("stage", 0) <= 3:
-        raise BadInput(f"{where}: zero_optimization is no mapping with a stage from 0 to 3 (given: {reprlib.repr(zero)}); ds_configs/ holds examples")
-
-
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe.  Raises BadInput with one line that names the key and the mend."""
-    path = Path(path)
+    """Reads, overrides and checks a recipe, see ``settings_file.find``.  Raises BadInput with one line that
+    names the key and the mend."""
+    path = settings_file.find(Path(path))
     name, tree = settings_file.recipe(path)
     for assignment in overrides:
         _override(tree, assignment)
@@ -251,7 +253,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise BadInput(f"{path}: {error}") from None
     deepspeed = recipe.train.get("deepspeed")
     if isinstance(deepspeed, dict):
-        _zero_options(deepspeed, f"{path}: train.deepspeed")
+        zero_file.check(recipe.train, deepspeed, f"{path}: train.deepspeed")
     if isinstance(deepspeed, str):
         found = recipe.path(deepspeed)
         if found is None or not found.is_file():
@@ -260,6 +262,6 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
             options = json.loads(settings_file.read(found))
         except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/") from None
-        _zero_options(options, f"{path}: train.deepspeed: {found}")
+        zero_file.check(recipe.train, options, f"{path}: train.deepspeed: {found}")
         recipe.train["deepspeed"] = str(found)
     return recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from endprompt import BadInput, model
-from endprompt.config import Recipe
+from endprompt.config import SHIPPED, Recipe
 from endprompt.methods import Method
 
 # From the config.json of each, where the files are not at hand.
@@ -217,10 +217,10 @@ def zero_options(recipe: Recipe) -> tuple[str, dict]:
 
 
 def candidates(recipe: Recipe) -> dict[str, dict]:
-    """The recipe's own ZeRO file first, then the repository's."""
+    """The recipe's own ZeRO file first, then those that come with this program."""
     name, options = zero_options(recipe)
     found = {name: options}
-    for path in sorted((Path(__file__).resolve().parents[1] / "ds_configs").glob("*.json")):
+    for path in sorted((SHIPPED / "ds_configs").glob("*.json")):
         found.setdefault(path.stem, json.loads(path.read_text(encoding="utf-8"))["zero_optimization"])
     return found
 

@@ -27,7 +27,6 @@ class Method:
         [k] of the chunks in the place of a.
     row_length: "physical" or "target", the recipe's length that a training row fills.
     rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
-    rope_share: by RoPE type, the share of L / C that is its factor; 1 where not named.
     whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
     matched: a row is ``data.match_pieces`` pieces of a stretch of L tokens that repeat something of each other (endprompt/matching.py).
     sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved (endprompt/sharpen.py), unless the
@@ -45,7 +44,6 @@ class Method:
     matched: bool = False
     row_length: str = "physical"
     rope: str | None = "linear"
-    rope_share: dict[str, float] = field(default_factory=dict, hash=False)
     whole_factor: bool = False
     sharpen: float = 0.0
     attention: Literal["s2"] | None = None
@@ -84,11 +82,15 @@ register(Method("pose", "text in two chunks, the second shifted by a random skip
 register(Method("endprompt_pose", "text in chunks as in pose, end prompt at L-b..L-1", positions.skipwise_then_end_prompt, end_prompt=True, chunked=True))
 register(Method("full_length", "interpolation, trained on rows of the target length", positions.contiguous, row_length="target"))
 # LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
-# which it means.  Dynamic NTK at half of L / C is the default here, rope.type linear or yarn (both at L / C) the others.
-register(Method("lceg", "LCEG's protocol: dynamic NTK at half the factor, rows of the target length", positions.contiguous, row_length="target",
-                rope="dynamic", rope_share={"dynamic": 0.5}, whole_factor=True))
+# which it means.  NTK with the frequencies of L held is the default here; rope.type linear or yarn, both at L / C, are the others.
+register(Method("lceg", "LCEG's protocol: NTK scaling held at the target's frequencies, rows of the target length",
+                positions.contiguous, row_length="target", rope="ntk", whole_factor=True))
 register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
                 row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
+# Scores times log n are Su Jianlin's (kexue.fm 8823, 2021) and Chiang and Cholak's (2202.12172); Qwen's logn
+# attention, YaRN's temperature and SSMax (2501.19399) are kin, see sharpen.py.  Ours is the constant, folded
+# into the queries after short rows with jumps.  Why rows of the target length teach far distances seldom is
+# counted by STRING (2410.18745).
 register(Method("pose_sharp", "pose on YaRN, attention sharpened by ln L / ln C when training is over", positions.skipwise, chunked=True, rope="yarn", sharpen=1.0))
 register(Method("pose_recall", "pose_sharp, whose rows end in spans of their own text repeated at far positions", positions.skipwise_then_recall,
                 recall=True, chunked=True, rope="yarn", sharpen=1.0))

@@ -2,9 +2,13 @@
 
 import contextlib
 import importlib.util
+import json
+import math
 import os
+import re
 import struct
 import sys
+import tempfile
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,6 +19,22 @@ from endprompt.config import Recipe
 from endprompt.methods import Method
 
 SUPPORTED = ("llama", "mistral", "qwen2")
+# Where a config.json may state the window besides max_position_embeddings.  vLLM takes the least of what it
+# finds, SGLang the first.
+WINDOW_KEYS = (
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+    "seq_length",
+    "seq_len",
+    "model_max_length",
+    "max_sequence_length",
+    "max_target_positions",
+    "max_model_len",
+)
+GENERATION_KEYS = ("max_length", "max_cache_len")  # tokens of a prompt with its answer
+TOKENIZER_KEYS = ("max_length", "max_len")  # besides model_max_length
 MEND = "mend its files, or name another model"
 CONVERT = "convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
 # What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types, cut safetensors and GGUF files.
@@ -147,8 +167,134 @@ def refuse_kernels(config, key: str) -> None:
         raise BadInput(f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers; take attn_implementation out of it")
 
 
+def refuse_other_kinds(config, where: str) -> None:
+    """Raises BadInput beginning with ``where`` unless a model of ``config`` continues text, reading it from
+    left to right."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    known = named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    two_way = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and getattr(config, "is_decoder", True) is False
+    )
+    if getattr(config, "is_encoder_decoder", False) or two_way or ("For" in named and not known):
+        raise BadInput(
+            f"{where} is a {named} of type {config.model_type!r}, and no decoder that continues text; "
+            "name a causal language model"
+        )
+
+
+# What a config.json may hold that changes attention, positions or logits in transformers or in an engine that
+# serves the model, and that is neither trained nor checked here: (its keys, what it does).  Null, false, 0
+# and empty values switch it off.
+CHANGES_ATTENTION = (
+    (
+        r"(use_)?dual_chunk(_attention|_attn)?(_config)?",
+        "dual chunk attention (Qwen2.5-1M), by which vLLM moves positions",
+    ),
+    (r"(use_)?(block_)?sparse_att(entio)?n(_\w+)?", "sparse attention, by which an engine leaves keys out"),
+    (r"use_logn_attn", "log-n attention (Qwen-1), which multiplies scores a second time"),
+    (r"use_dynamic_ntk", "dynamic NTK (Qwen-1), by which RoPE changes with the row's length"),
+    (r"(use_)?alibi(_\w+)?", "ALiBi, which adds distances to scores in place of RoPE"),
+    (r"(attn|attention|final)_logits?_soft_?cap(ping)?", "soft-capping of logits (Gemma-2)"),
+    (r"(attention_chunk|chunk_attention)_size", "chunked attention (Llama-4), by which rows are cut"),
+    (r"interleaved_sliding_window|sliding_window_pattern", "sliding windows in some layers"),
+    (r"no_rope_layer_interval|nope_layer_interval", "layers without RoPE (SmolLM3, Llama-4)"),
+    (r"attn_temperature_tuning|llama_4_scaling(_\w+)?", "scores that grow with the position (Llama-4)"),
+    (r"use_qk_norm|qk_layernorm|qk_norm", "normalized queries and keys, unknown to this type"),
+    (r"rope_(scaling_type|local_base_freq)", "a scaled RoPE under another name"),
+    (r"use_bidirectional_attention|bidirectional(_attention)?", "attention to later tokens"),
+)
+# The same for factors, which 1 switches off.
+FACTORS = (
+    (r"partial_rotary_factor|rotary_pct|rotary_percent(age)?", "RoPE on a part of each head (GLM-4, Phi)"),
+    (r"rope_(scaling_factor|freq_scale)", "a scaled RoPE under another name"),
+    (r"rope_ratio", "a RoPE base multiplied by it (ChatGLM)"),
+    (r"logits?_scal(e|ing)", "scaled logits (Granite, Cohere), which the loss would not see"),
+    (r"(attention|residual|embedding)_multiplier", "scaled attention, residuals or embeddings (Granite)"),
+)
+
+
+def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
+    """Raises BadInput if ``config`` or config.json as ``written`` has a key set by which attention, positions
+    or logits differ from a plain model's.  transformers ignores some that engines heed: what is trained and
+    scored here would be served otherwise.
+
+    windowed: tokens of the attention window in use; None without.
+    """
+    def refuse(key: str, value, why: str) -> None:
+        raise BadInput(
+            f"model: {key} in its config.json is {value!r:.60}: {why}, which is neither trained nor checked "
+            "here; take another base, or take the key out if the weights were trained without it"
+        )
+
+    found = config.to_dict() | written
+    parameters = found.get("rope_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    nested = {f"rope_parameters.{key}": value for key, value in parameters.items()}
+    for key, value in {**found, **nested}.items():
+        name = key.removeprefix("rope_parameters.")
+        why = next((why for pattern, why in CHANGES_ATTENTION if value and re.fullmatch(pattern, name)), None)
+        if value not in (None, 0, 1):  # True and False too
+            why = why or next((why for pattern, why in FACTORS if re.fullmatch(pattern, name)), None)
+            if why is None and key in nested and name not in ("rope_theta", "rope_type", "type"):
+                why = "a part of a RoPE scaling that is not there"
+        if why:
+            refuse(key, value, why)
+    for key, plain in (("position_embedding_type", ("rope", "rotary")), ("is_causal", (True,))):
+        if found.get(key) is not None and found[key] not in plain:
+            refuse(key, found[key], "no causal attention with RoPE")
+    kinds = ("full_attention", "sliding_attention") if windowed else ("full_attention",)
+    for key, plain in (("no_rope_layers", (1,)), ("layer_types", kinds)):
+        values = found.get(key) or ()
+        if not isinstance(values, (list, tuple)) or any(value not in plain for value in values):
+            refuse(key, values, "layers that attend in another way than the rest")
+
+
+def refuse_contradictions(config, written: dict, original: int) -> None:
+    """Raises BadInput if config.json as ``written`` says one thing in two ways, of which engines read one or
+    the other."""
+    def told(parameters: dict) -> dict:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        rest = {
+            key: value
+            for key, value in parameters.items()
+            if key not in ("type", "rope_theta") and value is not None
+        }
+        return {"rope_type": kind} | rest
+
+    old, new = written.get("rope_scaling") or {}, written.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise BadInput("model: rope_scaling or rope_parameters in its config.json is no mapping; mend it")
+    if old and new and told(old) != told(new):
+        raise BadInput(
+            "model: rope_scaling and rope_parameters in its config.json disagree, and engines read one or "
+            "the other; keep the right one"
+        )
+    thetas = [place["rope_theta"] for place in (written, old, new) if place.get("rope_theta") is not None]
+    if any(theta != thetas[0] for theta in thetas):
+        raise BadInput(
+            f"model: rope_theta in its config.json is {' and '.join(map(str, thetas)):.60}, and engines read "
+            "one or the other; keep the right one"
+        )
+    before = getattr(config, "original_max_position_embeddings", None)
+    if before and before != original:
+        raise BadInput(
+            f"model: original_max_position_embeddings in its config.json is {before!r:.60}, and its window "
+            f"{original}; engines would scale from one or the other; take it out, or set "
+            "model.original_length"
+        )
+
+
 def load_config(recipe: Recipe):
-    """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, an attention window, or a target that extends nothing.
+    """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, attention that is
+    not plain, what contradicts itself, or a target that extends nothing.
 
     transformers fills a missing window or rope_theta with a default of its own: the window is then an error, the theta a warning.
     """
@@ -160,6 +306,7 @@ def load_config(recipe: Recipe):
     if config.model_type not in SUPPORTED:
         raise BadInput(f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)} models is")
     rope.refuse_scaled(config)
+    written: dict = {}
     if not recipe.model.gguf_file:
         written = _loading("config", recipe, lambda: PretrainedConfig.get_config_dict(**{**where, "trust_remote_code": False})[0])
         if "max_position_embeddings" not in written and recipe.model.original_length is None:
@@ -169,7 +316,9 @@ def load_config(recipe: Recipe):
     theta = (config.rope_parameters or {}).get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
-    windowed = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # use_sliding_window is a key of qwen2; a mistral model has its window whatever that says.
+    unused = config.model_type != "mistral" and not getattr(config, "use_sliding_window", True)
+    windowed = None if unused else getattr(config, "sliding_window", None)
     if windowed and type(windowed) is not int:
         raise BadInput(f"model: sliding_window in its config.json is {windowed!r:.60}, no number of tokens; mend it")
     if windowed and windowed < recipe.lengths.target:
@@ -177,6 +326,9 @@ def load_config(recipe: Recipe):
     original = original_length(recipe, config)
     if type(original) is not int or original < 1:
         raise BadInput(f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of tokens; mend it, or set model.original_length")
+    refuse_foreign_keys(config, written, windowed)
+    refuse_contradictions(config, written, original)
+    sharpen.inherited(config)
     if recipe.lengths.target <= original:
         raise BadInput(f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original}; raise it "
                        "(or set model.original_length, if config.json overstates the window it was trained on)")
@@ -208,6 +360,80 @@ def check_vocabulary(tokenizer, config, where: str) -> None:
                        "give it its own tokenizer")
 
 
+def state_length(network, tokenizer, target_length: int) -> None:
+    """Makes every length that is saved with ``network`` and ``tokenizer`` say ``target_length`` tokens, in
+    place.
+
+    max_position_embeddings is rope.apply's.  A tokenizer that had no limit (1e30) gets one: without it
+    ``truncation=True`` cuts nothing, and a text longer than the window is read to its end, with positions
+    that nobody trained.  What limits the answer alone (max_new_tokens) stays.
+    """
+    from transformers import GenerationConfig
+
+    for key in WINDOW_KEYS:
+        if getattr(network.config, key, None) is not None:
+            setattr(network.config, key, target_length)
+    stated = {
+        key: target_length
+        for key in GENERATION_KEYS
+        if getattr(network.generation_config, key, None) is not None
+    }
+    if stated:
+        # transformers saves again what it has loaded, but checks what was changed since: a temperature
+        # without do_sample, which many bases have, would end the run when it saves.
+        with tempfile.TemporaryDirectory() as folder, without_reports():
+            network.generation_config.save_pretrained(folder)
+            network.generation_config = GenerationConfig.from_pretrained(folder, **stated)
+    tokenizer.model_max_length = target_length
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation:
+        backend.enable_truncation(**{**backend.truncation, "max_length": target_length})
+    if backend.padding and backend.padding["length"]:  # to the window's length, whatever the text
+        backend.no_padding()
+    # What a tokenizer takes from tokenizer.json, or was once saved with, is saved among its settings again.
+    for key in TOKENIZER_KEYS:
+        if tokenizer.init_kwargs.get(key) is not None:
+            tokenizer.init_kwargs[key] = target_length
+
+
+def forget_code(network, tokenizer) -> None:
+    """Takes the names of Python code that was not run out of what is saved with ``network`` and
+    ``tokenizer``, in place.
+
+    transformers keeps them but not the files, and ``trust_remote_code=True`` would then look for what is not
+    there.
+    """
+    if type(network).__module__.startswith("transformers.") and hasattr(network.config, "auto_map"):
+        del network.config.auto_map
+    if type(tokenizer).__module__.startswith("transformers."):
+        tokenizer.init_kwargs.pop("auto_map", None)
+
+
+def stated_lengths(folder: Path) -> dict[str, int | None]:
+    """{"file: key": tokens} of every window that the files of the model in ``folder`` state; None: a
+    tokenizer's that states none."""
+    def read(name: str) -> dict:
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    settings, definition = read("tokenizer_config.json"), read("tokenizer.json")
+    found = {
+        f"{name}: {key}": value
+        for name, keys in (
+            ("config.json", ("max_position_embeddings", *WINDOW_KEYS)),
+            ("generation_config.json", GENERATION_KEYS),
+            ("tokenizer_config.json", TOKENIZER_KEYS),
+        )
+        for key, value in read(name).items()
+        if key in keys
+    }
+    found["tokenizer.json: truncation"] = (definition.get("truncation") or {}).get("max_length")
+    strategy = (definition.get("padding") or {}).get("strategy")
+    found["tokenizer.json: padding"] = strategy.get("Fixed") if isinstance(strategy, dict) else None
+    found = {key: value for key, value in found.items() if value is not None}
+    return found | {"tokenizer_config.json: model_max_length": settings.get("model_max_length")}
+
+
 def pad_token_id(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -222,14 +448,33 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
     return wanted or ("flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa")
 
 
+def supported_attention(recipe: Recipe, cuda: bool, config) -> str | None:
+    """``attention_implementation`` for a model of any type; None, transformers' choice, if its class lacks it
+    and the recipe names none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    chosen, kind = attention_implementation(recipe, cuda), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    supports = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(chosen, "")
+    return chosen if recipe.model.attn_implementation or getattr(kind, supports, False) else None
+
+
 def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
     rope_type = None if method.rope is None else recipe.rope.type or method.rope
-    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.rope_share.get(rope_type, 1.0), method.whole_factor)
+    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.whole_factor)
 
 
 def sharpness(recipe: Recipe, method: Method, config) -> float:
-    """What attention scores are multiplied by after training; 1 leaves them."""
-    return sharpen.factor(recipe.sharpen(method), original_length(recipe, config), recipe.lengths.target)
+    """What attention scores are multiplied by after training; 1 leaves them.
+
+    A base that is sharpened already gets what its own factor lacks of the method's, both counted from the
+    same window; it loses nothing.
+    """
+    there = sharpen.inherited(config)
+    start = min(there.get("sharpened_from", math.inf), original_length(recipe, config))
+    return max(
+        1.0,
+        sharpen.factor(recipe.sharpen(method), start, recipe.lengths.target) / there.get("sharpened", 1.0),
+    )
 
 
 def build(recipe: Recipe, method: Method, dtype, cuda: bool):

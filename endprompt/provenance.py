@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -21,14 +22,36 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     return found
 
 
+def _installed_commit() -> str | None:
+    try:
+        noted = json.loads(
+            importlib.metadata.distribution("endprompt").read_text("direct_url.json") or "{}"
+        )  # PEP 610
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    return noted.get("vcs_info", {}).get("commit_id")
+
+
 def commit() -> str | None:
-    """The repository's commit, with "+changes" if tracked files differ from it; outside a checkout what ENDPROMPT_COMMIT says, else None."""
+    """The repository's commit, with "+changes" if tracked files differ from it; outside a checkout what
+    ENDPROMPT_COMMIT says, else what pip noted when it installed from a repository, else None.
+
+    A package that was installed into a folder below another repository, as a virtual environment is, does not
+    get that one's commit.
+    """
     folder = Path(__file__).resolve().parent
     try:
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
+            cwd=folder,
+            capture_output=True,
+            timeout=10,
+            check=True,
+        )
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("ENDPROMPT_COMMIT") or None
+        return os.environ.get("ENDPROMPT_COMMIT") or _installed_commit()
     return head + ("+changes" if changed.strip() else "")
 
 

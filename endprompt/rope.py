@@ -4,9 +4,10 @@ On transformers 5, assigning ``config.rope_scaling`` after loading wipes rope_th
 nothing at all.  So the scaling is merged into ``config.rope_parameters`` before the model is built, and the built model's
 frequencies are compared with those computed here, independently, in float64.
 
-Every scheme gives: ``inv_freq`` [head_dim / 2] float64, radians a position, of a row that ends at the target length;
-``attention_factor``, by which cos and sin are multiplied; ``hf_parameters``, its part of ``config.rope_parameters``; and
-``window``, what ``config.max_position_embeddings`` must say (None: leave it alone).
+Every scheme has one set of frequencies for rows of every length, so that a model is scored as it was trained.  It gives:
+``inv_freq`` [head_dim / 2] float64, radians a position; ``attention_factor``, by which cos and sin are multiplied;
+``hf_parameters``, its part of ``config.rope_parameters``, of type ``hf_type``; and ``window``, what
+``config.max_position_embeddings`` must say (None: leave it alone).
 """
 
 import math
@@ -21,13 +22,13 @@ from endprompt import BadInput, Failure
 class Default:
     """The model's own frequencies, theta^(-2i/d) (RoFormer, Eq. 15)."""
 
-    name = "default"
+    name = hf_type = "default"
     attention_factor = 1.0
 
     def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
         return rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
-    def hf_parameters(self) -> dict:
+    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
         return {"rope_type": "default"}
 
     def window(self, target_length: int) -> int | None:
@@ -39,13 +40,13 @@ class Linear:
     """Position interpolation: every angle is p / s, so every inverse frequency is divided by s (paper Eq. 2)."""
 
     factor: float
-    name = "linear"
+    name = hf_type = "linear"
     attention_factor = 1.0
 
     def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
         return Default().inv_freq(rope_theta, head_dim) / self.factor
 
-    def hf_parameters(self) -> dict:
+    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
         return {"rope_type": "linear", "factor": self.factor}
 
     def window(self, target_length: int) -> int | None:
@@ -53,30 +54,35 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Dynamic:
-    """Dynamic NTK: theta grows with the row's own length n, by (factor x n / C - (factor - 1))^(d / (d - 2)) once n exceeds C.
+class Ntk:
+    """NTK scaling held for every length: theta' = theta x stretch^(d / (d - 2)), with stretch = factor x L / C - (factor - 1).
 
-    n is the greatest position plus 1, so a row that ends at L - 1 turns at L's frequencies however few tokens it has, and a row
-    within C (every row of the method ``short``) is not scaled at all.  transformers measures n against
-    ``max_position_embeddings``, which must therefore stay C: with L there, nothing would be scaled up to L.  Between C and the
-    longest row it has met, transformers keeps that row's frequencies.  Source: transformers' ``dynamic``; bloc97, emozilla.
+    Dynamic NTK has these frequencies in a row that ends at the target length L, and others in every shorter row.  Rows of L tokens
+    train L's frequencies alone, so a model that was trained on them must keep them for every length.  What is saved is an unscaled
+    RoPE with theta', which every engine reads.  Source: bloc97 and emozilla for the formula; github.com/Leooyii/LCEG for holding it
+    (its models/llama_ntk_32k and llama_ntk_64k) and for the factor, L / C / 2 rounded up.
     """
 
     factor: float
     original_length: int
     target_length: int
-    name = "dynamic"
+    name = "ntk"
+    hf_type = "default"
     attention_factor = 1.0
 
-    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
+    def stretched(self, rope_theta: float, head_dim: int) -> float:
+        """theta', the base frequency that is saved."""
         stretch = self.factor * self.target_length / self.original_length - (self.factor - 1)
-        return Default().inv_freq(rope_theta * stretch ** (head_dim / (head_dim - 2)), head_dim)
+        return rope_theta * stretch ** (head_dim / (head_dim - 2))
 
-    def hf_parameters(self) -> dict:
-        return {"rope_type": "dynamic", "factor": self.factor}
+    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
+        return Default().inv_freq(self.stretched(rope_theta, head_dim), head_dim)
+
+    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
+        return {"rope_type": "default", "rope_theta": self.stretched(rope_theta, head_dim)}
 
     def window(self, target_length: int) -> int | None:
-        return self.original_length
+        return target_length
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Yarn:
 
     factor: float
     original_length: int
-    name = "yarn"
+    name = hf_type = "yarn"
     fast, slow = 32, 1  # turns within C; the paper's alpha and beta for LLaMA
 
     @property
@@ -101,7 +107,7 @@ class Yarn:
         ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - first) / (last - first or 1e-3), 0, 1)
         return Default().inv_freq(rope_theta, head_dim) * (1 - ramp + ramp / self.factor)
 
-    def hf_parameters(self) -> dict:
+    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
         # Without the original length, transformers would take the new window for it.
         return {"rope_type": "yarn", "factor": self.factor, "original_max_position_embeddings": self.original_length}
 
@@ -109,37 +115,39 @@ class Yarn:
         return target_length
 
 
-Scaling = Default | Linear | Dynamic | Yarn
-TYPES = ("linear", "dynamic", "yarn")
+Scaling = Default | Linear | Ntk | Yarn
+TYPES = ("linear", "ntk", "yarn")
 
 
-def scaling_for(rope_type: str | None, original_length: int, target_length: int, share: float = 1.0, whole: bool = False) -> Scaling:
-    """The scaling from ``original_length`` C to ``target_length`` L; the factor is ``share`` x L / C, or x ceil(L / C) if ``whole``.
+def scaling_for(rope_type: str | None, original_length: int, target_length: int, whole: bool = False) -> Scaling:
+    """The scaling from ``original_length`` C to ``target_length`` L.
 
-    Raises BadInput on an unknown type.
+    The factor is L / C, or ceil(L / C) if ``whole``; that of ``ntk`` is ceil(L / C / 2), as in LCEG's code.  Raises BadInput on an
+    unknown type.
     """
-    factor = share * (math.ceil(target_length / original_length) if whole else target_length / original_length)
+    ratio = target_length / original_length
+    factor = math.ceil(ratio) if whole else ratio
     match rope_type:
         case None:
             return Default()
         case "linear":
             return Linear(factor)
-        case "dynamic":
-            return Dynamic(factor, original_length, target_length)
+        case "ntk":
+            return Ntk(math.ceil(ratio / 2), original_length, target_length)
         case "yarn":
             return Yarn(factor, original_length)
     raise BadInput(f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own")
 
 
 def forget(model) -> None:
-    """Takes ``model``'s dynamic RoPE back to where it was before it met a long row.
+    """Takes the dynamic RoPE of a ``model`` that was made elsewhere back to where it was before it met a long row.
 
     transformers keeps the frequencies of the longest row so far, so that what a shorter row gets depends on what came before it.
     """
     import torch
 
-    rotary = model.get_decoder().rotary_emb
-    if rotary.rope_type == "dynamic":
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)  # not every model has RoPE
+    if getattr(rotary, "rope_type", None) == "dynamic":
         device = rotary.inv_freq.device
         rotary(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device))
 
@@ -156,7 +164,9 @@ def refuse_scaled(config) -> None:
 
 
 def apply(config, scaling: Scaling, target_length: int) -> None:
-    """Merges ``scaling`` into ``config.rope_parameters`` in place, keeping rope_theta, and sets max_position_embeddings to its window.
+    """Merges ``scaling`` into ``config.rope_parameters`` in place and sets max_position_embeddings to its window.
+
+    rope_theta stays, except under ``ntk``, which is a greater one.
 
     Raises BadInput if the config has no rope_theta or is scaled already.
     """
@@ -164,47 +174,29 @@ def apply(config, scaling: Scaling, target_length: int) -> None:
     if not isinstance(current.get("rope_theta"), (int, float)):
         raise BadInput(f"model: its config has no rope_theta (rope_parameters: {current}); add it to config.json")
     refuse_scaled(config)
-    config.rope_parameters = {**current, **scaling.hf_parameters()}
+    config.rope_parameters = {**current, **scaling.hf_parameters(current["rope_theta"], head_dimension(config))}
     if (window := scaling.window(target_length)) is not None:
         config.max_position_embeddings = window
-
-
-def _compare(what: str, inv_freq, expected: np.ndarray, scaling: Scaling, rope_theta: float) -> float:
-    built = inv_freq.detach().double().cpu().numpy()
-    if built.shape != expected.shape:
-        raise Failure(f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected")
-    error = float(np.max(np.abs(built - expected) / expected))
-    if not error < 1e-5:
-        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling}{what} with rope_theta {rope_theta:g} by {error:.2g} "
-                           f"(relative); built {built[:2]}..., expected {expected[:2]}...")
-    return error
 
 
 def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
     """Compares a built rotary module with ``scaling``; returns the largest relative error of its frequencies (about 1e-7).
 
-    rotary: the decoder's ``rotary_emb``.  Linear, yarn and default have one set of frequencies, the buffer ``inv_freq``.  Dynamic
-    has one a length: the module is called at position L - 1 and must then hold those of the target length L, and at position 0
-    before and after, where it must hold the unscaled ones; it is left in that state, as it was built.
-    Raises Failure if the model computes another scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta, a window that switches dynamic
-    scaling off, frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's attention factor.
+    rotary: the decoder's ``rotary_emb``, whose buffer ``inv_freq`` is compared.  rope_theta: the base model's own.
+    Raises Failure if the model computes another scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta,
+    frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's attention factor.
     """
-    import torch
-
-    head_dim = head_dimension(config)
-    if rotary.rope_type != scaling.name:  # at rest, dynamic scaling has the frequencies of none
+    expected = scaling.inv_freq(rope_theta, head_dimension(config))
+    if rotary.rope_type != scaling.hf_type:
         raise Failure(f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}")
     if not math.isclose(rotary.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
-        raise Failure(f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, {scaling} by {scaling.attention_factor:g}")
-    if not isinstance(scaling, Dynamic):
-        return _compare("", rotary.inv_freq, scaling.inv_freq(rope_theta, head_dim), scaling, rope_theta)
-
-    def at(position: int):
-        rotary(rotary.inv_freq[:1], torch.tensor([[position]], device=rotary.inv_freq.device))
-        return rotary.inv_freq
-
-    unscaled = Default().inv_freq(rope_theta, head_dim)
-    _compare(" at rest", rotary.inv_freq, unscaled, scaling, rope_theta)
-    error = _compare(f" at length {scaling.target_length}", at(scaling.target_length - 1), scaling.inv_freq(rope_theta, head_dim), scaling, rope_theta)
-    _compare(" at rest again", at(0), unscaled, scaling, rope_theta)
+        raise Failure(f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, "
+                      f"{scaling} by {scaling.attention_factor:g}")
+    built = rotary.inv_freq.detach().double().cpu().numpy()
+    if built.shape != expected.shape:
+        raise Failure(f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected")
+    error = float(np.max(np.abs(built - expected) / expected))
+    if not error < 1e-5:
+        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling} with rope_theta {rope_theta:g} by {error:.2g} "
+                      f"(relative); built {built[:2]}..., expected {expected[:2]}...")
     return error

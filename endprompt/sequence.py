@@ -72,16 +72,6 @@ def averaged_ranks(arguments, n: int) -> int:
     return arguments.world_size
 
 
-@torch.no_grad()
-def hold_frequencies(model, row_length: int) -> None:
-    """Dynamic RoPE takes its frequencies from the greatest position it is given, which would be another on every rank: holds those of a whole row."""
-    rotary = model.get_decoder().rotary_emb
-    if "dynamic" in rotary.rope_type:
-        device = rotary.inv_freq.device
-        rotary(torch.zeros(1, 1, 1, device=device), torch.tensor([[row_length - 1]], device=device))
-        rotary.rope_type = "held"
-
-
 def skip_first_batches(dataloader, count: int = 0):
     """What accelerate's function of this name does, for DeepSpeed's data loader too, which it cannot skip in: those batches are read and dropped."""
     from accelerate import skip_first_batches as skip

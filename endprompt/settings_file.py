@@ -1,5 +1,6 @@
 """Files of settings that anyone may have written: read up to a size, parsed as plain YAML without surprises."""
 
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -13,6 +14,11 @@ from endprompt import BadInput
 FILE_BYTES = 2**20
 VALUES, DEPTH = 100_000, 32
 NAME_BYTES = 200
+
+_HERE = Path(__file__).resolve().parent
+# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone
+# around it.
+SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
 def read(path: Path, most: int = FILE_BYTES) -> str:
@@ -87,13 +93,26 @@ def _name(name: Any, source: str) -> str:
     return name
 
 
+def find(path: Path) -> Path:
+    """The file of a recipe: ``path``, else the recipe of that path or name that comes with this program."""
+    recipes = SHIPPED / "recipes"
+    shipped = [] if os.path.lexists(path) else [SHIPPED / path, recipes / path, recipes / f"{path}.yaml"]
+    return next((found for found in shipped if found.is_file()), path)
+
+
 def recipe(path: str | Path) -> tuple[str, dict]:
-    """(name, sections) of a recipe's file, the sections unchecked.  Raises BadInput."""
+    """(name, sections) of a recipe's file, see ``find``, the sections unchecked.  Raises BadInput."""
     path = Path(path)
     try:
+        path = find(path)
         text = read(path)
     except FileNotFoundError:
-        raise BadInput(f"recipe: there is no file {path}; recipes/ holds the ones that come with the repository") from None
+        known = ", ".join(
+            sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft")
+        )  # which is TRL's
+        raise BadInput(
+            f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}"
+        ) from None
     except (OSError, ValueError) as error:
         raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
     tree = parse(text, str(path))

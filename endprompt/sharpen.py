@@ -1,15 +1,29 @@
 """Sharper attention in a saved model, for rows of the target length.
 
-Training rows of ``lengths.physical`` tokens teach each query to outweigh that many keys.  At the target length several times as many
-compete, and attention that was sharp enough is spread thin.  Multiplying the queries once training is over restores it, at no cost: RoPE
-is linear, so queries times t are attention scores times t, in any engine that loads the model.
+Pretraining in a window of C tokens teaches each query to outweigh C keys.  At the target length L several
+times as many compete, and attention that was sharp enough is spread thin.  Training on short rows with jumps
+does not mend this: its rows span L positions, but no query in them meets more than ``lengths.physical``
+keys.  Multiplying the queries by ln L / ln C once training is over does, at no cost: RoPE is linear, so
+queries times t are attention scores times t, in any engine that loads the model.
+
+The factor counts from C, the base's window, whatever ``lengths.physical`` is.  Everything measured here has
+physical = C.  With shorter rows it is assumed that training leaves the sharpness of pretraining as it was.
+Rows longer than C let queries practise with more keys than C, so the factor is then too large, and a
+``rope.sharpen`` below 1 is nearer.
+
+Scaling scores by the logarithm of the number of keys is not new.  Su Jianlin multiplies them by log n
+(kexue.fm 8823, December 2021; 9588: by log_512 n), and so do Chiang and Cholak (arXiv 2202.12172).  Qwen's
+first models multiply by log_C i beyond the window (``use_logn_attn``).  YaRN (2309.00071) multiplies by (0.1
+ln s + 1)^2, and SSMax (2501.19399) learns a scale a head.  Ours is the constant n = L, folded into the
+queries after training on short rows with jumps, and its comparison with a trained baseline that carries the
+same factor.
 """
 
 import json
 import math
 from pathlib import Path
 
-from endprompt import Failure, shards
+from endprompt import BadInput, Failure, shards
 
 QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 
@@ -19,8 +33,38 @@ def factor(power: float, original_length: int, target_length: int) -> float:
     return (math.log(target_length) / math.log(max(2, original_length))) ** power  # a window of 1 is no window, but no reason to divide by 0
 
 
+def inherited(config) -> dict[str, float | int]:
+    """What a base's config notes of the sharpening in its weights: {"sharpened": factor of the scores,
+    "sharpened_from": the window in tokens that the factor counts from, where that is known}; empty if there
+    is none.  Raises BadInput on a note that is none.
+    """
+    note = getattr(config, "endprompt", None) or {}
+    if not isinstance(note, dict):
+        raise BadInput(
+            f"model: endprompt in its config.json is {note!r:.60}, not what this program writes; mend it"
+        )
+    t = note.get("sharpened")
+    if t is None:
+        return {}
+    start = note.get("sharpened_from", note.get("original_length"))
+    if (
+        type(t) not in (int, float)
+        or not 0 < t < math.inf
+        or type(start) not in (int, type(None))
+        or start is not None
+        and start < 1
+    ):
+        raise BadInput(
+            f"model: its config.json says that attention is sharpened by {t!r:.40} from a window of "
+            f"{start!r:.40}, which are no positive factor and number of tokens; mend endprompt.sharpened and "
+            "endprompt.original_length in it"
+        )
+    return {"sharpened": t, **({"sharpened_from": start} if start else {})}
+
+
 def sharpen(folder: Path, t: float) -> None:
-    """Multiplies the query projections of the model in ``folder`` by ``t``, in float32, in place, and notes ``t`` in config.json.
+    """Multiplies the query projections of the model in ``folder`` by ``t``, in float32, in place, and notes
+    in config.json what they have been multiplied by in all.
 
     Raises Failure if it has not one query projection a layer.
     """
@@ -39,5 +83,6 @@ def sharpen(folder: Path, t: float) -> None:
             found += sum(name.endswith("weight") for name in names)
     if found != config["num_hidden_layers"]:
         raise Failure(f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which scores would be sharpened is not known")
-    config["endprompt"] = {**config.get("endprompt", {}), "sharpened": t}
+    note = config.get("endprompt", {})
+    config["endprompt"] = {**note, "sharpened": note.get("sharpened", 1.0) * t}
     shards.write_json(path, config)

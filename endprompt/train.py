@@ -35,20 +35,19 @@ from endprompt import (
     s2,
     sequence,
     shards,
+    sharpen,
     training_keys,
     watch,
+    zero_file,
 )
 from endprompt.collate import Collator
 from endprompt.config import Recipe
 from endprompt.methods import Method
 from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
+from endprompt.training_keys import DEFAULTS
 
 CHECKED = "checked-rows"  # the checksums of shards whose rows were looked at once
 
-# The paper's (appendix A.1), where a recipe does not say otherwise.
-DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "weight_decay": 0.0, "num_train_epochs": 1,
-            "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 10, "save_steps": 200,
-            "report_to": ["tensorboard"]}
 CHECKPOINTS_KEPT = 2
 
 
@@ -111,15 +110,16 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal checkpoint."""
     rows, accumulation = shape
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
-    if universal:
-        given["deepspeed"] = loading_universal(recipe.deepspeed)
+    if recipe.deepspeed is not None:
+        options = zero_file.filled(recipe.deepspeed)
+        given["deepspeed"] = loading_universal(options) if universal else options
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     # The Trainer reads the TensorBoard folder from the environment.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "logs")
     try:
-        return TrainingArguments(**{
+        arguments = TrainingArguments(**{
             "seed": recipe.data.seed, **DEFAULTS, **platform, **given, "output_dir": str(run / "checkpoints"), "remove_unused_columns": False,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "logging_nan_inf_filter": False, "do_train": True,
             **training_keys.speed_options(recipe.train),
@@ -128,6 +128,11 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
             "label_names": ["shift_labels"], "disable_tqdm": recipe.train.get("disable_tqdm", not sys.stderr.isatty())})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise BadInput(f"train: transformers refuses these arguments: {str(error).strip().splitlines()[0]}") from None
+    # The Trainer would say so once the model is loaded.
+    if arguments.deepspeed and (differing := arguments.hf_deepspeed_config.mismatches):
+        said = "; ".join(line.removeprefix("- ds ") for line in differing)
+        raise BadInput(f"train.deepspeed: it differs from what this run trains with ({said}); write \"auto\" there")
+    return arguments
 
 
 def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool):
@@ -266,11 +271,13 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     own_attention = s2.install(network, group) if group else None
     if shared > 1:
         plain_attention = ALL_ATTENTION_FUNCTIONS[network.config._attn_implementation]  # DeepSpeed puts its own in this place
-        sequence.hold_frequencies(network, recipe.row_length(method))
         transformers.trainer.skip_first_batches = sequence.skip_first_batches
     network.config.endprompt = {"method": method.name, "original_length": model.original_length(recipe, config),
                                 "physical_length": recipe.row_length(method), "target_length": recipe.lengths.target,
+                                **sharpen.inherited(config),
                                 **({"lora": adapters.model_dump()} if adapters else {}), **({"s2_group_size": group} if group else {})}
+    model.state_length(network, tokenizer, recipe.lengths.target)
+    model.forget_code(network, tokenizer)
     collator = Collator(model.pad_token_id(tokenizer), recipe.lengths.target, sharded=shared > 1)
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
@@ -281,6 +288,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
                               callbacks=[probe, watching, checkpoint.MarkComplete(keep, {"world_size": world_size, "rows_per_step": rows_per_step}),
                                          watch.Report(run, rows_per_step * recipe.row_length(method) // shared),
                                          *([sequence.NewEpoch()] if shared > 1 else []), *([checkpoint.SeparateSteps()] if universal else [])])
+    network.config.use_cache = config.use_cache  # the Trainer switches it off, for good
     watching.trainer = trainer
     started = time.perf_counter()
     with checkpoint.weights_only() if newest else contextlib.nullcontext():
@@ -311,5 +319,6 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         print(json.dumps({key: value for key, value in summary.items() if key not in ("history", "versions")}), flush=True)
 
-    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, sample(dataset, collator) if adapters else None,
+    checkpoint.save_final(trainer, tokenizer, run / "model", scaling, theta, recipe.lengths.target,
+                          sample(dataset, collator) if adapters else None,
                           model.sharpness(recipe, method, config), finish)

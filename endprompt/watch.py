@@ -54,6 +54,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a signal that Python handles.
         self.request.listen()
+        state.compute_steps(args, state.max_steps)  # the checkpoint's state says how often it was logged and saved before
         if _distributed():
             # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was given.
             for group in list(torch.distributed.distributed_c10d._world.pg_map):

@@ -15,7 +15,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
-from endprompt import BadInput, rope
+from endprompt import BadInput, model, rope
 
 # Tokens in a batch of generation, and the logits of a batch that is scored in one piece.
 TOKENS_AT_ONCE = 16384
@@ -30,6 +30,26 @@ for name in ("lm_eval", "lm-eval"):  # warnings that a model object was passed, 
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def table(network) -> int | None:
+    """Positions that ``network`` has a table for (GPT-2, OPT, GPT-J; MPT: of distances), beyond which it
+    cannot read; None for one that computes them."""
+    if network.config.model_type == "mpt":
+        return network.config.max_seq_len
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    embeddings = (name for name, module in network.named_modules() if isinstance(module, torch.nn.Embedding))
+    buffers = (name for name, _ in network.named_buffers())
+    found = any(name.rpartition(".")[2] in tables for names in (embeddings, buffers) for name in names)
+    return network.config.max_position_embeddings if found else None
+
+
+def shares_cache(network) -> bool:
+    """Whether rows of ``network`` may be read one after another into a common cache: keys and values of all
+    tokens in every layer, and frequencies that are not those of the longest row."""
+    config, rotary = network.config, getattr(network.get_decoder(), "rotary_emb", None)
+    plain = config.model_type in model.SUPPORTED and not getattr(config, "sliding_window", None)
+    return plain and rotary.rope_type not in ("dynamic", "longrope")
+
+
 class LongLM(HFLM):
     """The harness' HF model that never cuts a prompt, whatever window its config names; same scores otherwise."""
 
@@ -37,7 +57,8 @@ class LongLM(HFLM):
         super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1)
         # Tokens whose keys and values one batch may hold, or 0: batches are read whole.  Dynamic frequencies are those of the longest row, for every row.
         self.cached_tokens = 0
-        if self.device.type == "cuda" and network.get_decoder().rotary_emb.rope_type not in ("dynamic", "longrope"):
+        self.positions = table(network)
+        if self.device.type == "cuda" and shares_cache(network):
             config = network.config
             bytes_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * rope.head_dimension(config) * network.dtype.itemsize
             self.cached_tokens = int(CACHE_SHARE * torch.cuda.mem_get_info()[0] / bytes_a_token)
@@ -87,12 +108,21 @@ class LongLM(HFLM):
             found.update(*layers.pop(0), number)  # which copies them: a layer at a time is held twice
         return found
 
+    def _fits(self, tokens: int) -> None:
+        if self.positions is not None and tokens > self.positions:
+            raise ValueError(
+                f"a prompt with its answer has {tokens} tokens, and the model a table of {self.positions} "
+                "positions"
+            )
+
     # The score of a sample must not depend on what was scored before it.
     def _model_call(self, *ids, **options):
+        self._fits(ids[0].shape[1])
         rope.forget(self.model)
         return super()._model_call(*ids, **options)
 
     def _model_generate(self, context, **options):
+        self._fits(options["max_length"])
         rope.forget(self.model)
         if self.cached_tokens and context.shape[1] > 1:
             mask = options["attention_mask"]
@@ -103,12 +133,13 @@ class LongLM(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
-        batch = LOGIT_BYTES // (longest * self.model.config.vocab_size * 4)
+        batch = LOGIT_BYTES // (longest * self.model.config.get_text_config().vocab_size * 4)
         if batch:
             self.batch_size_per_gpu = min(64, batch, max(1, TOKENS_AT_ONCE // longest))
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         results = []
         for _, context, continuation in requests:
+            self._fits(len(context) + len(continuation) - 1)
             rope.forget(self.model)
             ids = torch.tensor([context + continuation], device=self.device)
             logits = self.model(ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]), use_cache=False, logits_to_keep=len(continuation)).logits[0].float()

@@ -2,9 +2,11 @@
 
     python -m endprompt.eval.findings runs/lab --out docs/findings
     python -m endprompt.eval.findings docs/findings/findings.json --out docs/findings --page docs/findings.md --page README.md
+    python -m endprompt.eval.findings docs/findings/findings.json runs/lab --out docs/findings    # new runs beside old numbers
 
 A folder holds a folder a setting, and in it OUT of recipes/compare.sh: <setting>/seed<k>/<recipe>/<method>.  The setting ``plain`` is the one
-that the others are told apart from.  A findings.json that was written before gives the same tables and pictures without the runs.  A page takes those
+that the others are told apart from.  A findings.json that was written before gives the same tables and pictures without the runs.  Of several
+sources, what a later one says of a setting and method stands in the place of what an earlier one says.  A page takes those
 tables that it has a place for, between ``<!-- name -->`` and ``<!-- /name -->``.
 """
 
@@ -179,28 +181,54 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
     return drawn
 
 
-def findings(source: Path, out: Path, title: str | None = None, pages: list[Path] = ()) -> None:
+def joined(sources: list[Path]) -> list[dict]:
+    """The entries of ``sources`` (folders of runs, or findings.json files), later ones in the place of earlier ones.
+
+    They are ordered by setting, the plain one first, then by the method table.  Raises BadInput if a source holds no runs, or if one
+    was tested on another number of keys at a length than a source before it.
+    """
+    found, before, order = {}, {}, list(methods.METHODS)
+    for source in sources:
+        here = {}
+        for entry in read(source)["entries"] if source.is_file() else collect(source):
+            counted = {(task, length): number for task, lengths in entry["samples"].items() for length, number in lengths.items()}
+            if differing := [key for key, number in counted.items() if before.get(key, number) != number]:
+                task, length = differing[0]
+                raise BadInput(f"{source}: {entry['name']} was tested on {counted[task, length]} keys ({task} at {length}), and what it "
+                               f"would stand beside on {before[task, length]}; evaluate it alike")
+            here |= counted
+            found[entry["setting"], entry["method"]] = entry
+        before |= here
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    return sorted(found.values(), key=lambda entry: (entry["setting"] != PLAIN, settings.index(entry["setting"]),
+                                                     order.index(entry["method"]) if entry["method"] in order else len(order)))
+
+
+def findings(sources: list[Path], out: Path, title: str | None = None, pages: list[Path] = ()) -> None:
     """Writes findings.json, tables.md and the pictures of ``draw`` into ``out``, the tables into ``pages`` too, and prints them.
 
-    source: a folder of runs, or a findings.json.  Raises BadInput if it holds no runs, or a page is missing or has a place twice.
+    sources: as ``joined`` takes them; findings.json is left alone where it is the only source.  Raises BadInput if one holds no runs, or a
+    page is missing or has a place twice.
     """
-    record = read(source) if source.is_file() else {"title": title, "entries": collect(source), **provenance.stamp()}
-    entries, title = record["entries"], title or record.get("title")
+    titles = [read(source).get("title") for source in sources if source.is_file()]
+    entries, title = joined(sources), title or next(iter(titles), None)
+    made = any(source.is_dir() for source in sources)
     tables = findings_tables.tables(entries)
     texts = {page: findings_tables.filled(page, tables) for page in pages}
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"<!-- {name} -->\n{table}\n<!-- /{name} -->" for name, table in tables.items())
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
-    if not source.is_file():
-        shards.write_json(out / "findings.json", record)
+    if made:
+        shards.write_json(out / "findings.json", {"title": title, "entries": entries, **provenance.stamp()})
     for page, content in texts.items():
         page.write_text(content, encoding="utf-8")
-    print("\n".join([text, "", *map(str, [out / "tables.md", *([] if source.is_file() else [out / "findings.json"]), *draw(entries, out, title), *pages])]))
+    written = [out / "tables.md", *([out / "findings.json"] if made else []), *draw(entries, out, title), *pages]
+    print("\n".join([text, "", *map(str, written)]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the folder of the settings' folders, or a findings.json")
+    parser.add_argument("source", type=Path, nargs="+", help="the folder of the settings' folders, or a findings.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--title", default=None)
     parser.add_argument("--page", type=Path, action="append", default=[], metavar="PAGE", help="a page whose tables are replaced")

@@ -16,7 +16,9 @@ CONTRASTS = (("endprompt", "short"), ("endprompt", "full_length"), ("short", "fu
              ("pose_sharp", "pose"), ("pose_recall", "pose_sharp"), ("pose_sharp", "short"), ("pose_sharp", "endprompt"), ("pose_sharp", "full_length"),
              ("pose_sharp", "full_length, sharpened"), ("pose_sharp", "full_length, yarn-sharpened"), ("pose_recall", "full_length"),
              ("pose_matched", "pose_sharp"), ("pose_matched", "short"), ("pose_matched", "endprompt"), ("pose_matched", "full_length"),
-             ("pose_matched", "full_length, sharpened"), ("pose_matched", "full_length, yarn-sharpened"))
+             ("pose_matched", "full_length, sharpened"), ("pose_matched", "full_length, yarn-sharpened"),
+             ("lceg", "full_length"), ("longlora", "full_length"), ("endprompt", "lceg"), ("pose_sharp", "lceg"), ("pose_recall", "lceg"),
+             ("pose_matched", "lceg"), ("lceg, sharpened", "lceg"), ("pose_sharp", "lceg, sharpened"), ("pose_matched", "lceg, sharpened"))
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -167,7 +169,8 @@ def evidence(entries: list[dict]) -> str:
     """The few rows of the README: keys found by length and their mean, multikey's mean, perplexity at the least length."""
     known = {entry["name"]: entry for entry in entries}
     rows, lengths, scored = [], _lengths(entries, "passkey"), _lengths(entries, "perplexity")
-    for name in ("short", "endprompt", "pose", "full_length", "full_length, sharpened", "pose_sharp", "pose_matched"):
+    for name in ("short", "endprompt", "pose", "full_length", "full_length, sharpened", "lceg", "longlora",
+                 "pose_sharp", "pose_matched"):
         if entry := known.get(name):
             rows.append([f"`{name}`", *[cell(entry["scores"]["passkey"].get(length)) for length in lengths], cell(entry["passkey"].get("mean")),
                          *[cell(entry["scores"]["multikey"].get(length)) for length in _greatest(entries)], cell(entry["multikey"].get("mean")),

@@ -67,11 +67,12 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
             raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
         model.refuse_kernels(config, "--model")
+        model.refuse_other_kinds(config, f"--model: {source}")
         if not tokenizer.is_fast:
             raise BadInput(f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
-        model.check_vocabulary(tokenizer, config, f"--model: the tokenizer of {source}")
+        model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
         network = source if vllm else model.load_weights(f"--model: the weights of {source}", pretrained_model_name_or_path=source, trust_remote_code=trust, dtype=dtype,
-                                                         attn_implementation=model.attention_implementation(recipe, cuda))
+                                                         attn_implementation=model.supported_attention(recipe, cuda, config))
         identity = {"name_or_path": str(folder), "fingerprint": fingerprint(folder) if folder.is_dir() else None}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
@@ -222,6 +223,12 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         for pair in todo:
             held.enter_context(runfolder.hold(folder / f".{_path(Path(), *pair).with_suffix('').as_posix().replace('/', '-')}.lock"))
         network, tokenizer, identity = load(recipe, method, run, other)
+        reach = None if recipe.eval.backend == "vllm" else engine.table(network)
+        if reach and (beyond := [(task, length) for task, length in todo if (length or 0) > reach]):
+            raise BadInput(
+                f"eval.lengths: {beyond[0][0]} at {beyond[0][1]}: the model has a table of {reach} positions "
+                "and cannot read beyond; lower the length, or leave it out"
+            )
         scorer = Scorer(recipe, network, tokenizer, temporary)
         asked = {(task, length): question(recipe, task, length, identity) for task, length in todo}
         there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}

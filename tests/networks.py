@@ -45,6 +45,56 @@ def saved(folder: Path, tokenizer_from: Path, model_type: str = "llama", **chang
     return folder
 
 
+LENGTHS = dict.fromkeys(
+    (
+        "n_positions",
+        "n_ctx",
+        "max_seq_len",
+        "max_seq_length",
+        "seq_length",
+        "seq_len",
+        "model_max_length",
+        "max_sequence_length",
+        "max_target_positions",
+        "max_model_len",
+    ),
+    64,
+)
+
+
+def short_everywhere(folder: Path, model_max_length: int) -> None:
+    """Makes every length that the files of a model in ``folder`` can state say 64 tokens, and the tokenizer's
+    own ``model_max_length``."""
+    def change(name: str, **values) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+
+    change("config.json", **LENGTHS, use_cache=True)
+    change(
+        "generation_config.json",
+        max_length=64,
+        max_cache_len=64,
+        max_new_tokens=32,
+        eos_token_id=2,
+        bos_token_id=1,
+        temperature=0.9,
+        top_p=0.6,
+    )
+    change("tokenizer_config.json", model_max_length=model_max_length, max_len=64)
+    change(
+        "tokenizer.json",
+        truncation={"direction": "Left", "max_length": 64, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 64},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": "</s>",
+        },
+    )
+
+
 def row(a: int, b: int, target: int, vocabulary: int, seed: int = 0, prompt_weight: float = 0.1) -> dict:
     """A shard row of random tokens: the ``endprompt`` method's if b > 0, else a contiguous one."""
     rng = np.random.default_rng(seed)

@@ -223,7 +223,8 @@ SETTINGS = [
     ("data.rows_per_shard=0", "data.rows_per_shard"),
     ("data.seed=-1", "data.seed"),
     ("data.seed=4294967296", "data.seed"),
-    ("rope.type=ntk", "rope.type", "linear"),
+    ("rope.type=cubic", "rope.type", "linear"),
+    ("rope.type=dynamic", "rope.type", "rope.type=ntk"),
     ("eval.tasks=[rulers]", "eval.tasks", "there is no task 'rulers'", "passkey"),
     ("eval.tasks=[ruler_vt2]", "eval.tasks", "there is no task 'ruler_vt2'"),
     ("eval.tasks=passkey", "eval.tasks", "list"),
@@ -1226,17 +1227,18 @@ JUNK = st.recursive(
     | st.sampled_from(["", "\0", "..", "EP_9", "<x>", "1e5", "~", "package:x", "linear", "passkey", "all", -1, 0, 1, 2**31, 2**32, 2**63]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3) | st.sets(st.integers(), max_size=2), max_leaves=5)
 
-# Every key of the schema, and of train: one of each type that TrainingArguments has.
+# Every key of the schema, and of train: one of each type that it has.
 WHOLE = {
     "model": {"name_or_path": "x", "gguf_file": None, "revision": None, "trust_remote_code": False, "original_length": None, "attn_implementation": None, "s2_group_size": None},
     "lengths": {"physical": 64, "target": 512},
     "data": {"corpus": "x", "text_column": "text", "split": "train", "tokens": 4096, "end_prompts": ["EP_1"], "prompt_loss_weight": 0.1, "packing": "cut", "pose_chunks": 2,
              "pose_text": "contiguous", "recall_share": 0.25, "recall_cue": 4, "recall_tokens": 16, "match_pieces": 4, "match_tokens": 5, "rows_per_shard": 16, "seed": 0},
     "rope": {"type": None, "sharpen": 0.1},
-    "train": {"deepspeed": {"zero_optimization": {"stage": 3}}, "learning_rate": 1e-4, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "optim": "adamw_torch",
+    "train": {"deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "bf16": {"enabled": "auto"}, "checkpoint": {}},
+              "learning_rate": 1e-4, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "optim": "adamw_torch",
               "gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "save_steps": 10, "report_to": ["none"], "warmup_steps": 2,
-              "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"], "train_embed_norm": False}, "sequence_parallel": 1, "bf16": None, "max_steps": 3,
-              "run_name": "a", "neftune_noise_alpha": 1.0, "fsdp": None, "lr_scheduler_kwargs": {"a": 1}, "data_seed": 1, "logging_strategy": "steps"},
+              "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"], "train_embed_norm": False}, "sequence_parallel": 1, "bf16": True, "max_steps": 3,
+              "save_total_limit": None, "ddp_timeout": 9, "lr_scheduler_kwargs": {"num_cycles": 1}, "data_seed": 1, "logging_strategy": "steps"},
     "eval": {"tasks": ["passkey"], "lengths": [64], "samples": 4, "depths": 2, "seed": 1, "perplexity_corpus": None, "perplexity_tokens": 64, "perplexity_stride": 32,
              "ruler_samples": None, "longbench_data": None, "longbench_length": 64, "short_text_samples": None, "chat_template": False, "run_unsafe_code": False, "backend": "hf"},
 }
@@ -1263,7 +1265,9 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-def test_every_key_of_the_schema_is_tried():
+def test_every_key_of_the_schema_is_tried(scratch):
+    (scratch / "r.yaml").write_text(yaml.dump(WHOLE))
+    assert config.load(scratch / "r.yaml").train["max_steps"] == 3  # else every change of it would be refused, whatever it is
     for section, field in config.Recipe.model_fields.items():
         if not field.exclude and section != "train":
             assert set(WHOLE[section]) == set(field.annotation.model_fields)

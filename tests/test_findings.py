@@ -110,6 +110,29 @@ def test_contrasts(runs):
     assert found["`endprompt, weight-1` - `endprompt`"]["512"].startswith("+0 [-")
 
 
+def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypatch, capsys):
+    """The old record keeps what was not run again; what was run again is taken from the new runs."""
+    assert run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "old", "--title", "two seeds")[0] == 0
+    new = tmp_path / "new/plain/seed0/small"
+    for method in ("lceg", "short"):
+        (new / method).mkdir(parents=True)
+        (new / method / "recipe.yaml").write_text(config.load(recipe_file(), ["data.seed=0"]).dump(method))
+        passkey_result(new, method, 512, {0.0: 7, 0.5: 7, 1.0: 7})
+        passkey_result(new, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
+    old = tmp_path / "old/findings.json"
+    found = {entry["name"]: entry for entry in findings.joined([old, tmp_path / "new"])}
+    assert list(found) == ["short", "endprompt", "lceg", "endprompt, weight-1"]
+    assert found["short"]["scores"]["passkey"][512]["mean"] == found["lceg"]["scores"]["passkey"][512]["mean"] == 70
+    assert found["endprompt"] == {entry["name"]: entry for entry in findings.read(old)["entries"]}["endprompt"]
+    code, _, err = run_findings(monkeypatch, capsys, old, tmp_path / "new", "--out", tmp_path / "both")
+    assert code == 0 and json.loads((tmp_path / "both/findings.json").read_text())["title"] == "two seeds"
+    # The twin: runs that were tested on other keys are not put beside them.
+    passkey_result(new, "lceg", 512, {0.0: 7, 1.0: 7})
+    code, _, err = run_findings(monkeypatch, capsys, old, tmp_path / "new", "--out", tmp_path / "refused")
+    assert code == 2 and "lceg was tested on 20 keys (passkey at 512), and what it would stand beside on 30" in err
+    assert not (tmp_path / "refused").exists()
+
+
 def test_seeds_that_agree_have_the_interval_of_two_proportions():
     """8 of 10 and 6 of 10 keys: Wilson's [0.490, 0.943] and [0.313, 0.832] give 0.2 - 0.387 and 0.2 + 0.321."""
     cell = findings_tables.paired({"a": 80.0, "c": 1.0}, {"a": 60.0, "b": 0.0}, 10)
@@ -178,7 +201,7 @@ def test_runs_without_shards_or_training_are_shown_as_far_as_they_go(runs, tmp_p
         passkey_result(runs / f"plain/seed{seed}/small", "base", 512, {0.0: 0, 1.0: seed})
     entry = findings.collect(runs)[0]
     assert (entry["name"], entry["losses"], entry["passkey"]["never"], entry["passkey"]["seen"], entry["passkey"]["unseen"]) == ("base", {}, None, {}, {})
-    findings.findings(runs, tmp_path / "out")
+    findings.findings([runs], tmp_path / "out")
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.just(40)), min_size=1, max_size=6))
@@ -234,7 +257,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (11 + 5 + 3 + 2 + 2 + 5) and len(set(asked)) == len(asked)
+    assert len(asked) == 2 + 2 * (11 + 6 + 3 + 2 + 2 + 5) and len(set(asked)) == len(asked)
     common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
     assert ("full_length", "out/yarn-sharpened/seed0", "data.seed=0", *common, "rope.type=yarn", "rope.sharpen=1.0") in asked

@@ -279,11 +279,14 @@ def test_endprompt_with_lora_under_zero2(recipe, tmp_path, base):
 
 
 @pytest.mark.distributed
-def test_lceg_keeps_its_dynamic_scaling(recipe, tmp_path):
+def test_lceg_saves_the_frequencies_it_trained_with(recipe, tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = prepared(recipe, "lceg", tmp_path)
     run(train(recipe, "lceg", tmp_path, "--set", "train.learning_rate=1e-3", ranks=2))
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert model.config.rope_parameters == {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 10000.0} and model.config.max_position_embeddings == 256
-    rope.verify(model.get_decoder().rotary_emb, model.config, rope.Dynamic(1.0, 256, 512), 10000.0)
+    scaling = rope.Ntk(1, 256, 512)
+    theta = 10000.0 * 2 ** (32 / 30)
+    assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(theta, rel=1e-12)}
+    assert model.config.max_position_embeddings == 512
+    rope.verify(model.get_decoder().rotary_emb, model.config, scaling, 10000.0)

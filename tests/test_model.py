@@ -7,12 +7,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
-from networks import THETA, saved
+from networks import LENGTHS, THETA, saved, short_everywhere
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endprompt import BadInput, config, methods, model, rope
+from endprompt import BadInput, Failure, checkpoint, config, methods, model, rope
 from endprompt.eval import run as evaluation
 
 ENDPROMPT = methods.get("endprompt")
@@ -121,6 +122,223 @@ def test_scaled_or_thetaless_models_are_refused(recipe, base, tmp_path):
     change_config(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": THETA})
     with pytest.raises(BadInput, match="scaled already"):
         build(recipe(folder))
+
+
+ACTIVE = [
+    (
+        "dual_chunk_attention_config",
+        {"chunk_size": 128, "local_size": 16, "original_max_position_embeddings": 128},
+    ),
+    ("use_dual_chunk", True),
+    ("sparse_attention_config", {"0": 1}),
+    ("sparse_attention_enabled", True),
+    ("use_logn_attn", True),
+    ("use_dynamic_ntk", True),
+    ("alibi", True),
+    ("use_alibi", True),
+    ("alibi_bias_max", 8),
+    ("attn_logit_softcapping", 50.0),
+    ("final_logit_softcapping", 30.0),
+    ("attn_logit_softcap", 50.0),
+    ("attention_chunk_size", 128),
+    ("interleaved_sliding_window", [64, None]),
+    ("sliding_window_pattern", 6),
+    ("no_rope_layers", [1, 0]),
+    ("no_rope_layer_interval", 4),
+    ("attn_temperature_tuning", True),
+    ("llama_4_scaling", {"beta": 0.1}),
+    ("llama_4_scaling_beta", 0.1),
+    ("use_qk_norm", True),
+    ("rope_scaling_factor", 2.0),
+    ("partial_rotary_factor", 0.5),
+    ("rotary_pct", 0.25),
+    ("rope_ratio", 500),
+    ("logit_scale", 0.0625),
+    ("logits_scaling", 8.0),
+    ("attention_multiplier", 0.0078125),
+    ("residual_multiplier", 0.22),
+    ("embedding_multiplier", 12.0),
+    ("position_embedding_type", "alibi"),
+    ("is_causal", False),
+    ("layer_types", ["full_attention", "chunked_attention"]),
+    ("layer_types", ["full_attention", "sliding_attention"]),
+    ("original_max_position_embeddings", 32),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": THETA, "llama_4_scaling_beta": 0.1}),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 0.5}),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": THETA, "beta_fast": 16}),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": THETA, "mrope_section": [4, 2, 2]}),
+    (
+        "rope_parameters",
+        {"rope_type": "default", "rope_theta": THETA, "original_max_position_embeddings": 64},
+    ),
+    ("rope_scaling", {"type": "default", "attention_factor": 1.2}),
+    ("rope_theta", 10000.0),
+]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_what_engines_would_compute_otherwise_is_refused(recipe, base, tmp_path, model_type):
+    folder = saved(tmp_path / "model", base, model_type)
+    checked, plain = recipe(folder), (folder / "config.json").read_text()
+    for key, value in ACTIVE:
+        change_config(folder, **{key: value})
+        # transformers reads a mistral model with layer_types as one of another type.
+        complaint = (
+            "'ministral' is not supported"
+            if (model_type, key) == ("mistral", "layer_types")
+            else f"{key}.*in its config.json.*; "
+        )
+        with pytest.raises(BadInput, match=f"(?s)^model: .*{complaint}") as told:
+            model.load_config(checked)
+        assert "\n" not in str(told.value)
+        (folder / "config.json").write_text(plain)
+    model.load_config(checked)
+
+
+def test_what_is_switched_off_is_not_refused(recipe, base, tmp_path):
+    folder = saved(tmp_path / "model", base)
+    for key, value in ACTIVE:
+        if key in (
+            "rope_parameters",
+            "layer_types",
+            "no_rope_layers",
+            "rope_theta",
+            "is_causal",
+            "position_embedding_type",
+        ):
+            continue
+        neutral = (
+            (None, 1.0, 1)
+            if key.endswith(("factor", "pct", "ratio", "logit_scale", "logits_scaling", "multiplier"))
+            else (None, {})
+            if isinstance(value, dict)
+            else (None, False)
+        )
+        for off in neutral:
+            change_config(folder, **{key: off})
+            model.load_config(recipe(folder))
+        drop_config(folder, key)
+    change_config(
+        folder,
+        no_rope_layers=[1, 1],
+        layer_types=["full_attention"] * 2,
+        is_causal=True,
+        position_embedding_type="rope",
+        rope_theta=THETA,
+        original_max_position_embeddings=64,
+        rope_scaling=None,
+        partial_rotary_factor=1.0,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA, "factor": 1.0, "beta_fast": None},
+    )
+    model.load_config(recipe(folder))
+
+
+def test_refusing_them_is_what_keeps_them_out(recipe, base, tmp_path, monkeypatch):
+    """transformers loads such a base, ignores the key, and writes it into what it saves."""
+    folder = saved(tmp_path / "model", base)
+    change_config(folder, dual_chunk_attention_config={"chunk_size": 128})
+    monkeypatch.setattr(model, "CHANGES_ATTENTION", ())
+    build(recipe(folder)).save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dual_chunk_attention_config"] == {
+        "chunk_size": 128
+    }
+
+
+def test_a_window_counts_where_transformers_heeds_it(recipe, base, tmp_path):
+    """use_sliding_window is a key of qwen2; mistral attends in its window all the same."""
+    folder = saved(tmp_path / "model", base, "mistral", sliding_window=128)
+    change_config(folder, use_sliding_window=False)
+    with pytest.raises(BadInput, match="sliding window of 128"):
+        model.load_config(recipe(folder))
+    change_config(folder, use_sliding_window=False, sliding_window=512)
+    model.load_config(recipe(folder))
+
+
+# What a saved folder says of its length
+
+def save(recipe, out, target):
+    network, tokenizer = build(recipe), model.load_tokenizer(recipe)
+    model.state_length(network, tokenizer, target)
+    network.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    checkpoint.verify_saved(out, rope.Linear(8.0), THETA, 512)
+
+
+@pytest.mark.parametrize(
+    "model_type, model_max_length", [("llama", 64), ("mistral", int(1e30)), ("qwen2", 64)]
+)
+def test_a_saved_folder_states_the_target_wherever_it_states_a_length(
+    recipe, base, tmp_path, model_type, model_max_length
+):
+    folder, out = saved(tmp_path / "model", base, model_type), tmp_path / "out"
+    short_everywhere(folder, model_max_length)
+    save(recipe(folder), out, 512)
+    config_there, generation = (
+        json.loads((out / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert {key: config_there[key] for key in LENGTHS} == dict.fromkeys(LENGTHS, 512) and config_there[
+        "max_position_embeddings"
+    ] == 512
+    assert (
+        generation["max_length"] == generation["max_cache_len"] == 512 and generation["max_new_tokens"] == 32
+    )
+    assert (generation["temperature"], generation["top_p"]) == (
+        0.9,
+        0.6,
+    )  # how the base wants to be sampled is its own affair
+    definition = json.loads((out / "tokenizer.json").read_text())
+    assert (
+        definition["truncation"]["max_length"] == 512
+        and definition["truncation"]["direction"] == "Left"
+        and definition["padding"] is None
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.model_max_length == 512
+    assert len(tokenizer("old town " * 600, truncation=True)["input_ids"]) == 512
+    assert (
+        len(tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).encode("old town " * 600).ids) == 512
+    )
+
+
+def test_a_base_that_states_few_lengths_states_no_more_when_saved(recipe, base, tmp_path):
+    folder, out = saved(tmp_path / "model", base), tmp_path / "out"
+    save(recipe(folder), out, 512)
+    assert model.stated_lengths(out) == {
+        "config.json: max_position_embeddings": 512,
+        "tokenizer_config.json: model_max_length": 512,
+    }
+
+
+def test_a_saved_folder_with_another_length_is_refused(recipe, base, tmp_path):
+    """Each of them alone, as if it had been forgotten."""
+    folder = saved(tmp_path / "model", base)
+    short_everywhere(folder, 64)
+    with pytest.raises(Failure, match="states other lengths than 512") as told:
+        save(recipe(folder), tmp_path / "forgotten", 64)
+    assert all(
+        key in str(told.value) for key in (*LENGTHS, "max_length", "max_cache_len", "max_len", "truncation")
+    )
+    save(recipe(folder), tmp_path / "out", 512)
+    for file, key in (
+        ("config.json", "max_position_embeddings"),
+        ("config.json", "seq_length"),
+        ("generation_config.json", "max_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        path = tmp_path / "out" / file
+        right = path.read_text()
+        path.write_text(json.dumps({**json.loads(right), key: 64}))
+        with pytest.raises(Failure, match=f"{key}.*: 64" if key != "max_position_embeddings" else "."):
+            checkpoint.verify_saved(tmp_path / "out", rope.Linear(8.0), THETA, 512)
+        path.write_text(right)
+    path = tmp_path / "out/tokenizer_config.json"
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in json.loads(path.read_text()).items() if key != "model_max_length"}
+        )
+    )
+    with pytest.raises(Failure, match="model_max_length.*None"):
+        checkpoint.verify_saved(tmp_path / "out", rope.Linear(8.0), THETA, 512)
 
 
 def drop_config(folder, *keys):
@@ -269,6 +487,27 @@ def test_code_of_a_model_is_run_where_the_recipe_says_so(recipe, bait):
     with contextlib.suppress(BadInput):  # it runs, and is then of a type that is not supported
         model.load_config(recipe(folder, trust_remote_code=True))
     assert mark.exists()
+
+
+def test_a_saved_folder_names_no_code_that_is_not_in_it(recipe, base, tmp_path):
+    """A base of a known type with code beside it, which was not run; trust_remote_code would else look for it
+    in the saved folder."""
+    folder = saved(tmp_path / "model", base)
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.M"})
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": [None, "tokens_own.T"]}})
+    )
+    network, tokenizer = build(recipe(folder)), model.load_tokenizer(recipe(folder))
+    for forget in (False, True):
+        out = tmp_path / f"out-{forget}"
+        if forget:
+            model.forget_code(network, tokenizer)
+        network.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        for kind in (AutoModelForCausalLM, AutoTokenizer):
+            with contextlib.nullcontext() if forget else pytest.raises(OSError, match="_own.py"):
+                kind.from_pretrained(out, trust_remote_code=True)
 
 
 def test_a_folder_of_links_loads(recipe, base, tmp_path):

@@ -67,7 +67,7 @@ def test_default_leaves_the_window_alone():
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": THETA} and config.max_position_embeddings == 64
 
 
-SCHEMES = [rope.Linear(8.0), rope.Dynamic(8.0, 64, 512), rope.Dynamic(4.0, 64, 512), rope.Yarn(8.0, 64)]
+SCHEMES = [rope.Linear(8.0), rope.Ntk(8, 64, 512), rope.Ntk(4, 64, 512), rope.Yarn(8.0, 64)]
 
 
 def built(scaling, theta=THETA, model_type="llama", **changes):
@@ -89,22 +89,49 @@ def test_yarn_is_that_of_transformers(theta, head_dim, factor, original):
     assert attention_factor == pytest.approx(scaling.attention_factor, rel=1e-12)
 
 
+def dynamic(factor, window, theta=THETA, model_type="llama", **changes):
+    """The config that transformers' own, length-dependent ``dynamic`` scaling takes."""
+    parameters = {"rope_type": "dynamic", "factor": factor, "rope_theta": theta}
+    return configuration(model_type, max_position_embeddings=window, rope_parameters=parameters, **changes)
+
+
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("factor, original, target", [(1.0, 512, 4096), (4.0, 8192, 65536), (8.0, 8192, 65536), (8.0, 256, 2048), (16 / 3, 768, 8192)])
-def test_dynamic_is_that_of_transformers_at_the_target_length(theta, head_dim, factor, original, target):
-    scaling = rope.Dynamic(factor, original, target)
-    config = configuration(hidden_size=4 * head_dim, head_dim=head_dim, max_position_embeddings=original, rope_parameters={"rope_type": "default", "rope_theta": theta})
+@pytest.mark.parametrize("factor, original, target",
+                         [(1, 512, 4096), (4, 8192, 65536), (8, 8192, 65536), (8, 256, 2048), (7, 8192, 100_000)])
+def test_ntk_holds_what_dynamic_has_at_the_target_length(theta, head_dim, factor, original, target):
+    scaling = rope.Ntk(factor, original, target)
+    shape = {"hidden_size": 4 * head_dim, "head_dim": head_dim}
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](dynamic(factor, original, theta, **shape), "cpu", seq_len=target)
+    np.testing.assert_allclose(scaling.inv_freq(theta, head_dim), expected.double().numpy(), rtol=3e-6)
+    parameters = {"rope_type": "default", "rope_theta": theta}
+    config = configuration(max_position_embeddings=original, rope_parameters=parameters, **shape)
     rope.apply(config, scaling, target)
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=target)
-    np.testing.assert_allclose(inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6)
-    assert attention_factor == scaling.attention_factor == 1
-    assert config.max_position_embeddings == original
+    np.testing.assert_allclose(LlamaRotaryEmbedding(config).inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6)
+    assert config.max_position_embeddings == target and config.rope_parameters["rope_type"] == "default"
 
 
-def test_dynamic_and_yarn_by_hand():
-    # d = 4, theta = 16, n / C = 8, factor 4: theta grows by 29^(4/2) = 841.
-    np.testing.assert_allclose(rope.Dynamic(4.0, 64, 512).inv_freq(16.0, 4), [1.0, (16 * 841) ** -0.5], rtol=1e-14)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_ntk_gives_dynamics_logits_at_the_target_and_the_same_frequencies_below(model_type):
+    """Rows of the target length train the target's frequencies; a shorter row must be read with them too (LCEG's evaluation)."""
+    config = configuration(model_type)
+    rope.apply(config, rope.Ntk(4, 64, 512), 512)
+    held, moving = network(config), network(dynamic(4.0, 64, model_type=model_type))
+    ids = torch.randint(3, 96, (1, 512), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = held(ids).logits
+        assert (whole - moving(ids).logits).abs().max() == 0.0
+        rope.forget(moving)
+        # The twin: inside the window, dynamic scaling reads a row otherwise than it was trained.
+        short = ids[:, :48]
+        torch.testing.assert_close(held(short).logits, whole[:, :48])
+        assert (moving(short).logits - whole[:, :48]).abs().max() > 1e-2
+
+
+def test_ntk_and_yarn_by_hand():
+    # d = 4, theta = 16, L / C = 8, factor 4: theta grows by 29^(4/2) = 841.
+    np.testing.assert_allclose(rope.Ntk(4, 64, 512).inv_freq(16.0, 4), [1.0, (16 * 841) ** -0.5], rtol=1e-14)
+    assert rope.Ntk(4, 64, 512).hf_parameters(16.0, 4) == {"rope_type": "default", "rope_theta": 16.0 * 841}
     # d = 16, C = 64: the wave that turns once within C has index 8 ln(64 / 2 pi) / ln 10^4 = 2.02, so the ramp runs from 0 to 3.
     kept = rope.Yarn(8.0, 64).inv_freq(1e4, 16) / rope.Default().inv_freq(1e4, 16)
     np.testing.assert_allclose(kept, [1, 1 - 7 / 24, 1 - 14 / 24] + 5 * [1 / 8], rtol=1e-12)
@@ -123,7 +150,7 @@ def test_verify_passes_every_scheme_and_leaves_no_trace(scaling):
 
 
 @pytest.mark.parametrize("scaling", SCHEMES, ids=str)
-@pytest.mark.parametrize("other", [*SCHEMES, rope.Default(), rope.Yarn(4.0, 64), rope.Yarn(8.0, 4096), rope.Dynamic(8.0, 128, 512)], ids=str)
+@pytest.mark.parametrize("other", [*SCHEMES, rope.Default(), rope.Yarn(4.0, 64), rope.Yarn(8.0, 4096), rope.Ntk(8, 128, 512)], ids=str)
 def test_verify_tells_the_schemes_apart(scaling, other):
     config, rotary = built(scaling)
     if scaling != other:
@@ -138,14 +165,14 @@ def test_verify_refuses_another_theta_for_every_scheme(scaling):
         rope.verify(rotary, config, scaling, THETA)
 
 
-def test_a_dynamic_window_at_the_target_switches_scaling_off_and_is_refused():
-    config, _ = built(SCHEMES[1])
-    config.max_position_embeddings = 512
+def test_scaling_that_looks_at_the_rows_length_is_refused():
+    """Its frequencies at rest are those of no scaling, and at the target those of ``ntk``: neither passes for the other."""
+    config = dynamic(4.0, 64)
     rotary = LlamaRotaryEmbedding(config)
     rotary(torch.zeros(1), torch.tensor([[511]]))
-    np.testing.assert_allclose(rotary.inv_freq.double().numpy(), rope.Default().inv_freq(THETA, 8), rtol=3e-6)  # the trap
-    with pytest.raises(RuntimeError, match="at length 512"):
-        rope.verify(rotary, config, SCHEMES[1], THETA)
+    np.testing.assert_allclose(rotary.inv_freq.double().numpy(), SCHEMES[2].inv_freq(THETA, 8), rtol=3e-6)  # the trap
+    with pytest.raises(RuntimeError, match="computes 'dynamic'"):
+        rope.verify(rotary, config, SCHEMES[2], THETA)
 
 
 def test_yarn_without_its_attention_factor_is_refused():
@@ -162,34 +189,48 @@ def test_every_scheme_reloads_in_plain_transformers(tmp_path, model_type, scalin
     model = network(config)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert again.config.rope_parameters == model.config.rope_parameters and again.config.rope_parameters["rope_theta"] == THETA
+    theta = scaling.stretched(THETA, 8) if isinstance(scaling, rope.Ntk) else THETA
+    assert again.config.rope_parameters == model.config.rope_parameters and again.config.rope_parameters["rope_theta"] == theta
     assert rope.verify(again.get_decoder().rotary_emb, again.config, scaling, THETA) < 3e-6
     ids, positions = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(1)), torch.cat([torch.arange(12), torch.arange(504, 512)])[None]
     with torch.no_grad():
         assert torch.equal(again(ids, position_ids=positions).logits, model(ids, position_ids=positions).logits)
 
 
-def test_lceg_takes_half_the_factor_for_dynamic_alone():
+def test_lceg_rounds_half_of_the_factor_up():
     from endprompt import methods
 
     def chosen(name, rope_type, target=65536):
-        method = methods.get(name)
-        return rope.scaling_for(rope_type, 8192, target, method.rope_share.get(rope_type, 1.0), method.whole_factor)
+        return rope.scaling_for(rope_type, 8192, target, methods.get(name).whole_factor)
 
-    assert methods.get("lceg").rope == "dynamic" and chosen("lceg", "dynamic") == rope.Dynamic(4.0, 8192, 65536)
+    assert methods.get("lceg").rope == "ntk" and chosen("lceg", "ntk") == rope.Ntk(4, 8192, 65536)
     assert chosen("lceg", "yarn") == rope.Yarn(8.0, 8192) and chosen("lceg", "linear") == rope.Linear(8.0)
-    assert chosen("endprompt", "dynamic") == rope.Dynamic(8.0, 8192, 65536)
-    # LongLoRA's and LCEG's code round L / C up: 100,000 / 8192 is 12.2.
-    assert chosen("lceg", "dynamic", 100_000) == rope.Dynamic(6.5, 8192, 100_000) and chosen("longlora", "linear", 100_000) == rope.Linear(13.0)
+    assert chosen("endprompt", "ntk") == rope.Ntk(4, 8192, 65536)
+    # 100,000 / 8192 is 12.2, of which LCEG's code takes the half and rounds it up; LongLoRA's rounds the whole.
+    assert chosen("lceg", "ntk", 100_000) == rope.Ntk(7, 8192, 100_000)
+    assert chosen("longlora", "linear", 100_000) == rope.Linear(13.0)
     assert chosen("endprompt", "linear", 100_000) == rope.Linear(100_000 / 8192)
 
 
+def test_no_method_is_trained_under_a_scaling_that_looks_at_the_rows_length():
+    from endprompt import methods
+
+    assert {method.rope for method in methods.METHODS.values()} <= {None, *rope.TYPES} and "dynamic" not in rope.TYPES
+    for name in rope.TYPES:
+        config = configuration()
+        rope.apply(config, rope.scaling_for(name, 64, 512), 512)
+        rotary = LlamaRotaryEmbedding(config)
+        before = rotary.inv_freq.clone()
+        rotary(torch.zeros(1), torch.tensor([[511]]))
+        assert torch.equal(rotary.inv_freq, before)
+
+
 def test_scaling_for():
-    assert rope.scaling_for("dynamic", 8192, 65536) == rope.Dynamic(8.0, 8192, 65536) and rope.scaling_for("yarn", 8192, 65536) == rope.Yarn(8.0, 8192)
+    assert rope.scaling_for("ntk", 8192, 65536) == rope.Ntk(4, 8192, 65536) and rope.scaling_for("yarn", 8192, 65536) == rope.Yarn(8.0, 8192)
     assert rope.scaling_for("linear", 8192, 65536) == rope.Linear(8.0)
     assert rope.scaling_for(None, 8192, 65536) == rope.Default()
-    with pytest.raises(BadInput, match=r"rope\.type.*'ntk'.*linear"):
-        rope.scaling_for("ntk", 8192, 65536)
+    with pytest.raises(BadInput, match=r"rope\.type.*'cubic'.*linear"):
+        rope.scaling_for("cubic", 8192, 65536)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])

@@ -17,7 +17,7 @@ ALONE = ["--set", "train.per_device_train_batch_size=16"]  # a device's rows: on
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, base) -> Path:
-    """32 rows of 512 tokens, beyond the base's window of 256 (so that dynamic RoPE moves), in 8 steps of 4 rows."""
+    """32 rows of 512 tokens, beyond the base's window of 256, in 8 steps of 4 rows."""
     folder = tmp_path_factory.mktemp("sequence")
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump({
@@ -70,7 +70,7 @@ def test_two_ranks_that_share_rows_equal_one(recipe, together, tmp_path):
 
 @pytest.fixture(scope="module")
 def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
-    """One rank alone, with dynamic RoPE and plain gradient descent without clipping, which feels the gradient's size; and its options."""
+    """One rank alone, with plain gradient descent without clipping, which feels the gradient's size; and its options."""
     out = tmp_path_factory.mktemp("alone")
     folder = prepared(recipe, "lceg", out)
     options = [part for key in ("optim=sgd", "learning_rate=0.02", "max_grad_norm=1000.0", "warmup_steps=0") for part in ("--set", f"train.{key}")]

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
+from endprompt.model import state_length, stated_lengths
+
 RECIPE = REPOSITORY / "recipes/sft.yaml"
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the door code?"}, {"role": "assistant", "content": "The door code is 40817."}]
 
@@ -42,8 +44,10 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
     model = AutoModelForCausalLM.from_pretrained(base)
     model.config.rope_parameters, model.config.max_position_embeddings = rope, 2048
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    state_length(model, tokenizer, 2048)
     model.save_pretrained(extended)
-    AutoTokenizer.from_pretrained(base).save_pretrained(extended)
+    tokenizer.save_pretrained(extended)
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_text("".join(json.dumps({"messages": CONVERSATION}) + "\n" for _ in range(16)))
@@ -55,6 +59,11 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     assert tuned.config.rope_parameters == rope and tuned.config.max_position_embeddings == 2048
+    for folder in (
+        tmp_path / "sft",
+        next((tmp_path / "sft").glob("checkpoint-*")),
+    ):  # rows are cut to max_length; what is saved still reads 2048
+        assert set(stated_lengths(folder).values()) == {2048}
     history = json.loads(next((tmp_path / "sft").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 8 and losses[-1] < losses[0]

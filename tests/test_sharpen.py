@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_main
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import saved
+from networks import saved, short_everywhere
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training import prepared, run, train, weights
@@ -106,6 +107,116 @@ def test_recipe_and_method_say_how_much(recipe_file):
     assert found("full_length", "rope.sharpen=0.5") == pytest.approx((9 / 8) ** 0.5)
 
 
+# A base whose weights are sharpened already
+
+def noted(folder, **note):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **({"endprompt": note} if note else {})}))
+    return folder
+
+
+def scores(folder):
+    """Logarithms of the first layer's attention, each row counted from its first key: the differences of the
+    scores, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    found = network(torch.arange(3, 40)[None], output_attentions=True).attentions[0].double().log()
+    return (found - found[..., :1]).tril()
+
+
+@pytest.mark.parametrize(
+    "start, target, noted_from, missing, twice",
+    [
+        (256, 2048, {"original_length": 256}, 1, 11 / 8),  # all of it is there
+        (
+            256,
+            4096,
+            {"original_length": 256},
+            12 / 11,
+            12 / 8,
+        ),  # ln 4096 / ln 256 = 12 / 8 in all, of which 11 / 8 is there
+        (
+            2048,
+            4096,
+            {"original_length": 256},
+            12 / 11,
+            12 / 11,
+        ),  # a window that was extended: its own factor is what is missing
+        (
+            4096,
+            8192,
+            {"original_length": 4096, "sharpened_from": 256},
+            13 / 11,
+            13 / 12,
+        ),  # a run between that did not sharpen
+        (256, 2048, {}, 1, 11 / 8),  # from where is not known: from the base's own window
+        (256, 512, {"original_length": 256}, 1, 9 / 8),  # more is there than is wished
+    ],
+)
+def test_a_sharpened_base_gets_what_is_missing(
+    recipe_file, base, tmp_path, start, target, noted_from, missing, twice
+):
+    """Its scores are in the end those of the plain base times the whole factor, however many runs it took.
+    twice: the factor that a base without the note gets, on top of what is there."""
+    plain, done = shutil.copytree(base, tmp_path / "plain"), shutil.copytree(base, tmp_path / "done")
+    noted(done, **noted_from)
+    sharpen.sharpen(done, 11 / 8)
+    for folder in (plain, done):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": start}))
+    recipe = config.load(recipe_file(model={"name_or_path": str(done)}, lengths={"target": target}))
+    read = model.load_config(recipe)
+    t = model.sharpness(recipe, methods.get("pose_sharp"), read)
+    assert t == pytest.approx(missing, rel=1e-12)
+    assert model.sharpness(recipe, methods.get("pose"), read) == 1.0  # what is there stays
+    assert model.sharpness(
+        recipe, methods.get("pose_sharp"), SimpleNamespace(max_position_embeddings=start)
+    ) == pytest.approx(twice)
+    before = scores(plain)
+    sharpen.sharpen(done, t)
+    torch.testing.assert_close(scores(done), 11 / 8 * missing * before, atol=1e-4, rtol=1e-4)
+    assert json.loads((done / "config.json").read_text())["endprompt"]["sharpened"] == pytest.approx(
+        11 / 8 * missing
+    )
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"sharpened": "1.4"},
+        {"sharpened": -1.0, "original_length": 256},
+        {"sharpened": 0},
+        {"sharpened": 1.4, "original_length": "256"},
+        {"sharpened": True},
+        {"sharpened": 1.4, "sharpened_from": 0},
+    ],
+)
+def test_a_note_that_says_nothing_is_refused(recipe_file, base, tmp_path, note):
+    folder = noted(shutil.copytree(base, tmp_path / "model"), **note)
+    code, out, err = run_main(
+        "prepare", recipe_file(model={"name_or_path": str(folder)}), "pose", "--out", tmp_path / "out"
+    )
+    assert (
+        code == 2
+        and not out
+        and err.count("\n") == 1
+        and "endprompt.sharpened" in err
+        and not (tmp_path / "out").exists()
+    )
+
+
+def test_other_notes_of_ours_say_nothing_of_sharpness(recipe_file, base, tmp_path):
+    folder = noted(
+        shutil.copytree(base, tmp_path / "model"), method="pose", original_length=64, target_length=256
+    )
+    recipe = config.load(recipe_file(model={"name_or_path": str(folder)}))
+    assert model.sharpness(recipe, methods.get("pose_sharp"), model.load_config(recipe)) == pytest.approx(
+        9 / 8
+    )
+    assert sharpen.inherited(model.load_config(recipe)) == {}
+
+
 @pytest.mark.parametrize("value", ["-0.1", "4.5", "true", "much", ".inf"])
 def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
     code, out, err = run_main("prepare", recipe_file(), "pose", "--out", tmp_path / "out", "--set", f"rope.sharpen={value}")
@@ -113,15 +224,46 @@ def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks, options", [(2, ()), (1, ("--set", "train.lora={r: 4, alpha: 8}"))], ids=["two ranks", "lora"])
-def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(train_recipe, tmp_path, ranks, options):
+@pytest.mark.parametrize(
+    "ranks, options, there",
+    [(2, (), 1.0), (1, ("--set", "train.lora={r: 4, alpha: 8}"), 1.0), (1, (), 1.5)],
+    ids=["two ranks", "lora", "sharpened base"],
+)
+def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(
+    train_recipe, base, tmp_path, ranks, options, there
+):
+    """1.5 is more than the 1.25 that is asked for, so nothing is added.  The base states its window wherever
+    it can; model/ states the target."""
+    odd = shutil.copytree(base, tmp_path / "base")
+    if there != 1:
+        noted(odd, method="pose_sharp", original_length=256, sharpened=there)
+    short_everywhere(odd, 256)
     trained = {}
     for method in ("pose", "pose_sharp"):
         folder = prepared(train_recipe, method, tmp_path)
-        run(train(train_recipe, method, tmp_path, "--set", "train.max_steps=2", "--set", "rope.type=yarn", *options, ranks=ranks))
+        run(
+            train(
+                train_recipe,
+                method,
+                tmp_path,
+                "--set",
+                "train.max_steps=2",
+                "--set",
+                "rope.type=yarn",
+                "--set",
+                f"model.name_or_path={odd}",
+                *options,
+                ranks=ranks,
+            )
+        )
         trained[method] = weights(folder)
-    told = json.loads((folder / "model/config.json").read_text())["endprompt"]
-    t = sharpen.factor(1.0, 256, 1024)
-    assert told["method"] == "pose_sharp" and told["sharpened"] == pytest.approx(t)
+        assert set(model.stated_lengths(folder / "model").values()) == {1024}
+        checkpoint = next((folder / "checkpoints").glob("checkpoint-*"))
+        assert set(model.stated_lengths(checkpoint).values()) == {1024, None}  # it has no tokenizer
+    saved_config = json.loads((folder / "model/config.json").read_text())
+    assert saved_config["use_cache"] is True  # as the base says; the Trainer switches it off
+    told = saved_config["endprompt"]
+    t = sharpen.factor(1.0, 256, 1024) if there == 1 else 1.0
+    assert told["method"] == "pose_sharp" and told["sharpened"] == pytest.approx(t * there)
     for name, tensor in trained["pose"].items():
         assert torch.equal(trained["pose_sharp"][name], tensor * t if "q_proj" in name else tensor), name

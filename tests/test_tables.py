@@ -275,6 +275,7 @@ def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, m
 
     monkeypatch.setattr(run, "load", lambda *_: (None, None, {"name_or_path": "x"}))
     monkeypatch.setattr(run, "Scorer", Scorer)
+    monkeypatch.setattr(run.engine, "table", lambda network: None)
     recipe = config.load(recipe_file(), ["eval.tasks=[perplexity]", "eval.perplexity_corpus=x"])
     run.evaluate(recipe, methods.get("base"), tmp_path / "run", str(tmp_path / "model"))
     run.evaluate(recipe, methods.get("base"), tmp_path / "run")

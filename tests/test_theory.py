@@ -118,7 +118,7 @@ def test_interpolation_shrinks_the_bounds_by_s_and_its_square(result):
     assert fall["S'"] == {"measured": pytest.approx(8, rel=0.2), "bound": pytest.approx(8)} and fall["S''"] == {"measured": pytest.approx(64, rel=0.2), "bound": pytest.approx(64)}
 
 
-@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("name", ["linear", "ntk", "yarn"])
 def test_every_scaling_is_measured_with_its_own_frequencies(network, name):
     recipe = config.load(REPOSITORY / "recipes/tiny.yaml", [f"rope.type={name}"])
     scaling = model.scaling(recipe, methods.get("interpolation"), network.config)
