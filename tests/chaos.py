@@ -165,9 +165,9 @@ class Chaos:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(timeout=120)
-        end = time.monotonic() + 120
+        limit = time.monotonic() + 120
         while any(map(alive, everybody)):  # the others end by themselves
-            if time.monotonic() > end:
+            if time.monotonic() > limit:
                 self.faults.append(f"{stage}: {kind} was killed, and some of {everybody} went on for 120 s")
                 counts["lost"] += 1
                 break

@@ -16,6 +16,11 @@ from endprompt import launch
 # -- where a run is ------------------------------------------------------------------------------------------------------
 
 
+def test_path_knows_the_recipes_that_come_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_main("path", "tiny", "short") == (0, "runs/tiny/short\n", "")
+
+
 def test_path_is_where_every_command_writes(recipe_file, tmp_path):
     recipe = recipe_file("some.thing")
     assert run_main("path", recipe, "short") == (0, "runs/some.thing/short\n", "")
