@@ -1,4 +1,5 @@
-"""The command line: ``endprompt prepare|train|evaluate|inspect|plan RECIPE METHOD`` and ``endprompt status RUN``.
+"""The command line: ``endprompt prepare|train|evaluate|inspect|plan RECIPE METHOD``, ``endprompt status RUN``, and what scripts ask:
+``endprompt path RECIPE [METHOD]`` and ``endprompt gpus``.
 
 Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 2 bad input (one line says what, where and how to mend
 it), 1 failure while running.
@@ -58,6 +59,14 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="print how far a run has come", description="Print a run's state, step, losses, speed, last checkpoint and time left.")
     status.add_argument("run", type=Path, metavar="RUN", help="a run's folder, for example runs/tiny/endprompt")
     status.add_argument("--json", action="store_true", help="as JSON")
+    path = commands.add_parser("path", help="print where a run's folder is", description="Print the folder of a recipe's runs, or of a method's run, "
+                               "whether it is there or not.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    path.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the recipe.yaml of a run")
+    path.add_argument("method", metavar="METHOD", nargs="?", help="a row of the method table")
+    path.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as of the other commands; no key moves the folder")
+    path.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="as of the other commands")
+    text = "print how many GPUs this process may use (CUDA_VISIBLE_DEVICES, Slurm)"
+    commands.add_parser("gpus", help=text, description=text[0].upper() + text[1:] + ".")
     return root
 
 
@@ -253,8 +262,24 @@ def _check_out(out: Path, run: Path, writes: bool) -> None:
             raise BadInput(f"--out: nothing can be written to {str(out)[:200]} ({getattr(error, 'strerror', None) or error}); choose another folder") from None
 
 
+def _path(arguments) -> None:
+    from endprompt import settings_file
+
+    folder = arguments.out / settings_file.recipe(arguments.recipe)[0]
+    if arguments.method:
+        from endprompt import methods
+
+        folder /= methods.get(arguments.method).name
+    print(folder)
+
+
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as error:
+        if error.code:
+            launch.note_exit_code(error.code)
+        raise
     if arguments.command == "evaluate" and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: its bars only fill a log
     # Ranks other than the first fail alike; one message is enough.
@@ -263,6 +288,12 @@ def main(argv: list[str] | None = None) -> None:
         _check_names(arguments)
         if arguments.command == "status":
             _status(arguments)
+            return
+        if arguments.command == "path":
+            _path(arguments)
+            return
+        if arguments.command == "gpus":
+            print(launch.gpus(os.environ))
             return
         if arguments.command == "train":
             launch.end_with_launcher()
@@ -284,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     except BadInput as error:
         if speaks:
             _say(error)
+        launch.note_exit_code(2)
         raise SystemExit(2) from None
     except Failure as error:
         if speaks:

@@ -19,6 +19,7 @@ class Collator:
     input_ids, position_ids int64; attention_mask int64, 1 for tokens and 0 for padding; already shifted, so that column t
     speaks of token t + 1: shift_labels int64 (-100: no target), shift_weights float32, shift_prompt bool (an end-prompt token);
     row_numbers int64 [batch, 1] ([batch, length] sharded): the rows' numbers in the shards, for messages.
+    A row marked ``filler`` (endprompt/dealing.py) has no targets, no weights and no prompt.
     sharded: for sequence parallelism, which takes no mask: none is sent, and DeepSpeed's data loader gets the ``labels`` that it
     shifts into the same shift_labels.
     Raises ValueError if a row's positions do not increase strictly inside [0, target_length), or, sharded, jump or need padding.
@@ -42,6 +43,8 @@ class Collator:
             batch["input_ids"][index, :n] = ids
             batch["position_ids"][index, :n] = position_ids
             batch["attention_mask"][index, :n] = 1
+            if row.get("filler"):
+                continue
             batch["shift_labels"][index, :n - 1] = ids[1:]
             batch["shift_weights"][index, :n - 1] = row["loss_weights"][1:]
             batch["shift_prompt"][index, max(row["text_length"] - 1, 0):n - 1] = row["prompt_length"] > 0

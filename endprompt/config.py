@@ -1,7 +1,6 @@
 """The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
 
 import json
-import os
 import reprlib
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from endprompt import BadInput, methods, settings_file, training_keys, zero_file
 from endprompt.eval import names
 from endprompt.rope import TYPES
+from endprompt.settings_file import SHIPPED
 from endprompt.training_keys import Lora
 
 # The three prompts the paper measures (Eq. 10, appendix B.1).
 END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
-
-NAME_BYTES = 200
-
-_HERE = Path(__file__).resolve().parent
-# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone
-# around it.
-SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
 class Section(BaseModel):
@@ -243,45 +236,11 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
-def _name(name: Any, source: str) -> str:
-    """``name`` if it can be the folder of a recipe's results and leads nowhere else.  Raises BadInput."""
-    if (not isinstance(name, str) or not name.strip() or name != name.strip() or name.startswith((".", "-")) or not name.isprintable()
-            or any(mark in name for mark in "/\\") or len(name.encode(errors="replace")) > NAME_BYTES):
-        raise BadInput(f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
-                       f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)")
-    return name
-
-
-def find(path: Path) -> Path:
-    """The file of a recipe: ``path``, else the recipe of that path or name that comes with this program."""
-    recipes = SHIPPED / "recipes"
-    shipped = [] if os.path.lexists(path) else [SHIPPED / path, recipes / path, recipes / f"{path}.yaml"]
-    return next((found for found in shipped if found.is_file()), path)
-
-
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe, see ``find``.  Raises BadInput with one line that names the key
-    and the mend."""
-    path = Path(path)
-    try:
-        path = find(path)
-        text = settings_file.read(path)
-    except FileNotFoundError:
-        known = ", ".join(
-            sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft")
-        )  # which is TRL's
-        raise BadInput(
-            f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
-    tree = settings_file.parse(text, str(path))
-    if not isinstance(tree, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
-    # A resolved copy names its recipe and method: it loads again under the same name.
-    copied = "method" in tree and "recipe" in tree
-    name = _name(tree.pop("recipe"), f"{path}: recipe:") if copied else _name(path.stem, "recipe: the file's name")
-    tree.pop("method", None)
+    """Reads, overrides and checks a recipe, see ``settings_file.find``.  Raises BadInput with one line that
+    names the key and the mend."""
+    path = settings_file.find(Path(path))
+    name, tree = settings_file.recipe(path)
     for assignment in overrides:
         _override(tree, assignment)
     for key in ("name", "folder"):

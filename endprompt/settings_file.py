@@ -1,5 +1,6 @@
 """Files of settings that anyone may have written: read up to a size, parsed as plain YAML without surprises."""
 
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -12,6 +13,12 @@ from endprompt import BadInput
 # No recipe comes near them.  YAML's aliases let a page of text stand for a terabyte, which the count of values catches.
 FILE_BYTES = 2**20
 VALUES, DEPTH = 100_000, 32
+NAME_BYTES = 200
+
+_HERE = Path(__file__).resolve().parent
+# The folder with recipes/ and ds_configs/: the package where it was installed from a wheel, else the clone
+# around it.
+SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
 def read(path: Path, most: int = FILE_BYTES) -> str:
@@ -78,3 +85,44 @@ def parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise BadInput(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+
+
+def _name(name: Any, source: str) -> str:
+    """``name`` if it can be the folder of a recipe's results and leads nowhere else.  Raises BadInput."""
+    if (not isinstance(name, str) or not name.strip() or name != name.strip() or name.startswith((".", "-")) or not name.isprintable()
+            or any(mark in name for mark in "/\\") or len(name.encode(errors="replace")) > NAME_BYTES):
+        raise BadInput(f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
+                       f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)")
+    return name
+
+
+def find(path: Path) -> Path:
+    """The file of a recipe: ``path``, else the recipe of that path or name that comes with this program."""
+    recipes = SHIPPED / "recipes"
+    shipped = [] if os.path.lexists(path) else [SHIPPED / path, recipes / path, recipes / f"{path}.yaml"]
+    return next((found for found in shipped if found.is_file()), path)
+
+
+def recipe(path: str | Path) -> tuple[str, dict]:
+    """(name, sections) of a recipe's file, see ``find``, the sections unchecked.  Raises BadInput."""
+    path = Path(path)
+    try:
+        path = find(path)
+        text = read(path)
+    except FileNotFoundError:
+        known = ", ".join(
+            sorted(file.stem for file in (SHIPPED / "recipes").glob("*.yaml") if file.stem != "sft")
+        )  # which is TRL's
+        raise BadInput(
+            f"recipe: there is no file {path}; those of recipes/ are known by their names too: {known}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
+    tree = parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
+    # A resolved copy names its recipe and method: it loads again under the same name.
+    copied = "method" in tree and "recipe" in tree
+    name = _name(tree.pop("recipe"), f"{path}: recipe:") if copied else _name(path.stem, "recipe: the file's name")
+    tree.pop("method", None)
+    return name, tree

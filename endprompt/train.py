@@ -24,6 +24,8 @@ from endprompt import (
     Failure,
     checkpoint,
     checkpoint_files,
+    dealing,
+    launch,
     lora,
     loss,
     model,
@@ -206,13 +208,18 @@ def train(recipe: Recipe, method: Method, run: Path) -> None:
         runfolder.write_status(run, state="starting", reason=None)
     try:
         _train(recipe, method, run, cuda, request)
-    except BadInput:
+    except BadInput as error:
+        if rank == 0 and (run / runfolder.STATUS).exists():
+            with contextlib.suppress(OSError):
+                runfolder.write_status(run, state="refused", reason=str(error)[:500])
         raise
     except Exception as error:
         timeout = recipe.train.get("ddp_timeout", 1800)
         # A file that cannot be written ends one rank; what the others see is that it is gone, and theirs is not the reason to keep.
         unwritable = watch.unwritable(error)
         reason = unwritable or watch.lost_rank(error, timeout)
+        if unwritable or isinstance(error, Failure):
+            launch.note_exit_code(3)
         with contextlib.suppress(OSError):
             if unwritable or isinstance(error, Failure) and rank == 0:
                 runfolder.write_status(run, state="failed", reason=unwritable or str(error)[:500])
@@ -278,7 +285,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     rows_per_step = shape[0] * shape[1] * world_size
     keep = recipe.train.get("save_total_limit", CHECKPOINTS_KEPT)
-    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dataset, data_collator=collator, sequence_parallel=shared,
+    trainer = WeightedTrainer(model=network, args=arguments, train_dataset=dealing.Rows(dataset), data_collator=collator, sequence_parallel=shared,
                               token_flops=flops_per_token(network.config, group or recipe.row_length(method), bool(adapters),
                                                           not network.get_output_embeddings().weight.requires_grad),
                               callbacks=[precision.Masters(whole=not adapters), probe, watching,

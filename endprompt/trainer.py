@@ -1,11 +1,12 @@
 """The HF Trainer with the weighted loss, its logs, and the probe before its first step."""
 
+import math
 import time
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from endprompt import attention, sequence
+from endprompt import attention, dealing, sequence
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -33,6 +34,11 @@ def kinds(target: torch.Tensor, is_prompt: torch.Tensor) -> tuple[torch.Tensor, 
     return target & ~is_prompt, is_prompt, later
 
 
+def is_over(state) -> bool:
+    """Whether a run has all of its steps."""
+    return state.global_step >= state.max_steps
+
+
 class WeightedTrainer(Trainer):
     """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
     are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted), and of the latter also
@@ -40,16 +46,36 @@ class WeightedTrainer(Trainer):
 
     def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
-        self.token_flops = token_flops
+        self.token_flops, self.sequence_parallel = token_flops, sequence_parallel
         self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
         self.loss_is_scaled_for_ga = True
         self.last_metrics: dict[str, float] = {}
-        # Nats and targets of text, prompt, prompt without its first token; this rank, since the last log.
-        self._sums = torch.zeros(6, dtype=torch.float64)
-        self._tokens, self._since = 0, time.perf_counter()
+        # Nats and targets of text, prompt, prompt without its first token, and all tokens of rows; this rank, since the last log.
+        self._sums = torch.zeros(7, dtype=torch.float64)
+        self._since = time.perf_counter()
         self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step under way, for the watch
 
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        dealing.fill_evenly(loader, self.args.world_size)
+        return loader
+
+    def set_initial_training_values(self, args, dataloader, *more):
+        """The Trainer's values, for as many micro-batches an epoch as hold a row where ranks share rows."""
+        values = super().set_initial_training_values(args, dataloader, *more)
+        if self.sequence_parallel == 1 or args.dataloader_drop_last:
+            return values
+        _, _, examples, samples, rows_per_step, _, _ = values
+        micro = dealing.shared_micro_batches(len(self.train_dataset), args.per_device_train_batch_size, args.world_size, self.sequence_parallel)
+        steps = math.ceil(micro / args.gradient_accumulation_steps)
+        most = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+        return math.ceil(most / steps), steps, examples, samples, rows_per_step, micro, most
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # The Trainer asks only after a step: from the last checkpoint, it would train one more.
+        if is_over(self.state):
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         weights = sum((batch["shift_weights"].sum(dtype=torch.float64) for batch in batches), torch.zeros((), dtype=torch.float64)).to(device)
         return batches, self.accelerator.reduce(weights, "sum")
@@ -66,12 +92,12 @@ class WeightedTrainer(Trainer):
         total = outputs["loss_sum"] * (self.averaged / num_items_in_batch).to(torch.float32)
         with torch.no_grad():
             target = inputs["shift_labels"] >= 0
+            tokens = target.any(1).sum() * target.shape[1]  # a filler has no targets
             if outputs["nll"] is None:  # a kernel that only sums; all of it is text
-                sums = [outputs["loss_sum"], target.sum(), *[target.new_zeros(())] * 4]
+                sums = [outputs["loss_sum"], target.sum(), *[target.new_zeros(())] * 4, tokens]
             else:
-                sums = [value for kind in kinds(target, is_prompt) for value in ((outputs["nll"] * kind).sum(), kind.sum())]
+                sums = [*(value for kind in kinds(target, is_prompt) for value in ((outputs["nll"] * kind).sum(), kind.sum())), tokens]
             self._sums = self._sums.to(target.device) + torch.stack([value.double() for value in sums])
-        self._tokens += inputs["input_ids"].numel()
         return (total, outputs) if return_outputs else total
 
     def training_step(self, *args, **kwargs):
@@ -80,9 +106,9 @@ class WeightedTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            text, texts, prompt, prompts, later, laters = self.accelerator.reduce(self._sums, "sum").tolist()
+            text, texts, prompt, prompts, later, laters, tokens = self.accelerator.reduce(self._sums, "sum").tolist()
             seconds = time.perf_counter() - self._since
-            speed = self._tokens * self.args.world_size / seconds
+            speed = tokens / seconds
             logs = {**logs, "text_loss": text / max(texts, 1), "tokens_per_second": round(speed, 1)}
             if prompts:
                 logs |= {"end_prompt_loss": prompt / prompts, "end_prompt_later_loss": later / max(laters, 1)}
@@ -98,7 +124,7 @@ class WeightedTrainer(Trainer):
                 logs["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
             self.last_metrics = {key: value for key, value in logs.items() if isinstance(value, int | float)}
             self._sums.zero_()
-            self._tokens, self._since = 0, time.perf_counter()
+            self._since = time.perf_counter()
         super().log(logs, start_time)
 
 

@@ -43,9 +43,9 @@ class Job:
         return self.out / self.recipe.stem / self.method
 
     def step(self) -> str:
-        """kind, recipe, method, OUT, model (may be empty), log, then the settings."""
+        """kind, recipe, method, OUT, model (may be empty), log, the run's folder, then the settings."""
         log = self.out / self.recipe.stem / "logs" / f"{self.method}{'' if self.kind in ('run', 'train') else '-' + self.kind}.log"
-        fields = [self.kind, str(self.recipe), self.method, str(self.out), self.model or "", str(log), *self.overrides]
+        fields = [self.kind, str(self.recipe), self.method, str(self.out), self.model or "", str(log), str(self.folder), *self.overrides]
         if wrong := [field for field in fields if SEPARATOR in field or "\n" in field]:
             raise BadInput(f"{wrong[0]!r} has a line break or a control character in it; give it without")
         return SEPARATOR.join(fields)

@@ -66,23 +66,21 @@ if [ -n "$dry" ]; then
 fi
 steps=$("${plan[@]}" --steps)
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+gpus=$("$PYTHON" -m endprompt gpus)
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-follow() { # follow KIND RECIPE METHOD OUT MODEL SETTING ...: one step of the plan
-  local kind=$1 recipe=$2 method=$3 folder=$4 model=$5 setting settings=()
-  shift 5
+follow() { # follow KIND RECIPE METHOD OUT MODEL LOG RUN SETTING ...: one step of the plan
+  local kind=$1 recipe=$2 method=$3 folder=$4 model=$5 run=$7 setting settings=()
+  shift 7
   for setting in "$@"; do settings+=(--set "$setting"); done
   case $kind in
     run) OUT=$folder bash "$root/recipes/run.sh" "$recipe" "$method" "${settings[@]}" ;;
     train) OUT=$folder STAGES="prepare train" bash "$root/recipes/run.sh" "$recipe" "$method" "${settings[@]}" ;;
     evaluate) "$PYTHON" -m endprompt evaluate "$recipe" "$method" --out "$folder" --model "$model" "${settings[@]}" ;;
     sft)
-      local name
-      name=$(basename "$recipe"); name=${name%.*}
       [ ! -d "$model" ] || model=$(absolute "$model")  # else an id of the hub
       (cd "$root" && "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$((gpus > 0 ? gpus : 2))}" -m trl.scripts.sft \
-        --config recipes/sft.yaml --model_name_or_path "$model" --output_dir "$(absolute "$folder/$name/$method/sft")") ;;
+        --config recipes/sft.yaml --model_name_or_path "$model" --output_dir "$(absolute "$run/sft")") ;;
   esac
 }
 
@@ -94,12 +92,12 @@ while IFS=$'\x1f' read -r -u 3 -a step; do
   [ ${#step[@]} -gt 0 ] || continue
   log=${step[5]} start=$SECONDS
   mkdir -p "$(dirname "$log")"
-  if ! follow "${step[@]:0:5}" "${step[@]:6}" >"$log" 2>&1; then
+  if ! follow "${step[@]}" >"$log" 2>&1; then
     tail -n 30 "$log" >&2
     echo "run_all.sh: ${step[0]} ${step[2]} failed; its log is $log; the same command goes on from there" >&2
     exit 1
   fi
-  printf '%-8s %-50s %6d s\n' "${step[0]}" "${step[3]}/$(basename "${step[1]%.*}")/${step[2]}" $((SECONDS - start))
+  printf '%-8s %-50s %6d s\n' "${step[0]}" "${step[6]}" $((SECONDS - start))
 done 3<<<"$steps"
 
 "$PYTHON" -m endprompt.eval.tables --runs "$out" --out "$results" --command "$command_line" "${models[@]}"

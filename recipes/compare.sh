@@ -24,11 +24,11 @@ OUT=${OUT:-runs}
 METHODS=${METHODS:-$("$PYTHON" -c 'from endprompt import methods; print(*methods.METHODS)')}
 # The seed orders and draws training rows: it is nothing to a method that trains nothing, so that one seed is all of these.
 untrained=" $("$PYTHON" -c 'from endprompt import methods; print(*(name for name in methods.METHODS if not methods.METHODS[name].trained))') "
-name=$(basename "$recipe"); name=${name%.*}
 
 folders=()
 for seed in "${seeds[@]}"; do
-  logs=$OUT/seed$seed/$name/logs
+  runs=$("$PYTHON" -m endprompt path "$recipe" --out "$OUT/seed$seed")
+  logs=$runs/logs
   mkdir -p "$logs"
   for method in $METHODS; do
     if [ "$seed" != "${seeds[0]}" ] && [[ $untrained == *" $method "* ]]; then
@@ -43,8 +43,8 @@ for seed in "${seeds[@]}"; do
     printf 'seed %s  %-18s %5d s\n' "$seed" "$method" $((SECONDS - start))
   done
   # Nothing but untrained methods: only the first seed has results.
-  if compgen -G "$OUT/seed$seed/$name/*/eval" >/dev/null; then
-    folders+=("$OUT/seed$seed/$name")
+  if compgen -G "$runs/*/eval" >/dev/null; then
+    folders+=("$runs")
   fi
 done
-"$PYTHON" -m endprompt.eval.compare "${folders[@]}" --title "$name over seeds ${seeds[*]}"
+"$PYTHON" -m endprompt.eval.compare "${folders[@]}" --title "$(basename "$runs") over seeds ${seeds[*]}"

@@ -43,8 +43,10 @@ order=(plain sharpened unsharpened yarn yarn-sharpened weight-0 weight-1 prompt-
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained
-  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other=$OUT/$5/seed$3/tiny/$2 start=$SECONDS keys key
-  local run=$out/tiny/$method options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16 --set "eval.tasks=[passkey, multikey, perplexity]")
+  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other='' start=$SECONDS keys key run
+  run=$("$PYTHON" -m endprompt path "$root/recipes/tiny.yaml" "$method" --out "$out") || exit 255
+  [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$root/recipes/tiny.yaml" "$method" --out "$OUT/$5/seed$3") || exit 255
+  local options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16 --set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
   if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi

@@ -21,14 +21,13 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+gpus=$("$PYTHON" -m endprompt gpus)
 NPROC=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
 # On CPU, ranks that each start a thread a core slow each other down.
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 
-name=$(basename "$recipe"); name=${name%.*}
-run=$OUT/$name/$method
+run=$("$PYTHON" -m endprompt path "$recipe" "$method" --out "$OUT")
 
 train() {
   # Nothing is launched for what is finished or has no shards: the command itself says so, once.
@@ -36,13 +35,20 @@ train() {
     if [ "$NODE_RANK" -eq 0 ]; then "$PYTHON" -m endprompt train "$recipe" "$method" --out "$OUT" "$@"; fi
     return
   fi
-  local rendezvous=(--standalone) code=0
+  local rendezvous=(--standalone) code=0 ends
   if [ "$NNODES" -gt 1 ]; then
     rendezvous=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="${MASTER_ADDR:?the first node}" --master_port="${MASTER_PORT:?a free port of it}")
   fi
-  "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?
+  # torchrun ends with 1 whatever its ranks end with: they leave their 2 or 3 in a file of this start's own.
+  ends=$(mktemp -d)
+  # shellcheck disable=SC2064 # the folder of now
+  trap "rm -rf '$ends'" EXIT
+  # Slurm signals every process of a step, and the code of one that a signal ends would hide what another node says.
+  [ -z "${SLURM_STEP_ID:-}" ] || trap : TERM
+  ENDPROMPT_EXIT_CODE_FILE=$ends/code \
+    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?
   if [ "$code" -ne 0 ]; then
-    if grep -qs '"state": "failed"' "$run/status.json"; then exit 3; fi
+    [ ! -s "$ends/code" ] || exit "$(cat "$ends/code")"
     exit 1
   fi
   [ -d "$run/model" ] || exit 75

@@ -1,5 +1,6 @@
 """The end prompt sees the text: on the embedded model, with every attention that runs here."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from endprompt import attention, loss, rope
+from endprompt import attention, lora, loss, rope
 from endprompt.collate import Collator
+from endprompt.training_keys import Lora
 
 TARGET, A, B = 2048, 100, 11
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # renamed in 5.23; the old name serves all of 5.x
@@ -281,3 +283,60 @@ def test_probe_passes_with_sdpa_on_a_gpu(base, batches):
     model = load(base, "sdpa", torch.bfloat16).to("cuda")
     for kind in KINDS:
         assert attention.probe(model, {name: tensor.to("cuda") for name, tensor in batches[kind].items()}) > 1e-2, kind
+
+
+# Dropout
+
+def dropped(base, where: str):
+    """A model in training whose dropout is on: attention's own, or that of adapters."""
+    if where == "lora":
+        model = load(base)
+        lora.inject(model, Lora(dropout=0.3), 0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero before training, as on resuming it is not
+                    parameter.normal_(std=0.1)
+        return model.train()
+    config = AutoConfig.from_pretrained(base, attention_dropout=0.3)
+    rope.apply(config, rope.Linear(TARGET / config.max_position_embeddings), TARGET)
+    options = {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    return AutoModelForCausalLM.from_pretrained(base, **options).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("where", ["attention", "lora"])
+def test_dropout_does_not_hide_a_cut(base, batches, monkeypatch, where, checkpointing):
+    model, whole = dropped(base, where), batches["end prompt, batch 1"]
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cut = {name: tensor for name, tensor in whole.items() if name != "attention_mask"}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="by 0 standard|by 0.0"):
+        attention.probe(model, cut)
+    assert attention.probe(model, whole) > 1e-2
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    monkeypatch.setattr(attention, "same_draws", lambda device: contextlib.nullcontext())
+    assert attention.probe(model, cut) > 1e-2, "with other draws the cut model passes: the trap itself"
+
+
+def test_two_passes_draw_alike_and_the_run_goes_on_as_if_they_had_not():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with attention.same_draws(torch.device("cpu")):
+        one = torch.rand(5)
+    with attention.same_draws(torch.device("cpu")):
+        assert torch.equal(torch.rand(5), one)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dropout_does_not_hide_a_cut_on_a_gpu(base, batches):
+    model = dropped(base, "attention").to("cuda", torch.bfloat16)
+    whole = {name: tensor.to("cuda") for name, tensor in batches["end prompt, batch 1"].items()}
+    state = torch.cuda.get_rng_state()
+    with pytest.raises(RuntimeError, match="liveness probe"):
+        attention.probe(model, {name: tensor for name, tensor in whole.items() if name != "attention_mask"})
+    assert attention.probe(model, whole) > 1e-2 and torch.equal(torch.cuda.get_rng_state(), state)

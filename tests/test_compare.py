@@ -138,9 +138,11 @@ def test_different_questions_are_not_averaged(seeds):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs recipes/compare.sh with a Python that only notes what it is asked, and asks the real one about the method table."""
+    """Runs recipes/compare.sh with a Python that only notes what it is asked, asks the real one about the method table, and knows where runs are."""
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\necho "$*" >>{tmp_path}/calls\n'
+    fake.write_text(f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+                    'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
+                    f'echo "$*" >>{tmp_path}/calls\n'
                     f'case "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";; esac\n')
     fake.chmod(0o755)
 

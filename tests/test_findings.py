@@ -234,9 +234,11 @@ def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs recipes/lab.sh with a Python that only notes what it is asked, and asks the real one about the method table."""
+    """Runs recipes/lab.sh with a Python that only notes what it is asked, asks the real one about the method table, and knows where runs are."""
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\necho "$*" >>{tmp_path}/calls\n'
+    fake.write_text(f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+                    'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
+                    f'echo "$*" >>{tmp_path}/calls\n'
                     'case "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n')
     fake.chmod(0o755)
 

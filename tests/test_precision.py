@@ -1,4 +1,4 @@
-"""What is trained has float32 masters, with DeepSpeed and without; gradients and the loss' scale keep their digits on the way."""
+"""What is trained has float32 masters, with DeepSpeed and without; gradients and the loss' scale keep their digits."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def look(self, *args, **kwargs):
         found = [safe_get_full_grad(one).float().flatten() for one in self.module.parameters()]
         found = torch.cat(found)
         found = found[found != 0]
-        print("held by bf16:", float((found == found.bfloat16().float()).float().mean()), "of", len(found), flush=True)
+        print("held by bf16:", float((found == found.bfloat16().float()).float().mean()), flush=True)
     return step(self, *args, **kwargs)
 deepspeed.DeepSpeedEngine.step = look
 """
@@ -394,7 +394,7 @@ def copied(base: Path, folder: Path, **changes) -> Path:
 
 
 def separated(base: Path, folder: Path) -> Path:
-    """The base with an output layer of its own, and ``pad_token_id`` that of the separator: only the input trains the row."""
+    """The base, untied, with ``pad_token_id`` that of the separator: only the input side trains its embedding."""
     eos = json.loads((base / "config.json").read_text())["eos_token_id"]
     copied(base, folder, pad_token_id=eos, tie_word_embeddings=False)
     tensors = load_file(base / "model.safetensors")

@@ -1,6 +1,7 @@
 """Two ranks that share every row train as one rank does; what cannot be shared is refused in one message."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,13 @@ def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_weights(recipe, to
 
 
 @pytest.mark.distributed
-def test_shards_that_cannot_see_each_other_are_refused_before_the_first_step(recipe, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_shards_that_cannot_see_each_other_are_refused_before_the_first_step(dropout, recipe, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention_dropout": dropout}))
+    (tmp_path / recipe.name).write_text(recipe.read_text().replace(str(base), str(tmp_path / "base")))
+    recipe = tmp_path / recipe.name
     folder = prepared(recipe, "full_length", tmp_path)
     script = tmp_path / "patched.py"
     script.write_text("""

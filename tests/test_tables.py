@@ -552,8 +552,8 @@ def test_steps_are_for_a_shell(tmp_path, capsys):
     settings = ["data.end_prompts=['a b', c]", "eval.samples=3", "eval.lengths=[256,512]"]
     recipe, root = str(REPOSITORY / "recipes/tiny.yaml"), str(tmp_path / "a b")
     assert code == 0 and [line.split(plan.SEPARATOR) for line in out.splitlines()] == [
-        ["run", recipe, "base", root, "", f"{root}/tiny/logs/base.log", *settings],
-        ["evaluate", recipe, "short", root, "some model", f"{root}/tiny/logs/short-evaluate.log", *settings]]
+        ["run", recipe, "base", root, "", f"{root}/tiny/logs/base.log", f"{root}/tiny/base", *settings],
+        ["evaluate", recipe, "short", root, "some model", f"{root}/tiny/logs/short-evaluate.log", f"{root}/tiny/short", *settings]]
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -574,6 +574,7 @@ def script(tmp_path):
     """Runs eval/run_all.sh with a Python that notes what it is asked; the plan alone is made by the real one."""
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/bash\nif [ "$2" = endprompt.eval.plan ]; then exec {sys.executable} "$@"; fi\n'
+                    'case "$3" in gpus) echo 0; exit;; path) echo nowhere; exit;; esac\n'
                     f'{{ printf "%s" "$OUT"; printf "|%s" "$@"; echo; }} >>{tmp_path}/calls\n'
                     'cat >/dev/null\ncase "$*" in *FAIL*) echo broken; exit 3;; esac\n')  # it reads all of its input, as a launcher may
     fake.chmod(0o755)

@@ -8,7 +8,8 @@ export OUT=${OUT:-runs} OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 [ -x "$PYTHON" ] || PYTHON=python
 export PYTHON
-logs=$OUT/tiny/demo-logs
+runs=$("$PYTHON" -m endprompt path recipes/tiny.yaml --out "$OUT")
+logs=$runs/demo-logs
 mkdir -p "$logs"
 start=$(date +%s)
 export logs start
@@ -34,5 +35,5 @@ for method in base interpolation short endprompt full_length; do echo "$method";
   xargs -P 2 -I{} bash -c "stage evaluate {}"
 
 echo
-"$PYTHON" -m endprompt.eval.compare "$OUT/tiny" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
+"$PYTHON" -m endprompt.eval.compare "$runs" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
 say "done"
