@@ -71,10 +71,14 @@ def test_two_ranks_that_share_rows_equal_one(recipe, together, tmp_path):
 
 @pytest.fixture(scope="module")
 def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
-    """One rank alone, with plain gradient descent without clipping, which feels the gradient's size; and its options."""
+    """One rank alone, with steps that feel the gradient's size, and without clipping; and its options.
+
+    Adam without a first moment and with an epsilon far above the gradients' size steps by learning_rate / epsilon times the gradient.
+    """
     out = tmp_path_factory.mktemp("alone")
     folder = prepared(recipe, "lceg", out)
-    options = [part for key in ("optim=sgd", "learning_rate=0.02", "max_grad_norm=1000.0", "warmup_steps=0") for part in ("--set", f"train.{key}")]
+    keys = ("adam_beta1=0.0", "adam_epsilon=1000.0", "learning_rate=20.0", "max_grad_norm=1000.0", "warmup_steps=0")
+    options = [part for key in keys for part in ("--set", f"train.{key}")]
     run(train(recipe, "lceg", out, *options, *ALONE))
     return folder, options
 
