@@ -17,7 +17,10 @@ from endprompt import BadInput, shards
 
 def devices(found: dict) -> set[str]:
     """The kinds of device of a machine's results; a processor's number of threads is left out."""
-    parts = [*(value for key, value in found.items() if key != "efficiency"), *(found.get("efficiency") or {}).values()]
+    parts = [
+        *(value for key, value in found.items() if key != "efficiency"),
+        *(found.get("efficiency") or {}).values(),
+    ]
     return {part["device"].partition(",")[0] for part in parts if part.get("device")}
 
 
@@ -32,7 +35,9 @@ def collected(there: dict, results: dict[str, dict]) -> dict:
         else:
             raise BadInput(f"gather: {name} is no result of a benchmark")
         if len(kinds := devices(found)) > 1:
-            raise BadInput(f"gather: {name} is of another device than what is there ({' and '.join(sorted(kinds))}); one file a machine")
+            raise BadInput(
+                f"gather: {name} is of another device than what is there ({' and '.join(sorted(kinds))}); one file a machine"
+            )
     return found
 
 

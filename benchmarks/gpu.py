@@ -47,20 +47,37 @@ def machine() -> dict:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(2**32, device="cuda", dtype=torch.uint8).random_()
     target = torch.empty_like(source)
-    found = {"memory_bytes": torch.cuda.mem_get_info()[1], "matrix_product_flops": 2 * 8192**3 / seconds(lambda: a @ b),
-             "copy_bytes_per_second": 2 * len(source) / seconds(lambda: target.copy_(source)), "attention": {}}
+    found = {
+        "memory_bytes": torch.cuda.mem_get_info()[1],
+        "matrix_product_flops": 2 * 8192**3 / seconds(lambda: a @ b),
+        "copy_bytes_per_second": 2 * len(source) / seconds(lambda: target.copy_(source)),
+        "attention": {},
+    }
     names = {int(value): name for name, value in torch.nn.attention.SDPBackend.__members__.items()}
     for shape in ("smollm2-135m", "llama-3.2-1b", "llama-3-8b"):
         _, width, _, heads, kv, _, window, _ = efficiency.SHAPES[shape]
-        query, key = (torch.randn(1, n, window, width // heads, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (heads, kv))
+        query, key = (
+            torch.randn(1, n, window, width // heads, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for n in (heads, kv)
+        )
         chosen = torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True)
         times, flops = {}, 2 * width * window**2
         for name in ("flash", "cudnn"):
             with efficiency.attention_backend(name):
                 try:
-                    out = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
-                    forward = seconds(lambda q=query, k=key: torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True))
-                    backward = seconds(lambda out=out, q=query, k=key: torch.autograd.grad(out, (q, k), out, retain_graph=True))
+                    out = torch.nn.functional.scaled_dot_product_attention(
+                        query, key, key, is_causal=True, enable_gqa=True
+                    )
+                    forward = seconds(
+                        lambda q=query, k=key: torch.nn.functional.scaled_dot_product_attention(
+                            q, k, k, is_causal=True, enable_gqa=True
+                        )
+                    )
+                    backward = seconds(
+                        lambda out=out, q=query, k=key: torch.autograd.grad(
+                            out, (q, k), out, retain_graph=True
+                        )
+                    )
                     times[name] = {"forward_flops": flops / forward, "backward_flops": 2.5 * flops / backward}
                 except RuntimeError as error:
                     times[name] = {"reason": str(error).splitlines()[0][:200]}
@@ -76,44 +93,111 @@ def fastest(entries: list[dict], among: list[dict]) -> dict:
     """The options of the fastest entry that is one of ``among`` and fits; ``among``'s first if none is."""
     keys = [efficiency.key({**efficiency.SETTING, **setting}) for setting in among]
     fitting = [entry for entry in entries if entry["fits"] and efficiency.key(entry) in keys]
-    return options_of(max(fitting, key=lambda entry: entry["tokens_per_second"])) if fitting else options_of({**efficiency.SETTING, **among[0]})
+    return (
+        options_of(max(fitting, key=lambda entry: entry["tokens_per_second"]))
+        if fitting
+        else options_of({**efficiency.SETTING, **among[0]})
+    )
 
 
-def steps_of(shape: str, out: Path, deadline: float, targets: tuple[int, ...], middle: int, rows: tuple[int, ...], **limits) -> dict:
+def steps_of(
+    shape: str,
+    out: Path,
+    deadline: float,
+    targets: tuple[int, ...],
+    middle: int,
+    rows: tuple[int, ...],
+    **limits,
+) -> dict:
     """The settings of one shape, in the order of what they are worth; the options are those found fastest at the target ``middle``."""
+
     def go(settings: list[dict]) -> list[dict]:
-        return efficiency.measure_all(shape, settings, out, deadline=deadline, seconds=STEP_SECONDS, **limits)["entries"]
+        return efficiency.measure_all(
+            shape, settings, out, deadline=deadline, seconds=STEP_SECONDS, **limits
+        )["entries"]
 
     first = {"target": middle}
     plain = [first, {**first, "attention": "cudnn"}, {**first, "attention": "flash"}]
     attention = fastest(go(plain), plain)
-    fused = [{**first, **attention}, {**first, **attention, "kernels": "liger"}, {**first, **attention, "compiled": "layers"}]
+    fused = [
+        {**first, **attention},
+        {**first, **attention, "kernels": "liger"},
+        {**first, **attention, "compiled": "layers"},
+    ]
     options = fastest(go(fused), fused)
     whole = {"method": "full_length", **options}
     go([{**whole, "target": middle, "checkpointing": "full"}])
     tried = [{**first, **options, "rows": n} for n in rows]
     entries = go(tried)
-    fitting = [entry for entry in entries if entry["fits"] and efficiency.key(entry) in [efficiency.key({**efficiency.SETTING, **setting}) for setting in tried]]
+    fitting = [
+        entry
+        for entry in entries
+        if entry["fits"]
+        and efficiency.key(entry) in [efficiency.key({**efficiency.SETTING, **setting}) for setting in tried]
+    ]
     most = max(fitting, key=lambda entry: entry["tokens_per_second"])["rows"] if fitting else 1
-    go([{**first, **options, "checkpointing": "full"}, *({**first, **options, "rows": most, "target": target} for target in targets if target != middle),
-        {**whole, "target": targets[0]}, {**whole, "target": targets[0], "checkpointing": "full"}, {**whole, "target": middle},
-        *({**whole, "target": target, "checkpointing": "full"} for target in targets if target > middle)])
-    return efficiency.measure_all(shape, [{**first, **options, "checkpointing": "full", "rows": max(rows)}], out, deadline=deadline, seconds=STEP_SECONDS, **limits)
+    go(
+        [
+            {**first, **options, "checkpointing": "full"},
+            *({**first, **options, "rows": most, "target": target} for target in targets if target != middle),
+            {**whole, "target": targets[0]},
+            {**whole, "target": targets[0], "checkpointing": "full"},
+            {**whole, "target": middle},
+            *({**whole, "target": target, "checkpointing": "full"} for target in targets if target > middle),
+        ]
+    )
+    return efficiency.measure_all(
+        shape,
+        [{**first, **options, "checkpointing": "full", "rows": max(rows)}],
+        out,
+        deadline=deadline,
+        seconds=STEP_SECONDS,
+        **limits,
+    )
 
 
 def loss(out: Path, deadline: float, shape: tuple[int, int, int]) -> dict:
     tokens, vocabulary, width = map(str, shape)
-    command = [sys.executable, str(Path(__file__).parent / "loss.py"), "--tokens", tokens, "--vocabulary", vocabulary, "--width", width, "--repeats", "20", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "loss.py"),
+        "--tokens",
+        tokens,
+        "--vocabulary",
+        vocabulary,
+        "--width",
+        width,
+        "--repeats",
+        "20",
+        "--out",
+        str(out),
+    ]
     return _run(command, deadline, out, "loss")
 
 
 def train(out: Path, deadline: float, shape: str, steps: int) -> dict:
     """A few steps of ``endprompt train`` under DeepSpeed ZeRO-3, from random weights and random words (``benchmarks/train.py``)."""
-    return _run([sys.executable, str(Path(__file__).parent / "train.py"), "--shape", shape, "--steps", str(steps), "--out", str(out)], deadline, out, "train")
+    return _run(
+        [
+            sys.executable,
+            str(Path(__file__).parent / "train.py"),
+            "--shape",
+            shape,
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+        ],
+        deadline,
+        out,
+        "train",
+    )
 
 
 def _run(command: list[str], deadline: float, out: Path, name: str) -> dict:
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         _, told = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired as error:
@@ -129,14 +213,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder; what it holds is gone on with")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS")
-    parser.add_argument("--stages", nargs="+", choices=("machine", "1b", "loss", "8b", "train"), default=["machine", "loss", "1b", "8b", "train"])
-    parser.add_argument("--small", action="store_true", help="the small shape at short targets: a rehearsal, on a CPU too")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("machine", "1b", "loss", "8b", "train"),
+        default=["machine", "loss", "1b", "8b", "train"],
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="the small shape at short targets: a rehearsal, on a CPU too"
+    )
     parser.add_argument("--only-machine", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import torch
 
     if not (arguments.small or torch.cuda.is_available()):
-        print("endprompt: benchmarks/gpu.py: there is no GPU that torch can use; --small rehearses on a CPU", file=sys.stderr)
+        print(
+            "endprompt: benchmarks/gpu.py: there is no GPU that torch can use; --small rehearses on a CPU",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only_machine:
@@ -151,7 +245,9 @@ def main() -> None:
             continue
         started = time.monotonic()
         # The stages behind this one keep their share, so that many settings do not take all.
-        kept = sum(RESERVED.get(later, 0) for later in arguments.stages[arguments.stages.index(stage) + 1:]) * min(1, arguments.budget / 540)
+        kept = sum(
+            RESERVED.get(later, 0) for later in arguments.stages[arguments.stages.index(stage) + 1 :]
+        ) * min(1, arguments.budget / 540)
         try:
             summary[stage] = _stage(stage, arguments, deadline - kept)
         except (BadInput, RuntimeError, OSError) as error:
@@ -163,7 +259,15 @@ def main() -> None:
 
 def _told(value):
     """``value`` without what makes a line long."""
-    return {name: _told(inner) for name, inner in value.items() if name not in ("all_seconds", "versions", "command")} if isinstance(value, dict) else value
+    return (
+        {
+            name: _told(inner)
+            for name, inner in value.items()
+            if name not in ("all_seconds", "versions", "command")
+        }
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _stage(stage: str, arguments, deadline: float) -> dict:
@@ -172,22 +276,65 @@ def _stage(stage: str, arguments, deadline: float) -> dict:
         if small:
             return {"reason": "left out of a rehearsal"}
         # In a process of its own, so that this one holds nothing on the device.
-        return _run([sys.executable, __file__, "--out", str(out), "--only-machine"], min(deadline, time.monotonic() + 120), out / "machine.json", "machine")
+        return _run(
+            [sys.executable, __file__, "--out", str(out), "--only-machine"],
+            min(deadline, time.monotonic() + 120),
+            out / "machine.json",
+            "machine",
+        )
     if stage == "loss":
-        return loss(out / "loss.json", min(deadline, time.monotonic() + 150), (1024, 20000, 64) if small else (8192, 128256, 2048))
+        return loss(
+            out / "loss.json",
+            min(deadline, time.monotonic() + 150),
+            (1024, 20000, 64) if small else (8192, 128256, 2048),
+        )
     if stage == "train":
         return train(out / "train.json", deadline, "small" if small else "smollm2-135m", 2 if small else 12)
     if stage == "1b":
-        shape, targets, middle, rows = ("small", (1024, 2048), 2048, (1, 2)) if small else ("llama-3.2-1b", (16 * K, 64 * K, 256 * K, 1024 * K), 64 * K, (1, 2, 4, 8))
+        shape, targets, middle, rows = (
+            ("small", (1024, 2048), 2048, (1, 2))
+            if small
+            else ("llama-3.2-1b", (16 * K, 64 * K, 256 * K, 1024 * K), 64 * K, (1, 2, 4, 8))
+        )
     else:
-        shape, targets, middle, rows = ("small", (1024,), 1024, (1, 2)) if small else ("llama-3-8b-8-layers", (16 * K, 64 * K), 64 * K, (1, 2))
-    found = steps_of(shape, out / f"{shape}-{stage}.json" if small else out / f"{shape}.json", deadline, targets, middle, rows, **({"steps": 1, "warm_up": 1} if small else {}))
+        shape, targets, middle, rows = (
+            ("small", (1024,), 1024, (1, 2))
+            if small
+            else ("llama-3-8b-8-layers", (16 * K, 64 * K), 64 * K, (1, 2))
+        )
+    found = steps_of(
+        shape,
+        out / f"{shape}-{stage}.json" if small else out / f"{shape}.json",
+        deadline,
+        targets,
+        middle,
+        rows,
+        **({"steps": 1, "warm_up": 1} if small else {}),
+    )
     fitting = [entry for entry in found["entries"] if entry["fits"]]
-    fastest_of = {method: max((entry for entry in fitting if entry["method"] == method), key=lambda entry: entry["flops_per_second"], default=None)
-                  for method in ("endprompt", "full_length")}
-    return {"shape": shape, "ratios": found["ratios"], "left": len(found["left"]), "measured": len(fitting),
-            "best": {method: entry and {**{name: entry[name] for name in efficiency.SETTING}, "mfu": entry["mfu"], "tokens_per_second": entry["tokens_per_second"]}
-                     for method, entry in fastest_of.items()}}
+    fastest_of = {
+        method: max(
+            (entry for entry in fitting if entry["method"] == method),
+            key=lambda entry: entry["flops_per_second"],
+            default=None,
+        )
+        for method in ("endprompt", "full_length")
+    }
+    return {
+        "shape": shape,
+        "ratios": found["ratios"],
+        "left": len(found["left"]),
+        "measured": len(fitting),
+        "best": {
+            method: entry
+            and {
+                **{name: entry[name] for name in efficiency.SETTING},
+                "mfu": entry["mfu"],
+                "tokens_per_second": entry["tokens_per_second"],
+            }
+            for method, entry in fastest_of.items()
+        },
+    }
 
 
 if __name__ == "__main__":

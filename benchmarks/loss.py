@@ -19,7 +19,9 @@ from pathlib import Path
 import measure
 
 
-def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int, reference: str | None) -> dict:
+def worker(
+    version: str, tokens: int, vocabulary: int, width: int, repeats: int, reference: str | None
+) -> dict:
     import torch
     from torch.nn import functional
 
@@ -29,7 +31,9 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
+    weight = (
+        (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
+    )
     labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     weights = torch.ones(tokens, device=device)
     if not cuda:  # Liger's loss knows no weights
@@ -46,7 +50,9 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
         if version in ("full", "exact"):
             loss = full()
         elif version == "liger":
-            loss = liger_kernel(hidden)(hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+            loss = liger_kernel(hidden)(
+                hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
+            )[0]
         else:
             loss = chunked_linear_cross_entropy(hidden, weight, labels, weights)[0]
         loss.backward()
@@ -69,13 +75,21 @@ def worker(version: str, tokens: int, vocabulary: int, width: int, repeats: int,
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
-    found = {"seconds": statistics.median(seconds), "all_seconds": seconds, "memory_bytes": peak - before, "loss": value}
+    found = {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "memory_bytes": peak - before,
+        "loss": value,
+    }
     path = Path(reference)
     if version == ("exact" if cuda else "full"):
         torch.save([hidden.grad, weight.grad], path)
     else:
         others = torch.load(path, weights_only=True)
-        found["relative_gradient_difference"] = [float((mine.float() - other).norm() / other.norm()) for mine, other in zip((hidden.grad, weight.grad), others, strict=True)]
+        found["relative_gradient_difference"] = [
+            float((mine.float() - other).norm() / other.norm())
+            for mine, other in zip((hidden.grad, weight.grad), others, strict=True)
+        ]
     return found
 
 
@@ -99,14 +113,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         import torch
 
-        versions = ["exact", "full", "chunked", *(["liger"] if importlib.util.find_spec("liger_kernel") else [])] if torch.cuda.is_available() else ["full", "chunked"]
+        versions = (
+            ["exact", "full", "chunked", *(["liger"] if importlib.util.find_spec("liger_kernel") else [])]
+            if torch.cuda.is_available()
+            else ["full", "chunked"]
+        )
         for version in versions:
-            options = [part for name, value in zip(("--tokens", "--vocabulary", "--width", "--repeats"), shape, strict=True) for part in (name, str(value))]
-            result = subprocess.run([sys.executable, __file__, *options, "--worker", version, "--reference", f"{folder}/gradients"], check=True, stdout=subprocess.PIPE, text=True)
+            options = [
+                part
+                for name, value in zip(
+                    ("--tokens", "--vocabulary", "--width", "--repeats"), shape, strict=True
+                )
+                for part in (name, str(value))
+            ]
+            result = subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    *options,
+                    "--worker",
+                    version,
+                    "--reference",
+                    f"{folder}/gradients",
+                ],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             found[version] = json.loads(result.stdout.splitlines()[-1])
-    measure.write(arguments.out, "loss", {"tokens": arguments.tokens, "vocabulary": arguments.vocabulary, "width": arguments.width, **found,
-                                          "memory_share": found["chunked"]["memory_bytes"] / found["full"]["memory_bytes"],
-                                          "time_ratio": found["chunked"]["seconds"] / found["full"]["seconds"]})
+    measure.write(
+        arguments.out,
+        "loss",
+        {
+            "tokens": arguments.tokens,
+            "vocabulary": arguments.vocabulary,
+            "width": arguments.width,
+            **found,
+            "memory_share": found["chunked"]["memory_bytes"] / found["full"]["memory_bytes"],
+            "time_ratio": found["chunked"]["seconds"] / found["full"]["seconds"],
+        },
+    )
 
 
 if __name__ == "__main__":

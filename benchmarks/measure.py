@@ -16,9 +16,19 @@ def write(path: Path | None, name: str, values: dict, quiet: bool = False) -> No
     """Prints ``values`` under ``name`` (unless ``quiet``) and, if there is a path, puts them into that JSON file beside what it holds, with command, versions and device."""
     from endprompt import provenance
 
-    values = {**values, "command": " ".join([Path(sys.executable).name, *sys.argv]), "cores": os.cpu_count(), "system": platform.platform(), **provenance.stamp()}
+    values = {
+        **values,
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        **provenance.stamp(),
+    }
     if not quiet:
-        print(json.dumps({name: {key: value for key, value in values.items() if key not in ("versions",)}}, indent=2))
+        print(
+            json.dumps(
+                {name: {key: value for key, value in values.items() if key not in ("versions",)}}, indent=2
+            )
+        )
     if path:
         there = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,11 +44,19 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """The peak of resident memory since ``reset_peak``."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def resident_bytes() -> int:
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
 
 
 class TreeMemory(threading.Thread):
@@ -56,7 +74,11 @@ class TreeMemory(threading.Thread):
             while waiting:
                 pid = waiting.pop()
                 try:
-                    total += next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+                    total += next(
+                        int(line.split()[1]) * 1024
+                        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                        if line.startswith("Pss:")
+                    )
                     for task in Path(f"/proc/{pid}/task").iterdir():
                         waiting += map(int, (task / "children").read_text().split())
                 except (OSError, StopIteration, ValueError):

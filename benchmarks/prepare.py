@@ -54,18 +54,26 @@ def mapped(tokenizer, texts: list[str], workers: int) -> dict:
 
     datasets.disable_progress_bars()
     length, target = LENGTH, 65536
-    prompt = tokenizer("This is the end of text, please pay attention here", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("This is the end of text, please pay attention here", add_special_tokens=False)[
+        "input_ids"
+    ]
 
     def rows(batch):
-        stream = [token for ids in tokenizer(batch["text"])["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+        stream = [
+            token for ids in tokenizer(batch["text"])["input_ids"] for token in [*ids, tokenizer.eos_token_id]
+        ]
         room = length - len(prompt)
-        pieces = [stream[start:start + room] for start in range(0, len(stream) - room + 1, room)]
-        return {"input_ids": [[*piece, *prompt] for piece in pieces],
-                "position_ids": [[*range(room), *range(target - len(prompt), target)] for _ in pieces]}
+        pieces = [stream[start : start + room] for start in range(0, len(stream) - room + 1, room)]
+        return {
+            "input_ids": [[*piece, *prompt] for piece in pieces],
+            "position_ids": [[*range(room), *range(target - len(prompt), target)] for _ in pieces],
+        }
 
     source = datasets.Dataset.from_dict({"text": texts})
     started = time.perf_counter()
-    made = source.map(rows, batched=True, remove_columns=["text"], num_proc=workers, load_from_cache_file=False)
+    made = source.map(
+        rows, batched=True, remove_columns=["text"], num_proc=workers, load_from_cache_file=False
+    )
     seconds = time.perf_counter() - started
     tokens = sum(len(row) for row in made["input_ids"])
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -75,8 +83,24 @@ def prepared(recipe: Path, out: Path, workers: int, without: Path | None = None)
     """The command's figures; ``without`` is a folder whose modules hide installed ones."""
     path = os.pathsep.join(map(str, filter(None, (without, measure.REPOSITORY))))
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "endprompt", "prepare", str(recipe), "endprompt", "--out", str(out), "--workers", str(workers)], cwd=measure.REPOSITORY,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "endprompt",
+            "prepare",
+            str(recipe),
+            "endprompt",
+            "--out",
+            str(out),
+            "--workers",
+            str(workers),
+        ],
+        cwd=measure.REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+    )
     memory = measure.TreeMemory(process.pid)
     if process.wait():
         raise SystemExit(f"prepare failed with exit code {process.returncode}")
@@ -84,8 +108,13 @@ def prepared(recipe: Path, out: Path, workers: int, without: Path | None = None)
     memory.join()
     folder = next(out.glob("*/endprompt/shards"))
     manifest = json.loads((folder / "manifest.json").read_text())
-    return {"tokens": manifest["tokens"], "seconds": seconds, "tokens_per_second": manifest["tokens"] / seconds, "peak_memory_bytes": memory.peak,
-            "position_share_of_bytes": position_share(sorted(folder.glob("*.parquet")))}
+    return {
+        "tokens": manifest["tokens"],
+        "seconds": seconds,
+        "tokens_per_second": manifest["tokens"] / seconds,
+        "peak_memory_bytes": memory.peak,
+        "position_share_of_bytes": position_share(sorted(folder.glob("*.parquet"))),
+    }
 
 
 def position_share(shards: list[Path]) -> float:
@@ -122,38 +151,72 @@ def main() -> None:
         corpus = folder / f"corpus-{times}.jsonl"
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(times) for text in texts))
         recipes[name] = folder / f"times{name}.yaml"
-        recipes[name].write_text(RECIPE.format(model=arguments.model, gguf=arguments.gguf or "null", corpus=corpus, tokens=wanted, length=LENGTH))
+        recipes[name].write_text(
+            RECIPE.format(
+                model=arguments.model,
+                gguf=arguments.gguf or "null",
+                corpus=corpus,
+                tokens=wanted,
+                length=LENGTH,
+            )
+        )
     tokenizer = model.load_tokenizer(config.load(recipes["1"]))
-    if arguments.gguf:  # the files of a model as it comes from the hub: to read a tokenizer out of a GGUF file takes seconds
+    if (
+        arguments.gguf
+    ):  # the files of a model as it comes from the hub: to read a tokenizer out of a GGUF file takes seconds
         saved = folder / "model"
         tokenizer.save_pretrained(saved)
         model.load_config(config.load(recipes["1"])).save_pretrained(saved)
         for path in recipes.values():
-            path.write_text(path.read_text().replace(f'"{arguments.model}"', f'"{saved}"').replace(arguments.gguf, "null"))
+            path.write_text(
+                path.read_text().replace(f'"{arguments.model}"', f'"{saved}"').replace(arguments.gguf, "null")
+            )
     tokenizer.model_max_length = sys.maxsize
     hidden = folder / "hidden"
     hidden.mkdir()
     (hidden / "fastokens.py").write_text("raise ImportError\n")
     made: dict = {}
-    runs = {"bare": lambda out: bare(tokenizer, texts), "map": lambda out: mapped(tokenizer, texts, arguments.workers),
-            **{f"prepare_{name}": lambda out, name=name: prepared(recipes[name], out, arguments.workers) for name in recipes},
-            **{f"tokenizers_{name}": lambda out, name=name: prepared(recipes[name], out, arguments.workers, hidden) for name in recipes}}
+    runs = {
+        "bare": lambda out: bare(tokenizer, texts),
+        "map": lambda out: mapped(tokenizer, texts, arguments.workers),
+        **{
+            f"prepare_{name}": lambda out, name=name: prepared(recipes[name], out, arguments.workers)
+            for name in recipes
+        },
+        **{
+            f"tokenizers_{name}": lambda out, name=name: prepared(
+                recipes[name], out, arguments.workers, hidden
+            )
+            for name in recipes
+        },
+    }
     for _ in range(arguments.repeats):  # alternating, so that a slow minute of the machine meets all
         for name, function in runs.items():
             out = folder / "out"
             made.setdefault(name, []).append(function(out))
             shutil.rmtree(out, ignore_errors=True)
-    found: dict = {name: sorted(figures, key=lambda run: run["seconds"])[len(figures) // 2] for name, figures in made.items()}
+    found: dict = {
+        name: sorted(figures, key=lambda run: run["seconds"])[len(figures) // 2]
+        for name, figures in made.items()
+    }
     for kind in ("prepare", "tokenizers"):
         first, once, more = (found[f"{kind}_{name}"] for name in recipes)
-        found[f"{kind}_without_start_up_tokens_per_second"] = (more["tokens"] - first["tokens"]) / (more["seconds"] - first["seconds"])
-        found[f"{kind}_without_start_up_of_bare"] = found[f"{kind}_without_start_up_tokens_per_second"] / found["bare"]["tokens_per_second"]
+        found[f"{kind}_without_start_up_tokens_per_second"] = (more["tokens"] - first["tokens"]) / (
+            more["seconds"] - first["seconds"]
+        )
+        found[f"{kind}_without_start_up_of_bare"] = (
+            found[f"{kind}_without_start_up_tokens_per_second"] / found["bare"]["tokens_per_second"]
+        )
         for name, run in (("once", once), ("8_times", more)):
             found[f"{kind}_{name}_of_bare"] = run["tokens_per_second"] / found["bare"]["tokens_per_second"]
             found[f"{kind}_{name}_of_map"] = run["tokens_per_second"] / found["map"]["tokens_per_second"]
         found[f"{kind}_memory_8_times_of_once"] = more["peak_memory_bytes"] / once["peak_memory_bytes"]
     shutil.rmtree(folder)
-    measure.write(arguments.out, "prepare", {"documents": len(texts), "workers": arguments.workers, "model": arguments.model, **found})
+    measure.write(
+        arguments.out,
+        "prepare",
+        {"documents": len(texts), "workers": arguments.workers, "model": arguments.model, **found},
+    )
 
 
 if __name__ == "__main__":

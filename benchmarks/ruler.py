@@ -28,17 +28,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(f"model: {{name_or_path: '{arguments.model}', gguf_file: {arguments.gguf or 'null'}}}\n"
-                          "lengths: {physical: 8192, target: 65536}\ndata: {corpus: none, tokens: 8192}\n")
+        recipe.write_text(
+            f"model: {{name_or_path: '{arguments.model}', gguf_file: {arguments.gguf or 'null'}}}\n"
+            "lengths: {physical: 8192, target: 65536}\ndata: {corpus: none, tokens: 8192}\n"
+        )
         model.load_tokenizer(config.load(recipe)).save_pretrained(folder / "tokenizer")
         seconds, tasks = [], arguments.tasks or list(names.RULER)
         for _ in ("made", "found"):
             started = time.perf_counter()
-            paths = ruler.ensure(tasks, [arguments.length], folder / "tokenizer", arguments.samples, cache=folder / "cache")
+            paths = ruler.ensure(
+                tasks, [arguments.length], folder / "tokenizer", arguments.samples, cache=folder / "cache"
+            )
             seconds.append(time.perf_counter() - started)
         size = sum(path.stat().st_size for path in paths.values())
-        measure.write(arguments.out, "ruler", {"tasks": len(tasks), "samples": arguments.samples, "length": arguments.length, "seconds": seconds[0],
-                                               "seconds_from_cache": seconds[1], "bytes": size, "model": arguments.model})
+        measure.write(
+            arguments.out,
+            "ruler",
+            {
+                "tasks": len(tasks),
+                "samples": arguments.samples,
+                "length": arguments.length,
+                "seconds": seconds[0],
+                "seconds_from_cache": seconds[1],
+                "bytes": size,
+                "model": arguments.model,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import measure
 from endprompt.eval.markdown import replaced
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGES = {Path(__file__).resolve().parent / "README.md": "benchmarks", measure.REPOSITORY / "README.md": "costs"}
+PAGES = {
+    Path(__file__).resolve().parent / "README.md": "benchmarks",
+    measure.REPOSITORY / "README.md": "costs",
+}
 PICTURE = measure.REPOSITORY / "docs" / "costs.png"
 
 
@@ -36,41 +39,131 @@ def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
 
     for shape, result in sorted((found.get("efficiency") or {}).items()):
         gpu, ratios = not result["device"].startswith("CPU"), result["ratios"]
-        for target, ratio in sorted(((int(key), value) for key, value in ratios.items() if key.isdigit()), key=lambda pair: pair[0]):
+        for target, ratio in sorted(
+            ((int(key), value) for key, value in ratios.items() if key.isdigit()), key=lambda pair: pair[0]
+        ):
             met = (lambda value: value >= 3) if gpu and shape == "llama-3.2-1b" and target == 65536 else None
-            row(f"`endprompt` against `full_length`, {shape}, target {target}: tokens/s", ratio["speedup"], f"{{:.2f}} times (arithmetic {ratio['arithmetic']:.2f})",
-                ">= 3" if met else "-", met)
+            row(
+                f"`endprompt` against `full_length`, {shape}, target {target}: tokens/s",
+                ratio["speedup"],
+                f"{{:.2f}} times (arithmetic {ratio['arithmetic']:.2f})",
+                ">= 3" if met else "-",
+                met,
+            )
             for way in ("none", "full"):
                 if f"memory_share_{way}" in ratio:
                     limit = (lambda value: value <= 0.14) if _windows(shape, target) == 8 else None
-                    row(f"memory above the states, {shape}, target {target}, checkpointing {way}", ratio[f"memory_share_{way}"], "{:.1%} of `full_length`'s",
-                        "<= 14 %" if limit else "-", limit)
-        row(f"`endprompt`, {shape}: time a token at its slowest target against its fastest", ratios.get("endprompt_slowest_of_fastest_target"), "{:.3f}", "<= 1.02",
-            lambda value: value <= 1.02)
-        best = max((entry["mfu"] for entry in result["entries"] if entry["fits"] and entry.get("mfu")), default=None)
-        row(f"best MFU, {shape}", best, "{:.1%}", ">= 50 %" if shape == "llama-3.2-1b" else "-", (lambda value: value >= 0.5) if shape == "llama-3.2-1b" else None)
+                    row(
+                        f"memory above the states, {shape}, target {target}, checkpointing {way}",
+                        ratio[f"memory_share_{way}"],
+                        "{:.1%} of `full_length`'s",
+                        "<= 14 %" if limit else "-",
+                        limit,
+                    )
+        row(
+            f"`endprompt`, {shape}: time a token at its slowest target against its fastest",
+            ratios.get("endprompt_slowest_of_fastest_target"),
+            "{:.3f}",
+            "<= 1.02",
+            lambda value: value <= 1.02,
+        )
+        best = max(
+            (entry["mfu"] for entry in result["entries"] if entry["fits"] and entry.get("mfu")), default=None
+        )
+        row(
+            f"best MFU, {shape}",
+            best,
+            "{:.1%}",
+            ">= 50 %" if shape == "llama-3.2-1b" else "-",
+            (lambda value: value >= 0.5) if shape == "llama-3.2-1b" else None,
+        )
     if loss := found.get("loss"):
         size = f"{loss['tokens']} tokens x {loss['vocabulary']}, width {loss['width']}"
-        row(f"chunked loss, {size}: memory", loss["memory_share"], "{:.1%} of full logits'", "<= 5 %", lambda value: value <= 0.05)
-        row(f"chunked loss, {size}: time", loss["time_ratio"], "{:.2f} of full logits'", "<= 1", lambda value: value <= 1)
+        row(
+            f"chunked loss, {size}: memory",
+            loss["memory_share"],
+            "{:.1%} of full logits'",
+            "<= 5 %",
+            lambda value: value <= 0.05,
+        )
+        row(
+            f"chunked loss, {size}: time",
+            loss["time_ratio"],
+            "{:.2f} of full logits'",
+            "<= 1",
+            lambda value: value <= 1,
+        )
     if prepare := found.get("prepare"):
         text = f"{prepare['documents']} documents"
-        start, speed = prepare["prepare_first"]["seconds"], prepare["prepare_without_start_up_tokens_per_second"]
-        row(f"`prepare`, {text}, its {start:.1f} s of start-up included: tokens/s", prepare["prepare_once_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8",
-            lambda value: value >= 0.8)
-        row("the same, without start-up", prepare["prepare_without_start_up_of_bare"], "{:.1f} times the bare tokenizer's", ">= 0.8", lambda value: value >= 0.8)
-        row("the same against a plain `datasets.map`, which is timed without start-up too", speed / prepare["map"]["tokens_per_second"],
-            "{:.1f} times", ">= 1.9", lambda value: value >= 1.9)
-        row("`prepare` where fastokens is not installed, without start-up", prepare["tokenizers_without_start_up_of_bare"], "{:.2f} of the bare tokenizer's", ">= 0.8",
-            lambda value: value >= 0.8)
-        row("`prepare`: memory at 8 times the documents against once", prepare["prepare_memory_8_times_of_once"], "{:.2f}", "flat (<= 1.1)", lambda value: value <= 1.1)
-        row("position columns' share of shard bytes", _at(prepare, "prepare_8", "position_share_of_bytes"), "{:.3%}", "<= 1 %", lambda value: value <= 0.01)
-    row("command to the first step, tiny recipe", _at(found, "startup", "first_step_seconds"), "{:.1f} s", "<= 15 s", lambda value: value <= 15)
-    row("`endprompt --help`", _at(found, "startup", "help_seconds"), "{:.2f} s", "<= 0.5 s", lambda value: value <= 0.5)
+        start, speed = (
+            prepare["prepare_first"]["seconds"],
+            prepare["prepare_without_start_up_tokens_per_second"],
+        )
+        row(
+            f"`prepare`, {text}, its {start:.1f} s of start-up included: tokens/s",
+            prepare["prepare_once_of_bare"],
+            "{:.2f} of the bare tokenizer's",
+            ">= 0.8",
+            lambda value: value >= 0.8,
+        )
+        row(
+            "the same, without start-up",
+            prepare["prepare_without_start_up_of_bare"],
+            "{:.1f} times the bare tokenizer's",
+            ">= 0.8",
+            lambda value: value >= 0.8,
+        )
+        row(
+            "the same against a plain `datasets.map`, which is timed without start-up too",
+            speed / prepare["map"]["tokens_per_second"],
+            "{:.1f} times",
+            ">= 1.9",
+            lambda value: value >= 1.9,
+        )
+        row(
+            "`prepare` where fastokens is not installed, without start-up",
+            prepare["tokenizers_without_start_up_of_bare"],
+            "{:.2f} of the bare tokenizer's",
+            ">= 0.8",
+            lambda value: value >= 0.8,
+        )
+        row(
+            "`prepare`: memory at 8 times the documents against once",
+            prepare["prepare_memory_8_times_of_once"],
+            "{:.2f}",
+            "flat (<= 1.1)",
+            lambda value: value <= 1.1,
+        )
+        row(
+            "position columns' share of shard bytes",
+            _at(prepare, "prepare_8", "position_share_of_bytes"),
+            "{:.3%}",
+            "<= 1 %",
+            lambda value: value <= 0.01,
+        )
+    row(
+        "command to the first step, tiny recipe",
+        _at(found, "startup", "first_step_seconds"),
+        "{:.1f} s",
+        "<= 15 s",
+        lambda value: value <= 15,
+    )
+    row(
+        "`endprompt --help`",
+        _at(found, "startup", "help_seconds"),
+        "{:.2f} s",
+        "<= 0.5 s",
+        lambda value: value <= 0.5,
+    )
     if ruler := found.get("ruler"):
         whole = (ruler["tasks"], ruler["samples"], ruler["length"]) == (13, 500, 65536)
-        row(f"RULER's samples: {ruler['tasks']} tasks x {ruler['samples']} at {ruler['length']}", ruler["seconds"] / 60, "{:.1f} minutes", "<= 20" if whole else "-",
-            (lambda value: value <= 20) if whole else None)
+        row(
+            f"RULER's samples: {ruler['tasks']} tasks x {ruler['samples']} at {ruler['length']}",
+            ruler["seconds"] / 60,
+            "{:.1f} minutes",
+            "<= 20" if whole else "-",
+            (lambda value: value <= 20) if whole else None,
+        )
         row("the same, from the cache", ruler["seconds_from_cache"], "{:.1f} s")
     return made
 
@@ -87,27 +180,53 @@ def figure_4() -> list[str]:
     from endprompt.eval import paper
     from endprompt.trainer import PEAK_FLOPS, flops_per_token
 
-    recipe, printed = config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"), paper.tables()["figure_4_64k"].printed
+    recipe, printed = (
+        config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"),
+        paper.tables()["figure_4_64k"].printed,
+    )
     about = estimate.shape(recipe)
-    lines = ["| method | GB a GPU, 1 row of 8K | 2 rows | 4 rows (the recipe) | the paper | hours at 40 % MFU | the paper |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | GB a GPU, 1 row of 8K | 2 rows | 4 rows (the recipe) | the paper | hours at 40 % MFU | the paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in ("endprompt", "full_length", "longlora", "lceg"):
         method = methods.get(name)
         length, adapters = recipe.row_length(method), recipe.lora(method)
         counts = [rows if length == recipe.lengths.physical else 1 for rows in (1, 2, 4)]
-        memory = [estimate.training_memory(recipe, method, about, 8, rows=rows).total / 1e9 for rows in counts]
-        shown = [f"{value:.1f}" for value in memory] if len(set(counts)) > 1 else [f"{memory[0]:.1f} (a row of 64K)", "", ""]
-        flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), bool(adapters) and not adapters.train_embed_norm)
+        memory = [
+            estimate.training_memory(recipe, method, about, 8, rows=rows).total / 1e9 for rows in counts
+        ]
+        shown = (
+            [f"{value:.1f}" for value in memory]
+            if len(set(counts)) > 1
+            else [f"{memory[0]:.1f} (a row of 64K)", "", ""]
+        )
+        flops = flops_per_token(
+            about,
+            recipe.group_size(method) or length,
+            bool(adapters),
+            bool(adapters) and not adapters.train_embed_norm,
+        )
         hours = flops * recipe.data.tokens / (PEAK_FLOPS["A800"] * 8 * 0.4) / 3600
-        lines.append(f"| `{name}` | {' | '.join(shown)} | {printed[name]['memory_gb']} | {hours:.1f} | {printed[name]['hours']} |")
+        lines.append(
+            f"| `{name}` | {' | '.join(shown)} | {printed[name]['memory_gb']} | {hours:.1f} | {printed[name]['hours']} |"
+        )
     return lines
 
 
 def _parts(found: dict) -> list[dict]:
-    return [*(value for key, value in found.items() if key != "efficiency"), *(found.get("efficiency") or {}).values()]
+    return [
+        *(value for key, value in found.items() if key != "efficiency"),
+        *(found.get("efficiency") or {}).values(),
+    ]
 
 
 def _when(found: dict) -> str:
-    return ", ".join(sorted({str(part.get("date"))[:10] for part in _parts(found)})) + ", commits " + ", ".join(sorted({str(part.get("commit"))[:7] for part in _parts(found)}))
+    return (
+        ", ".join(sorted({str(part.get("date"))[:10] for part in _parts(found)}))
+        + ", commits "
+        + ", ".join(sorted({str(part.get("commit"))[:7] for part in _parts(found)}))
+    )
 
 
 def blocks(files: list[Path]) -> dict[str, str]:
@@ -116,15 +235,37 @@ def blocks(files: list[Path]) -> dict[str, str]:
     text = []
     for name, found in machines.items():
         devices = sorted({part["device"] for part in _parts(found)})
-        text += [f"## {name}", "", f"{'; '.join(devices)} ({_when(found)}); file [results/{name}.json](results/{name}.json).", "",
-                 "| what | measured | target | |", "|---|---|---|---|"]
-        text += [f"| {what} | {value} | {target} | {'' if met is None else 'met' if met else '**not met**'} |" for what, value, target, met in rows(found)]
+        text += [
+            f"## {name}",
+            "",
+            f"{'; '.join(devices)} ({_when(found)}); file [results/{name}.json](results/{name}.json).",
+            "",
+            "| what | measured | target | |",
+            "|---|---|---|---|",
+        ]
+        text += [
+            f"| {what} | {value} | {target} | {'' if met is None else 'met' if met else '**not met**'} |"
+            for what, value, target, met in rows(found)
+        ]
         text.append("")
-    text += ["## What `endprompt plan` says, beside the paper's Figure 4", "", "Llama-3-8B, 64K, 8 A800 of 80 GB, ZeRO-3, activation checkpointing; computed, not measured. "
-             "The paper prints no rows a GPU, and not whether it makes full logits (65,536 of them in bf16 are 16.8 GB); it says 36.5 and 76.0 GB.", "", *figure_4(), ""]
+    text += [
+        "## What `endprompt plan` says, beside the paper's Figure 4",
+        "",
+        "Llama-3-8B, 64K, 8 A800 of 80 GB, ZeRO-3, activation checkpointing; computed, not measured. "
+        "The paper prints no rows a GPU, and not whether it makes full logits (65,536 of them in bf16 are 16.8 GB); it says 36.5 and 76.0 GB.",
+        "",
+        *figure_4(),
+        "",
+    ]
     found = list(machines.values())[-1]
-    short = ["| what | measured | target |", "|---|---|---|",
-             *(f"| {what} | {value} | {target}{'' if met is None else ', met' if met else ', **not met**'} |" for what, value, target, met in rows(found))]
+    short = [
+        "| what | measured | target |",
+        "|---|---|---|",
+        *(
+            f"| {what} | {value} | {target}{'' if met is None else ', met' if met else ', **not met**'} |"
+            for what, value, target, met in rows(found)
+        ),
+    ]
     return {"benchmarks": "\n".join(text).strip(), "costs": "\n".join(short)}
 
 
@@ -141,11 +282,15 @@ def main() -> None:
                 path.write_text(new, encoding="utf-8")
     if arguments.check:
         if stale:
-            print(f"{', '.join(stale)}: not what results/ says; run python benchmarks/table.py", file=sys.stderr)
+            print(
+                f"{', '.join(stale)}: not what results/ says; run python benchmarks/table.py", file=sys.stderr
+            )
         raise SystemExit(bool(stale))
     from endprompt.eval import efficiency
 
-    for path in sorted(RESULTS.glob("*.json")):  # the last one stays: a GPU's, if there is one (cpu-..., then h100-...)
+    for path in sorted(
+        RESULTS.glob("*.json")
+    ):  # the last one stays: a GPU's, if there is one (cpu-..., then h100-...)
         for result in (json.loads(path.read_text(encoding="utf-8")).get("efficiency") or {}).values():
             efficiency.draw(result, PICTURE)
 

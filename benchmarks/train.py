@@ -59,27 +59,84 @@ def main() -> None:
         tokens = arguments.steps * arguments.rows * window
         model_folder(arguments.shape, folder / "base")
         corpus(folder / "corpus.jsonl", tokens)
-        recipe = {"model": {"name_or_path": str(folder / "base")}, "lengths": {"physical": window, "target": 8 * window},
-                  "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens, "end_prompts": ["EP_1"]},
-                  "train": {"deepspeed": str(measure.REPOSITORY / "ds_configs" / "zero3.json"), "per_device_train_batch_size": arguments.rows, "logging_steps": 1,
-                            "warmup_steps": 2, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no"}}
+        recipe = {
+            "model": {"name_or_path": str(folder / "base")},
+            "lengths": {"physical": window, "target": 8 * window},
+            "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens, "end_prompts": ["EP_1"]},
+            "train": {
+                "deepspeed": str(measure.REPOSITORY / "ds_configs" / "zero3.json"),
+                "per_device_train_batch_size": arguments.rows,
+                "logging_steps": 1,
+                "warmup_steps": 2,
+                "gradient_checkpointing": False,
+                "report_to": [],
+                "save_strategy": "no",
+            },
+        }
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
         changes = [part for value in arguments.set for part in ("--set", value)]
-        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ,
-                       "PYTHONPATH": os.pathsep.join(filter(None, [str(measure.REPOSITORY), os.environ.get("PYTHONPATH")]))}
-        for start in ([sys.executable, "-m"], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"]):
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(measure.REPOSITORY), os.environ.get("PYTHONPATH")])
+            ),
+        }
+        for start in (
+            [sys.executable, "-m"],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],
+        ):
             command = "train" if "--standalone" in start else "prepare"
-            result = subprocess.run([*start, "endprompt", command, str(folder / "recipe.yaml"), "endprompt", "--out", str(folder / "runs"), *changes], env=environment,
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            result = subprocess.run(
+                [
+                    *start,
+                    "endprompt",
+                    command,
+                    str(folder / "recipe.yaml"),
+                    "endprompt",
+                    "--out",
+                    str(folder / "runs"),
+                    *changes,
+                ],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
             if result.returncode:
-                told = [line for line in result.stdout.strip().splitlines() if "Error" in line or line.startswith("endprompt:")] or result.stdout.strip().splitlines()[-1:]
-                print(f"benchmarks/train.py: {command} failed: {told[0] if told else 'no message'}", file=sys.stderr)
+                told = [
+                    line
+                    for line in result.stdout.strip().splitlines()
+                    if "Error" in line or line.startswith("endprompt:")
+                ] or result.stdout.strip().splitlines()[-1:]
+                print(
+                    f"benchmarks/train.py: {command} failed: {told[0] if told else 'no message'}",
+                    file=sys.stderr,
+                )
                 raise SystemExit(1)
         found = json.loads((folder / "runs" / "recipe" / "endprompt" / "train.json").read_text())
     steady = found["history"][3:] or found["history"][-1:]
-    values = {name: statistics.median(entry[name] for entry in steady) for name in ("tokens_per_second", "mfu", "peak_memory_gib") if name in steady[0]}
-    measure.write(arguments.out, "train", {"shape": arguments.shape, "rows": arguments.rows, "row_length": window, "steps": found["steps"], "seconds": found["seconds"],
-                                           "probe": found["probe"], "losses": [entry["loss"] for entry in found["history"]], "set": arguments.set, **values})
+    values = {
+        name: statistics.median(entry[name] for entry in steady)
+        for name in ("tokens_per_second", "mfu", "peak_memory_gib")
+        if name in steady[0]
+    }
+    measure.write(
+        arguments.out,
+        "train",
+        {
+            "shape": arguments.shape,
+            "rows": arguments.rows,
+            "row_length": window,
+            "steps": found["steps"],
+            "seconds": found["seconds"],
+            "probe": found["probe"],
+            "losses": [entry["loss"] for entry in found["history"]],
+            "set": arguments.set,
+            **values,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -31,12 +31,16 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     deviation (0.0 exactly when cut off).
     Raises Failure if it is below 1e-3: the run would train segments that cannot see each other.
     """
-    inputs = {name: batch[name][:1] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    inputs = {
+        name: batch[name][:1] for name in ("input_ids", "position_ids", "attention_mask") if name in batch
+    }
     ids = inputs["input_ids"]
     used = int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else ids.shape[1]
     if "attention_mask" in batch:
         inputs["attention_mask"] = loss.seen_by_all(inputs["attention_mask"])  # as training does
-    jumps = torch.nonzero(inputs["position_ids"][0, 1:used] - inputs["position_ids"][0, :used - 1] != 1).flatten()
+    jumps = torch.nonzero(
+        inputs["position_ids"][0, 1:used] - inputs["position_ids"][0, : used - 1] != 1
+    ).flatten()
     boundary = int(jumps[-1]) + 1 if len(jumps) else used // 2
     changed = ids.clone()
     # + 1 modulo the vocabulary changes every token, without a random generator that would disturb the run's own.
@@ -53,5 +57,6 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     if not moved >= 1e-3:
         raise Failure(
             f"liveness probe: changing all {boundary} tokens of the first segment moves the logits of the other {used - boundary} by {moved:.1e} standard "
-            f"deviations, so the segments cannot see each other (attention {model.config._attn_implementation!r}); is attention_mask missing from the batch?")
+            f"deviations, so the segments cannot see each other (attention {model.config._attn_implementation!r}); is attention_mask missing from the batch?"
+        )
     return moved

@@ -47,8 +47,13 @@ class MarkComplete(TrainerCallback):
             flush(folder)
         barrier()
         if state.is_world_process_zero:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads; recipe.yaml says the same
-            shards.write_json(folder / MARKER, {"global_step": state.global_step, **self.about, "files": checkpoint_files.inventory(folder)})
+            (folder / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle that nothing reads; recipe.yaml says the same
+            shards.write_json(
+                folder / MARKER,
+                {"global_step": state.global_step, **self.about, "files": checkpoint_files.inventory(folder)},
+            )
             checkpoint_files.keep_newest(folder.parent, self.keep)
 
 
@@ -105,7 +110,9 @@ def save_final(
     barrier()
     if trainer.args.should_save:
         tokenizer.save_pretrained(partial)
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml beside the folder says the same
+        (partial / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle; recipe.yaml beside the folder says the same
         verify_saved(partial, scaling, rope_theta, target_length)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
@@ -148,7 +155,9 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
         if saved.get(name, None) != tuple(parameter.shape) and name not in tied
     ]
     if wrong:
-        raise Failure(f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}")
+        raise Failure(
+            f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}"
+        )
 
 
 class SeparateSteps(TrainerCallback):

@@ -11,15 +11,21 @@ from endprompt import BadInput
 
 MARKER = "complete.json"
 # The names that DeepSpeed 0.19 and the HF Trainer give to the pickles they write.
-PICKLES = re.compile(r"(global_step\d+(_universal)?/((bf16_|fp16_)?zero_pp_rank_\d+_)?mp_rank_\d+(_\d+)?_(model|optim)_states\.pt"
-                     r"|global_step\d+_universal/zero/[\w.]+/(fp32|exp_avg|exp_avg_sq|step)\.pt|global_step\d+_universal/zero/optimizer_state\.pt"
-                     r"|rng_state(_\d+)?\.pth|scheduler\.pt|optimizer\.pt)")
+PICKLES = re.compile(
+    r"(global_step\d+(_universal)?/((bf16_|fp16_)?zero_pp_rank_\d+_)?mp_rank_\d+(_\d+)?_(model|optim)_states\.pt"
+    r"|global_step\d+_universal/zero/[\w.]+/(fp32|exp_avg|exp_avg_sq|step)\.pt|global_step\d+_universal/zero/optimizer_state\.pt"
+    r"|rng_state(_\d+)?\.pth|scheduler\.pt|optimizer\.pt)"
+)
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def inventory(folder: Path) -> dict[str, int]:
     """{path inside ``folder``: bytes} of every file but the marker."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER}
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MARKER
+    }
 
 
 def marker(folder: Path) -> dict | None:
@@ -47,7 +53,11 @@ def fault(folder: Path) -> str | None:
 
 def by_step(folder: Path) -> list[Path]:
     """The checkpoint folders, highest step first."""
-    steps = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()}
+    steps = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
@@ -68,9 +78,13 @@ def to_resume(folder: Path, log=None) -> Path | None:
     Raises BadInput if checkpoints were whole once and none is now: starting anew would throw the training away unasked.
     """
     found = newest(folder, log)
-    damaged = [f"{path.name} {fault(path)}" for path in by_step(folder) if found is None and marker(path) is not None]
+    damaged = [
+        f"{path.name} {fault(path)}" for path in by_step(folder) if found is None and marker(path) is not None
+    ]
     if damaged:
-        raise BadInput(f"checkpoints: {folder} holds none that is whole ({'; '.join(damaged)}); restore one from a copy, or delete the folder to start anew")
+        raise BadInput(
+            f"checkpoints: {folder} holds none that is whole ({'; '.join(damaged)}); restore one from a copy, or delete the folder to start anew"
+        )
     return found
 
 
@@ -92,7 +106,7 @@ def keep_newest(folder: Path, count: int | None) -> None:
     """Removes all but the ``count`` newest whole checkpoints (None: all stay).  Only once the newest is marked, so that a kill leaves one."""
     if count is None:
         return
-    for path in [path for path in by_step(folder) if marker(path) is not None][max(1, count):]:
+    for path in [path for path in by_step(folder) if marker(path) is not None][max(1, count) :]:
         (path / MARKER).unlink()  # a kill in the middle of removing must not leave what looks whole
         shutil.rmtree(path)
 
@@ -111,8 +125,12 @@ def refuse_foreign(folder: Path) -> None:
             why = f"belongs to user {about.st_uid}, not to the one who runs this ({os.geteuid()})"
         elif about.st_mode & stat.S_IWOTH:
             why = "may be written by everybody"
-        elif not PICKLES.fullmatch(name) or (listed is not None and name not in listed and "_universal/" not in name):  # those were made after the marker
+        elif not PICKLES.fullmatch(name) or (
+            listed is not None and name not in listed and "_universal/" not in name
+        ):  # those were made after the marker
             why = "is no file that the run itself wrote"
         else:
             continue
-        raise BadInput(f"checkpoints: {path} {why}; it would be unpickled, so resume only from checkpoints of your own run, or delete this one")
+        raise BadInput(
+            f"checkpoints: {path} {why}; it would be unpickled, so resume only from checkpoints of your own run, or delete this one"
+        )

@@ -32,10 +32,15 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), length)
-        batch = {"input_ids": np.full(shape, self.pad_token_id, np.int64), "position_ids": np.zeros(shape, np.int64),
-                 "attention_mask": np.zeros(shape, np.int64), "shift_labels": np.full(shape, -100, np.int64),
-                 "shift_weights": np.zeros(shape, np.float32), "shift_prompt": np.zeros(shape, bool),
-                 "row_numbers": np.array([[row.get("row_number", -1)] for row in rows], np.int64)}
+        batch = {
+            "input_ids": np.full(shape, self.pad_token_id, np.int64),
+            "position_ids": np.zeros(shape, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "shift_labels": np.full(shape, -100, np.int64),
+            "shift_weights": np.zeros(shape, np.float32),
+            "shift_prompt": np.zeros(shape, bool),
+            "row_numbers": np.array([[row.get("row_number", -1)] for row in rows], np.int64),
+        }
         for index, row in enumerate(rows):
             ids, n = np.asarray(row["input_ids"]), len(row["input_ids"])
             position_ids = np.asarray(row["position_ids"])
@@ -45,12 +50,16 @@ class Collator:
             batch["attention_mask"][index, :n] = 1
             if row.get("filler"):
                 continue
-            batch["shift_labels"][index, :n - 1] = ids[1:]
-            batch["shift_weights"][index, :n - 1] = row["loss_weights"][1:]
-            batch["shift_prompt"][index, max(row["text_length"] - 1, 0):n - 1] = row["prompt_length"] > 0
+            batch["shift_labels"][index, : n - 1] = ids[1:]
+            batch["shift_weights"][index, : n - 1] = row["loss_weights"][1:]
+            batch["shift_prompt"][index, max(row["text_length"] - 1, 0) : n - 1] = row["prompt_length"] > 0
         if self.sharded:
             if not batch.pop("attention_mask").all() or (np.diff(batch["position_ids"], axis=1) != 1).any():
-                raise ValueError("sequence parallelism: a row has padding or a jump in its positions, which only a mask could mend")
-            batch["row_numbers"] = np.repeat(batch["row_numbers"], length, axis=1)  # what is sharded is [batch, length]
+                raise ValueError(
+                    "sequence parallelism: a row has padding or a jump in its positions, which only a mask could mend"
+                )
+            batch["row_numbers"] = np.repeat(
+                batch["row_numbers"], length, axis=1
+            )  # what is sharded is [batch, length]
             batch["labels"] = np.pad(batch["shift_labels"][:, :-1], ((0, 0), (1, 0)), constant_values=-100)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -15,7 +15,11 @@ from endprompt.settings_file import SHIPPED
 from endprompt.training_keys import Lora
 
 # The three prompts the paper measures (Eq. 10, appendix B.1).
-END_PROMPTS = {"EP_1": "This is the end of text, please pay attention here", "EP_2": "<|eot_id|>", "EP_3": "End."}
+END_PROMPTS = {
+    "EP_1": "This is the end of text, please pay attention here",
+    "EP_2": "<|eot_id|>",
+    "EP_3": "End.",
+}
 
 
 class Section(BaseModel):
@@ -29,7 +33,9 @@ class ModelSection(Section):
     trust_remote_code: bool = False  # whether Python files that come with the model may run
     original_length: int | None = Field(None, gt=0)
     attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
-    s2_group_size: int | None = Field(None, gt=1)  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
+    s2_group_size: int | None = Field(
+        None, gt=1
+    )  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
 
 
 class LengthsSection(Section):
@@ -39,8 +45,10 @@ class LengthsSection(Section):
     @model_validator(mode="after")
     def ordered(self):
         if self.physical > self.target:
-            raise ValueError(f"lengths.physical {self.physical} is greater than lengths.target {self.target}; rows cannot be longer than "
-                             "the positions they span, so lower physical or raise target")
+            raise ValueError(
+                f"lengths.physical {self.physical} is greater than lengths.target {self.target}; rows cannot be longer than "
+                "the positions they span, so lower physical or raise target"
+            )
         return self
 
 
@@ -54,7 +62,9 @@ class DataSection(Section):
     packing: Literal["cut", "document"] = "cut"
     pose_chunks: int = Field(2, ge=2)
     pose_text: Literal["contiguous", "later_span"] = "contiguous"
-    recall_share: float = Field(0.25, gt=0, le=0.5)  # of a row's tokens, for methods that repeat spans of its text
+    recall_share: float = Field(
+        0.25, gt=0, le=0.5
+    )  # of a row's tokens, for methods that repeat spans of its text
     recall_cue: int = Field(4, gt=0)  # tokens of a span that name the place, without loss
     recall_tokens: int = Field(16, gt=0)  # tokens of a span after its cue
     match_pieces: int = Field(4, ge=2)  # a row, for methods that bring together what repeats; a power of two
@@ -83,14 +93,18 @@ class DataSection(Section):
     @classmethod
     def halved(cls, value):
         if value & (value - 1):
-            raise ValueError(f"{value} is no power of two, and pieces are brought together by twos; use 2, 4, 8")
+            raise ValueError(
+                f"{value} is no power of two, and pieces are brought together by twos; use 2, 4, 8"
+            )
         return value
 
     @model_validator(mode="after")
     def spans_within_documents(self):
         if self.pose_text == "later_span" and self.packing == "cut":
-            raise ValueError("data.pose_text: later_span takes chunks from later in the same document, but with data.packing: cut a row has no "
-                             "document of its own and the text between would be lost; set data.packing=document, or data.pose_text=contiguous")
+            raise ValueError(
+                "data.pose_text: later_span takes chunks from later in the same document, but with data.packing: cut a row has no "
+                "document of its own and the text between would be lost; set data.packing=document, or data.pose_text=contiguous"
+            )
         return self
 
 
@@ -103,8 +117,10 @@ class RopeSection(Section):
     @classmethod
     def of_every_length(cls, value):
         if value == "dynamic":
-            raise ValueError("dynamic NTK reads short rows with other frequencies than rows of the target length train; "
-                             "set rope.type=ntk, which holds the target's for every length")
+            raise ValueError(
+                "dynamic NTK reads short rows with other frequencies than rows of the target length train; "
+                "set rope.type=ntk, which holds the target's for every length"
+            )
         return value
 
 
@@ -141,7 +157,9 @@ class EvalSection(Section):
     @model_validator(mode="after")
     def has_corpus(self):
         if "perplexity" in self.tasks and not self.perplexity_corpus:
-            raise ValueError("eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from eval.tasks")
+            raise ValueError(
+                "eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from eval.tasks"
+            )
         return self
 
 
@@ -172,7 +190,11 @@ class Recipe(Section):
 
     def group_size(self, method: methods.Method) -> int | None:
         """Tokens a group of shifted sparse attention, or None where ``method`` attends in full."""
-        return None if method.attention != "s2" else self.model.s2_group_size or max(2, self.row_length(method) // 4)
+        return (
+            None
+            if method.attention != "s2"
+            else self.model.s2_group_size or max(2, self.row_length(method) // 4)
+        )
 
     def lora(self, method: methods.Method) -> Lora | None:
         """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also from null, trains all weights."""
@@ -196,24 +218,37 @@ class Recipe(Section):
         return json.loads(settings_file.read(Path(given))) if isinstance(given, str) else given
 
     def dump(self, method: str) -> str:
-        return yaml.safe_dump({"recipe": self.name, "method": method, **self.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(
+            {"recipe": self.name, "method": method, **self.model_dump(mode="json")},
+            sort_keys=False,
+            allow_unicode=True,
+        )
 
 
 def defaults() -> dict[str, Any]:
     """{"section.key": default} of the keys that may be left out, as ``dump`` writes them."""
-    return {f"{section}.{key}": inner.get_default() for section, field in Recipe.model_fields.items() if isinstance(field.annotation, type)
-            and issubclass(field.annotation, Section) for key, inner in field.annotation.model_fields.items() if not inner.is_required()}
+    return {
+        f"{section}.{key}": inner.get_default()
+        for section, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for key, inner in field.annotation.model_fields.items()
+        if not inner.is_required()
+    }
 
 
 def _override(tree: dict, assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > settings_file.DEPTH:
-        raise BadInput(f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set lengths.target=32768")
+        raise BadInput(
+            f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set lengths.target=32768"
+        )
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise BadInput(f"--set {assignment}: {part!r} is a value, not a section; give its keys to a section")
+            raise BadInput(
+                f"--set {assignment}: {part!r} is a value, not a section; give its keys to a section"
+            )
     tree[parts[-1]] = settings_file.parse(value, f"--set {key}")
 
 
@@ -230,9 +265,13 @@ def _message(error: ValidationError) -> str:
         elif item["type"] == "missing":
             found.append(f"{key} is missing; add it")
         else:
-            found.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})" if item["type"] != "value_error"
-                         else item["msg"].removeprefix("Value error, ") if key in ("lengths", "data", "eval")
-                         else f"{key}: {item['msg'].removeprefix('Value error, ')}")
+            found.append(
+                f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})"
+                if item["type"] != "value_error"
+                else item["msg"].removeprefix("Value error, ")
+                if key in ("lengths", "data", "eval")
+                else f"{key}: {item['msg'].removeprefix('Value error, ')}"
+            )
     return "; ".join(found)
 
 
@@ -260,11 +299,15 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if isinstance(deepspeed, str):
         found = recipe.path(deepspeed)
         if found is None or not found.is_file():
-            raise BadInput(f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json")
+            raise BadInput(
+                f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json"
+            )
         try:
             options = json.loads(settings_file.read(found))
         except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/") from None
+            raise BadInput(
+                f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/"
+            ) from None
         zero_file.check(recipe.train, options, f"{path}: train.deepspeed: {found}")
         recipe.train["deepspeed"] = str(found)
     return recipe

@@ -42,7 +42,9 @@ def pair_counts(rows: Iterable[Sequence[Span]], L: int) -> np.ndarray:
 
 def observed_distances(position_ids: np.ndarray) -> np.ndarray:
     """All distinct distances of one row with ``position_ids`` [T], sorted, int64."""
-    return np.flatnonzero(pair_counts([positions.segments(position_ids)], int(position_ids[-1]) - int(position_ids[0]) + 1))
+    return np.flatnonzero(
+        pair_counts([positions.segments(position_ids)], int(position_ids[-1]) - int(position_ids[0]) + 1)
+    )
 
 
 def contributions(parts: Sequence[Span]) -> list[tuple[Span, Span, Span]]:
@@ -51,7 +53,11 @@ def contributions(parts: Sequence[Span]) -> list[tuple[Span, Span, Span]]:
     A segment [p, q] shows 0..q-p to itself; two segments [p, q] and [r, s] with q < r show r-q..s-p.  For text 0..a-1 and a prompt
     L-b..L-1 these are the three parts of the paper's D_obs (Eq. 8).
     """
-    return [((r, s), (p, q), (0, s - r) if i == j else (r - q, s - p)) for j, (r, s) in enumerate(parts) for i, (p, q) in enumerate(parts[:j + 1])]
+    return [
+        ((r, s), (p, q), (0, s - r) if i == j else (r - q, s - p))
+        for j, (r, s) in enumerate(parts)
+        for i, (p, q) in enumerate(parts[: j + 1])
+    ]
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
@@ -91,8 +97,16 @@ def picture(panels: Sequence[tuple[str, np.ndarray, int]], title: str) -> bytes:
 
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1 + 4 * columns, 0.8 + 2.5 * lines), sharex=True, sharey=True, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels):]:
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(1 + 4 * columns, 0.8 + 2.5 * lines),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (name, counts, tokens) in zip(axes.flat, panels, strict=False):
         L = len(counts)
@@ -100,7 +114,13 @@ def picture(panels: Sequence[tuple[str, np.ndarray, int]], title: str) -> bytes:
         heights = np.add.reduceat(counts, edges[:-1]) / np.diff(edges) * 1e6 / tokens
         axis.stairs(np.where(heights > 0, heights, np.nan), edges, baseline=None, color="C0", linewidth=1.2)
         # One collection however many gaps there are.
-        axis.broken_barh([(low, high + 1 - low) for low, high in gap(counted(counts), L)], (0, 1), transform=axis.get_xaxis_transform(), color="0.85", linewidth=0)
+        axis.broken_barh(
+            [(low, high + 1 - low) for low, high in gap(counted(counts), L)],
+            (0, 1),
+            transform=axis.get_xaxis_transform(),
+            color="0.85",
+            linewidth=0,
+        )
         axis.set_yscale("log")
         axis.set_xlim(0, L)
         axis.tick_params(labelsize=8)

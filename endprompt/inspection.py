@@ -35,18 +35,23 @@ def describe(folder: Path, manifest: dict, tokenizer, number: int) -> str:
         return text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
 
     lines = [
-        f"row {number}: {a} text tokens" + (f" + {b} of end prompt {row['prompt_name']}" if b else "") + f", from {', '.join(row['document_ids'][:4])}",
+        f"row {number}: {a} text tokens"
+        + (f" + {b} of end prompt {row['prompt_name']}" if b else "")
+        + f", from {', '.join(row['document_ids'][:4])}",
         f"text:       {shown(ids[:a])!r}",
         *([f"end prompt: {shown(ids[a:])!r}"] if b else []),
         f"positions:  {_listed(parts)} of 0..{L - 1}",
-        f"distances:  {np.count_nonzero(counts)} of {L} supervised ({np.mean(counts > 0):.1%})" + (f"; never seen: {_listed(missing)}" if missing else ""),
+        f"distances:  {np.count_nonzero(counts)} of {L} supervised ({np.mean(counts > 0):.1%})"
+        + (f"; never seen: {_listed(missing)}" if missing else ""),
         f"loss:       {sum(weight > 0 for weight in row['loss_weights'])} targets, weights {sorted(set(round(weight, 6) for weight in row['loss_weights']))}",
         f"closed form (paper Eq. 9): gap {_listed(coverage.gap(coverage.observed([parts]), L))}",
     ]
     return "\n".join(lines)
 
 
-def _rows(recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool) -> tuple[list[list[Span]], str]:
+def _rows(
+    recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool
+) -> tuple[list[list[Span]], str]:
     """(segments of each row, where they come from): the shards in ``folder``, or the rows that ``prepare`` would begin with.
 
     The plan asks nothing of the text but its length, so rows are sampled from a corpus of one endless blank.
@@ -56,18 +61,26 @@ def _rows(recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool)
         try:
             manifest = shards.read_manifest(folder)
             if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
-                raise BadInput(f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own")
+                raise BadInput(
+                    f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own"
+                )
             shards.verify(folder, manifest)
             shards.check_rows(folder, manifest)
-            return [positions.segments(row) for row in shards.position_ids(folder, manifest)], f"{manifest['rows']} prepared rows of {folder}"
+            return [
+                positions.segments(row) for row in shards.position_ids(folder, manifest)
+            ], f"{manifest['rows']} prepared rows of {folder}"
         except BadInput:
             if strict:
                 raise
     length = recipe.row_length(method)
-    make = row_stream.row_maker(recipe, method, row_stream.end_prompts(recipe, tokenizer) if method.end_prompt else [])
+    make = row_stream.row_maker(
+        recipe, method, row_stream.end_prompts(recipe, tokenizer) if method.end_prompt else []
+    )
     blank = row_stream.Cursor(repeat(("", np.zeros(recipe.lengths.target, np.int32))), 0, 0)
     count = max(1, min(recipe.data.tokens, SAMPLED_TOKENS) // length)
-    return [positions.segments(make(number, blank)["position_ids"]) for number in range(count)], f"{count} sampled rows of {length} tokens (there are no shards)"
+    return [
+        positions.segments(make(number, blank)["position_ids"]) for number in range(count)
+    ], f"{count} sampled rows of {length} tokens (there are no shards)"
 
 
 def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, number: int) -> str:
@@ -76,7 +89,9 @@ def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, numb
     Raises BadInput for a method without training, a row ``number`` that is not there, or shards of another setting.
     """
     if not method.trained:
-        raise BadInput(f"--coverage: {method.name} trains nothing, so there are no distances to count; choose a method that trains")
+        raise BadInput(
+            f"--coverage: {method.name} trains nothing, so there are no distances to count; choose a method that trains"
+        )
     rows, source = _rows(recipe, method, tokenizer, out / recipe.name / method.name / "shards", strict=True)
     if not 0 <= number < len(rows):
         raise BadInput(f"--row {number}: there are rows 0 to {len(rows) - 1}")
@@ -85,18 +100,30 @@ def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, numb
     lines = [
         f"coverage of {method.name}: {source}",
         f"never seen: {np.count_nonzero(counts == 0)} of the distances 0..{L - 1} ({np.mean(counts == 0):.2%})",
-        "", f"row {number}: positions {_listed(row)}",
-        *(f"  queries {r}..{s} on keys {p}..{q}: distances {low}..{high}" for (r, s), (p, q), (low, high) in islice(coverage.contributions(row), 10)),
+        "",
+        f"row {number}: positions {_listed(row)}",
+        *(
+            f"  queries {r}..{s} on keys {p}..{q}: distances {low}..{high}"
+            for (r, s), (p, q), (low, high) in islice(coverage.contributions(row), 10)
+        ),
     ]
     for title, some in ((f"row {number}", [row]), (f"all {len(rows)} rows", rows)):
         closed, seen = coverage.observed(some), coverage.counted(coverage.pair_counts(some, L))
-        for name, equation, spans in (("D_obs", 8, (closed, seen)), ("D_gap", 9, (coverage.gap(closed, L), coverage.gap(seen, L)))):
-            lines += [f"{name} of {title}, closed form (paper Eq. {equation}): {_listed(spans[0])}", f"{name} of {title}, counted: {_listed(spans[1])}"]
+        for name, equation, spans in (
+            ("D_obs", 8, (closed, seen)),
+            ("D_gap", 9, (coverage.gap(closed, L), coverage.gap(seen, L))),
+        ):
+            lines += [
+                f"{name} of {title}, closed form (paper Eq. {equation}): {_listed(spans[0])}",
+                f"{name} of {title}, counted: {_listed(spans[1])}",
+            ]
     lines += ["", f"{'distances':<18} {'pairs':>16} {'of all pairs':>14} {'never seen':>12}"]
     edges = sorted({L * band // BANDS for band in range(BANDS + 1)})
     for low, high in pairwise(edges):
         part = counts[low:high]
-        lines.append(f"{f'{low}..{high - 1}':<18} {part.sum():>16} {part.sum() / counts.sum():>14.3%} {np.mean(part == 0):>12.1%}")
+        lines.append(
+            f"{f'{low}..{high - 1}':<18} {part.sum():>16} {part.sum() / counts.sum():>14.3%} {np.mean(part == 0):>12.1%}"
+        )
     return "\n".join(lines)
 
 
@@ -107,7 +134,14 @@ def draw_coverage(recipe: Recipe, tokenizer, out: Path) -> bytes:
     """
     panels, L = [], recipe.lengths.target
     for method in filter(lambda method: method.trained, methods.METHODS.values()):
-        rows, source = _rows(recipe, method, tokenizer, out / recipe.name / method.name / "shards", strict=False)
+        rows, source = _rows(
+            recipe, method, tokenizer, out / recipe.name / method.name / "shards", strict=False
+        )
         tokens = sum(last - first + 1 for row in rows for first, last in row)
-        panels.append((f"{method.name}, {source.partition(' of ')[0]}", coverage.pair_counts(rows, L), tokens))
-    return coverage.picture(panels, f"{recipe.name}: distances supervised with rows of {recipe.lengths.physical} tokens and a window of {L}")
+        panels.append(
+            (f"{method.name}, {source.partition(' of ')[0]}", coverage.pair_counts(rows, L), tokens)
+        )
+    return coverage.picture(
+        panels,
+        f"{recipe.name}: distances supervised with rows of {recipe.lengths.physical} tokens and a window of {L}",
+    )

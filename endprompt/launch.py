@@ -38,9 +38,14 @@ def _visible(gpus: list[list[str]] | None, variable: str) -> list[list[str]]:
         if gpus is None:
             found = [[str(int(number[1])) if number else name]]
         elif number:
-            found = gpus[int(number[1]):][:1]
+            found = gpus[int(number[1]) :][:1]
         else:
-            found = [gpu if uuid == gpu[0] else [gpu[0], uuid] for gpu in gpus for uuid in gpu if uuid.startswith(name)]
+            found = [
+                gpu if uuid == gpu[0] else [gpu[0], uuid]
+                for gpu in gpus
+                for uuid in gpu
+                if uuid.startswith(name)
+            ]
         if len(found) != 1:
             break
         if found[0] in kept:
@@ -61,8 +66,16 @@ def gpus(environment) -> int:
     counts = [] if most is None else [most]
     if listed is None:
         names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-        return min(counts + [len(_visible(None, environment[name])) for name in names if name in environment]) if most else 0
-    found = _visible(listed, environment["CUDA_VISIBLE_DEVICES"]) if "CUDA_VISIBLE_DEVICES" in environment else listed
+        return (
+            min(counts + [len(_visible(None, environment[name])) for name in names if name in environment])
+            if most
+            else 0
+        )
+    found = (
+        _visible(listed, environment["CUDA_VISIBLE_DEVICES"])
+        if "CUDA_VISIBLE_DEVICES" in environment
+        else listed
+    )
     return min(counts + [1 if any(len(gpu) > 1 for gpu in found) else len(found)])
 
 
@@ -80,20 +93,39 @@ def check(environment) -> None:
     Left to torch, most of these end in a wait of minutes for ranks that never come.
     """
     numbers = {}
-    for name, low, high in (("WORLD_SIZE", 1, 2**20), ("RANK", 0, 2**20), ("LOCAL_WORLD_SIZE", 1, 2**20), ("LOCAL_RANK", 0, 2**20), ("MASTER_PORT", 1, 65535)):
+    for name, low, high in (
+        ("WORLD_SIZE", 1, 2**20),
+        ("RANK", 0, 2**20),
+        ("LOCAL_WORLD_SIZE", 1, 2**20),
+        ("LOCAL_RANK", 0, 2**20),
+        ("MASTER_PORT", 1, 65535),
+    ):
         if name in environment:
-            if not re.fullmatch(r"[0-9]{1,9}", environment[name]) or not low <= int(environment[name]) <= high:
-                raise BadInput(f"environment: {name}={environment[name][:40]!r} is no whole number from {low} to {high}; unset it, or start with torchrun or deepspeed")
+            if (
+                not re.fullmatch(r"[0-9]{1,9}", environment[name])
+                or not low <= int(environment[name]) <= high
+            ):
+                raise BadInput(
+                    f"environment: {name}={environment[name][:40]!r} is no whole number from {low} to {high}; unset it, or start with torchrun or deepspeed"
+                )
             numbers[name] = int(environment[name])
     ranks = numbers.get("WORLD_SIZE", 1)
     for name, most in (("RANK", ranks), ("LOCAL_RANK", numbers.get("LOCAL_WORLD_SIZE", ranks))):
         if numbers.get(name, 0) >= most:
-            raise BadInput(f"environment: {name} is {numbers[name]}, but of {most} ranks the last is {most - 1}; unset it, or start with torchrun or deepspeed")
-    if ranks > 1 and (absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
-        raise BadInput(f"environment: WORLD_SIZE is {ranks}, but {', '.join(absent)} is missing; unset it, or start with torchrun or deepspeed")
+            raise BadInput(
+                f"environment: {name} is {numbers[name]}, but of {most} ranks the last is {most - 1}; unset it, or start with torchrun or deepspeed"
+            )
+    if ranks > 1 and (
+        absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    ):
+        raise BadInput(
+            f"environment: WORLD_SIZE is {ranks}, but {', '.join(absent)} is missing; unset it, or start with torchrun or deepspeed"
+        )
     threads = environment.get("OMP_NUM_THREADS", "1")
     if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*(,\s*[1-9][0-9]{0,5}\s*)*", threads):
-        raise BadInput(f"environment: OMP_NUM_THREADS={threads[:40]!r} is no number of threads; set it to 1 or more, or unset it")
+        raise BadInput(
+            f"environment: OMP_NUM_THREADS={threads[:40]!r} is no number of threads; set it to 1 or more, or unset it"
+        )
 
 
 def end_with_launcher() -> None:

@@ -22,7 +22,16 @@ def inject(model, lora: Lora, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"), model)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.targets),
+            bias="none",
+        ),
+        model,
+    )
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.requires_grad_(lora.train_embed_norm and ("embed" in name or "norm" in name))
@@ -59,7 +68,9 @@ class Trace:
         half_ulp = torch.finfo(merged.dtype).eps / 2
         merged = merged.double()
         found = float((merged @ x - self.weight) @ self.adapter) / square
-        return found, float((merged.square() @ x.square()) @ self.adapter.square() / 3) ** 0.5 * half_ulp / square
+        return found, float(
+            (merged.square() @ x.square()) @ self.adapter.square() / 3
+        ) ** 0.5 * half_ulp / square
 
 
 def _direction(size: int) -> torch.Tensor:
@@ -75,12 +86,20 @@ def merge(model) -> dict[str, Trace]:
     """
     traces = {}
     for name, layer in _layers(model).items():
-        base, (a, b), scaling = layer.get_base_layer(), (layer.lora_A["default"].weight, layer.lora_B["default"].weight), layer.scaling["default"]
+        base, (a, b), scaling = (
+            layer.get_base_layer(),
+            (layer.lora_A["default"].weight, layer.lora_B["default"].weight),
+            layer.scaling["default"],
+        )
         with _gathered([a, b], write=False), _gathered([base.weight], write=True):
             if a.dim() != 2 or b.dim() != 2 or base.weight.shape != (b.shape[0], a.shape[1]):
-                raise Failure(f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of {tuple(b.shape)} x {tuple(a.shape)}")
+                raise Failure(
+                    f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of {tuple(b.shape)} x {tuple(a.shape)}"
+                )
             x = _direction(a.shape[1]).to(a.device)
-            traces[name] = Trace((base.weight.double() @ x).cpu(), (scaling * (b.double() @ (a.double() @ x))).cpu())
+            traces[name] = Trace(
+                (base.weight.double() @ x).cpu(), (scaling * (b.double() @ (a.double() @ x))).cpu()
+            )
             base.weight.copy_(base.weight.float() + scaling * (b.float() @ a.float()))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
@@ -98,7 +117,9 @@ def logits(model, batch: dict[str, torch.Tensor], device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def verify_merged(folder, batch: dict[str, torch.Tensor], expected: torch.Tensor, traces: dict[str, Trace], device) -> float:
+def verify_merged(
+    folder, batch: dict[str, torch.Tensor], expected: torch.Tensor, traces: dict[str, Trace], device
+) -> float:
     """Reloads the merged model in ``folder`` and compares it with the adapter model: ``expected`` are that one's logits on ``batch``.
 
     Returns the root mean square difference of the logits in units of their standard deviation.  Raises Failure if it is above
@@ -109,20 +130,26 @@ def verify_merged(folder, batch: dict[str, torch.Tensor], expected: torch.Tensor
     from transformers import AutoModelForCausalLM
 
     with whole_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     for name, trace in traces.items():
         if trace.adapter.any():
             fraction, error = trace.fraction(model.get_submodule(name).weight)
             if not abs(fraction - 1) <= 0.1 + 6 * error:
-                raise Failure(f"merged model: {fraction:.0%} of the adapter of {name} is in {folder}; was it gathered?  The checkpoints are kept")
+                raise Failure(
+                    f"merged model: {fraction:.0%} of the adapter of {name} is in {folder}; was it gathered?  The checkpoints are kept"
+                )
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if torch.device(device).type != "cuda" or torch.cuda.mem_get_info(device)[0] < 2 * size:
         device = "cpu"
     found, used = logits(model.to(device), batch, device), batch["attention_mask"].bool()
     difference = float((found - expected)[used].pow(2).mean().sqrt() / expected[used].std())
     if not difference <= (1e-3 if model.dtype == torch.float32 else 0.1):
-        raise Failure(f"merged model: {folder} gives other logits than the adapters it was merged from, by {difference:.2g} standard deviations; "
-                           "is what was trained beside the adapters in it?  The checkpoints are kept")
+        raise Failure(
+            f"merged model: {folder} gives other logits than the adapters it was merged from, by {difference:.2g} standard deviations; "
+            "is what was trained beside the adapters in it?  The checkpoints are kept"
+        )
     return difference
 
 

@@ -64,9 +64,14 @@ def agrees(kernel, device, dtype) -> bool:
     logits = logits.to(dtype)
     expected, gradient = _rows(logits.clone(), labels, weights, True)
     found = kernel(logits, labels, weights, True)
-    if torch.allclose(found, expected, atol=1e-4, rtol=1e-4) and torch.allclose(logits.float(), gradient.to(dtype).float(), atol=1e-6, rtol=2e-2):
+    if torch.allclose(found, expected, atol=1e-4, rtol=1e-4) and torch.allclose(
+        logits.float(), gradient.to(dtype).float(), atol=1e-6, rtol=2e-2
+    ):
         return True
-    print("warning: the loss' Triton kernel gives other values than plain operations on this device; those are used, which is slower", file=sys.stderr)
+    print(
+        "warning: the loss' Triton kernel gives other values than plain operations on this device; those are used, which is slower",
+        file=sys.stderr,
+    )
     return False
 
 
@@ -93,7 +98,9 @@ def _as_autocast(*tensors):
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(tensor if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(
+        tensor if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors
+    )
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -104,8 +111,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         nll = torch.zeros_like(token_weights)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         sum_type = weight.dtype if kernel and len(hidden) <= ROUNDINGS * chunk else torch.float32
-        grad_weight = torch.zeros(weight.shape, dtype=sum_type, device=weight.device) if needs_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs_bias else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=sum_type, device=weight.device) if needs_weight else None
+        )
+        grad_bias = (
+            torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+            if bias is not None and needs_bias
+            else None
+        )
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = nn.functional.linear(hidden[part], weight, bias)
@@ -126,7 +139,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                         grad_weight.addmm_(gradient.t(), hidden[part])
                     else:  # summing many chunks in bf16 would lose the small ones
                         grad_weight += gradient.t() @ hidden[part]
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype))
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+        )
         ctx.mark_non_differentiable(nll)
         return (nll * token_weights).sum(), nll
 
@@ -176,9 +193,24 @@ class LossHead(nn.Linear):
         if self.uniform and (kernel := liger_kernel(hidden)):
             # ignore_index -100, no z-loss, no smoothing, summed; weight gradients of the chunks accumulate in float32, as ours do.
             hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
-            total = kernel(hidden.flatten(0, 1), weight, shift_labels.flatten(), bias, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+            total = kernel(
+                hidden.flatten(0, 1),
+                weight,
+                shift_labels.flatten(),
+                bias,
+                None,
+                -100,
+                0.0,
+                0.0,
+                "sum",
+                None,
+                False,
+                torch.float32,
+            )[0]
             return total, None
-        total, nll = chunked_linear_cross_entropy(hidden.flatten(0, 1), self.weight, shift_labels.flatten(), shift_weights.flatten(), self.bias)
+        total, nll = chunked_linear_cross_entropy(
+            hidden.flatten(0, 1), self.weight, shift_labels.flatten(), shift_weights.flatten(), self.bias
+        )
         return total, nll.view(shift_labels.shape)
 
 
@@ -190,12 +222,24 @@ def seen_by_all(attention_mask):
     return torch.ones_like(attention_mask)
 
 
-def _forward_with_loss(self, input_ids=None, attention_mask=None, position_ids=None, shift_labels=None, shift_weights=None, **kwargs):
+def _forward_with_loss(
+    self,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    shift_labels=None,
+    shift_weights=None,
+    **kwargs,
+):
     if shift_labels is None:
-        return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        return type(self).forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
     if attention_mask is not None:
         attention_mask = seen_by_all(attention_mask)
-    hidden = self.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+    hidden = self.get_decoder()(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
     loss_sum, nll = self.get_output_embeddings()(hidden, shift_labels, shift_weights)
     return {"loss_sum": loss_sum, "nll": nll}
 

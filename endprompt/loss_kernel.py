@@ -33,7 +33,9 @@ def _row(logits, stride, labels, weights, nll, vocabulary, GRADIENT: tl.constexp
             tl.store(logits + entries, gradient.to(logits.dtype.element_ty), mask=entries < vocabulary)
 
 
-def rows(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor, needs_gradient: bool) -> torch.Tensor:
+def rows(
+    logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor, needs_gradient: bool
+) -> torch.Tensor:
     """Cross entropy float32 [n] of ``logits`` [n, V] against ``labels`` int64 [n] (negative: none, 0 is given), in nats.
 
     needs_gradient: ``logits`` is overwritten by the gradient of the sum over rows of token_weights (float32 [n]) x cross entropy.
@@ -41,6 +43,15 @@ def rows(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor
     """
     nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        _row[(len(logits),)](logits, logits.stride(0), labels.contiguous(), token_weights.contiguous(), nll, logits.shape[1], GRADIENT=needs_gradient,
-                             BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=16)
+        _row[(len(logits),)](
+            logits,
+            logits.stride(0),
+            labels.contiguous(),
+            token_weights.contiguous(),
+            nll,
+            logits.shape[1],
+            GRADIENT=needs_gradient,
+            BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])),
+            num_warps=16,
+        )
     return nll

@@ -13,7 +13,9 @@ def grams(pieces: np.ndarray, n: int) -> np.ndarray:
 
     Two n-grams pass for one if their 64-bit hashes are equal.
     """
-    windows = np.lib.stride_tricks.sliding_window_view(pieces.astype(np.uint64), min(n, pieces.shape[1]), axis=1)
+    windows = np.lib.stride_tricks.sliding_window_view(
+        pieces.astype(np.uint64), min(n, pieces.shape[1]), axis=1
+    )
     hashes = np.zeros(windows.shape[:2], np.uint64)
     for column in range(windows.shape[2]):  # FNV-1a, an id at a time; it wraps on purpose
         hashes = (hashes ^ windows[:, :, column]) * np.uint64(1099511628211)
@@ -30,7 +32,9 @@ def groups(pieces: np.ndarray, together: int, n: int, rng: np.random.Generator) 
     unless ``together`` is a power of two and p a multiple of it.
     """
     if together < 1 or together & (together - 1) or len(pieces) % together:
-        raise ValueError(f"{len(pieces)} pieces do not make groups of {together}; a power of two that divides them is wanted")
+        raise ValueError(
+            f"{len(pieces)} pieces do not make groups of {together}; a power of two that divides them is wanted"
+        )
     held, found = grams(pieces, n).astype(np.float32), [[number] for number in range(len(pieces))]
     while len(found[0]) < together:
         shared = held.T @ held

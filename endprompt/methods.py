@@ -76,23 +76,97 @@ def get(name: str) -> Method:
 register(Method("base", "the model as it came: neither scaled nor trained", None, rope=None))
 register(Method("interpolation", "position interpolation alone, no training", None))
 register(Method("short", "the control: interpolation, trained on plain short rows", positions.contiguous))
-register(Method("endprompt", "text at 0..a-1, end prompt at L-b..L-1", positions.text_then_end_prompt, end_prompt=True))
-register(Method("endprompt_random", "text at 0..a-1, end prompt ending anywhere up to L-1", positions.text_then_random_prompt, end_prompt=True))
-register(Method("pose", "text in two chunks, the second shifted by a random skip", positions.skipwise, chunked=True))
-register(Method("endprompt_pose", "text in chunks as in pose, end prompt at L-b..L-1", positions.skipwise_then_end_prompt, end_prompt=True, chunked=True))
-register(Method("full_length", "interpolation, trained on rows of the target length", positions.contiguous, row_length="target"))
+register(
+    Method(
+        "endprompt", "text at 0..a-1, end prompt at L-b..L-1", positions.text_then_end_prompt, end_prompt=True
+    )
+)
+register(
+    Method(
+        "endprompt_random",
+        "text at 0..a-1, end prompt ending anywhere up to L-1",
+        positions.text_then_random_prompt,
+        end_prompt=True,
+    )
+)
+register(
+    Method(
+        "pose", "text in two chunks, the second shifted by a random skip", positions.skipwise, chunked=True
+    )
+)
+register(
+    Method(
+        "endprompt_pose",
+        "text in chunks as in pose, end prompt at L-b..L-1",
+        positions.skipwise_then_end_prompt,
+        end_prompt=True,
+        chunked=True,
+    )
+)
+register(
+    Method(
+        "full_length",
+        "interpolation, trained on rows of the target length",
+        positions.contiguous,
+        row_length="target",
+    )
+)
 # LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
 # which it means.  NTK with the frequencies of L held is the default here; rope.type linear or yarn, both at L / C, are the others.
-register(Method("lceg", "LCEG's protocol: NTK scaling held at the target's frequencies, rows of the target length",
-                positions.contiguous, row_length="target", rope="ntk", whole_factor=True))
-register(Method("longlora", "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length", positions.contiguous,
-                row_length="target", whole_factor=True, attention="s2", lora={"r": 8, "alpha": 16.0, "train_embed_norm": True}))
+register(
+    Method(
+        "lceg",
+        "LCEG's protocol: NTK scaling held at the target's frequencies, rows of the target length",
+        positions.contiguous,
+        row_length="target",
+        rope="ntk",
+        whole_factor=True,
+    )
+)
+register(
+    Method(
+        "longlora",
+        "shifted sparse attention, LoRA with embeddings and norms trained, rows of the target length",
+        positions.contiguous,
+        row_length="target",
+        whole_factor=True,
+        attention="s2",
+        lora={"r": 8, "alpha": 16.0, "train_embed_norm": True},
+    )
+)
 # Scores times log n are Su Jianlin's (kexue.fm 8823, 2021) and Chiang and Cholak's (2202.12172); Qwen's logn
 # attention, YaRN's temperature and SSMax (2501.19399) are kin, see sharpen.py.  Ours is the constant, folded
 # into the queries after short rows with jumps.  Why rows of the target length teach far distances seldom is
 # counted by STRING (2410.18745).
-register(Method("pose_sharp", "pose on YaRN, attention sharpened by ln L / ln C when training is over", positions.skipwise, chunked=True, rope="yarn", sharpen=1.0))
-register(Method("pose_recall", "pose_sharp, whose rows end in spans of their own text repeated at far positions", positions.skipwise_then_recall,
-                recall=True, chunked=True, rope="yarn", sharpen=1.0))
-register(Method("pose_matched", "pose_sharp, whose rows are pieces of text that repeat something of each other, from all over L tokens", positions.skipwise,
-                chunked=True, matched=True, rope="yarn", sharpen=1.0))
+register(
+    Method(
+        "pose_sharp",
+        "pose on YaRN, attention sharpened by ln L / ln C when training is over",
+        positions.skipwise,
+        chunked=True,
+        rope="yarn",
+        sharpen=1.0,
+    )
+)
+register(
+    Method(
+        "pose_recall",
+        "pose_sharp, whose rows end in spans of their own text repeated at far positions",
+        positions.skipwise_then_recall,
+        recall=True,
+        chunked=True,
+        rope="yarn",
+        sharpen=1.0,
+    )
+)
+register(
+    Method(
+        "pose_matched",
+        "pose_sharp, whose rows are pieces of text that repeat something of each other, from all over L tokens",
+        positions.skipwise,
+        chunked=True,
+        matched=True,
+        rope="yarn",
+        sharpen=1.0,
+    )
+)

@@ -38,7 +38,18 @@ TOKENIZER_KEYS = ("max_length", "max_len")  # besides model_max_length
 MEND = "mend its files, or name another model"
 CONVERT = "convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
 # What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types, cut safetensors and GGUF files.
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, AssertionError, ArithmeticError, StrictDataclassError, SafetensorError, struct.error)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+    SafetensorError,
+    struct.error,
+)
 
 
 def locate(recipe: Recipe) -> dict:
@@ -51,28 +62,42 @@ def locate(recipe: Recipe) -> dict:
         package = name.removeprefix("package:")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise BadInput(f"model.name_or_path: the Python package {package!r} is not installed; pip install {package.replace('_', '-')}, or name a folder or hub id")
+            raise BadInput(
+                f"model.name_or_path: the Python package {package!r} is not installed; pip install {package.replace('_', '-')}, or name a folder or hub id"
+            )
         if recipe.model.gguf_file and Path(recipe.model.gguf_file).name != recipe.model.gguf_file:
-            raise BadInput(f"model.gguf_file: {recipe.model.gguf_file!r} is a path; with package:{package} give the file's name alone")
+            raise BadInput(
+                f"model.gguf_file: {recipe.model.gguf_file!r} is a path; with package:{package} give the file's name alone"
+            )
         # A data file may sit anywhere in the package: take the folder that holds the one asked for.
         root = Path(next(iter(spec.submodule_search_locations)))
         found = next(iter(sorted(root.rglob(recipe.model.gguf_file or "config.json"))), None)
         if found is None:
-            raise BadInput(f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'}; set model.gguf_file to one it has")
+            raise BadInput(
+                f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'}; set model.gguf_file to one it has"
+            )
         path = str(found.parent)
     else:
         local = recipe.path(name)
         path = str(local) if local else name
         if local is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-            raise BadInput(f"model.name_or_path: there is no folder {name}; give a folder with config.json, package:NAME, or a hub id")
+            raise BadInput(
+                f"model.name_or_path: there is no folder {name}; give a folder with config.json, package:NAME, or a hub id"
+            )
         if local is not None and not local.is_dir():
-            raise BadInput(f"model.name_or_path: {local} is no folder; name the folder with config.json that it is in")
+            raise BadInput(
+                f"model.name_or_path: {local} is no folder; name the folder with config.json that it is in"
+            )
         if local is not None and recipe.model.gguf_file and not (local / recipe.model.gguf_file).is_file():
             raise BadInput(f"model.gguf_file: {local} has no file {recipe.model.gguf_file}")
     if os.path.isdir(path):
         check_folder(Path(path), "model.name_or_path", bool(recipe.model.gguf_file))
     extra = {"revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file}
-    return {"pretrained_model_name_or_path": path, "trust_remote_code": recipe.model.trust_remote_code, **{key: value for key, value in extra.items() if value}}
+    return {
+        "pretrained_model_name_or_path": path,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        **{key: value for key, value in extra.items() if value},
+    }
 
 
 def check_folder(folder: Path, key: str, gguf: bool = False) -> None:
@@ -82,14 +107,22 @@ def check_folder(folder: Path, key: str, gguf: bool = False) -> None:
     """
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja", ".model", ".safetensors", ".gguf") and not path.is_file():
-            raise BadInput(f"{key}: {path} is no regular file (or a link to nothing); put the file there, or remove it")
+            raise BadInput(
+                f"{key}: {path} is no regular file (or a link to nothing); put the file there, or remove it"
+            )
     if gguf:
         return
     if (folder / "adapter_config.json").exists():
-        raise BadInput(f"{key}: {folder} is an adapter, not a whole model; merge it into its base once (peft: merge_and_unload), save that, and name its folder")
-    pickles = sorted(path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        raise BadInput(
+            f"{key}: {folder} is an adapter, not a whole model; merge it into its base once (peft: merge_and_unload), save that, and name its folder"
+        )
+    pickles = sorted(
+        path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
     if pickles and not any(folder.glob("*.safetensors")):
-        raise BadInput(f"{key}: {folder} has its weights in {pickles[0]} alone; weights must be safetensors, which cannot run code: {CONVERT}")
+        raise BadInput(
+            f"{key}: {folder} has its weights in {pickles[0]} alone; weights must be safetensors, which cannot run code: {CONVERT}"
+        )
 
 
 def reason(error: Exception) -> str:
@@ -126,7 +159,9 @@ def _loading(what: str, recipe: Recipe, function):
     except BadInput:
         raise
     except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
-        raise BadInput(f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}") from None
+        raise BadInput(
+            f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}"
+        ) from None
 
 
 def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
@@ -144,7 +179,14 @@ def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     else:
         return None
-    return next(((folder / there, key) for key, there in places.items() if key.split(".")[-2:] == name.split(".")[-2:]), None)
+    return next(
+        (
+            (folder / there, key)
+            for key, there in places.items()
+            if key.split(".")[-2:] == name.split(".")[-2:]
+        ),
+        None,
+    )
 
 
 def refuse_untied(where: str, source: str, config, revision: str | None = None) -> None:
@@ -168,15 +210,22 @@ def refuse_untied(where: str, source: str, config, revision: str | None = None) 
             if None in (places := [_tensor(folder, name) for name in (other, one)]):
                 continue
             with contextlib.ExitStack() as stack:
-                first, second = (stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places)
+                first, second = (
+                    stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places
+                )
                 same, rows = first.get_shape() == second.get_shape(), first.get_shape()[0]
-                same = same and all(torch.equal(first[row:row + 4096].float(), second[row:row + 4096].float()) for row in range(0, rows, 4096))
+                same = same and all(
+                    torch.equal(first[row : row + 4096].float(), second[row : row + 4096].float())
+                    for row in range(0, rows, 4096)
+                )
         except (*UNREADABLE, RuntimeError):  # whoever loads the files says what is wrong with them
             return
         if not same:
-            raise BadInput(f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in "
-                           f"{places[1][0].name} is another than {places[0][1]}; set tie_word_embeddings to false in config.json, or take "
-                           f"{places[1][1]} out of the files")
+            raise BadInput(
+                f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in "
+                f"{places[1][0].name} is another than {places[0][1]}; set tie_word_embeddings to false in config.json, or take "
+                f"{places[1][1]} out of the files"
+            )
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
@@ -200,27 +249,50 @@ def load_weights(where: str, **arguments):
     from transformers import AutoModelForCausalLM
 
     if "gguf_file" not in arguments:
-        arguments |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # mismatches are looked at below, and told in one line
+        arguments |= {
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,
+        }  # mismatches are looked at below, and told in one line
     try:
         with without_reports():
             network, found = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True)
     except UNREADABLE as error:
         raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
     except RuntimeError as error:
-        if not (mismatch := next((line.strip() for line in str(error).splitlines() if "size mismatch" in line or "negative dimension" in line), None)):
+        if not (
+            mismatch := next(
+                (
+                    line.strip()
+                    for line in str(error).splitlines()
+                    if "size mismatch" in line or "negative dimension" in line
+                ),
+                None,
+            )
+        ):
             raise
-        raise BadInput(f"{where} do not fit config.json: {mismatch}; mend the folder") from None  # as partitioned loading tells it
+        raise BadInput(
+            f"{where} do not fit config.json: {mismatch}; mend the folder"
+        ) from None  # as partitioned loading tells it
     if found["mismatched_keys"]:
         name, there, wanted = sorted(found["mismatched_keys"])[0]
-        raise BadInput(f"{where} do not fit config.json: {name} is {list(there)} in the files, and {list(wanted)} by config.json "
-                       f"({len(found['mismatched_keys'])} such); mend the folder")
+        raise BadInput(
+            f"{where} do not fit config.json: {name} is {list(there)} in the files, and {list(wanted)} by config.json "
+            f"({len(found['mismatched_keys'])} such); mend the folder"
+        )
     if found["missing_keys"]:
-        raise BadInput(f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place; {MEND}")
+        raise BadInput(
+            f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place; {MEND}"
+        )
     if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a {network.config.model_type} model and are left out, "
-              f"first {sorted(found['unexpected_keys'])[:3]}", file=sys.stderr)
+        print(
+            f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a {network.config.model_type} model and are left out, "
+            f"first {sorted(found['unexpected_keys'])[:3]}",
+            file=sys.stderr,
+        )
     if "gguf_file" not in arguments:
-        refuse_untied(where, arguments["pretrained_model_name_or_path"], network.config, arguments.get("revision"))
+        refuse_untied(
+            where, arguments["pretrained_model_name_or_path"], network.config, arguments.get("revision")
+        )
     return network
 
 
@@ -228,7 +300,9 @@ def refuse_kernels(config, key: str) -> None:
     """Raises BadInput beginning with ``key`` if config.json names attention on the hub, which transformers would fetch and run whatever it is told to use."""
     found = getattr(config, "_attn_implementation", None)
     if found is not None and (not isinstance(found, str) or "/" in found):
-        raise BadInput(f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers; take attn_implementation out of it")
+        raise BadInput(
+            f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers; take attn_implementation out of it"
+        )
 
 
 def refuse_other_kinds(config, where: str) -> None:
@@ -292,6 +366,7 @@ def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
 
     windowed: tokens of the attention window in use; None without.
     """
+
     def refuse(key: str, value, why: str) -> None:
         raise BadInput(
             f"model: {key} in its config.json is {value!r:.60}: {why}, which is neither trained nor checked "
@@ -324,6 +399,7 @@ def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
 def refuse_contradictions(config, written: dict, original: int) -> None:
     """Raises BadInput if config.json as ``written`` says one thing in two ways, of which engines read one or
     the other."""
+
     def told(parameters: dict) -> dict:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         rest = {
@@ -368,15 +444,26 @@ def load_config(recipe: Recipe):
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
     refuse_kernels(config, "model")
     if config.model_type not in SUPPORTED:
-        raise BadInput(f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)} models is")
+        raise BadInput(
+            f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)} models is"
+        )
     rope.refuse_scaled(config)
     written: dict = {}
     if not recipe.model.gguf_file:
-        written = _loading("config", recipe, lambda: PretrainedConfig.get_config_dict(**{**where, "trust_remote_code": False})[0])
+        written = _loading(
+            "config",
+            recipe,
+            lambda: PretrainedConfig.get_config_dict(**{**where, "trust_remote_code": False})[0],
+        )
         if "max_position_embeddings" not in written and recipe.model.original_length is None:
-            raise BadInput("model: its config.json has no max_position_embeddings, the window to extend; set model.original_length")
+            raise BadInput(
+                "model: its config.json has no max_position_embeddings, the window to extend; set model.original_length"
+            )
         if "rope_theta" not in {**written, **(written.get("rope_parameters") or {})}:
-            print(f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is assumed, the default of {config.model_type}", file=sys.stderr)
+            print(
+                f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is assumed, the default of {config.model_type}",
+                file=sys.stderr,
+            )
     theta = (config.rope_parameters or {}).get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
@@ -384,18 +471,26 @@ def load_config(recipe: Recipe):
     unused = config.model_type != "mistral" and not getattr(config, "use_sliding_window", True)
     windowed = None if unused else getattr(config, "sliding_window", None)
     if windowed and type(windowed) is not int:
-        raise BadInput(f"model: sliding_window in its config.json is {windowed!r:.60}, no number of tokens; mend it")
+        raise BadInput(
+            f"model: sliding_window in its config.json is {windowed!r:.60}, no number of tokens; mend it"
+        )
     if windowed and windowed < recipe.lengths.target:
-        raise BadInput(f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row; use a base model without one")
+        raise BadInput(
+            f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row; use a base model without one"
+        )
     original = original_length(recipe, config)
     if type(original) is not int or original < 1:
-        raise BadInput(f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of tokens; mend it, or set model.original_length")
+        raise BadInput(
+            f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of tokens; mend it, or set model.original_length"
+        )
     refuse_foreign_keys(config, written, windowed)
     refuse_contradictions(config, written, original)
     sharpen.inherited(config)
     if recipe.lengths.target <= original:
-        raise BadInput(f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original}; raise it "
-                       "(or set model.original_length, if config.json overstates the window it was trained on)")
+        raise BadInput(
+            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original}; raise it "
+            "(or set model.original_length, if config.json overstates the window it was trained on)"
+        )
     return config
 
 
@@ -410,9 +505,13 @@ def load_tokenizer(recipe: Recipe):
     where = locate(recipe)
     tokenizer = _loading("tokenizer", recipe, lambda: AutoTokenizer.from_pretrained(**where))
     if not tokenizer.is_fast:
-        raise BadInput(f"model: {recipe.model.name_or_path!r} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
+        raise BadInput(
+            f"model: {recipe.model.name_or_path!r} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it"
+        )
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"model: the tokenizer of {recipe.model.name_or_path!r} has no end-of-sequence token, which joins documents; set eos_token")
+        raise BadInput(
+            f"model: the tokenizer of {recipe.model.name_or_path!r} has no end-of-sequence token, which joins documents; set eos_token"
+        )
     return tokenizer
 
 
@@ -423,8 +522,10 @@ def check_vocabulary(tokenizer, config, where: str) -> None:
     """
     greatest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
     if greatest >= config.vocab_size:
-        raise BadInput(f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to {config.vocab_size - 1} alone; "
-                       "give it its own tokenizer")
+        raise BadInput(
+            f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to {config.vocab_size - 1} alone; "
+            "give it its own tokenizer"
+        )
 
 
 def state_length(network, tokenizer, target_length: int) -> None:
@@ -479,6 +580,7 @@ def forget_code(network, tokenizer) -> None:
 def stated_lengths(folder: Path) -> dict[str, int | None]:
     """{"file: key": tokens} of every window that the files of the model in ``folder`` state; None: a
     tokenizer's that states none."""
+
     def read(name: str) -> dict:
         path = folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -508,9 +610,11 @@ def check_ids(ids, tokenizer, embeddings: int, where: str) -> None:
     """
     if len(ids) and (max(ids) if isinstance(ids, list) else ids.max()) >= embeddings:
         token = next(int(token) for token in ids if token >= embeddings)
-        raise BadInput(f"{where} holds the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), and the model has embeddings for 0 to "
-                       f"{embeddings - 1} alone; take it out of the text, or use a model whose "
-                       "embeddings were resized for its tokenizer")
+        raise BadInput(
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), and the model has embeddings for 0 to "
+            f"{embeddings - 1} alone; take it out of the text, or use a model whose "
+            "embeddings were resized for its tokenizer"
+        )
 
 
 def pad_token_id(tokenizer, embeddings: int = 2**31) -> int:
@@ -525,7 +629,9 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
 
     wanted = recipe.model.attn_implementation
     if wanted == "flash_attention_2" and not (cuda and is_flash_attn_2_available()):
-        raise BadInput("model.attn_implementation: flash_attention_2 needs a GPU and the package flash-attn; use sdpa, or null to choose automatically")
+        raise BadInput(
+            "model.attn_implementation: flash_attention_2 needs a GPU and the package flash-attn; use sdpa, or null to choose automatically"
+        )
     return wanted or ("flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa")
 
 
@@ -541,7 +647,9 @@ def supported_attention(recipe: Recipe, cuda: bool, config) -> str | None:
 
 def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
     rope_type = None if method.rope is None else recipe.rope.type or method.rope
-    return rope.scaling_for(rope_type, original_length(recipe, config), recipe.lengths.target, method.whole_factor)
+    return rope.scaling_for(
+        rope_type, original_length(recipe, config), recipe.lengths.target, method.whole_factor
+    )
 
 
 def sharpness(recipe: Recipe, method: Method, config) -> float:
@@ -577,8 +685,13 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
 
         # Else the model stays marked as quantized, and transformers refuses to train and to save it.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    model = load_weights(f"model.name_or_path: the weights of {recipe.model.name_or_path!r}", **arguments, config=config,
-                         dtype=dtype, attn_implementation=attention)
+    model = load_weights(
+        f"model.name_or_path: the weights of {recipe.model.name_or_path!r}",
+        **arguments,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+    )
     # transformers takes config.json's pad_token_id for it, and torch gives that row no gradient; it may be the separator of documents.
     model.get_input_embeddings().padding_idx = None
     rope.verify(model.get_decoder().rotary_emb, model.config, chosen, theta)

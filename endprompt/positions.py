@@ -76,7 +76,9 @@ def skipwise_then_end_prompt(chunks: np.ndarray, b: int, L: int, rng: np.random.
     return np.concatenate([spread(chunks, L - b, rng), np.arange(L - b, L, dtype=np.int64)])
 
 
-def skipwise_then_recall(chunks: np.ndarray, spans: np.ndarray, L: int, rng: np.random.Generator) -> np.ndarray:
+def skipwise_then_recall(
+    chunks: np.ndarray, spans: np.ndarray, L: int, rng: np.random.Generator
+) -> np.ndarray:
     """Text in ``chunks`` [k], then ``spans`` [m] of tokens that repeat some of it, the first chunk at 0 and the rest scattered over 0..L-1.
 
     Each of the k + m - 1 later segments is shifted by a skip; the skips are uniform in [0, L - all tokens], in order, so that all of the
@@ -98,7 +100,9 @@ def check(position_ids: np.ndarray, L: int) -> None:
     if position_ids[0] < 0 or position_ids[-1] >= L:
         raise ValueError(f"positions {position_ids[0]}..{position_ids[-1]} leave [0, {L - 1}]")
     if np.any(np.diff(position_ids) <= 0):
-        raise ValueError(f"positions do not increase at token {int(np.argmax(np.diff(position_ids) <= 0)) + 1}")
+        raise ValueError(
+            f"positions do not increase at token {int(np.argmax(np.diff(position_ids) <= 0)) + 1}"
+        )
 
 
 def segments(position_ids: np.ndarray) -> list[tuple[int, int]]:

@@ -44,11 +44,16 @@ def deepspeed_options(options: dict, accumulation: int) -> dict:
     Without a ``bf16`` section DeepSpeed 0.19 computes in float32 whatever TrainingArguments say.  Without ``grad_accum_dtype`` it
     sums gradients in the weights' type.  Raises BadInput if they ask for masters that are not float32.
     """
-    for section, key in (("bf16", "bf16_master_weights_and_grads"), ("bf16", "bf16_optimizer_states"),
-                         ("fp16", "fp16_master_weights_and_grads")):
+    for section, key in (
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+        ("fp16", "fp16_master_weights_and_grads"),
+    ):
         if isinstance(options.get(section), dict) and options[section].get(key):
-            raise BadInput(f"train.deepspeed: {section}.{key} keeps {section} in place of float32 masters, which loses small updates; "
-                           "take it out of the file")
+            raise BadInput(
+                f"train.deepspeed: {section}.{key} keeps {section} in place of float32 masters, which loses small updates; "
+                "take it out of the file"
+            )
     if not any(name in options for name in ("fp16", "bfloat16", "amp", "torch_autocast")):
         options = {**options, "bf16": {"enabled": "auto", **(options.get("bf16") or {})}}
     if accumulation > 1 and (options.get("zero_optimization") or {}).get("stage", 0) > 0:
@@ -66,11 +71,17 @@ def check(arguments) -> None:
         return
     settings = arguments.hf_deepspeed_config
     if settings.mismatches:
-        told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " in the file, ") for line in settings.mismatches)
-        raise BadInput(f'train.deepspeed: {told} by the recipe; write "auto" in the file, or the same in both')
+        told = "; ".join(
+            line.removeprefix("- ds ").replace(" vs hf ", " in the file, ") for line in settings.mismatches
+        )
+        raise BadInput(
+            f'train.deepspeed: {told} by the recipe; write "auto" in the file, or the same in both'
+        )
     if settings.dtype() != torch.float32 and (settings.get_value("zero_optimization.stage") or 0) == 0:
-        raise BadInput("train.deepspeed: ZeRO stage 0 sums half-precision gradients in half precision and miscounts Adam's steps; "
-                       "use stage 1 or above, or train.deepspeed=null")
+        raise BadInput(
+            "train.deepspeed: ZeRO stage 0 sums half-precision gradients in half precision and miscounts Adam's steps; "
+            "use stage 1 or above, or train.deepspeed=null"
+        )
 
 
 def _master(parameter, stepped: set[int]) -> torch.dtype | None:
@@ -92,22 +103,34 @@ def verify(network, optimizer, whole: bool) -> None:
 
     network: as training uses it, under DeepSpeed too; whole: every parameter of ``network`` must be trained.
     """
-    if whole and (frozen := [name for name, parameter in network.named_parameters() if not parameter.requires_grad]):
-        raise Failure(f"precision: {len(frozen)} parameters of the base are frozen, first {frozen[0]}, and the recipe trains all; "
-                      "set train.lora to train adapters alone")
+    if whole and (
+        frozen := [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    ):
+        raise Failure(
+            f"precision: {len(frozen)} parameters of the base are frozen, first {frozen[0]}, and the recipe trains all; "
+            "set train.lora to train adapters alone"
+        )
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     found = [_master(parameter, stepped) for _, parameter in trained]
     # A rank may hold no piece of a parameter, but some rank must hold one: 0 none, 1 float32, 2 another type.
-    codes = torch.tensor([0 if kind is None else 1 if kind == torch.float32 else 2 for kind in found],
-                         device=next(network.parameters()).device)
+    codes = torch.tensor(
+        [0 if kind is None else 1 if kind == torch.float32 else 2 for kind in found],
+        device=next(network.parameters()).device,
+    )
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(codes, torch.distributed.ReduceOp.MAX)
-    wrong = [(name, kind) for (name, _), kind, code in zip(trained, found, codes.tolist(), strict=True) if code != 1]
+    wrong = [
+        (name, kind)
+        for (name, _), kind, code in zip(trained, found, codes.tolist(), strict=True)
+        if code != 1
+    ]
     if wrong:
         name, kind = wrong[0]
-        raise Failure(f"precision: {len(wrong)} of {len(trained)} trained parameters have no float32 master, first {name} "
-                      f"({'not in the optimizer' if kind is None else kind}); small updates would be lost")
+        raise Failure(
+            f"precision: {len(wrong)} of {len(trained)} trained parameters have no float32 master, first {name} "
+            f"({'not in the optimizer' if kind is None else kind}); small updates would be lost"
+        )
 
 
 class Masters(TrainerCallback):

@@ -9,7 +9,18 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("endprompt", "torch", "transformers", "deepspeed", "accelerate", "tokenizers", "datasets", "pyarrow", "numpy", "lm_eval")
+PACKAGES = (
+    "endprompt",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "lm_eval",
+)
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
@@ -48,8 +59,17 @@ def commit() -> str | None:
             timeout=10,
             check=True,
         )
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, timeout=30, check=True).stdout
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("ENDPROMPT_COMMIT") or _installed_commit()
     return head + ("+changes" if changed.strip() else "")
@@ -63,10 +83,18 @@ def device() -> str:
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
-        name = next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        name = next(
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     return f"CPU: {name}, {torch.get_num_threads()} thread(s)"
 
 
 def stamp() -> dict:
-    return {"commit": commit(), "versions": versions(), "device": device(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "device": device(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

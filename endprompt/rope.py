@@ -101,15 +101,24 @@ class Yarn:
 
     def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
         def dimension(turns: float) -> float:  # the (real-valued) index whose wave turns that often within C
-            return head_dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(rope_theta))
+            return (
+                head_dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(rope_theta))
+            )
 
-        first, last = max(math.floor(dimension(self.fast)), 0), min(math.ceil(dimension(self.slow)), head_dim - 1)
+        first, last = (
+            max(math.floor(dimension(self.fast)), 0),
+            min(math.ceil(dimension(self.slow)), head_dim - 1),
+        )
         ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - first) / (last - first or 1e-3), 0, 1)
         return Default().inv_freq(rope_theta, head_dim) * (1 - ramp + ramp / self.factor)
 
     def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
         # Without the original length, transformers would take the new window for it.
-        return {"rope_type": "yarn", "factor": self.factor, "original_max_position_embeddings": self.original_length}
+        return {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original_length,
+        }
 
     def window(self, target_length: int) -> int | None:
         return target_length
@@ -119,7 +128,9 @@ Scaling = Default | Linear | Ntk | Yarn
 TYPES = ("linear", "ntk", "yarn")
 
 
-def scaling_for(rope_type: str | None, original_length: int, target_length: int, whole: bool = False) -> Scaling:
+def scaling_for(
+    rope_type: str | None, original_length: int, target_length: int, whole: bool = False
+) -> Scaling:
     """The scaling from ``original_length`` C to ``target_length`` L.
 
     The factor is L / C, or ceil(L / C) if ``whole``; that of ``ntk`` is ceil(L / C / 2), as in LCEG's code.  Raises BadInput on an
@@ -136,7 +147,9 @@ def scaling_for(rope_type: str | None, original_length: int, target_length: int,
             return Ntk(math.ceil(ratio / 2), original_length, target_length)
         case "yarn":
             return Yarn(factor, original_length)
-    raise BadInput(f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own")
+    raise BadInput(
+        f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own"
+    )
 
 
 def forget(model) -> None:
@@ -160,7 +173,9 @@ def refuse_scaled(config) -> None:
     """Raises BadInput if the config's RoPE is scaled already: a second scaling on top would be silently wrong."""
     current = getattr(config, "rope_parameters", None) or {}
     if current.get("rope_type", "default") != "default":
-        raise BadInput(f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled base model")
+        raise BadInput(
+            f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled base model"
+        )
 
 
 def apply(config, scaling: Scaling, target_length: int) -> None:
@@ -172,9 +187,14 @@ def apply(config, scaling: Scaling, target_length: int) -> None:
     """
     current = dict(getattr(config, "rope_parameters", None) or {})
     if not isinstance(current.get("rope_theta"), (int, float)):
-        raise BadInput(f"model: its config has no rope_theta (rope_parameters: {current}); add it to config.json")
+        raise BadInput(
+            f"model: its config has no rope_theta (rope_parameters: {current}); add it to config.json"
+        )
     refuse_scaled(config)
-    config.rope_parameters = {**current, **scaling.hf_parameters(current["rope_theta"], head_dimension(config))}
+    config.rope_parameters = {
+        **current,
+        **scaling.hf_parameters(current["rope_theta"], head_dimension(config)),
+    }
     if (window := scaling.window(target_length)) is not None:
         config.max_position_embeddings = window
 
@@ -188,15 +208,23 @@ def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
     """
     expected = scaling.inv_freq(rope_theta, head_dimension(config))
     if rotary.rope_type != scaling.hf_type:
-        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}")
+        raise Failure(
+            f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}"
+        )
     if not math.isclose(rotary.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
-        raise Failure(f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, "
-                      f"{scaling} by {scaling.attention_factor:g}")
+        raise Failure(
+            f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, "
+            f"{scaling} by {scaling.attention_factor:g}"
+        )
     built = rotary.inv_freq.detach().double().cpu().numpy()
     if built.shape != expected.shape:
-        raise Failure(f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected")
+        raise Failure(
+            f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected"
+        )
     error = float(np.max(np.abs(built - expected) / expected))
     if not error < 1e-5:
-        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling} with rope_theta {rope_theta:g} by {error:.2g} "
-                      f"(relative); built {built[:2]}..., expected {expected[:2]}...")
+        raise Failure(
+            f"RoPE check: the model's inv_freq differs from {scaling} with rope_theta {rope_theta:g} by {error:.2g} "
+            f"(relative); built {built[:2]}..., expected {expected[:2]}..."
+        )
     return error

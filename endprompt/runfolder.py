@@ -47,9 +47,14 @@ def hold(path: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise BadInput(f"{path.parent} is in use by {holder} ({path.name}); wait until it has ended, or choose another --out") from None
+            raise BadInput(
+                f"{path.parent} is in use by {holder} ({path.name}); wait until it has ended, or choose another --out"
+            ) from None
         except OSError as error:
-            print(f"warning: {path}: this file system has no locks ({error.strerror}); nothing keeps two runs out of one folder", file=sys.stderr)
+            print(
+                f"warning: {path}: this file system has no locks ({error.strerror}); nothing keeps two runs out of one folder",
+                file=sys.stderr,
+            )
         # Whoever held it before may have removed the file between our opening and our locking it.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
@@ -73,8 +78,14 @@ def holder(path: Path) -> str | None:
     try:
         with path.open(encoding="utf-8") as file:
             # struct flock of 64-bit Linux: type, whence, start, length, pid
-            found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-            return None if struct.unpack("hhqqixxxx", found)[0] == fcntl.F_UNLCK else file.read().strip() or "another process"
+            found = fcntl.fcntl(
+                file, fcntl.F_GETLK, struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            )
+            return (
+                None
+                if struct.unpack("hhqqixxxx", found)[0] == fcntl.F_UNLCK
+                else file.read().strip() or "another process"
+            )
     except OSError:
         return None
 
@@ -94,13 +105,23 @@ def read_status(run: Path) -> dict:
 
 
 def _ago(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def summary(run: Path) -> dict:
     """What ``endprompt status`` prints of a run's folder, as a dictionary.  Raises BadInput if ``run`` is no run's folder."""
-    if not (run / "recipe.yaml").is_file() and not any((run / name).exists() for name in ("shards", "checkpoints", "model", STATUS)):
-        raise BadInput(f"status: {run} is no run's folder; name one that `endprompt prepare` or `train` wrote, OUT/<recipe>/<method>")
+    if not (run / "recipe.yaml").is_file() and not any(
+        (run / name).exists() for name in ("shards", "checkpoints", "model", STATUS)
+    ):
+        raise BadInput(
+            f"status: {run} is no run's folder; name one that `endprompt prepare` or `train` wrote, OUT/<recipe>/<method>"
+        )
     found: dict = {"run": str(run)}
     with contextlib.suppress(BadInput):
         manifest = shards.read_manifest(run / "shards")
@@ -109,27 +130,50 @@ def summary(run: Path) -> dict:
         for path in sorted([*(run / "shards").glob("part-*.json"), *(run / "shards").glob("progress*.json")]):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 state = json.loads(path.read_text(encoding="utf-8"))
-                found.setdefault("preparing", []).append(f"{path.stem}: {sum(shard['rows'] for shard in state['shards'])} rows")
+                found.setdefault("preparing", []).append(
+                    f"{path.stem}: {sum(shard['rows'] for shard in state['shards'])} rows"
+                )
     whole = checkpoint_files.newest(run / "checkpoints")
     found["checkpoint"] = whole.name if whole else None
     status = read_status(run)
-    working = {name: who for path in sorted(run.glob(".*.lock")) if (who := holder(path)) for name in [path.name.strip(".").removesuffix(".lock")]}
+    working = {
+        name: who
+        for path in sorted(run.glob(".*.lock"))
+        if (who := holder(path))
+        for name in [path.name.strip(".").removesuffix(".lock")]
+    }
     if working:
         found["held"] = [f"{name} on {who}" for name, who in working.items()]
     state = status.get("state")
     if (run / "model").is_dir():
         state = "finished"
     elif state in ("starting", "training") and "train" not in working:
-        state = "ended without a word (killed, or its node lost); the same command goes on from the checkpoint"
+        state = (
+            "ended without a word (killed, or its node lost); the same command goes on from the checkpoint"
+        )
     elif state is None:
         state = "preparing" if working else "prepared, not trained" if "shards" in found else "not prepared"
     found["state"] = state
-    for key in ("reason", "step", "max_steps", "loss", "text_loss", "end_prompt_loss", "tokens_per_second", "peak_memory_gib", "world_size"):
+    for key in (
+        "reason",
+        "step",
+        "max_steps",
+        "loss",
+        "text_loss",
+        "end_prompt_loss",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "world_size",
+    ):
         if status.get(key) is not None:
             found[key] = status[key]
     if "updated" in status:
         found["updated"] = f"{_ago(max(0.0, time.time() - status['updated']))} ago"
-    left, speed, each = status.get("max_steps", 0) - status.get("step", 0), status.get("tokens_per_second"), status.get("tokens_per_step")
+    left, speed, each = (
+        status.get("max_steps", 0) - status.get("step", 0),
+        status.get("tokens_per_second"),
+        status.get("tokens_per_step"),
+    )
     if state == "training" and speed and each:
         found["eta"] = _ago(left * each / speed)
     return found
@@ -137,4 +181,7 @@ def summary(run: Path) -> dict:
 
 def describe(found: dict) -> str:
     width = max(map(len, found))
-    return "\n".join(f"{key:{width}}  {'; '.join(value) if isinstance(value, list) else '-' if value is None else value}" for key, value in found.items())
+    return "\n".join(
+        f"{key:{width}}  {'; '.join(value) if isinstance(value, list) else '-' if value is None else value}"
+        for key, value in found.items()
+    )

@@ -25,7 +25,9 @@ def _cut(x: torch.Tensor, first: int, group: int) -> torch.Tensor:
     Groups that are too short are filled with zeros at their end, where a causal mask hides them.
     """
     head, tail = x[..., :first, :], x[..., first:, :]
-    x = torch.cat([pad(head, (0, 0, 0, group - head.shape[-2])), pad(tail, (0, 0, 0, -tail.shape[-2] % group))], -2)
+    x = torch.cat(
+        [pad(head, (0, 0, 0, group - head.shape[-2])), pad(tail, (0, 0, 0, -tail.shape[-2] % group))], -2
+    )
     return x.unflatten(-2, (-1, group)).movedim(-3, 1)
 
 
@@ -33,10 +35,12 @@ def _join(x: torch.Tensor, first: int, length: int) -> torch.Tensor:
     """Undoes ``_cut``."""
     group = x.shape[-2]
     x = x.movedim(1, -3).flatten(-3, -2)
-    return torch.cat([x[..., :min(first, length), :], x[..., group:group + max(length - first, 0), :]], -2)
+    return torch.cat([x[..., : min(first, length), :], x[..., group : group + max(length - first, 0), :]], -2)
 
 
-def shifted_sparse_attention(query, key, value, group: int, padding=None, scale: float | None = None, dropout: float = 0.0) -> torch.Tensor:
+def shifted_sparse_attention(
+    query, key, value, group: int, padding=None, scale: float | None = None, dropout: float = 0.0
+) -> torch.Tensor:
     """Causal attention within groups; half of the heads have their borders moved by half a group.
 
     query [batch, heads, length, head_dim]; key and value the same, or with fewer heads that divide those of query; padding: bool
@@ -51,7 +55,9 @@ def shifted_sparse_attention(query, key, value, group: int, padding=None, scale:
         padding = None  # on the right alone: the causal mask hides it from every token
     found = []
     for shifted, part in ((False, slice(0, (heads + 1) // 2)), (True, slice((heads + 1) // 2, heads))):
-        if part.start == heads:  # a single head has no second half, and torch 2.11 divides by zero on an empty one
+        if (
+            part.start == heads
+        ):  # a single head has no second half, and torch 2.11 divides by zero on an empty one
             continue
         first = max(group // 2, 1) if shifted else group
         q, k, v = (_cut(x[:, part], first, group).flatten(0, 1) for x in (query, key, value))
@@ -60,8 +66,12 @@ def shifted_sparse_attention(query, key, value, group: int, padding=None, scale:
         else:
             seen = _cut(padding[:, None, :, None], first, group).flatten(0, 1).transpose(-1, -2)
             causal = torch.ones(group, group, dtype=torch.bool, device=q.device).tril()
-            itself = torch.eye(group, dtype=torch.bool, device=q.device)  # else padding sees nothing, and a softmax over nothing is not a number
-            out = scaled_dot_product_attention(q, k, v, attn_mask=causal & seen | itself, dropout_p=dropout, scale=scale)
+            itself = torch.eye(
+                group, dtype=torch.bool, device=q.device
+            )  # else padding sees nothing, and a softmax over nothing is not a number
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=causal & seen | itself, dropout_p=dropout, scale=scale
+            )
         found.append(_join(out.unflatten(0, (len(query), -1)), first, length))
     return torch.cat(found, 1)
 
@@ -74,14 +84,20 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
     if module.training:
         if query.shape[2] != key.shape[2]:
             raise RuntimeError("shifted sparse attention trains on whole rows, without a key-value cache")
-        return shifted_sparse_attention(query, key, value, module.s2_group_size, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
+        return shifted_sparse_attention(
+            query, key, value, module.s2_group_size, attention_mask, scaling, dropout
+        ).transpose(1, 2).contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is not None or 1 < queries < keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
+            None, None
+        ]
         if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None, :] | torch.eye(queries, keys, dtype=torch.bool, device=query.device).roll(keys - queries, 1)
+            mask = mask & attention_mask[:, None, None, :] | torch.eye(
+                queries, keys, dtype=torch.bool, device=query.device
+            ).roll(keys - queries, 1)
         attention_mask = mask
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
 
@@ -97,7 +113,9 @@ def install(model, group_size: int) -> str:
     if group_size < 2:
         raise ValueError(f"groups of {group_size} token cannot be shifted by half; use 2 or more")
     AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)  # the padding as it is, or None: never a square
+    AttentionMaskInterface.register(
+        NAME, flash_attention_mask
+    )  # the padding as it is, or None: never a square
     before = model.config._attn_implementation
     for layer in model.get_decoder().layers:
         layer.self_attn.s2_group_size = group_size

@@ -28,21 +28,35 @@ def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, ma
     if n == 1:
         return
     if not recipe.train.get("deepspeed"):
-        raise BadInput(f"{key}: it is DeepSpeed's; set train.deepspeed, for example to ds_configs/zero3.json, or remove the key")
+        raise BadInput(
+            f"{key}: it is DeepSpeed's; set train.deepspeed, for example to ds_configs/zero3.json, or remove the key"
+        )
     if method.plan is not positions.contiguous or method.end_prompt or method.attention:
         why = "shifts its own attention" if method.attention else "has jumps in its positions"
-        raise BadInput(f"{key}: {method.name} {why}, and Ulysses attends without a mask; it serves full_length, lceg and short, so remove the key")
+        raise BadInput(
+            f"{key}: {method.name} {why}, and Ulysses attends without a mask; it serves full_length, lceg and short, so remove the key"
+        )
     if ranks % n:
-        raise BadInput(f"{key}: {n} does not divide the {ranks} ranks; start a multiple of {n}, or choose another")
+        raise BadInput(
+            f"{key}: {n} does not divide the {ranks} ranks; start a multiple of {n}, or choose another"
+        )
     heads, kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if heads % n or (kv % n and n % kv):
-        raise BadInput(f"{key}: {n} does not divide the model's {heads} attention heads ({kv} of keys and values); choose a number that does")
+        raise BadInput(
+            f"{key}: {n} does not divide the model's {heads} attention heads ({kv} of keys and values); choose a number that does"
+        )
     if attention == "eager":
-        raise BadInput(f"{key}: Ulysses takes no eager attention; set model.attn_implementation to sdpa or null")
+        raise BadInput(
+            f"{key}: Ulysses takes no eager attention; set model.attn_implementation to sdpa or null"
+        )
     if recipe.row_length(method) % n:
-        raise BadInput(f"{key}: {n} does not divide rows of {recipe.row_length(method)} tokens; choose a number that does")
+        raise BadInput(
+            f"{key}: {n} does not divide rows of {recipe.row_length(method)} tokens; choose a number that does"
+        )
     if manifest["tokens"] != manifest["rows"] * recipe.row_length(method):
-        raise BadInput(f"{key}: rows of different lengths would need padding, which Ulysses does not mask; set data.packing to cut")
+        raise BadInput(
+            f"{key}: rows of different lengths would need padding, which Ulysses does not mask; set data.packing to cut"
+        )
 
 
 def parallelism(n: int, attention: str, ranks: int):
@@ -51,8 +65,14 @@ def parallelism(n: int, attention: str, ranks: int):
     from accelerate.utils import DeepSpeedSequenceParallelConfig
 
     # accelerate computes DeepSpeed's train_batch_size from dp_shard_size, so it has to be said.
-    return ParallelismConfig(sp_size=n, sp_backend="deepspeed", dp_shard_size=ranks // n,
-                             sp_handler=DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation=attention))
+    return ParallelismConfig(
+        sp_size=n,
+        sp_backend="deepspeed",
+        dp_shard_size=ranks // n,
+        sp_handler=DeepSpeedSequenceParallelConfig(
+            sp_seq_length_is_variable=True, sp_attn_implementation=attention
+        ),
+    )
 
 
 def averaged_ranks(arguments, n: int) -> int:
@@ -68,7 +88,9 @@ def averaged_ranks(arguments, n: int) -> int:
     if zero.get("stage") != 3:
         return arguments.world_size // n
     if not zero.get("reduce_scatter", True):
-        raise BadInput("train.sequence_parallel: it needs ZeRO-3's reduce_scatter; take \"reduce_scatter\": false out of train.deepspeed's file")
+        raise BadInput(
+            "train.sequence_parallel: it needs ZeRO-3's reduce_scatter; take \"reduce_scatter\": false out of train.deepspeed's file"
+        )
     return arguments.world_size
 
 
@@ -77,7 +99,11 @@ def skip_first_batches(dataloader, count: int = 0):
     from accelerate import skip_first_batches as skip
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
 
-    return itertools.islice(dataloader, count, None) if isinstance(dataloader, UlyssesSPDataLoaderAdapter) else skip(dataloader, count)
+    return (
+        itertools.islice(dataloader, count, None)
+        if isinstance(dataloader, UlyssesSPDataLoaderAdapter)
+        else skip(dataloader, count)
+    )
 
 
 class NewEpoch(TrainerCallback):
@@ -104,7 +130,11 @@ def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
     """
     from deepspeed.utils import groups
 
-    group, n, rank = groups._get_sequence_parallel_group(), groups._get_sequence_parallel_world_size(), groups._get_sequence_parallel_rank()
+    group, n, rank = (
+        groups._get_sequence_parallel_group(),
+        groups._get_sequence_parallel_world_size(),
+        groups._get_sequence_parallel_rank(),
+    )
     part = batch["input_ids"].shape[1] // n
     here = slice(part * rank, part * (rank + 1))
     ids, position_ids = batch["input_ids"][:, here], batch["position_ids"][:, here]
@@ -112,16 +142,23 @@ def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
 
     def run(tokens):
         with attention.same_draws(ids.device):
-            hidden = model.get_decoder()(input_ids=tokens, position_ids=position_ids, use_cache=False).last_hidden_state
+            hidden = model.get_decoder()(
+                input_ids=tokens, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
             return model.get_output_embeddings()(hidden[:1, -last:]).float()
 
     before, after = run(ids), run(changed)
     moved = (after - before).abs().max() / before.std().clamp_min(1e-12)
     # The first shard moves by itself.  Not a number counts as nothing, since a minimum might pass it over.
-    least = torch.where(moved.isnan(), 0.0, moved) if rank else torch.full_like(moved, torch.finfo(moved.dtype).max)
+    least = (
+        torch.where(moved.isnan(), 0.0, moved)
+        if rank
+        else torch.full_like(moved, torch.finfo(moved.dtype).max)
+    )
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
     if not float(least) >= 1e-3:
         raise Failure(
             f"liveness probe: changing all {part} tokens of the first rank's shard moves the logits of another rank's by {float(least):.1e} standard "
-            f"deviations, so the shards cannot see each other (attention {model.config._attn_implementation!r}, train.sequence_parallel {n})")
+            f"deviations, so the shards cannot see each other (attention {model.config._attn_implementation!r}, train.sequence_parallel {n})"
+        )
     return float(least)

@@ -43,15 +43,25 @@ class Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {reprlib.repr(key)} is not text; quote it")
+                raise BadInput(
+                    f"line {key_node.start_mark.line + 1}: the key {reprlib.repr(key)} is not text; quote it"
+                )
             if key in seen:
-                raise BadInput(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one")
+                raise BadInput(
+                    f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; keep one"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+Loader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def _plain(tree: Any) -> None:
@@ -61,16 +71,25 @@ def _plain(tree: Any) -> None:
         value, depth = waiting.pop()
         values += 1
         if depth > DEPTH or values > VALUES:
-            raise BadInput(f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself; write it out, and shorter")
+            raise BadInput(
+                f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself; write it out, and shorter"
+            )
         if isinstance(value, dict | list):
-            waiting += ((item, depth + 1) for item in (value if isinstance(value, list) else [*value, *value.values()]))
+            waiting += (
+                (item, depth + 1)
+                for item in (value if isinstance(value, list) else [*value, *value.values()])
+            )
         elif isinstance(value, str):
             try:
                 value.encode()
             except UnicodeEncodeError:
-                raise BadInput(f"{reprlib.repr(value)} holds half of a UTF-16 surrogate pair, which is no text; mend it") from None
+                raise BadInput(
+                    f"{reprlib.repr(value)} holds half of a UTF-16 surrogate pair, which is no text; mend it"
+                ) from None
         elif not isinstance(value, bool | int | float | None):
-            raise BadInput(f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it is text")
+            raise BadInput(
+                f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it is text"
+            )
 
 
 def parse(text: str, where: str) -> Any:
@@ -81,18 +100,37 @@ def parse(text: str, where: str) -> Any:
         return tree
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:  # "!!int x" and the like raise what they meet
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # "!!int x" and the like raise what they meet
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise BadInput(f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+        raise BadInput(
+            f"{where}: not valid YAML{line}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+        ) from None
 
 
 def _name(name: Any, source: str) -> str:
     """``name`` if it can be the folder of a recipe's results and leads nowhere else.  Raises BadInput."""
-    if (not isinstance(name, str) or not name.strip() or name != name.strip() or name.startswith((".", "-")) or not name.isprintable()
-            or any(mark in name for mark in "/\\") or len(name.encode(errors="replace")) > NAME_BYTES):
-        raise BadInput(f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
-                       f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)")
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name != name.strip()
+        or name.startswith((".", "-"))
+        or not name.isprintable()
+        or any(mark in name for mark in "/\\")
+        or len(name.encode(errors="replace")) > NAME_BYTES
+    ):
+        raise BadInput(
+            f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
+            f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)"
+        )
     return name
 
 
@@ -120,9 +158,15 @@ def recipe(path: str | Path) -> tuple[str, dict]:
         raise BadInput(f"recipe: {path} cannot be read as UTF-8 text: {error}; name a recipe file") from None
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}")
+        raise BadInput(
+            f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}"
+        )
     # A resolved copy names its recipe and method: it loads again under the same name.
     copied = "method" in tree and "recipe" in tree
-    name = _name(tree.pop("recipe"), f"{path}: recipe:") if copied else _name(path.stem, "recipe: the file's name")
+    name = (
+        _name(tree.pop("recipe"), f"{path}: recipe:")
+        if copied
+        else _name(path.stem, "recipe: the file's name")
+    )
     tree.pop("method", None)
     return name, tree

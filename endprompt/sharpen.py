@@ -30,7 +30,9 @@ QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 
 def factor(power: float, original_length: int, target_length: int) -> float:
     """(ln L / ln C) ** power.  A score that outweighs n equal ones must exceed them by ln n, so that 1 keeps at L the weight that it has at C."""
-    return (math.log(target_length) / math.log(max(2, original_length))) ** power  # a window of 1 is no window, but no reason to divide by 0
+    return (
+        math.log(target_length) / math.log(max(2, original_length))
+    ) ** power  # a window of 1 is no window, but no reason to divide by 0
 
 
 def inherited(config) -> dict[str, float | int]:
@@ -77,7 +79,9 @@ def sharpen_network(network, t: float) -> None:
                 weights.copy_((weights.float() * t).to(weights.dtype))
                 found += name.endswith("weight")
     if found != network.config.num_hidden_layers:
-        raise Failure(f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers; which scores would be sharpened is not known")
+        raise Failure(
+            f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers; which scores would be sharpened is not known"
+        )
 
 
 def sharpen(folder: Path, t: float) -> None:
@@ -100,7 +104,9 @@ def sharpen(folder: Path, t: float) -> None:
             save_file(tensors, file, metadata)
             found += sum(name.endswith("weight") for name in names)
     if found != config["num_hidden_layers"]:
-        raise Failure(f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which scores would be sharpened is not known")
+        raise Failure(
+            f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which scores would be sharpened is not known"
+        )
     note = config.get("endprompt", {})
     config["endprompt"] = {**note, "sharpened": note.get("sharpened", 1.0) * t}
     shards.write_json(path, config)

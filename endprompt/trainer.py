@@ -9,7 +9,17 @@ from transformers import Trainer, TrainerCallback
 from endprompt import attention, dealing, sequence
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "4090": 165e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
 
 
 def flops_per_token(config, attended: int, layers_frozen: bool = False, head_frozen: bool = False) -> float:
@@ -20,9 +30,14 @@ def flops_per_token(config, attended: int, layers_frozen: bool = False, head_fro
     the adapters' share, some r / hidden_size of it, is left out.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv = config.num_attention_heads * head_dim, (config.num_key_value_heads or config.num_attention_heads) * head_dim
+    heads, kv = (
+        config.num_attention_heads * head_dim,
+        (config.num_key_value_heads or config.num_attention_heads) * head_dim,
+    )
     layer = config.hidden_size * (2 * heads + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
-    matrices = (4 if layers_frozen else 6) * config.num_hidden_layers * layer + (4 if head_frozen else 6) * config.vocab_size * config.hidden_size
+    matrices = (4 if layers_frozen else 6) * config.num_hidden_layers * layer + (
+        4 if head_frozen else 6
+    ) * config.vocab_size * config.hidden_size
     return matrices + 6 * config.num_hidden_layers * heads * attended
 
 
@@ -53,7 +68,9 @@ class WeightedTrainer(Trainer):
         # Nats and targets of text, prompt, prompt without its first token, and all tokens of rows; this rank, since the last log.
         self._sums = torch.zeros(7, dtype=torch.float64)
         self._since = time.perf_counter()
-        self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step under way, for the watch
+        self.micro_batches: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # of the step under way, for the watch
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -66,7 +83,9 @@ class WeightedTrainer(Trainer):
         if self.sequence_parallel == 1 or args.dataloader_drop_last:
             return values
         _, _, examples, samples, rows_per_step, _, _ = values
-        micro = dealing.shared_micro_batches(len(self.train_dataset), args.per_device_train_batch_size, args.world_size, self.sequence_parallel)
+        micro = dealing.shared_micro_batches(
+            len(self.train_dataset), args.per_device_train_batch_size, args.world_size, self.sequence_parallel
+        )
         steps = math.ceil(micro / args.gradient_accumulation_steps)
         most = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
         return math.ceil(most / steps), steps, examples, samples, rows_per_step, micro, most
@@ -77,7 +96,10 @@ class WeightedTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        weights = sum((batch["shift_weights"].sum(dtype=torch.float64) for batch in batches), torch.zeros((), dtype=torch.float64)).to(device)
+        weights = sum(
+            (batch["shift_weights"].sum(dtype=torch.float64) for batch in batches),
+            torch.zeros((), dtype=torch.float64),
+        ).to(device)
         return batches, self.accelerator.reduce(weights, "sum")
 
     def _prepare_input(self, data):
@@ -96,7 +118,14 @@ class WeightedTrainer(Trainer):
             if outputs["nll"] is None:  # a kernel that only sums; all of it is text
                 sums = [outputs["loss_sum"], target.sum(), *[target.new_zeros(())] * 4, tokens]
             else:
-                sums = [*(value for kind in kinds(target, is_prompt) for value in ((outputs["nll"] * kind).sum(), kind.sum())), tokens]
+                sums = [
+                    *(
+                        value
+                        for kind in kinds(target, is_prompt)
+                        for value in ((outputs["nll"] * kind).sum(), kind.sum())
+                    ),
+                    tokens,
+                ]
             self._sums = self._sums.to(target.device) + torch.stack([value.double() for value in sums])
         return (total, outputs) if return_outputs else total
 
@@ -106,7 +135,9 @@ class WeightedTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            text, texts, prompt, prompts, later, laters, tokens = self.accelerator.reduce(self._sums, "sum").tolist()
+            text, texts, prompt, prompts, later, laters, tokens = self.accelerator.reduce(
+                self._sums, "sum"
+            ).tolist()
             seconds = time.perf_counter() - self._since
             speed = tokens / seconds
             logs = {**logs, "text_loss": text / max(texts, 1), "tokens_per_second": round(speed, 1)}
@@ -132,16 +163,28 @@ class Probe(TrainerCallback):
     """Runs the liveness probe on every rank, on the wrapped model and a batch of the collator, before the first step."""
 
     def __init__(self, dataset, collator, sequence_parallel: int):
-        self.dataset, self.collator, self.sequence_parallel, self.moved = dataset, collator, sequence_parallel, None
+        self.dataset, self.collator, self.sequence_parallel, self.moved = (
+            dataset,
+            collator,
+            sequence_parallel,
+            None,
+        )
         self.trainer: Trainer | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        row, shared = self.dataset[rank // self.sequence_parallel % len(self.dataset)], self.sequence_parallel > 1
+        row, shared = (
+            self.dataset[rank // self.sequence_parallel % len(self.dataset)],
+            self.sequence_parallel > 1,
+        )
         # Ulysses is built for micro-batches of one size.
         batch = self.collator([row] * (args.per_device_train_batch_size if shared else 1))
         training = model.training
         model.train()  # attention may differ between training and inference; what trains is what is probed
-        with self.trainer.accelerator.autocast():  # the probe calls the decoder itself, not the forward that accelerate wraps
-            self.moved = (sequence if shared else attention).probe(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+        with (
+            self.trainer.accelerator.autocast()
+        ):  # the probe calls the decoder itself, not the forward that accelerate wraps
+            self.moved = (sequence if shared else attention).probe(
+                model, {name: tensor.to(args.device) for name, tensor in batch.items()}
+            )
         model.train(training)

@@ -26,8 +26,17 @@ def convert(checkpoint: Path) -> None:
     for left in (partial, target):
         shutil.rmtree(left, ignore_errors=True)
     with weights_only():
-        ds_to_universal.main(argparse.Namespace(input_folder=str(checkpoint / tag), output_folder=str(partial), num_extract_workers=1, num_merge_workers=1,
-                                                keep_temp_folder=False, strict=True, inject_missing_state=True))
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(checkpoint / tag),
+                output_folder=str(partial),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
     (checkpoint / "latest_universal").unlink(missing_ok=True)  # the converter's own names the partial folder
     partial.rename(target)
     shards.write_atomically(checkpoint / "latest_universal", target.name.encode())

@@ -54,11 +54,15 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a signal that Python handles.
         self.request.listen()
-        state.compute_steps(args, state.max_steps)  # the checkpoint's state says how often it was logged and saved before
+        state.compute_steps(
+            args, state.max_steps
+        )  # the checkpoint's state says how often it was logged and saved before
         if _distributed():
             # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was given.
             for group in list(torch.distributed.distributed_c10d._world.pg_map):
-                torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=args.ddp_timeout), group)
+                torch.distributed.distributed_c10d._set_pg_timeout(
+                    datetime.timedelta(seconds=args.ddp_timeout), group
+                )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Without DeepSpeed, gradients are where everybody expects them; with it, it knows their norm afterwards.
@@ -72,7 +76,11 @@ class Watch(TrainerCallback):
         # A scaled loss in fp16 overflows now and then, and DeepSpeed skips that step.
         finite = finite and (norm is None or args.fp16 or math.isfinite(float(norm)))
         # One reduction says both; only the first rank looks at the file.
-        said = torch.tensor([not finite, self.request.wished() if state.is_world_process_zero else self.request.signalled], dtype=torch.float32, device=args.device)
+        said = torch.tensor(
+            [not finite, self.request.wished() if state.is_world_process_zero else self.request.signalled],
+            dtype=torch.float32,
+            device=args.device,
+        )
         if _distributed():
             torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
         bad, stop = (value > 0 for value in said.tolist())
@@ -84,16 +92,24 @@ class Watch(TrainerCallback):
         return control
 
     def _not_finite(self, args, state, norm) -> str:
-        mine = [f"rank {args.process_index} micro-batch {number}, loss {float(loss):g}, rows {', '.join(map(str, rows[:, 0].tolist()))}"
-                for number, (rows, loss) in enumerate(self.trainer.micro_batches) if not math.isfinite(float(loss))]
+        mine = [
+            f"rank {args.process_index} micro-batch {number}, loss {float(loss):g}, rows {', '.join(map(str, rows[:, 0].tolist()))}"
+            for number, (rows, loss) in enumerate(self.trainer.micro_batches)
+            if not math.isfinite(float(loss))
+        ]
         everybody = [mine]
         if _distributed():
             everybody = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everybody, mine)
-        where = "; ".join(line for lines in everybody for line in lines) or f"the gradient's norm is {norm}, the losses are finite"
+        where = (
+            "; ".join(line for lines in everybody for line in lines)
+            or f"the gradient's norm is {norm}, the losses are finite"
+        )
         newest = checkpoint_files.newest(self.run / "checkpoints")
-        return (f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last good checkpoint is {newest or 'none, the base model'}; "
-                f"look at those rows with `endprompt inspect --row N`, or lower train.learning_rate, then start again")
+        return (
+            f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last good checkpoint is {newest or 'none, the base model'}; "
+            f"look at those rows with `endprompt inspect --row N`, or lower train.learning_rate, then start again"
+        )
 
 
 class Report(TrainerCallback):
@@ -104,12 +120,26 @@ class Report(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            write_status(self.run, command="train", state="training", reason=None, step=state.global_step, max_steps=state.max_steps, world_size=args.world_size,
-                         tokens_per_step=self.tokens_per_step, started=time.time())
+            write_status(
+                self.run,
+                command="train",
+                state="training",
+                reason=None,
+                step=state.global_step,
+                max_steps=state.max_steps,
+                world_size=args.world_size,
+                tokens_per_step=self.tokens_per_step,
+                started=time.time(),
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss" in logs:
-            kept = {key: value for key, value in logs.items() if key in ("loss", "text_loss", "end_prompt_loss", "tokens_per_second", "peak_memory_gib", "mfu")}
+            kept = {
+                key: value
+                for key, value in logs.items()
+                if key
+                in ("loss", "text_loss", "end_prompt_loss", "tokens_per_second", "peak_memory_gib", "mfu")
+            }
             write_status(self.run, step=state.global_step, max_steps=state.max_steps, **kept)
 
     def on_save(self, args, state, control, **kwargs):
@@ -124,7 +154,17 @@ def lost_rank(error: BaseException, timeout: float) -> str | None:
         return None
     if "timed out" in text or "timeout" in text:
         return f"another rank did not answer for {timeout:g} s (train.ddp_timeout): it hangs, or its node is gone"
-    if any(words in text for words in ("connection closed by peer", "connection reset", "broken pipe", "remote process exited", "connection refused", "socket")):
+    if any(
+        words in text
+        for words in (
+            "connection closed by peer",
+            "connection reset",
+            "broken pipe",
+            "remote process exited",
+            "connection refused",
+            "socket",
+        )
+    ):
         return "the connection to another rank broke: it has ended, or its node is gone"
     return None
 
@@ -134,6 +174,17 @@ def unwritable(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return f"{error.filename or 'a file'} could not be written: {error.strerror}"
-    if any(words in text for words in ("PytorchStreamWriter", "inline_container", "unexpected pos", "os error 28", "os error 27", "No space left", "File too large")):
+    if any(
+        words in text
+        for words in (
+            "PytorchStreamWriter",
+            "inline_container",
+            "unexpected pos",
+            "os error 28",
+            "os error 27",
+            "No space left",
+            "File too large",
+        )
+    ):
         return f"a checkpoint or model file could not be written to its end ({text.strip().splitlines()[0][:120]}); the disk may be full, or a quota reached"
     return None

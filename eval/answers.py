@@ -9,6 +9,6 @@ def strip_prompt(prompt: str, output: str) -> str:
     once a tokenizer has written it again.  An output that begins with a part of the prompt is the model's own text, and stays.
     """
     if output.startswith(prompt):
-        return output[len(prompt):]
+        return output[len(prompt) :]
     said, asked = output.lstrip(), prompt.strip()
-    return said[len(asked):] if asked and said.startswith(asked) else output
+    return said[len(asked) :] if asked and said.startswith(asked) else output

@@ -1,7 +1,7 @@
 """One table and pictures over all methods of a recipe that were evaluated; with several folders, over seeds.
 
-    python -m endprompt.eval.compare runs/tiny
-    python -m endprompt.eval.compare runs/seed0/tiny runs/seed1/tiny runs/seed2/tiny
+python -m endprompt.eval.compare runs/tiny
+python -m endprompt.eval.compare runs/seed0/tiny runs/seed1/tiny runs/seed2/tiny
 """
 
 import argparse
@@ -14,12 +14,22 @@ import yaml
 from endprompt import BadInput, config, methods, provenance, shards
 from endprompt.eval import figures, intervals, results
 
-TRAINING = (("tokens", "trained tokens", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("final_text_loss", "text loss", "{:.3f}"),
-            ("final_end_prompt_loss", "end-prompt loss", "{:.3f}"))
+TRAINING = (
+    ("tokens", "trained tokens", "{:,.0f}"),
+    ("seconds", "train s", "{:.0f}"),
+    ("final_text_loss", "text loss", "{:.3f}"),
+    ("final_end_prompt_loss", "end-prompt loss", "{:.3f}"),
+)
 # (largest value, format)
-TASKS = {"passkey": (100.0, "{:.0f}%"), "multikey": (100.0, "{:.0f}%"), "perplexity": (float("inf"), "{:.2f}")}
-NOTE = ("Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or that of one seed's own samples "
-        "(Wilson for keys) where there is one seed, or where all seeds agree exactly.")
+TASKS = {
+    "passkey": (100.0, "{:.0f}%"),
+    "multikey": (100.0, "{:.0f}%"),
+    "perplexity": (float("inf"), "{:.2f}"),
+}
+NOTE = (
+    "Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or that of one seed's own samples "
+    "(Wilson for keys) where there is one seed, or where all seeds agree exactly."
+)
 
 
 def run_setting(path: Path) -> tuple[int | None, dict]:
@@ -27,15 +37,28 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
     try:
         tree = yaml.safe_load(path.read_text())
         # A key that came after the run was made had its default.
-        data, rope = ({key.removeprefix(f"{section}."): value for key, value in config.defaults().items() if key.startswith(f"{section}.")} | given
-                      for section, given in (("data", tree["data"]), ("rope", tree.get("rope") or {})))
+        data, rope = (
+            {
+                key.removeprefix(f"{section}."): value
+                for key, value in config.defaults().items()
+                if key.startswith(f"{section}.")
+            }
+            | given
+            for section, given in (("data", tree["data"]), ("rope", tree.get("rope") or {}))
+        )
         train = dict(tree.get("train") or {})
     except FileNotFoundError:
         return None, {}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise BadInput(f"{path} is no recipe; restore it, or leave its folder out") from None
     train.pop("deepspeed", None)  # the same file has another path in another clone
-    return data.pop("seed", None), {"model": tree.get("model"), "lengths": tree.get("lengths"), "data": data, "rope": rope, "train": train}
+    return data.pop("seed", None), {
+        "model": tree.get("model"),
+        "lengths": tree.get("lengths"),
+        "data": data,
+        "rope": rope,
+        "train": train,
+    }
 
 
 def check(folders: list[Path]) -> None:
@@ -51,20 +74,30 @@ def check(folders: list[Path]) -> None:
             seed, setting = run_setting(folder / name / "recipe.yaml")
             if setting and methods.METHODS[name].trained:
                 if seed in seeds:
-                    raise BadInput(f"{seeds[seed]} and {folder / name} both have data.seed {seed}; name one folder a seed")
+                    raise BadInput(
+                        f"{seeds[seed]} and {folder / name} both have data.seed {seed}; name one folder a seed"
+                    )
                 seeds[seed] = folder / name
             if setting and first and setting != first[0]:
                 differing = [key for key in setting if setting[key] != first[0][key]]
-                raise BadInput(f"{first[1]} and {folder / name} differ in more than the seed ({', '.join(differing)}); compare runs of one setting")
+                raise BadInput(
+                    f"{first[1]} and {folder / name} differ in more than the seed ({', '.join(differing)}); compare runs of one setting"
+                )
             first = first or ((setting, folder / name) if setting else None)
             for task in TASKS:
                 for row in figures.read(folder / name / "eval" / task):
                     asked = {key: value for key, value in row["question"].items() if key != "model"}
                     before = questions.setdefault((task, row["scores"]["length"]), (asked, folder))
                     if before[0] != asked:
-                        unlike = ", ".join(sorted(key for key in {**before[0], **asked} if before[0].get(key) != asked.get(key)))
-                        raise BadInput(f"{before[1] / name} and {folder / name} were asked different questions ({task} at {row['scores']['length']}: {unlike}); "
-                                       "evaluate them alike")
+                        unlike = ", ".join(
+                            sorted(
+                                key for key in {**before[0], **asked} if before[0].get(key) != asked.get(key)
+                            )
+                        )
+                        raise BadInput(
+                            f"{before[1] / name} and {folder / name} were asked different questions ({task} at {row['scores']['length']}: {unlike}); "
+                            "evaluate them alike"
+                        )
 
 
 def summary(folders: list[Path]) -> dict[str, dict]:
@@ -79,10 +112,16 @@ def summary(folders: list[Path]) -> dict[str, dict]:
             by_length: dict[int, list[dict]] = {}
             for row in (row for run in runs for row in figures.read(run / "eval" / task)):
                 by_length.setdefault(row["scores"]["length"], []).append(row["scores"])
-            result[name][task] = {length: intervals.over_seeds([score["score"] for score in scores], (scores[0]["low"], scores[0]["high"]), 0.0, ceiling)
-                                  for length, scores in sorted(by_length.items())}
+            result[name][task] = {
+                length: intervals.over_seeds(
+                    [score["score"] for score in scores], (scores[0]["low"], scores[0]["high"]), 0.0, ceiling
+                )
+                for length, scores in sorted(by_length.items())
+            }
         records = [record for run in runs if (record := results.training(run))]
-        values = {key: [record[key] for record in records if record.get(key) is not None] for key, _, _ in TRAINING}
+        values = {
+            key: [record[key] for record in records if record.get(key) is not None] for key, _, _ in TRAINING
+        }
         result[name]["training"] = {key: sum(found) / len(found) for key, found in values.items() if found}
     return result
 
@@ -93,7 +132,11 @@ def table(*folders: Path) -> str:
     With several folders, a seed each, every cell also says of how many seeds it is the mean.
     """
     found, several = summary(list(folders)), len(folders) > 1
-    columns = [(task, length) for task in TASKS for length in sorted({length for cells in found.values() for length in cells[task]})]
+    columns = [
+        (task, length)
+        for task in TASKS
+        for length in sorted({length for cells in found.values() for length in cells[task]})
+    ]
     head = ["method", *[f"{task} {length}" for task, length in columns], *[title for _, title, _ in TRAINING]]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in found.items():
@@ -107,7 +150,9 @@ def table(*folders: Path) -> str:
             if several or task != "perplexity":
                 text += f" [{form.format(cell['low'])}, {form.format(cell['high'])}]"
             cells.append(text + (f" n={cell['seeds']}" if several else ""))
-        cells += [form.format(row["training"][key]) if key in row["training"] else "-" for key, _, form in TRAINING]
+        cells += [
+            form.format(row["training"][key]) if key in row["training"] else "-" for key, _, form in TRAINING
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", NOTE]) if several else "\n".join(lines)
 
@@ -120,14 +165,26 @@ def compare(folders: list[Path], out: Path | None = None, title: str | None = No
             raise BadInput(f"{folder} holds no evaluated method; run `endprompt evaluate` first")
     check(folders)
     if out is None:
-        out = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders])) / f"comparison-{folders[0].absolute().name}"
+        out = (
+            folders[0]
+            if len(folders) == 1
+            else Path(os.path.commonpath([folder.absolute() for folder in folders]))
+            / f"comparison-{folders[0].absolute().name}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     text, found = table(*folders), summary(folders)
     (out / "comparison.md").write_text(text + "\n")
-    shards.write_json(out / "comparison.json", {"folders": [str(folder) for folder in folders], "methods": found, **provenance.stamp()})
+    shards.write_json(
+        out / "comparison.json",
+        {"folders": [str(folder) for folder in folders], "methods": found, **provenance.stamp()},
+    )
     print(f"{text}\n\n{out / 'comparison.md'}\n{out / 'comparison.json'}")
     for task, stem in (("passkey", "comparison"), ("multikey", "comparison-multikey")):
-        results = {name: rows for name in found if (rows := figures.pool([figures.read(folder / name / "eval" / task) for folder in folders]))}
+        results = {
+            name: rows
+            for name in found
+            if (rows := figures.pool([figures.read(folder / name / "eval" / task) for folder in folders]))
+        }
         if results:
             figures.heatmaps(results, out / f"{stem}.png", title)
             figures.lines({name: found[name][task] for name in results}, out / f"{stem}-lines.png", title)
@@ -135,8 +192,12 @@ def compare(folders: list[Path], out: Path | None = None, title: str | None = No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="+", help="DIR/<recipe> of the runs; several of one recipe are its seeds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="+", help="DIR/<recipe> of the runs; several of one recipe are its seeds"
+    )
     parser.add_argument("--title", default=None)
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="where table and pictures go")
     arguments = parser.parse_args()

@@ -30,7 +30,10 @@ LONGEST_ANSWER = 512  # tokens that the summarization tasks of LongBench generat
 
 TASKS = Path(__file__).parent / "tasks"
 
-for name in ("lm_eval", "lm-eval"):  # warnings that a model object was passed, that metadata exist, on every call
+for name in (
+    "lm_eval",
+    "lm-eval",
+):  # warnings that a model object was passed, that metadata exist, on every call
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -82,17 +85,28 @@ class LongLM(Prompting, HFLM):
     def __init__(self, network, tokenizer):
         super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1)
         given = network.generation_config
-        network.generation_config = GenerationConfig(bos_token_id=given.bos_token_id, pad_token_id=given.pad_token_id,
-                                                     eos_token_id=ends(given, tokenizer) or None)
+        network.generation_config = GenerationConfig(
+            bos_token_id=given.bos_token_id,
+            pad_token_id=given.pad_token_id,
+            eos_token_id=ends(given, tokenizer) or None,
+        )
         # Tokens whose keys and values one batch may hold, or 0: batches are read whole.  Dynamic frequencies are those of the longest row, for every row.
         self.cached_tokens = 0
         self.positions = table(network)
         if self.device.type == "cuda" and shares_cache(network):
             config = network.config
-            bytes_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * rope.head_dimension(config) * network.dtype.itemsize
+            bytes_a_token = (
+                2
+                * config.num_hidden_layers
+                * config.num_key_value_heads
+                * rope.head_dimension(config)
+                * network.dtype.itemsize
+            )
             self.cached_tokens = int(CACHE_SHARE * torch.cuda.mem_get_info()[0] / bytes_a_token)
 
-    def tok_batch_encode(self, strings, padding_side: str = "left", left_truncate_len=None, truncation: bool = False):
+    def tok_batch_encode(
+        self, strings, padding_side: str = "left", left_truncate_len=None, truncation: bool = False
+    ):
         """(ids, mask), both int64 [texts, longest], as ``tok_encode`` writes each text; ``truncation`` is not done."""
         rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
         shape = len(rows), max(map(len, rows))
@@ -113,12 +127,18 @@ class LongLM(Prompting, HFLM):
         results: list[str] = [""] * len(requests)
         for length, indices in self._batches(groups):
             self.batch_size_per_gpu = max(1, max(self.cached_tokens, TOKENS_AT_ONCE) // length)
-            for index, text in zip(indices, super().generate_until([requests[index] for index in indices], disable_tqdm), strict=True):
+            for index, text in zip(
+                indices,
+                super().generate_until([requests[index] for index in indices], disable_tqdm),
+                strict=True,
+            ):
                 results[index] = text
         return results
 
     def _embedded(self, ids: list[int]) -> None:
-        model.check_ids(ids, self.tokenizer, self.model.get_input_embeddings().weight.shape[0], "evaluate: a prompt")
+        model.check_ids(
+            ids, self.tokenizer, self.model.get_input_embeddings().weight.shape[0], "evaluate: a prompt"
+        )
 
     def _batches(self, groups: dict[int, list[int]]) -> list[tuple[int, list[int]]]:
         """(longest length, requests) of what may share batches, longest first: requests of one length, or neighbours by length as far as the cache reaches."""
@@ -138,15 +158,23 @@ class LongLM(Prompting, HFLM):
         """The cache after all tokens but the last of each row of ``ids`` [rows, tokens], padded on the left where ``mask`` is 0; each row is read alone, unpadded."""
         rows, tokens, layers = len(ids), ids.shape[1] - 1, []
         for row in range(rows):
-            own = ids[row:row + 1, int((mask[row] == 0).sum()):-1]
+            own = ids[row : row + 1, int((mask[row] == 0).sum()) : -1]
             if not own.shape[1]:
                 continue
-            cache = self.model(own, attention_mask=torch.ones_like(own), use_cache=True, logits_to_keep=1).past_key_values
+            cache = self.model(
+                own, attention_mask=torch.ones_like(own), use_cache=True, logits_to_keep=1
+            ).past_key_values
             if not layers:
-                layers = [tuple(part.new_zeros(rows, part.shape[1], tokens, part.shape[3]) for part in (layer.keys, layer.values)) for layer in cache.layers]
+                layers = [
+                    tuple(
+                        part.new_zeros(rows, part.shape[1], tokens, part.shape[3])
+                        for part in (layer.keys, layer.values)
+                    )
+                    for layer in cache.layers
+                ]
             for whole, layer in zip(layers, cache.layers, strict=True):
                 for into, part in zip(whole, (layer.keys, layer.values), strict=True):
-                    into[row, :, -own.shape[1]:] = part[0]
+                    into[row, :, -own.shape[1] :] = part[0]
         found = DynamicCache()
         for number in range(len(layers)):
             found.update(*layers.pop(0), number)  # which copies them: a layer at a time is held twice
@@ -170,11 +198,16 @@ class LongLM(Prompting, HFLM):
         rope.forget(self.model)
         if self.cached_tokens and context.shape[1] > 1:
             mask = options["attention_mask"]
-            options |= {"past_key_values": self._read(context, mask), "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+            options |= {
+                "past_key_values": self._read(context, mask),
+                "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            }
         return super()._model_generate(context, **options)
 
     @torch.no_grad()
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()
         for _, context, continuation in requests:
             self._embedded([*context, *continuation])
@@ -188,9 +221,23 @@ class LongLM(Prompting, HFLM):
             self._fits(len(context) + len(continuation) - 1)
             rope.forget(self.model)
             ids = torch.tensor([context + continuation], device=self.device)
-            logits = self.model(ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]), use_cache=False, logits_to_keep=len(continuation)).logits[0].float()
-            targets = ids[0, -len(continuation):]
-            results.append((-torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), bool((logits.argmax(-1) == targets).all())))
+            logits = (
+                self.model(
+                    ids[:, :-1],
+                    attention_mask=torch.ones_like(ids[:, :-1]),
+                    use_cache=False,
+                    logits_to_keep=len(continuation),
+                )
+                .logits[0]
+                .float()
+            )
+            targets = ids[0, -len(continuation) :]
+            results.append(
+                (
+                    -torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(),
+                    bool((logits.argmax(-1) == targets).all()),
+                )
+            )
         return results
 
 
@@ -202,11 +249,20 @@ def vllm(source: str, longest: int, trust_remote_code: bool = False):
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        raise BadInput(f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine with a GPU), or use eval.backend=hf") from None
+        raise BadInput(
+            f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine with a GPU), or use eval.backend=hf"
+        ) from None
 
     # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for scaled models (docs/footguns.md, 9).
-    return _served()(pretrained=source, trust_remote_code=trust_remote_code, max_model_len=longest + 1, dtype="bfloat16", batch_size="auto",
-                     gpu_memory_utilization=0.9, generation_config="vllm")
+    return _served()(
+        pretrained=source,
+        trust_remote_code=trust_remote_code,
+        max_model_len=longest + 1,
+        dtype="bfloat16",
+        batch_size="auto",
+        gpu_memory_utilization=0.9,
+        generation_config="vllm",
+    )
 
 
 def saved_ends(source: str, tokenizer, trust_remote_code: bool = False) -> list[int]:
@@ -232,13 +288,19 @@ def _served():
 
         def modify_gen_kwargs(self, *arguments, **options):
             kwargs, until, tokens = super().modify_gen_kwargs(*arguments, **options)
-            return kwargs | {"stop_token_ids": sorted({*kwargs.get("stop_token_ids", ()), *self.ends})}, until, tokens
+            return (
+                kwargs | {"stop_token_ids": sorted({*kwargs.get("stop_token_ids", ()), *self.ends})},
+                until,
+                tokens,
+            )
 
         # The harness cuts what does not fit from the left, with a warning in a log.
         def _fits(self, tokens: int) -> None:
             if tokens > self.max_length - 1:
-                raise ValueError(f"a prompt and its answer are {tokens} tokens, and vLLM was started for {self.max_length - 1}; raise the greatest "
-                                 "of eval.lengths, or use eval.backend=hf")
+                raise ValueError(
+                    f"a prompt and its answer are {tokens} tokens, and vLLM was started for {self.max_length - 1}; raise the greatest "
+                    "of eval.lengths, or use eval.backend=hf"
+                )
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             for text, options in (request.args for request in requests):
@@ -261,8 +323,18 @@ def _own_tasks():
     return TaskManager()
 
 
-def run(lm, task: str, metadata: dict, *, defaults: bool = False, few_shots: int | None = None, generation: dict | None = None, limit: int | None = None,
-        chat_template: bool = False, unsafe_code: bool = False) -> dict[str, list[dict]]:
+def run(
+    lm,
+    task: str,
+    metadata: dict,
+    *,
+    defaults: bool = False,
+    few_shots: int | None = None,
+    generation: dict | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    unsafe_code: bool = False,
+) -> dict[str, list[dict]]:
     """{task or subtask: the harness' samples} of ``task`` on ``lm``, greedy.
 
     ``metadata`` reaches the task's data function (tokenizer, max_seq_lengths, samples, seed, ...).  ``defaults``: whether ``task`` is one of the
@@ -272,7 +344,21 @@ def run(lm, task: str, metadata: dict, *, defaults: bool = False, few_shots: int
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = _own_tasks() if defaults else TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
-    found = simple_evaluate(lm, tasks=[task], num_fewshot=few_shots, gen_kwargs=generation, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True,
-                            apply_chat_template=chat_template, confirm_run_unsafe_code=unsafe_code)
+    manager = (
+        _own_tasks()
+        if defaults
+        else TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    )
+    found = simple_evaluate(
+        lm,
+        tasks=[task],
+        num_fewshot=few_shots,
+        gen_kwargs=generation,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=chat_template,
+        confirm_run_unsafe_code=unsafe_code,
+    )
     return found["samples"]

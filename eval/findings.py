@@ -19,31 +19,46 @@ from endprompt import BadInput, coverage, methods, positions, provenance, shards
 from endprompt.eval import compare, figures, findings_tables, intervals, passkey, results
 
 PLAIN = "plain"
-LOSSES = {"text_loss": "text loss", "end_prompt_loss": "end-prompt loss", "end_prompt_later_loss": "end-prompt loss, first token left out"}
+LOSSES = {
+    "text_loss": "text loss",
+    "end_prompt_loss": "end-prompt loss",
+    "end_prompt_later_loss": "end-prompt loss, first token left out",
+}
 
 
 def settings(runs: Path) -> dict[str, list[Path]]:
     """{setting: folders of its recipe, one a seed} below ``runs``, ``plain`` first.  Raises BadInput if there is no plain one, or the folders of a
     setting do not belong together."""
     found: dict[str, list[Path]] = {}
-    for folder in sorted({path.parent.parent for path in runs.glob("*/seed*/*/*/eval") if path.parent.name in methods.METHODS}):
+    for folder in sorted(
+        {path.parent.parent for path in runs.glob("*/seed*/*/*/eval") if path.parent.name in methods.METHODS}
+    ):
         found.setdefault(folder.parent.parent.name, []).append(folder)
     if PLAIN not in found:
-        raise BadInput(f"{runs} holds no evaluated run {PLAIN}/seed<k>/<recipe>/<method>; make them with recipes/lab.sh first")
+        raise BadInput(
+            f"{runs} holds no evaluated run {PLAIN}/seed<k>/<recipe>/<method>; make them with recipes/lab.sh first"
+        )
     for folders in found.values():
         compare.check(folders)
     return {PLAIN: found.pop(PLAIN), **found}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    return {key: value for name, inner in tree.items() for key, value in
-            (_flat(inner, f"{prefix}{name}.").items() if isinstance(inner, dict) else [(prefix + name, inner)])}
+    return {
+        key: value
+        for name, inner in tree.items()
+        for key, value in (
+            _flat(inner, f"{prefix}{name}.").items() if isinstance(inner, dict) else [(prefix + name, inner)]
+        )
+    }
 
 
 def difference(plain: dict, other: dict) -> str:
     """The keys of ``other``'s setting that are not as in ``plain``'s, as ``--set`` takes them."""
     plain, other = _flat(plain), _flat(other)
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted(other.items()) if plain.get(key) != value)
+    return ", ".join(
+        f"{key}={json.dumps(value)}" for key, value in sorted(other.items()) if plain.get(key) != value
+    )
 
 
 def spread(values: list[float]) -> dict:
@@ -60,13 +75,18 @@ def losses(runs: list[Path]) -> dict[str, dict[int, dict]]:
             for key in LOSSES:
                 if key in entry:
                     found.setdefault(key, {}).setdefault(entry["step"], []).append(entry[key])
-    return {key: {step: spread(values) for step, values in sorted(by_step.items())} for key, by_step in found.items()}
+    return {
+        key: {step: spread(values) for step, values in sorted(by_step.items())}
+        for key, by_step in found.items()
+    }
 
 
 def _over_seeds(counts: list[tuple[int, int]]) -> dict:
     """The cell of ``intervals.over_seeds`` of (keys found, keys) a seed, in percent."""
     low, high = intervals.wilson(*counts[0])
-    return intervals.over_seeds([100 * hits / total for hits, total in counts], (100 * low, 100 * high), 0.0, 100.0)
+    return intervals.over_seeds(
+        [100 * hits / total for hits, total in counts], (100 * low, 100 * high), 0.0, 100.0
+    )
 
 
 def never_seen(run: Path, length: int) -> list[tuple[int, int]] | None:
@@ -75,7 +95,9 @@ def never_seen(run: Path, length: int) -> list[tuple[int, int]] | None:
         return None
     manifest = shards.read_manifest(run / "shards")
     rows = (positions.segments(row) for row in shards.position_ids(run / "shards", manifest))
-    return coverage.gap(coverage.counted(coverage.pair_counts(rows, manifest["target_length"])[:length]), length)
+    return coverage.gap(
+        coverage.counted(coverage.pair_counts(rows, manifest["target_length"])[:length]), length
+    )
 
 
 def keys(runs: list[Path], task: str) -> dict:
@@ -89,17 +111,34 @@ def keys(runs: list[Path], task: str) -> dict:
         return {}
     lengths = sorted({row["scores"]["length"] for rows in seeds for row in rows})
     never = never_seen(runs[0], lengths[-1])
-    found = {"mean": _over_seeds([(sum(row["scores"]["correct"] for row in rows), sum(row["scores"]["samples"] for row in rows)) for rows in seeds]),
-             "distances": {}, "never": never, "seen": {}, "unseen": {}}
+    found = {
+        "mean": _over_seeds(
+            [
+                (sum(row["scores"]["correct"] for row in rows), sum(row["scores"]["samples"] for row in rows))
+                for rows in seeds
+            ]
+        ),
+        "distances": {},
+        "never": never,
+        "seen": {},
+        "unseen": {},
+    }
     for length in lengths:
         cells: dict[int, list[tuple[int, int]]] = {}
         parted: dict[str, list[tuple[int, int]]] = {"seen": [], "unseen": []}
         for row in (row for rows in seeds for row in rows if row["scores"]["length"] == length):
-            here = {round((1 - cell["depth"]) * (length - 1)): (cell["correct"], cell["total"]) for cell in row["scores"]["cells"]}
+            here = {
+                round((1 - cell["depth"]) * (length - 1)): (cell["correct"], cell["total"])
+                for cell in row["scores"]["cells"]
+            }
             for distance, count in here.items():
                 cells.setdefault(distance, []).append(count)
             for kind, wanted in (("seen", False), ("unseen", True)):
-                chosen = [count for distance, count in here.items() if any(low <= distance <= high for low, high in never or []) is wanted]
+                chosen = [
+                    count
+                    for distance, count in here.items()
+                    if any(low <= distance <= high for low, high in never or []) is wanted
+                ]
                 if never is not None and chosen:
                     parted[kind].append(tuple(map(sum, zip(*chosen, strict=True))))
         if length == lengths[-1]:
@@ -117,7 +156,9 @@ def single(folders: list[Path], method: str) -> dict:
     for folder in folders:
         for task in compare.TASKS:
             for row in figures.read(folder / method / "eval" / task):
-                found[task].setdefault(row["scores"]["length"], {})[folder.parent.name] = row["scores"]["score"]
+                found[task].setdefault(row["scores"]["length"], {})[folder.parent.name] = row["scores"][
+                    "score"
+                ]
                 if task in passkey.TASKS:
                     samples[task][row["scores"]["length"]] = row["scores"]["samples"]
                 commits.add(str(row.get("commit"))[:12])
@@ -135,13 +176,24 @@ def collect(runs: Path) -> list[dict]:
             recipe = compare.run_setting(own[0] / "recipe.yaml")[1]
             plain = plain or recipe
             different = difference(plain, recipe) if setting != PLAIN else ""
-            entries.append({"setting": setting, "method": method, "name": f"{method}, {setting}" if different else method, "different": different,
-                            "scores": scores, **single(folders, method), **{task: keys(own, task) for task in passkey.TASKS}, "losses": losses(own)})
+            entries.append(
+                {
+                    "setting": setting,
+                    "method": method,
+                    "name": f"{method}, {setting}" if different else method,
+                    "different": different,
+                    "scores": scores,
+                    **single(folders, method),
+                    **{task: keys(own, task) for task in passkey.TASKS},
+                    "losses": losses(own),
+                }
+            )
     return entries
 
 
 def read(path: Path) -> dict:
     """{"entries", ...} of a findings.json, as ``collect`` made them.  Raises BadInput if it is none."""
+
     def numbers(tree: dict) -> dict:
         return {int(key) if key.isdigit() else key: value for key, value in tree.items()}
 
@@ -151,7 +203,9 @@ def read(path: Path) -> dict:
             raise ValueError("an entry has no values")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise BadInput(f"{path} is no findings.json ({reason}); make it from the runs of recipes/lab.sh") from None
+        raise BadInput(
+            f"{path} is no findings.json ({reason}); make it from the runs of recipes/lab.sh"
+        ) from None
     return record
 
 
@@ -167,15 +221,25 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
         if found := {entry["name"]: entry["scores"][task] for entry in chosen if entry["scores"][task]}:
             figures.lines(found, picture(name), title, f"{task}: keys found in %")
 
-    panels = {heading: {entry["name"]: entry["losses"][key] for entry in plain if key in entry["losses"]} for key, heading in LOSSES.items()}
+    panels = {
+        heading: {entry["name"]: entry["losses"][key] for entry in plain if key in entry["losses"]}
+        for key, heading in LOSSES.items()
+    }
     if panels := {heading: series for heading, series in panels.items() if series}:
         figures.curves(panels, picture("losses"), title)
     lines("keys", plain)
     lines("multikey", plain, "multikey")
     for task, name in (("passkey", "distances"), ("multikey", "distances-multikey")):
-        if found := {entry["name"]: (entry[task]["distances"], entry[task]["never"] or []) for entry in plain if entry[task]}:
+        if found := {
+            entry["name"]: (entry[task]["distances"], entry[task]["never"] or [])
+            for entry in plain
+            if entry[task]
+        }:
             figures.distances(found, picture(name), title)
-    for name, chosen in (("prompts", findings_tables.prompts(entries)), ("sharpened", findings_tables.sharpened(entries))):
+    for name, chosen in (
+        ("prompts", findings_tables.prompts(entries)),
+        ("sharpened", findings_tables.sharpened(entries)),
+    ):
         if any(entry["setting"] != PLAIN for entry in chosen):
             lines(name, chosen)
     return drawn
@@ -191,17 +255,29 @@ def joined(sources: list[Path]) -> list[dict]:
     for source in sources:
         here = {}
         for entry in read(source)["entries"] if source.is_file() else collect(source):
-            counted = {(task, length): number for task, lengths in entry["samples"].items() for length, number in lengths.items()}
+            counted = {
+                (task, length): number
+                for task, lengths in entry["samples"].items()
+                for length, number in lengths.items()
+            }
             if differing := [key for key, number in counted.items() if before.get(key, number) != number]:
                 task, length = differing[0]
-                raise BadInput(f"{source}: {entry['name']} was tested on {counted[task, length]} keys ({task} at {length}), and what it "
-                               f"would stand beside on {before[task, length]}; evaluate it alike")
+                raise BadInput(
+                    f"{source}: {entry['name']} was tested on {counted[task, length]} keys ({task} at {length}), and what it "
+                    f"would stand beside on {before[task, length]}; evaluate it alike"
+                )
             here |= counted
             found[entry["setting"], entry["method"]] = entry
         before |= here
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    return sorted(found.values(), key=lambda entry: (entry["setting"] != PLAIN, settings.index(entry["setting"]),
-                                                     order.index(entry["method"]) if entry["method"] in order else len(order)))
+    return sorted(
+        found.values(),
+        key=lambda entry: (
+            entry["setting"] != PLAIN,
+            settings.index(entry["setting"]),
+            order.index(entry["method"]) if entry["method"] in order else len(order),
+        ),
+    )
 
 
 def findings(sources: list[Path], out: Path, title: str | None = None, pages: list[Path] = ()) -> None:
@@ -222,16 +298,32 @@ def findings(sources: list[Path], out: Path, title: str | None = None, pages: li
         shards.write_json(out / "findings.json", {"title": title, "entries": entries, **provenance.stamp()})
     for page, content in texts.items():
         page.write_text(content, encoding="utf-8")
-    written = [out / "tables.md", *([out / "findings.json"] if made else []), *draw(entries, out, title), *pages]
+    written = [
+        out / "tables.md",
+        *([out / "findings.json"] if made else []),
+        *draw(entries, out, title),
+        *pages,
+    ]
     print("\n".join([text, "", *map(str, written)]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, nargs="+", help="the folder of the settings' folders, or a findings.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, nargs="+", help="the folder of the settings' folders, or a findings.json"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--title", default=None)
-    parser.add_argument("--page", type=Path, action="append", default=[], metavar="PAGE", help="a page whose tables are replaced")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PAGE",
+        help="a page whose tables are replaced",
+    )
     arguments = parser.parse_args()
     try:
         findings(arguments.source, arguments.out, arguments.title, arguments.page)

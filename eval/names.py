@@ -1,16 +1,54 @@
 """The benchmarks a recipe may name under ``eval.tasks``, and what is fixed about them."""
 
-RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery",
-         "vt", "cwe", "fwe", "qa_1", "qa_2")
-LONGBENCH = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum", "multi_news", "trec", "triviaqa", "samsum",
-             "passage_count", "passage_retrieval_en", "lcc", "repobench-p")
+RULER = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+)
+LONGBENCH = (
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "gov_report",
+    "qmsum",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "passage_count",
+    "passage_retrieval_en",
+    "lcc",
+    "repobench-p",
+)
 LONGBENCH_ZH = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
 # The harness' own tasks: (few-shot examples, metric as the harness names it).  The paper's Table 5 names no variant of GSM8K's metric;
 # strict-match is the one the harness lists first.
-SHORT_TEXT = {"mmlu": (5, "acc,none"), "gsm8k": (5, "exact_match,strict-match"), "hellaswag": (10, "acc_norm,none"), "humaneval": (0, "pass@1,create_test")}
+SHORT_TEXT = {
+    "mmlu": (5, "acc,none"),
+    "gsm8k": (5, "exact_match,strict-match"),
+    "hellaswag": (10, "acc_norm,none"),
+    "humaneval": (0, "pass@1,create_test"),
+}
 
-GROUPS = {"ruler": tuple(f"ruler_{task}" for task in RULER), "longbench": tuple(f"longbench_{task}" for task in LONGBENCH),
-          "longbench_zh": tuple(f"longbench_{task}" for task in LONGBENCH_ZH), "short_text": tuple(SHORT_TEXT)}
+GROUPS = {
+    "ruler": tuple(f"ruler_{task}" for task in RULER),
+    "longbench": tuple(f"longbench_{task}" for task in LONGBENCH),
+    "longbench_zh": tuple(f"longbench_{task}" for task in LONGBENCH_ZH),
+    "short_text": tuple(SHORT_TEXT),
+}
 TASKS = ("passkey", "multikey", "perplexity", *(task for group in GROUPS.values() for task in group))
 
 
@@ -18,6 +56,8 @@ def expand(names: list[str]) -> list[str]:
     """``names`` with each group replaced by its tasks, each once, in order.  Raises ValueError naming what is not known."""
     found = [task for name in names for task in GROUPS.get(name, (name,))]
     if unknown := [name for name in found if name not in TASKS]:
-        raise ValueError(f"there is no task {unknown[0]!r}; use passkey, multikey, perplexity, the groups {', '.join(GROUPS)}, or one of their tasks, such as "
-                         "ruler_vt, longbench_qasper, mmlu")
+        raise ValueError(
+            f"there is no task {unknown[0]!r}; use passkey, multikey, perplexity, the groups {', '.join(GROUPS)}, or one of their tasks, such as "
+            "ruler_vt, longbench_qasper, mmlu"
+        )
     return list(dict.fromkeys(found))

@@ -11,16 +11,43 @@ import re
 
 from endprompt.eval import intervals, prompts
 
-HEADER = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-          "I will quiz you about the important information there.")
-FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+HEADER = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 KEYS = 4
-NAMES = ("Mara", "Tobin", "Ilse", "Jonas", "Petra", "Edwin", "Nora", "Silas", "Greta", "Oskar", "Lena", "Hugo", "Amara", "Felix", "Rosa", "Anton")
+NAMES = (
+    "Mara",
+    "Tobin",
+    "Ilse",
+    "Jonas",
+    "Petra",
+    "Edwin",
+    "Nora",
+    "Silas",
+    "Greta",
+    "Oskar",
+    "Lena",
+    "Hugo",
+    "Amara",
+    "Felix",
+    "Rosa",
+    "Anton",
+)
 NAMED_NEEDLE = "The pass key of {name} is {key}."
 NAMED_QUESTION = "What is the pass key of {name}? The pass key of {name} is"
-NEW_TOKENS = 8  # generated: any five digits, one token each, with a space before and room for a sixth digit to show
+NEW_TOKENS = (
+    8  # generated: any five digits, one token each, with a space before and room for a sixth digit to show
+)
 
 
 Needle = tuple[float, str]  # (the share of the filler before it, the sentence)
@@ -37,15 +64,21 @@ def prompt(needles: list[Needle], sentences: int, question: str = QUESTION) -> s
     return " ".join([*parts, *filler[placed:], question])
 
 
-def build(tokenizer, length: int, needles: list[Needle], question: str = QUESTION, chat: bool = False) -> tuple[str, int]:
+def build(
+    tokenizer, length: int, needles: list[Needle], question: str = QUESTION, chat: bool = False
+) -> tuple[str, int]:
     """The longest prompt that fits into ``length`` with its answer, and its tokens; with ``chat``, the chat template that will be put around it
     counts.  Raises ValueError if none fits, or an answer is longer than what is generated."""
     if len(tokenizer(" 123456", add_special_tokens=False)["input_ids"]) > NEW_TOKENS:
-        raise ValueError(f"the tokenizer writes a number of six digits with more than the {NEW_TOKENS} tokens that are generated")
+        raise ValueError(
+            f"the tokenizer writes a number of six digits with more than the {NEW_TOKENS} tokens that are generated"
+        )
     limit = length - NEW_TOKENS
 
     def tokens(sentences: int) -> int:
-        return len(prompts.encode(tokenizer, prompts.render(tokenizer, prompt(needles, sentences, question), chat)))
+        return len(
+            prompts.encode(tokenizer, prompts.render(tokenizer, prompt(needles, sentences, question), chat))
+        )
 
     if tokens(0) > limit:
         raise ValueError(f"{length} tokens are too few for a passkey prompt of {tokens(0)} and its answer")
@@ -71,7 +104,9 @@ def _key(rng: random.Random) -> str:
 def single(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needle], str]]:
     """(key, needles, question) of a test at each of ``depths``."""
     keys = [_key(rng) for _ in depths]
-    return [(key, [(depth, NEEDLE.format(key=key))], QUESTION) for key, depth in zip(keys, depths, strict=True)]
+    return [
+        (key, [(depth, NEEDLE.format(key=key))], QUESTION) for key, depth in zip(keys, depths, strict=True)
+    ]
 
 
 def named(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needle], str]]:
@@ -82,7 +117,10 @@ def named(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needl
         while len(set(keys)) < KEYS:  # another's key would pass for the right one
             keys = [_key(rng) for _ in range(KEYS)]
         at = [depth, *(rng.random() for _ in range(KEYS - 1))]
-        needles = [(place, NAMED_NEEDLE.format(name=name, key=key)) for place, name, key in zip(at, names, keys, strict=True)]
+        needles = [
+            (place, NAMED_NEEDLE.format(name=name, key=key))
+            for place, name, key in zip(at, names, keys, strict=True)
+        ]
         found.append((keys[0], needles, NAMED_QUESTION.format(name=names[0])))
     return found
 
@@ -90,8 +128,15 @@ def named(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needl
 TASKS = {"passkey": single, "multikey": named}
 
 
-def documents(tokenizer, lengths: list[int], samples: int, depths: int, seed: int, task: str = "passkey",
-              chat: bool = False) -> list[dict]:
+def documents(
+    tokenizer,
+    lengths: list[int],
+    samples: int,
+    depths: int,
+    seed: int,
+    task: str = "passkey",
+    chat: bool = False,
+) -> list[dict]:
     """The tests: for each length ``samples`` keys, spread evenly over ``depths`` depths from 0 (start) to 1 (end) of the text.
 
     task: one of TASKS.  chat: whether the model's chat template will be put around a prompt.
@@ -102,9 +147,13 @@ def documents(tokenizer, lengths: list[int], samples: int, depths: int, seed: in
     found = []
     for length in lengths:
         at = [number % depths / max(1, depths - 1) for number in range(samples)]
-        for depth, (key, needles, question) in zip(at, TASKS[task](random.Random(f"{seed}/{length}"), at), strict=True):
+        for depth, (key, needles, question) in zip(
+            at, TASKS[task](random.Random(f"{seed}/{length}"), at), strict=True
+        ):
             text, tokens = build(tokenizer, length, needles, question, chat)
-            found.append({"prompt": text, "key": key, "depth": depth, "length": length, "prompt_tokens": tokens})
+            found.append(
+                {"prompt": text, "key": key, "depth": depth, "length": length, "prompt_tokens": tokens}
+            )
     return found
 
 
@@ -119,5 +168,13 @@ def summary(tests: list[dict], scores: list[float]) -> dict:
     hits, total = sum(cell["correct"] for cell in cells.values()), len(tests)
     low, high = intervals.wilson(hits, total)
     lengths = [test["prompt_tokens"] for test in tests]
-    return {"metric": "keys found", "score": 100 * hits / total, "low": 100 * low, "high": 100 * high, "samples": total, "correct": hits,
-            "cells": [cells[depth] for depth in sorted(cells)], "prompt_tokens": [min(lengths), max(lengths)]}
+    return {
+        "metric": "keys found",
+        "score": 100 * hits / total,
+        "low": 100 * low,
+        "high": 100 * high,
+        "samples": total,
+        "correct": hits,
+        "cells": [cells[depth] for depth in sorted(cells)],
+        "prompt_tokens": [min(lengths), max(lengths)],
+    }

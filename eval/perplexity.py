@@ -29,15 +29,24 @@ class Text:
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = text, tokenizer
         # (characters before, tokens before) each place where one space parts two words; the space belongs to the word after it.
-        self.spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        self.spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         ends = [end for _, end in self.spans]
         self.tokens = len(ends)
-        places = [at for at in range(1, len(text) - 1) if text[at] == " " and not text[at - 1].isspace() and not text[at + 1].isspace()]
+        places = [
+            at
+            for at in range(1, len(text) - 1)
+            if text[at] == " " and not text[at - 1].isspace() and not text[at + 1].isspace()
+        ]
         self.cuts = [(at, bisect.bisect_right(ends, at)) for at in places]
         self.between_tokens = FEW_WORDS * len(self.cuts) < self.tokens
         if self.between_tokens:
-            self.cuts = [(end, number) for number, (end, (start, _)) in enumerate(zip(ends, self.spans[1:], strict=False), 1)
-                         if 0 < end <= start and not text[end - 1].isspace()]
+            self.cuts = [
+                (end, number)
+                for number, (end, (start, _)) in enumerate(zip(ends, self.spans[1:], strict=False), 1)
+                if 0 < end <= start and not text[end - 1].isspace()
+            ]
         self.counts = [count for _, count in self.cuts]
         self._stable: dict[int, bool] = {}
 
@@ -49,9 +58,12 @@ class Text:
         """Whether the tokens before cut ``index`` stay what they are once the text goes on behind it."""
         if index not in self._stable:
             at, before = self.cuts[index]
-            start, end = self.spans[max(0, before - AROUND)][0], self.spans[min(self.tokens, before + AROUND) - 1][1]
+            start, end = (
+                self.spans[max(0, before - AROUND)][0],
+                self.spans[min(self.tokens, before + AROUND) - 1][1],
+            )
             alone = self.ids(start, at)
-            self._stable[index] = self.ids(start, end)[:len(alone)] == alone
+            self._stable[index] = self.ids(start, end)[: len(alone)] == alone
         return self._stable[index]
 
     def before(self, tokens: int) -> int:
@@ -59,17 +71,25 @@ class Text:
         last = bisect.bisect_right(self.counts, tokens) - 1
         if not self.between_tokens:
             return last
-        return next((index for index in range(last, max(-1, last - TRIES), -1) if self._leaves_tokens(index)), -1)
+        return next(
+            (index for index in range(last, max(-1, last - TRIES), -1) if self._leaves_tokens(index)), -1
+        )
 
     def fits(self, start: int, first: int, last: int, room: int) -> bool:
         """Whether the harness, which is given the two texts between the cuts ``start``, ``first`` and ``last``, splits them into these cuts' tokens,
         ``room`` at most."""
         (begin, _), (split, before), (stop, after) = (self.cuts[index] for index in (start, first, last))
         context, whole = self.ids(begin, split), self.ids(begin, stop)
-        return whole[:len(context)] == context and len(whole) - len(context) == after - before and len(whole) <= room
+        return (
+            whole[: len(context)] == context
+            and len(whole) - len(context) == after - before
+            and len(whole) <= room
+        )
 
 
-def held_out(source: str, tokenizer, longest: int, stride: int, budget: int, column: str = "text") -> list[Text]:
+def held_out(
+    source: str, tokenizer, longest: int, stride: int, budget: int, column: str = "text"
+) -> list[Text]:
     """As many documents of ``source`` (a path, or a dataset of the hub) as ``budget`` scored tokens in windows up to ``longest`` need, in order.
 
     column: the field of a row that holds the text.  Raises BadInput if it cannot be read.
@@ -87,11 +107,17 @@ def held_out(source: str, tokenizer, longest: int, stride: int, budget: int, col
                 break
         return found
     except BadInput as error:
-        message = str(error).replace("data.corpus", "eval.perplexity_corpus").replace("data.text_column", "eval.perplexity_column")
+        message = (
+            str(error)
+            .replace("data.corpus", "eval.perplexity_corpus")
+            .replace("data.text_column", "eval.perplexity_column")
+        )
         raise BadInput(message) from None
 
 
-def windows(texts: Iterable[Text], length: int, longest: int, stride: int, budget: int, special: int = 0) -> list[dict]:
+def windows(
+    texts: Iterable[Text], length: int, longest: int, stride: int, budget: int, special: int = 0
+) -> list[dict]:
     """{"context", "continuation", "tokens" of the continuation, "length"} over ``texts``, in order, up to ``budget`` scored tokens.
 
     ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  Raises ValueError if no document holds ``longest``
@@ -107,21 +133,43 @@ def windows(texts: Iterable[Text], length: int, longest: int, stride: int, budge
                 return found
             first, last = text.before(end - stride), text.before(end)
             # One token less than fits: some tokenizers write the first word of a text with one more.
-            start = bisect.bisect_left(text.counts, text.cuts[last][1] - (length - special - 1)) if last >= 0 else -1
+            start = (
+                bisect.bisect_left(text.counts, text.cuts[last][1] - (length - special - 1))
+                if last >= 0
+                else -1
+            )
             if not 0 <= start < first < last:
                 continue  # no words to cut between, as in a stretch of symbols
             if text.between_tokens:
-                start = next((begin for begin in range(start, min(first, start + TRIES)) if text.fits(begin, first, last, length - special)), -1)
+                start = next(
+                    (
+                        begin
+                        for begin in range(start, min(first, start + TRIES))
+                        if text.fits(begin, first, last, length - special)
+                    ),
+                    -1,
+                )
                 if start < 0:
                     continue
             (begin, _), (split, before), (stop, after) = text.cuts[start], text.cuts[first], text.cuts[last]
-            found.append({"context": text.text[begin:split], "continuation": text.text[split:stop], "tokens": after - before, "length": length})
+            found.append(
+                {
+                    "context": text.text[begin:split],
+                    "continuation": text.text[split:stop],
+                    "tokens": after - before,
+                    "length": length,
+                }
+            )
             scored += after - before
     if not found and held:
-        raise ValueError(f"no document that holds {longest} tokens has places where it can be cut without changing its tokens, neither between words "
-                         "nor between tokens; give other held-out documents")
+        raise ValueError(
+            f"no document that holds {longest} tokens has places where it can be cut without changing its tokens, neither between words "
+            "nor between tokens; give other held-out documents"
+        )
     if not found:
-        raise ValueError(f"no document holds {longest} tokens; give longer held-out documents or smaller lengths")
+        raise ValueError(
+            f"no document holds {longest} tokens; give longer held-out documents or smaller lengths"
+        )
     return found
 
 
@@ -131,4 +179,12 @@ def summary(pieces: list[dict], nats: list[float]) -> dict:
     tokens = [piece["tokens"] for piece in pieces]
     mean = sum(nats) / sum(tokens)
     low, high = intervals.bootstrap([loss / count for loss, count in zip(nats, tokens, strict=True)], tokens)
-    return {"metric": "perplexity", "score": math.exp(mean), "low": math.exp(low), "high": math.exp(high), "samples": len(pieces), "nats": mean, "tokens": sum(tokens)}
+    return {
+        "metric": "perplexity",
+        "score": math.exp(mean),
+        "low": math.exp(low),
+        "high": math.exp(high),
+        "samples": len(pieces),
+        "nats": mean,
+        "tokens": sum(tokens),
+    }

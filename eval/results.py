@@ -62,12 +62,17 @@ class Results:
         if absent:
             if len(absent) == len(parts):
                 return Missing()
-            shown = ", ".join(f"{task}" + (f" at {length}" if length else "") for task, length in absent[:6]) + (", ..." if len(absent) > 6 else "")
+            shown = ", ".join(
+                f"{task}" + (f" at {length}" if length else "") for task, length in absent[:6]
+            ) + (", ..." if len(absent) > 6 else "")
             return Missing(f"not run, for {len(absent)} of {len(parts)} results are missing: {shown}")
         files = [self.found[part] for part in parts]
         scores = [file["scores"] for file in files]
         score = math.fsum(one["score"] for one in scores) / len(scores)
-        down, up = (math.sqrt(math.fsum((one["score"] - one[end]) ** 2 for one in scores)) / len(scores) for end in ("low", "high"))
+        down, up = (
+            math.sqrt(math.fsum((one["score"] - one[end]) ** 2 for one in scores)) / len(scores)
+            for end in ("low", "high")
+        )
         return Estimate(score, score - down, score + up, min(one["samples"] for one in scores), tuple(files))
 
     def lengths(self, task: str) -> list[int | None]:
@@ -88,8 +93,16 @@ def _check(path: Path) -> dict:
         result = json.loads(path.read_text(encoding="utf-8"))
         scores, model = result["scores"], result["question"]["model"]
         numbers = [scores[key] for key in ("score", "low", "high", "samples")]
-        whole = all(type(number) in (int, float) and math.isfinite(number) for number in numbers) and scores["samples"] > 0
-        if not whole or not isinstance(model, dict | str) or not isinstance(result["date"], str) or type(scores["length"]) not in (int, type(None)):
+        whole = (
+            all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and scores["samples"] > 0
+        )
+        if (
+            not whole
+            or not isinstance(model, dict | str)
+            or not isinstance(result["date"], str)
+            or type(scores["length"]) not in (int, type(None))
+        ):
             raise ValueError("score, low, high and samples are numbers, length a number or null")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
@@ -100,12 +113,19 @@ def _check(path: Path) -> dict:
 def model_of(result: dict) -> dict | str:
     """What a result file says of its model; where the weights' fingerprint is known, without where they lay."""
     model = result["question"]["model"]
-    return {key: value for key, value in model.items() if key != "name_or_path"} if isinstance(model, dict) and model.get("fingerprint") else model
+    return (
+        {key: value for key, value in model.items() if key != "name_or_path"}
+        if isinstance(model, dict) and model.get("fingerprint")
+        else model
+    )
 
 
 def _identity(result: dict) -> str:
     model = model_of(result)
-    return json.dumps({key: model[key] for key in model if key not in _MACHINE} if isinstance(model, dict) else model, sort_keys=True)
+    return json.dumps(
+        {key: model[key] for key in model if key not in _MACHINE} if isinstance(model, dict) else model,
+        sort_keys=True,
+    )
 
 
 def read(folder: Path) -> Results:
@@ -114,14 +134,19 @@ def read(folder: Path) -> Results:
     if not results:
         return Results(folder)
     newest = _identity(max((result for _, result in results), key=lambda result: result["date"]))
-    kept = {(task, result["scores"]["length"]): result for task, result in results if _identity(result) == newest}
+    kept = {
+        (task, result["scores"]["length"]): result for task, result in results if _identity(result) == newest
+    }
     return Results(folder, kept, len(results) - len(kept))
 
 
 def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
     """The results of a run's own model; of another (``model``), if it was scored there; or of the one that stage ``after`` made in the run's folder."""
     if after:
-        folders = [evaluation_folder(run, str(run / after)), *sorted(run.glob(f"eval-{after}-*"))]  # the second where the runs were moved
+        folders = [
+            evaluation_folder(run, str(run / after)),
+            *sorted(run.glob(f"eval-{after}-*")),
+        ]  # the second where the runs were moved
         return read(next((folder for folder in folders if folder.is_dir()), folders[0]))
     folder = evaluation_folder(run, model)
     return read(folder if folder.is_dir() else evaluation_folder(run))
@@ -143,7 +168,13 @@ def training(run: Path) -> dict | None:
 
 def recipes(runs: Path) -> list[str]:
     """The recipes of which ``runs`` holds an evaluated method, by name."""
-    return sorted({folder.parent.parent.name for folder in runs.glob("*/*/eval*") if folder.is_dir() and folder.parent.name in methods.METHODS})
+    return sorted(
+        {
+            folder.parent.parent.name
+            for folder in runs.glob("*/*/eval*")
+            if folder.is_dir() and folder.parent.name in methods.METHODS
+        }
+    )
 
 
 def models(given: list[str]) -> dict[str, str]:
@@ -152,6 +183,8 @@ def models(given: list[str]) -> dict[str, str]:
     for item in given:
         method, equals, model = item.partition("=")
         if not equals or not model:
-            raise BadInput(f"--model {item}: write it as METHOD=DIR, for example --model endprompt=runs/tiny/endprompt/model")
+            raise BadInput(
+                f"--model {item}: write it as METHOD=DIR, for example --model endprompt=runs/tiny/endprompt/model"
+            )
         found[methods.get(method).name] = model
     return found

@@ -26,10 +26,17 @@ CHECKSUMS = {  # SHA-256, as the wheel has them
     "data/synthetic/json/hotpotqa.json": "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
     "eval/synthetic/constants.py": "a7041631f24a17defd433f07b65340bec0ff27c9d20ecb852f44cfe1d386c59f",
 }
-SCORING = ("synthetic.yaml", "data/synthetic/constants.py", "eval/synthetic/constants.py")  # the few of them that scoring needs
+SCORING = (
+    "synthetic.yaml",
+    "data/synthetic/constants.py",
+    "eval/synthetic/constants.py",
+)  # the few of them that scoring needs
 WORD_LISTS = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 # SHA-256 over the three lists' own.  2.2.0 draws the keys and words of the samples that were published in 2024; 3.0 took four nouns out, which moves every draw.
-WORDS = {"a4f760729bef833cb51dcee82e3c7204527529bdb465d9c16c26c5adc1eeab51": "2.2.0", "1c988c61c58b78a2150c17a973ff46d484f03e0395d8a1014711b0eabcd32c90": "3.0.1"}
+WORDS = {
+    "a4f760729bef833cb51dcee82e3c7204527529bdb465d9c16c26c5adc1eeab51": "2.2.0",
+    "1c988c61c58b78a2150c17a973ff46d484f03e0395d8a1014711b0eabcd32c90": "3.0.1",
+}
 
 
 def _installed(package: str, wanted: str | None = None) -> str:
@@ -37,9 +44,13 @@ def _installed(package: str, wanted: str | None = None) -> str:
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise BadInput(f"RULER needs the package {package}; install it with `pip install {package}{f'=={wanted}' if wanted else ''}`") from None
+        raise BadInput(
+            f"RULER needs the package {package}; install it with `pip install {package}{f'=={wanted}' if wanted else ''}`"
+        ) from None
     if wanted not in (None, found):
-        raise BadInput(f"{package} is installed in version {found}, but RULER's samples and scores are those of {wanted}; `pip install {package}=={wanted}`")
+        raise BadInput(
+            f"{package} is installed in version {found}, but RULER's samples and scores are those of {wanted}; `pip install {package}=={wanted}`"
+        )
     return found
 
 
@@ -58,8 +69,10 @@ def package(files: tuple[str, ...] | None = None) -> Path:
             continue
         found = shards.sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
-            raise BadInput(f"{PACKAGE}: {name} is not the wheel's (sha256 {found[:12]}, expected {expected[:12]}); "
-                           f"`pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`")
+            raise BadInput(
+                f"{PACKAGE}: {name} is not the wheel's (sha256 {found[:12]}, expected {expected[:12]}); "
+                f"`pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`"
+            )
     return folder
 
 
@@ -67,10 +80,14 @@ def package(files: tuple[str, ...] | None = None) -> Path:
 def words() -> str:
     """SHA-256 of wonderwords' lists, from which keys and words are drawn.  Raises BadInput if they are no known ones."""
     version, folder = _installed("wonderwords"), _folder("wonderwords") / "assets"
-    found = hashlib.sha256("".join(shards.sha256(folder / name) for name in WORD_LISTS if (folder / name).is_file()).encode()).hexdigest()
+    found = hashlib.sha256(
+        "".join(shards.sha256(folder / name) for name in WORD_LISTS if (folder / name).is_file()).encode()
+    ).hexdigest()
     if found not in WORDS:
-        raise BadInput(f"wonderwords {version}: its word lists (sha256 {found[:12]}) are no known ones, and the samples depend on them; "
-                       f"`pip install wonderwords=={next(iter(WORDS.values()))}`")
+        raise BadInput(
+            f"wonderwords {version}: its word lists (sha256 {found[:12]}) are no known ones, and the samples depend on them; "
+            f"`pip install wonderwords=={next(iter(WORDS.values()))}`"
+        )
     return found
 
 
@@ -79,9 +96,15 @@ def sentences() -> tuple[str | None, str]:
     """(folder for NLTK's search path or None, what identifies the English sentence data): llama-index-core's, else what NLTK finds itself."""
     wanted = "nltk_cache/tokenizers/punkt_tab/english/"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        files = [Path(file.locate()) for file in importlib.metadata.files("llama-index-core") or () if wanted in file.as_posix()]
+        files = [
+            Path(file.locate())
+            for file in importlib.metadata.files("llama-index-core") or ()
+            if wanted in file.as_posix()
+        ]
         if files and all(path.is_file() for path in files):
-            return str(files[0].parents[3]), hashlib.sha256("".join(f"{path.name} {shards.sha256(path)}\n" for path in sorted(files)).encode()).hexdigest()
+            return str(files[0].parents[3]), hashlib.sha256(
+                "".join(f"{path.name} {shards.sha256(path)}\n" for path in sorted(files)).encode()
+            ).hexdigest()
     return None, f"of NLTK {_installed('nltk')}"
 
 
@@ -112,5 +135,13 @@ def tokens_to_generate(task: str) -> int:
 def generator() -> dict:
     """What, beside tokenizer and arguments, the samples depend on; results carry it."""
     package()
-    return {"generation": GENERATION, "words": words(), "sentences": sentences()[1], "python": "{}.{}".format(*sys.version_info),
-            "versions": {name: _installed(name) for name in (PACKAGE, "wonderwords", "nltk", "numpy", "scipy", "tokenizers")}}
+    return {
+        "generation": GENERATION,
+        "words": words(),
+        "sentences": sentences()[1],
+        "python": "{}.{}".format(*sys.version_info),
+        "versions": {
+            name: _installed(name)
+            for name in (PACKAGE, "wonderwords", "nltk", "numpy", "scipy", "tokenizers")
+        },
+    }

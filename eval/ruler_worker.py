@@ -38,7 +38,9 @@ class Progress:
 
     def __init__(self, job: dict):
         self._job, self._parent = job, os.getppid()
-        self._attempts: int | None = None  # at the sample in hand; None while the script searches for the size of its haystack
+        self._attempts: int | None = (
+            None  # at the sample in hand; None while the script searches for the size of its haystack
+        )
         self._stamp = time.process_time()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -75,8 +77,13 @@ class Counter:
     def __init__(self, definition: str, encode_special_tokens: bool, progress: Progress):
         from endprompt.tokenizing import Encoder
 
-        self._encode, self._progress = Encoder(Path(definition).read_text(encoding="utf-8"), False, encode_special_tokens), progress
-        self._known: dict[bytes, int] = {}  # fwe counts a text three times, and the finished samples are counted once more
+        self._encode, self._progress = (
+            Encoder(Path(definition).read_text(encoding="utf-8"), False, encode_special_tokens),
+            progress,
+        )
+        self._known: dict[
+            bytes, int
+        ] = {}  # fwe counts a text three times, and the finished samples are counted once more
 
     def count(self, text: str) -> int:
         """Tokens of ``text`` without special ones, as many as ``len(transformers_tokenizer.tokenize(text))``."""
@@ -112,7 +119,9 @@ class Pairs(Sequence):
             else:
                 self._groups.append((first, None))
                 beginning, texts = f"{first}-", None
-        self._ends = list(itertools.accumulate(len(self._seconds if texts is None else texts) for _, texts in self._groups))
+        self._ends = list(
+            itertools.accumulate(len(self._seconds if texts is None else texts) for _, texts in self._groups)
+        )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -131,7 +140,9 @@ def lazy_words() -> dict[str, Callable]:
 
     read = wonderwords.random_word._get_words_from_text_file
     pairs = Pairs(read("adjectivelist.txt"), read("nounlist.txt"))
-    wonderwords.random_word._get_words_from_text_file = lambda name: [] if name == "adjectivelist.txt" else read(name)
+    wonderwords.random_word._get_words_from_text_file = lambda name: (
+        [] if name == "adjectivelist.txt" else read(name)
+    )
     return {"sorted": lambda items, **options: sorted(items, **options) or pairs}
 
 
@@ -158,8 +169,12 @@ def prepare_sentences(job: dict, progress: Progress) -> None:
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:
-        fail(job, UNUSABLE, "NLTK's sentence data punkt_tab is not on this machine; install it with `pip install --no-deps llama-index-core`, "
-                            "or name a folder that holds it in NLTK_DATA")
+        fail(
+            job,
+            UNUSABLE,
+            "NLTK's sentence data punkt_tab is not on this machine; install it with `pip install --no-deps llama-index-core`, "
+            "or name a folder that holds it in NLTK_DATA",
+        )
     split = functools.lru_cache(maxsize=2)(nltk.tokenize.sent_tokenize)
 
     def sent_tokenize(text: str) -> list[str]:

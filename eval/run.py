@@ -17,7 +17,21 @@ import torch
 
 from endprompt import BadInput, model, provenance, runfolder, shards, sharpen
 from endprompt.config import Recipe
-from endprompt.eval import engine, figures, intervals, longbench, longbench_scores, names, passkey, perplexity, prompts, results, ruler, ruler_package, ruler_samples
+from endprompt.eval import (
+    engine,
+    figures,
+    intervals,
+    longbench,
+    longbench_scores,
+    names,
+    passkey,
+    perplexity,
+    prompts,
+    results,
+    ruler,
+    ruler_package,
+    ruler_samples,
+)
 from endprompt.eval.question import Questions, chat, fingerprint, same
 from endprompt.methods import Method
 
@@ -35,22 +49,38 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
     dtype = torch.bfloat16 if cuda else torch.float32
     if other is None and not method.trained:
         if vllm:
-            raise BadInput(f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model")
+            raise BadInput(
+                f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model"
+            )
         network, sharpness = model.build(recipe, method, dtype, cuda), 1.0
         if recipe.sharpen(method):
             sharpness = model.sharpness(recipe, method, model.load_config(recipe))
             sharpen.sharpen_network(network, sharpness)
         tokenizer = model.load_tokenizer(recipe)
-        model.check_vocabulary(tokenizer, network.config, f"model: the tokenizer of {recipe.model.name_or_path!r}")
+        model.check_vocabulary(
+            tokenizer, network.config, f"model: the tokenizer of {recipe.model.name_or_path!r}"
+        )
         folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
-        identity = {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file,
-                    "rope_parameters": network.config.rope_parameters, "sharpened": sharpness,
-                    **_content(folder, network.config, recipe.model.gguf_file)}
+        identity = {
+            "name_or_path": recipe.model.name_or_path,
+            "revision": recipe.model.revision,
+            "gguf_file": recipe.model.gguf_file,
+            "rope_parameters": network.config.rope_parameters,
+            "sharpened": sharpness,
+            **_content(folder, network.config, recipe.model.gguf_file),
+        }
     else:
         folder = run / "model" if other is None else _named(other)
         if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
-            raise BadInput(f"--model: there is no folder {folder}" if other else f"{folder} is missing; train {method.name} first, or name a model with --model")
-        source, trust = str(folder) if folder.is_dir() else other, recipe.model.trust_remote_code  # else an id of the hub
+            raise BadInput(
+                f"--model: there is no folder {folder}"
+                if other
+                else f"{folder} is missing; train {method.name} first, or name a model with --model"
+            )
+        source, trust = (
+            str(folder) if folder.is_dir() else other,
+            recipe.model.trust_remote_code,
+        )  # else an id of the hub
         if folder.is_dir():
             model.check_folder(folder, "--model")
         try:
@@ -58,17 +88,30 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
                 config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
-            raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
+            raise BadInput(
+                f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}"
+            ) from None
         model.refuse_kernels(config, "--model")
         model.refuse_other_kinds(config, f"--model: {source}")
         if not tokenizer.is_fast:
-            raise BadInput(f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it")
+            raise BadInput(
+                f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it"
+            )
         model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
         weights = f"--model: the weights of {source}"
         if vllm:
             model.refuse_untied(weights, source, config)
-        network = source if vllm else model.load_weights(weights, pretrained_model_name_or_path=source, trust_remote_code=trust, dtype=dtype,
-                                                         attn_implementation=model.supported_attention(recipe, cuda, config))
+        network = (
+            source
+            if vllm
+            else model.load_weights(
+                weights,
+                pretrained_model_name_or_path=source,
+                trust_remote_code=trust,
+                dtype=dtype,
+                attn_implementation=model.supported_attention(recipe, cuda, config),
+            )
+        )
         identity = {"name_or_path": str(folder), **_content(folder, config)}
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
@@ -95,8 +138,14 @@ def _named(other: str) -> Path:
             raise OSError("it is a file" if other else "it is empty")
         folder.resolve()
         return folder
-    except (OSError, ValueError, RuntimeError) as error:  # too long a name, the home of a user who is not there
-        raise BadInput(f"--model: {other[:200]!r} is no folder ({getattr(error, 'strerror', None) or error}); name a folder with config.json, or a hub id") from None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long a name, the home of a user who is not there
+        raise BadInput(
+            f"--model: {other[:200]!r} is no folder ({getattr(error, 'strerror', None) or error}); name a folder with config.json, or a hub id"
+        ) from None
 
 
 def lengths(recipe: Recipe, task: str) -> list[int | None]:
@@ -113,67 +162,153 @@ class Scorer:
         self.recipe, self.tokenizer = recipe, tokenizer
         tokenizer.save_pretrained(folder)
         options = recipe.eval
-        longest = max(*options.lengths, options.longbench_length + engine.LONGEST_ANSWER + prompts.room(tokenizer, options.chat_template))
-        self.lm = engine.vllm(network, longest, recipe.model.trust_remote_code) if options.backend == "vllm" else engine.LongLM(network, tokenizer)
+        longest = max(
+            *options.lengths,
+            options.longbench_length + engine.LONGEST_ANSWER + prompts.room(tokenizer, options.chat_template),
+        )
+        self.lm = (
+            engine.vllm(network, longest, recipe.model.trust_remote_code)
+            if options.backend == "vllm"
+            else engine.LongLM(network, tokenizer)
+        )
         self.ruler_samples = asks.place("ruler_samples")
-        self.metadata = {"tokenizer": folder, "samples": options.samples, "seed": options.seed, "depths": options.depths, "stride": options.perplexity_stride,
-                         "scored_tokens": options.perplexity_tokens, "longest": max(options.lengths), "perplexity_corpus": asks.place("perplexity_corpus") or "",
-                         "perplexity_column": asks.column, "ruler_samples": self.ruler_samples,
-                         "longbench_data": asks.place("longbench_data") or None, "longbench_length": options.longbench_length}
+        self.metadata = {
+            "tokenizer": folder,
+            "samples": options.samples,
+            "seed": options.seed,
+            "depths": options.depths,
+            "stride": options.perplexity_stride,
+            "scored_tokens": options.perplexity_tokens,
+            "longest": max(options.lengths),
+            "perplexity_corpus": asks.place("perplexity_corpus") or "",
+            "perplexity_column": asks.column,
+            "ruler_samples": self.ruler_samples,
+            "longbench_data": asks.place("longbench_data") or None,
+            "longbench_length": options.longbench_length,
+        }
 
     def score(self, task: str, length: int | None) -> tuple[dict, list[dict]]:
         """(what the result file holds under "scores", the predictions in the official fields).  Raises ValueError or BadInput."""
         if task in names.SHORT_TEXT:
             options = self.recipe.eval
-            return short_text(self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code), []
+            return short_text(
+                self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code
+            ), []
         generation = None
         if task.startswith("longbench_"):
-            generation = longbench.generation_kwargs(task.removeprefix("longbench_"), self.tokenizer, self.recipe.eval.backend) or None
+            generation = (
+                longbench.generation_kwargs(
+                    task.removeprefix("longbench_"), self.tokenizer, self.recipe.eval.backend
+                )
+                or None
+            )
         templated, name = chat(self.recipe, task), f"endprompt_{task}"
         asked = {**self.metadata, "max_seq_lengths": [length], "chat_template": templated}
         samples = engine.run(self.lm, name, asked, generation=generation, chat_template=templated)[name]
         documents = [sample["doc"] for sample in samples]
         answers = [sample["filtered_resps"][0] for sample in samples]
         if task == "perplexity":
-            return {"length": length, **perplexity.summary(documents, [-log_likelihood for log_likelihood, _ in answers])}, []
+            return {
+                "length": length,
+                **perplexity.summary(documents, [-log_likelihood for log_likelihood, _ in answers]),
+            }, []
         scores = [sample["score"] for sample in samples]
         if task in passkey.TASKS:
-            predictions = [{"key": document["key"], "depth": document["depth"], "pred": answer} for document, answer in zip(documents, answers, strict=True)]
+            predictions = [
+                {"key": document["key"], "depth": document["depth"], "pred": answer}
+                for document, answer in zip(documents, answers, strict=True)
+            ]
             return {"length": length, **passkey.summary(documents, scores)}, predictions
         low, high = intervals.bootstrap(scores)
-        found = {"length": length, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
+        found = {
+            "length": length,
+            "score": sum(scores) / len(scores),
+            "low": low,
+            "high": high,
+            "samples": len(scores),
+        }
         if task.startswith("ruler_"):
             name = task.removeprefix("ruler_")
-            predictions = [{"index": document["index"], "outputs": document["outputs"], "pred": answer, "length": document["length"]}
-                           for document, answer in zip(documents, answers, strict=True)]
-            found |= {"metric": "string_match_part" if name.startswith("qa_") else "string_match_all", "generator": self._generator(name, length),
-                      "official": ruler.number(name, answers, [document["outputs"] for document in documents]), "lengths": ruler.report(documents, length)}
+            predictions = [
+                {
+                    "index": document["index"],
+                    "outputs": document["outputs"],
+                    "pred": answer,
+                    "length": document["length"],
+                }
+                for document, answer in zip(documents, answers, strict=True)
+            ]
+            found |= {
+                "metric": "string_match_part" if name.startswith("qa_") else "string_match_all",
+                "generator": self._generator(name, length),
+                "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
+                "lengths": ruler.report(documents, length),
+            }
         else:
             name = task.removeprefix("longbench_")
-            predictions = [{"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length")}}
-                           for document, answer in zip(documents, answers, strict=True)]
+            predictions = [
+                {"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length")}}
+                for document, answer in zip(documents, answers, strict=True)
+            ]
             about = longbench_scores.get(name)
-            found |= {"metric": about.metric, "category": about.category, "truncated": sum(document["truncated"] for document in documents),
-                      "official": longbench_scores.number(name, answers, [document["answers"] for document in documents], documents[-1]["all_classes"])}
+            found |= {
+                "metric": about.metric,
+                "category": about.category,
+                "truncated": sum(document["truncated"] for document in documents),
+                "official": longbench_scores.number(
+                    name,
+                    answers,
+                    [document["answers"] for document in documents],
+                    documents[-1]["all_classes"],
+                ),
+            }
         return found, predictions
 
     def _generator(self, task: str, length: int) -> dict:
         if not self.ruler_samples:
             return ruler_package.generator()
         options = self.recipe.eval
-        return ruler_samples.generator(ruler_samples.find(self.ruler_samples, task, length, options.samples, options.seed, self.tokenizer,
-                                                          options.chat_template)[1])
+        return ruler_samples.generator(
+            ruler_samples.find(
+                self.ruler_samples,
+                task,
+                length,
+                options.samples,
+                options.seed,
+                self.tokenizer,
+                options.chat_template,
+            )[1]
+        )
 
 
 def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
     """The scores of one of the harness' own tasks, at the shots and by the metric of ``names.SHORT_TEXT``; all subtasks' samples count alike, as in
     the harness' own mean of MMLU.  ``limit``: samples a subtask; None: all."""
     few_shots, metric = names.SHORT_TEXT[task]
-    found = engine.run(lm, task, {}, defaults=True, few_shots=few_shots, limit=limit, chat_template=chat_template, unsafe_code=unsafe_code)
+    found = engine.run(
+        lm,
+        task,
+        {},
+        defaults=True,
+        few_shots=few_shots,
+        limit=limit,
+        chat_template=chat_template,
+        unsafe_code=unsafe_code,
+    )
     name, _, wanted = metric.partition(",")
-    scores = [100.0 * sample[name] for part in found.values() for sample in part if sample["filter"] == wanted]
+    scores = [
+        100.0 * sample[name] for part in found.values() for sample in part if sample["filter"] == wanted
+    ]
     low, high = intervals.bootstrap(scores)
-    return {"length": None, "metric": metric, "few_shots": few_shots, "score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
+    return {
+        "length": None,
+        "metric": metric,
+        "few_shots": few_shots,
+        "score": sum(scores) / len(scores),
+        "low": low,
+        "high": high,
+        "samples": len(scores),
+    }
 
 
 def pairs(recipe: Recipe) -> list[tuple[str, int | None]]:
@@ -189,7 +324,14 @@ def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
     return [known[name] for name in dict.fromkeys(only)] if only else list(known.values())
 
 
-def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None, only: list[str] = (), budget: float | None = None) -> None:
+def evaluate(
+    recipe: Recipe,
+    method: Method,
+    run: Path,
+    other: str | None = None,
+    only: list[str] = (),
+    budget: float | None = None,
+) -> None:
     """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash of its path> for another model)
     and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to score, in that order; none: all of the recipe's.
     budget: seconds, loading included, after which no pair is begun, nor one when less is left than the longest so far took; None: no end.
@@ -198,18 +340,30 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
     the held-out documents are shorter than a length.
     """
     options, folder = recipe.eval, results.evaluation_folder(run, other and str(_named(other)))
-    if (named := os.environ.get("TMPDIR")) and not (os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)):
-        raise BadInput(f"environment: TMPDIR={named!r} is no folder that can be written to; make it, or unset it")
+    if (named := os.environ.get("TMPDIR")) and not (
+        os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)
+    ):
+        raise BadInput(
+            f"environment: TMPDIR={named!r} is no folder that can be written to; make it, or unset it"
+        )
     if "humaneval" in options.tasks:
         if not options.run_unsafe_code:
-            raise BadInput("eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may")
+            raise BadInput(
+                "eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may"
+            )
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    if benched := [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]:
+    if benched := [
+        task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")
+    ]:
         longbench_scores.check_environment(*benched)
     todo, began, longest, done = _chosen(recipe, only), time.monotonic(), 0.0, 0
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
         for pair in todo:
-            held.enter_context(runfolder.hold(folder / f".{_path(Path(), *pair).with_suffix('').as_posix().replace('/', '-')}.lock"))
+            held.enter_context(
+                runfolder.hold(
+                    folder / f".{_path(Path(), *pair).with_suffix('').as_posix().replace('/', '-')}.lock"
+                )
+            )
         network, tokenizer, identity = load(recipe, method, run, other)
         reach = None if recipe.eval.backend == "vllm" else engine.table(network)
         if reach and (beyond := [(task, length) for task, length in todo if (length or 0) > reach]):
@@ -223,16 +377,34 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
         asked = {(task, length): asks(task, length, identity) for task, length in todo}
         scorer = Scorer(recipe, network, tokenizer, temporary, asks)
         there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
-        missing = [(task.removeprefix("ruler_"), length) for (task, length), result in there.items() if result is None and task.startswith("ruler_")]
-        if missing and not options.ruler_samples:  # made together, on all cores; the task files find them in the cache
-            ruler.ensure([task for task, _ in missing], [length for _, length in missing], temporary, options.samples, options.seed,
-                         chat=options.chat_template)
+        missing = [
+            (task.removeprefix("ruler_"), length)
+            for (task, length), result in there.items()
+            if result is None and task.startswith("ruler_")
+        ]
+        if (
+            missing and not options.ruler_samples
+        ):  # made together, on all cores; the task files find them in the cache
+            ruler.ensure(
+                [task for task, _ in missing],
+                [length for _, length in missing],
+                temporary,
+                options.samples,
+                options.seed,
+                chat=options.chat_template,
+            )
         for task, length in todo:
             result = there[task, length]
             if result is None:
-                left, started = math.inf if budget is None else budget - (time.monotonic() - began), time.monotonic()
+                left, started = (
+                    math.inf if budget is None else budget - (time.monotonic() - began),
+                    time.monotonic(),
+                )
                 if left < max(longest, 0.001):
-                    print(f"evaluate: {done} of {len(todo)} pairs are scored, and of {budget:g} s {max(0, left):.0f} are left; the same command goes on", flush=True)
+                    print(
+                        f"evaluate: {done} of {len(todo)} pairs are scored, and of {budget:g} s {max(0, left):.0f} are left; the same command goes on",
+                        flush=True,
+                    )
                     break
                 try:
                     scores, predictions = scorer.score(task, length)
@@ -240,11 +412,21 @@ def evaluate(recipe: Recipe, method: Method, run: Path, other: str | None = None
                     raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
                 seconds = time.monotonic() - started
                 longest = max(longest, seconds)
-                result = {"question": asked[task, length], "recipe": recipe.name, "method": method.name, "scores": scores, "seconds": round(seconds, 2), **provenance.stamp()}
+                result = {
+                    "question": asked[task, length],
+                    "recipe": recipe.name,
+                    "method": method.name,
+                    "scores": scores,
+                    "seconds": round(seconds, 2),
+                    **provenance.stamp(),
+                }
                 path = _path(folder, task, length)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if predictions:
-                    shards.write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions).encode())
+                    shards.write_atomically(
+                        path.with_suffix(".jsonl"),
+                        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions).encode(),
+                    )
                 shards.write_json(path, result)
             done += 1
             form = SHOWN.get(task, "{:.2f}%")

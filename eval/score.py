@@ -14,7 +14,11 @@ from pathlib import Path
 from endprompt import BadInput, corpus
 from endprompt.eval import longbench_scores, names, passkey, ruler
 
-BENCHMARKS = {"ruler": names.RULER, "longbench": (*names.LONGBENCH, *names.LONGBENCH_ZH), "passkey": tuple(passkey.TASKS)}
+BENCHMARKS = {
+    "ruler": names.RULER,
+    "longbench": (*names.LONGBENCH, *names.LONGBENCH_ZH),
+    "passkey": tuple(passkey.TASKS),
+}
 
 
 def read(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:
@@ -23,23 +27,34 @@ def read(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:
     try:
         for number, row in corpus.jsonl(path):
             if not isinstance(row, dict):
-                raise BadInput(f"{path} line {number}: {type(row).__name__}, not an object with {', '.join(fields)}")
+                raise BadInput(
+                    f"{path} line {number}: {type(row).__name__}, not an object with {', '.join(fields)}"
+                )
             if "outputs" in fields and "outputs" not in row and "output" in row:
                 row["outputs"] = [row["output"]]
             for field, kinds in fields.items():
                 if field not in row:
-                    raise BadInput(f"{path} line {number}: there is no {field!r}; it has {', '.join(map(str, row))}")
+                    raise BadInput(
+                        f"{path} line {number}: there is no {field!r}; it has {', '.join(map(str, row))}"
+                    )
                 value = row[field]
-                if not isinstance(value, kinds) or (isinstance(value, list) and (not value or not all(isinstance(item, str) for item in value))):
-                    raise BadInput(f"{path} line {number}: {field!r} is not what the official file holds there "
-                                   f"({'a list of texts' if kinds is list else 'text'}), but {str(value)[:60]!r}")
+                if not isinstance(value, kinds) or (
+                    isinstance(value, list)
+                    and (not value or not all(isinstance(item, str) for item in value))
+                ):
+                    raise BadInput(
+                        f"{path} line {number}: {field!r} is not what the official file holds there "
+                        f"({'a list of texts' if kinds is list else 'text'}), but {str(value)[:60]!r}"
+                    )
             found.append(row)
     except FileNotFoundError:
         raise BadInput(f"there is no file {path}") from None
     except BadInput:
         raise
     except Exception as error:  # gzip, zstd and UTF-8 each raise their own
-        raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise BadInput(
+            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
     if not found:
         raise BadInput(f"{path} holds no prediction")
     return found
@@ -59,13 +74,17 @@ def score(benchmark: str, task: str, path: Path) -> float:
         classes = rows[-1].get("all_classes")  # the official script keeps the last row's
         if task in ("trec", "lsht") and not classes:
             raise BadInput(f"{path}: {task} needs 'all_classes', the names of its classes, in each row")
-        return longbench_scores.number(task, [row["pred"] for row in rows], [row["answers"] for row in rows], classes)
+        return longbench_scores.number(
+            task, [row["pred"] for row in rows], [row["answers"] for row in rows], classes
+        )
     rows = read(path, {"pred": str, "key": str})
     return round(100 * sum(passkey.correct(row["pred"], row["key"]) for row in rows) / len(rows), 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
     parser.add_argument("task", help="the benchmark's own name, such as vt or qasper")
     parser.add_argument("predictions", type=Path, help="a .jsonl file, plain or packed as .gz or .zst")

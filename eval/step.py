@@ -31,8 +31,17 @@ def config_of(shape: str):
     from transformers import LlamaConfig
 
     layers, width, inner, heads, kv, vocabulary, window, tied = SHAPES[shape]
-    return LlamaConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary,
-                       max_position_embeddings=window, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        max_position_embeddings=window,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
 
 
 def use_kernels(model, kernels: str) -> None:
@@ -42,8 +51,17 @@ def use_kernels(model, kernels: str) -> None:
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError:
-        raise BadInput("--kernels liger: the package liger-kernel is not installed; pip install liger-kernel, or leave it out") from None
-    apply_liger_kernel_to_llama(rope=True, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model)
+        raise BadInput(
+            "--kernels liger: the package liger-kernel is not installed; pip install liger-kernel, or leave it out"
+        ) from None
+    apply_liger_kernel_to_llama(
+        rope=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+        rms_norm=True,
+        swiglu=True,
+        model=model,
+    )
 
 
 def use_compiler(model, how: str) -> None:
@@ -57,7 +75,11 @@ def attention_backend(name: str):
     """A context in which scaled_dot_product_attention may take that kernel alone; auto: torch's own choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    backends = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
     return contextlib.nullcontext() if name == "auto" else sdpa_kernel(backends[name])
 
 
@@ -81,12 +103,26 @@ class _Clock:
         """Between one mark and the next, once the device is done."""
         if self.cuda:
             self.points[-1].synchronize()
-            return [start.elapsed_time(end) / 1000 for start, end in zip(self.points, self.points[1:], strict=False)]
+            return [
+                start.elapsed_time(end) / 1000
+                for start, end in zip(self.points, self.points[1:], strict=False)
+            ]
         return [end - start for start, end in zip(self.points, self.points[1:], strict=False)]
 
 
-def measure(shape: str, method_name: str, target: int, rows: int, checkpointing: str, steps: int, warm_up: int,
-            kernels: str = "torch", compiled: str = "no", attention: str = "auto", seconds: float | None = None) -> dict:
+def measure(
+    shape: str,
+    method_name: str,
+    target: int,
+    rows: int,
+    checkpointing: str,
+    steps: int,
+    warm_up: int,
+    kernels: str = "torch",
+    compiled: str = "no",
+    attention: str = "auto",
+    seconds: float | None = None,
+) -> dict:
     """One setting, in this process.  Returns seconds a step by part, tokens/s, MFU where the device's peak is known, and memory.
 
     seconds: once so many are spent on steps, what is measured ends, after at least one step (and one of warm-up, if there is any).
@@ -127,7 +163,9 @@ def measure(shape: str, method_name: str, target: int, rows: int, checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     use_compiler(model, compiled)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    masters = [parameter.detach().float().requires_grad_() for parameter in parameters] if cuda else parameters
+    masters = (
+        [parameter.detach().float().requires_grad_() for parameter in parameters] if cuda else parameters
+    )
     optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=cuda)
     collate = Collator(0, target)
     rng = np.random.default_rng(0)
@@ -138,12 +176,31 @@ def measure(shape: str, method_name: str, target: int, rows: int, checkpointing:
         made = []
         for _ in range(rows):
             a = length - b
-            positions = method.plan(np.array([a // 2, a - a // 2]) if method.chunked else a, spans if method.recall else b, target, rng)
+            positions = method.plan(
+                np.array([a // 2, a - a // 2]) if method.chunked else a,
+                spans if method.recall else b,
+                target,
+                rng,
+            )
             weights = np.ones(length, np.float32)
             weights[0], weights[a:] = 0, 0.1
-            made.append({"input_ids": rng.integers(config.vocab_size, size=length), "position_ids": positions, "loss_weights": weights, "text_length": a, "prompt_length": b})
-        found = {name: tensor for name, tensor in collate(made).items() if name not in ("shift_prompt", "row_numbers")}
-        divisor = float(found["shift_weights"].sum())  # before it lies on the device, which would have to be waited for
+            made.append(
+                {
+                    "input_ids": rng.integers(config.vocab_size, size=length),
+                    "position_ids": positions,
+                    "loss_weights": weights,
+                    "text_length": a,
+                    "prompt_length": b,
+                }
+            )
+        found = {
+            name: tensor
+            for name, tensor in collate(made).items()
+            if name not in ("shift_prompt", "row_numbers")
+        }
+        divisor = float(
+            found["shift_weights"].sum()
+        )  # before it lies on the device, which would have to be waited for
         return {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}, divisor
 
     parts: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "optimizer")}
@@ -158,7 +215,11 @@ def measure(shape: str, method_name: str, target: int, rows: int, checkpointing:
             clock.mark()
             inputs, divisor = batch()
             clock.mark()
-            with estimate.Kept(model) if not cuda and step == 0 and compiled == "no" else contextlib.nullcontext() as counting:
+            with (
+                estimate.Kept(model)
+                if not cuda and step == 0 and compiled == "no"
+                else contextlib.nullcontext() as counting
+            ):
                 total = model(**inputs)["loss_sum"] / divisor
             kept = counting.bytes if counting else kept
             clock.mark()
@@ -188,14 +249,28 @@ def measure(shape: str, method_name: str, target: int, rows: int, checkpointing:
         peak = torch.cuda.max_memory_allocated()
     found = statistics.median(map(sum, zip(*parts.values(), strict=True)))
     speed = rows * length / found
-    flops = flops_per_token(config, group or length, bool(method.lora), not model.get_output_embeddings().weight.requires_grad)
+    flops = flops_per_token(
+        config, group or length, bool(method.lora), not model.get_output_embeddings().weight.requires_grad
+    )
     name = torch.cuda.get_device_name() if cuda else None
     limit = next((value for key, value in PEAK_FLOPS.items() if name and key in name), None)
-    return {"row_length": length, "tokens": rows * length, "seconds": found, "parts": {part: statistics.median(values) for part, values in parts.items()},
-            "steps": len(parts["data"]), "first_step_seconds": first, "loss": float(total.detach()),
-            "tokens_per_second": speed, "flops_per_token": flops, "flops_per_second": speed * flops, "mfu": speed * flops / limit if limit else None,
-            "trained_parameters": sum(parameter.numel() for parameter in parameters), "states_bytes": states if cuda else None, "peak_bytes": peak if cuda else None,
-            "memory_above_states_bytes": peak - states if cuda else kept or None}
+    return {
+        "row_length": length,
+        "tokens": rows * length,
+        "seconds": found,
+        "parts": {part: statistics.median(values) for part, values in parts.items()},
+        "steps": len(parts["data"]),
+        "first_step_seconds": first,
+        "loss": float(total.detach()),
+        "tokens_per_second": speed,
+        "flops_per_token": flops,
+        "flops_per_second": speed * flops,
+        "mfu": speed * flops / limit if limit else None,
+        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        "states_bytes": states if cuda else None,
+        "peak_bytes": peak if cuda else None,
+        "memory_above_states_bytes": peak - states if cuda else kept or None,
+    }
 
 
 def serve() -> None:
@@ -209,7 +284,11 @@ def serve() -> None:
     before = None
     for line in sys.stdin:
         settings = json.loads(line)
-        shapes = {name: value for name, value in settings.items() if name != "target" or methods.get(settings["method_name"]).row_length == "target"}
+        shapes = {
+            name: value
+            for name, value in settings.items()
+            if name != "target" or methods.get(settings["method_name"]).row_length == "target"
+        }
         if before and shapes != before and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what was compiled for other rows or attention would count against the number of versions that it keeps
         before = shapes
@@ -219,7 +298,11 @@ def serve() -> None:
             found = {"fits": False}
         except (RuntimeError, BadInput, ImportError) as error:
             text = str(error).strip() or type(error).__name__
-            found = {"fits": False} if "can't allocate memory" in text or "out of memory" in text else {"fits": False, "reason": text.splitlines()[0][:300]}
+            found = (
+                {"fits": False}
+                if "can't allocate memory" in text or "out of memory" in text
+                else {"fits": False, "reason": text.splitlines()[0][:300]}
+            )
         print(json.dumps(found), file=answers, flush=True)
         if not found["fits"]:
             return

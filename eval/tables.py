@@ -17,7 +17,10 @@ from endprompt import BadInput, provenance, shards
 from endprompt.eval import figures, paper, recipe_page, results
 from endprompt.eval.results import Estimate, Missing, Results
 
-GIB, FIELDS = 2**30, ("table", "row", "column", "ours", "low", "high", "samples", "paper", "difference", "mark")
+GIB, FIELDS = (
+    2**30,
+    ("table", "row", "column", "ours", "low", "high", "samples", "paper", "difference", "mark"),
+)
 NOT_FOLLOWING, READ_OFF = "†", "‡"
 
 
@@ -31,15 +34,29 @@ class Cell:
 
     @property
     def difference(self) -> float | None:
-        return self.ours.score - float(self.paper) if isinstance(self.ours, Estimate) and self.paper is not None else None
+        return (
+            self.ours.score - float(self.paper)
+            if isinstance(self.ours, Estimate) and self.paper is not None
+            else None
+        )
 
     def fields(self) -> tuple[str, str, str, str, str, str, str]:
         """ours, low, high, samples, paper, difference, mark, as both forms of a table show them."""
-        shown = [f"{value:.2f}" for value in (self.ours.score, self.ours.low, self.ours.high)] if isinstance(self.ours, Estimate) else ["not run", "", ""]
+        shown = (
+            [f"{value:.2f}" for value in (self.ours.score, self.ours.low, self.ours.high)]
+            if isinstance(self.ours, Estimate)
+            else ["not run", "", ""]
+        )
         if isinstance(self.ours, Estimate) and self.ours.low == self.ours.high == self.ours.score:
             shown[1:] = ["", ""]  # measured once, such as memory
         samples = str(self.ours.samples or "") if isinstance(self.ours, Estimate) else ""
-        return (*shown, samples, self.paper if self.paper is not None else "", "" if self.difference is None else f"{self.difference:+.2f}", self.mark)
+        return (
+            *shown,
+            samples,
+            self.paper if self.paper is not None else "",
+            "" if self.difference is None else f"{self.difference:+.2f}",
+            self.mark,
+        )
 
 
 @dataclass
@@ -61,12 +78,35 @@ def render(shown: tuple[str, ...]) -> str:
 
 def markdown(table: Filled) -> str:
     rows = list(table.about.printed)
-    printed = "derived from the paper's figures, not printed" if table.about.name == "table_derived_64k" else "paper"
-    lines = [f"# {table.about.title}", "", f"{table.about.source[0].upper()}{table.about.source[1:]} of the paper ({paper.load()['paper']}). "
-             f"Cells: ours with its 95 % interval \\| {printed} \\| difference.", "",
-             "| | " + " | ".join(f"{row}" for row in rows) + " |", "|" + "---|" * (len(rows) + 1)]
-    lines += [f"| {column} | " + " | ".join(render(cells[row].fields()) if row in cells else "-" for row in rows) + " |" for column, cells in table.cells.items()]
-    return "\n".join([*lines, "", *(f"![{table.about.title}]({picture})\n" for picture in table.pictures), *(f"- {note}" for note in table.notes), ""])
+    printed = (
+        "derived from the paper's figures, not printed"
+        if table.about.name == "table_derived_64k"
+        else "paper"
+    )
+    lines = [
+        f"# {table.about.title}",
+        "",
+        f"{table.about.source[0].upper()}{table.about.source[1:]} of the paper ({paper.load()['paper']}). "
+        f"Cells: ours with its 95 % interval \\| {printed} \\| difference.",
+        "",
+        "| | " + " | ".join(f"{row}" for row in rows) + " |",
+        "|" + "---|" * (len(rows) + 1),
+    ]
+    lines += [
+        f"| {column} | "
+        + " | ".join(render(cells[row].fields()) if row in cells else "-" for row in rows)
+        + " |"
+        for column, cells in table.cells.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"![{table.about.title}]({picture})\n" for picture in table.pictures),
+            *(f"- {note}" for note in table.notes),
+            "",
+        ]
+    )
 
 
 def as_csv(table: Filled) -> str:
@@ -90,7 +130,9 @@ class Runs:
     def results(self, run: paper.Run, after: str = "") -> Results:
         key = (run.folder(self.folder), after)
         if key not in self._read:
-            self._read[key] = results.read_run(key[0], None if run.suffix else self.models.get(run.method), after)
+            self._read[key] = results.read_run(
+                key[0], None if run.suffix else self.models.get(run.method), after
+            )
         return self._read[key]
 
     def training(self, run: paper.Run) -> dict | None:
@@ -118,9 +160,15 @@ def fill(about: paper.Table, runs: Runs) -> Filled:
         found = runs.results(about.rows[row], about.after)
         for column, tasks in about.parts.items():
             ours = found.mean(parts(tasks, about.lengths, found))
-            cells[column][row] = Cell(ours, printed.get(column), marks.get(row, "") if column == "avg" else "")
+            cells[column][row] = Cell(
+                ours, printed.get(column), marks.get(row, "") if column == "avg" else ""
+            )
         widest = [cells[column][row].ours for column in about.parts]
-        notes += [f"{row}: {ours.reason}." for ours in widest[-1:] if isinstance(ours, Missing) and ours.reason != "not run"]
+        notes += [
+            f"{row}: {ours.reason}."
+            for ours in widest[-1:]
+            if isinstance(ours, Missing) and ours.reason != "not run"
+        ]
         notes += _provenance(row, found, [ours for ours in widest if isinstance(ours, Estimate)], about)
     if all(isinstance(cell.ours, Missing) for column in cells.values() for cell in column.values()):
         needed = "; ".join(dict.fromkeys(str(run.folder(runs.folder)) for run in about.rows.values()))
@@ -132,8 +180,11 @@ def _about_paper(about: paper.Table) -> list[str]:
     wrong = [average for average in paper.averages(about) if not average.follows]
     notes = []
     if wrong:
-        notes.append(f"{NOT_FOLLOWING} The printed average does not follow from its columns, which give "
-                     + ", ".join(f"{average.row} {float(average.recomputed):.2f}" for average in wrong) + " (mean over tasks); see paper-check.md.")
+        notes.append(
+            f"{NOT_FOLLOWING} The printed average does not follow from its columns, which give "
+            + ", ".join(f"{average.row} {float(average.recomputed):.2f}" for average in wrong)
+            + " (mean over tasks); see paper-check.md."
+        )
     elif any("avg" in cells for cells in about.printed.values()) and about.name != "table_derived_64k":
         notes.append("Every printed average follows from its columns (mean over tasks); see paper-check.md.")
     if about.read_off_plot:
@@ -147,18 +198,41 @@ def _provenance(row: str, found: Results, ours: list[Estimate], about: paper.Tab
     if not files:
         return []
     counts = sorted({file["scores"]["samples"] for file in files})
-    text = f"{row}: {found.folder}, {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") + " samples a task" + (" and length" if about.lengths else "")
-    few = sorted(file["question"].get("task", "?") for file in files if file["scores"]["samples"] < results.full_samples(file["question"].get("task", "")))
+    text = (
+        f"{row}: {found.folder}, {counts[0]}"
+        + (f" to {counts[-1]}" if len(counts) > 1 else "")
+        + " samples a task"
+        + (" and length" if about.lengths else "")
+    )
+    few = sorted(
+        file["question"].get("task", "?")
+        for file in files
+        if file["scores"]["samples"] < results.full_samples(file["question"].get("task", ""))
+    )
     if few:
         whole = "500" if about.columns.startswith("ruler") else "the benchmark has"
         text += f", **fewer than {whole}** in {len(few)} of {len(files)} results"
-    generators = sorted({str(file["question"]["generator"]) for file in files if file["question"].get("generator")})
+    generators = sorted(
+        {str(file["question"]["generator"]) for file in files if file["question"].get("generator")}
+    )
     if generators:
         text += f"; RULER's generator and scorers: {' / '.join(generators)}"
-    metrics = sorted({f"{file['question']['task']} {file['scores']['few_shots']}-shot {file['scores'].get('metric', '')}" for file in files if "few_shots" in file["scores"]})
+    metrics = sorted(
+        {
+            f"{file['question']['task']} {file['scores']['few_shots']}-shot {file['scores'].get('metric', '')}"
+            for file in files
+            if "few_shots" in file["scores"]
+        }
+    )
     if metrics:
         text += "; " + ", ".join(metrics)
-    cut = sorted({file["scores"]["length"] for file in files if str(file["question"].get("task", "")).startswith("longbench_")})
+    cut = sorted(
+        {
+            file["scores"]["length"]
+            for file in files
+            if str(file["question"].get("task", "")).startswith("longbench_")
+        }
+    )
     if cut:
         text += f"; LongBench's prompts cut to {', '.join(map(str, cut))} tokens"
     for label, key, size in (("commit", "commit", 12), ("on", "device", 80), ("at", "date", 10)):
@@ -173,7 +247,10 @@ def cost(record: dict | None) -> dict[str, float | None]:
     if record is None:
         return {"memory_gb": None, "hours": None}
     memory = record.get("final_peak_memory_gib")
-    return {"memory_gb": None if memory is None else memory * GIB / 1e9, "hours": None if record.get("resumed_from") else record["seconds"] / 3600}
+    return {
+        "memory_gb": None if memory is None else memory * GIB / 1e9,
+        "hours": None if record.get("resumed_from") else record["seconds"] / 3600,
+    }
 
 
 def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
@@ -182,22 +259,47 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
     own = found["endprompt"]["hours"]
     for row, values in found.items():
         values["speedup"] = values["hours"] / own if own and values["hours"] and row != "endprompt" else None
-    columns = [column for column in about.parts if any(column in printed for printed in about.printed.values())]
-    cells = {column: {row: Cell(Missing() if found[row][column] is None else Estimate(*3 * (found[row][column],)), printed[column],
-                                READ_OFF if column in about.read_off_plot.get(row, []) else "")
-                      for row, printed in about.printed.items() if column in printed} for column in columns}
+    columns = [
+        column for column in about.parts if any(column in printed for printed in about.printed.values())
+    ]
+    cells = {
+        column: {
+            row: Cell(
+                Missing() if found[row][column] is None else Estimate(*3 * (found[row][column],)),
+                printed[column],
+                READ_OFF if column in about.read_off_plot.get(row, []) else "",
+            )
+            for row, printed in about.printed.items()
+            if column in printed
+        }
+        for column in columns
+    }
     notes = [f"The paper's: {paper.load()['hardware']}."]
     for row, record in records.items():
         if record:
-            notes.append(f"{row}: {record.get('world_size')} ranks on {record.get('device')}, {record.get('tokens')} tokens, commit {str(record.get('commit'))[:12]}"
-                         + ("; **on CPU**: resident memory of a process, not of a GPU" if str(record.get("device")).startswith("CPU") else "; largest memory allocated on one GPU")
-                         + (f"; resumed from {record['resumed_from']}, so its hours are not known" if record.get("resumed_from") else "") + ".")
+            notes.append(
+                f"{row}: {record.get('world_size')} ranks on {record.get('device')}, {record.get('tokens')} tokens, commit {str(record.get('commit'))[:12]}"
+                + (
+                    "; **on CPU**: resident memory of a process, not of a GPU"
+                    if str(record.get("device")).startswith("CPU")
+                    else "; largest memory allocated on one GPU"
+                )
+                + (
+                    f"; resumed from {record['resumed_from']}, so its hours are not known"
+                    if record.get("resumed_from")
+                    else ""
+                )
+                + "."
+            )
     if not any(records.values()):
-        notes.append(f"None of it was run here. It takes the train.json of {'; '.join(str(run.folder(runs.folder)) for run in about.rows.values())}.")
+        notes.append(
+            f"None of it was run here. It takes the train.json of {'; '.join(str(run.folder(runs.folder)) for run in about.rows.values())}."
+        )
     return Filled(about, cells, [*_about_paper(about), *about.notes, *notes])
 
 
 # Pictures
+
 
 def _interval(ours: Estimate | Missing) -> dict | None:
     return {"mean": ours.score, "low": ours.low, "high": ours.high} if isinstance(ours, Estimate) else None
@@ -205,17 +307,44 @@ def _interval(ours: Estimate | Missing) -> dict | None:
 
 def draw(filled: dict[str, Filled], out: Path) -> None:
     """The pictures of the paper's tables into ``out``, each noted in the tables it belongs to."""
+
     def titled(title: str, *tables: Filled) -> str:
-        run = any(isinstance(cell.ours, Estimate) for table in tables for column in table.cells.values() for cell in column.values())
+        run = any(
+            isinstance(cell.ours, Estimate)
+            for table in tables
+            for column in table.cells.values()
+            for cell in column.values()
+        )
         return title if run else f"{title}\n(ours: not run)"
 
-    by_length = {4096: "table_6", 8192: "table_7", 16384: "table_8", 32768: "table_9", 65536: "table_derived_64k"}
+    by_length = {
+        4096: "table_6",
+        8192: "table_7",
+        16384: "table_8",
+        32768: "table_9",
+        65536: "table_derived_64k",
+    }
     tables = [filled[name] for name in by_length.values()]
     rows = list(tables[0].about.printed)
-    ours = {row: {length: cell for length, name in by_length.items() if (cell := _interval(filled[name].cells["avg"][row].ours))} for row in rows}
-    printed = {row: {length: float(filled[name].cells["avg"][row].paper) for length, name in by_length.items()} for row in rows}
-    figures.lines({row: cells for row, cells in ours.items() if cells}, out / "ruler_by_length.png",
-                  titled("RULER, mean of the 13 tasks (paper at 65536: derived)", *tables), "score in %", paper=printed)
+    ours = {
+        row: {
+            length: cell
+            for length, name in by_length.items()
+            if (cell := _interval(filled[name].cells["avg"][row].ours))
+        }
+        for row in rows
+    }
+    printed = {
+        row: {length: float(filled[name].cells["avg"][row].paper) for length, name in by_length.items()}
+        for row in rows
+    }
+    figures.lines(
+        {row: cells for row, cells in ours.items() if cells},
+        out / "ruler_by_length.png",
+        titled("RULER, mean of the 13 tasks (paper at 65536: derived)", *tables),
+        "score in %",
+        paper=printed,
+    )
     for table in (filled["table_1"], *tables):
         table.pictures.append("ruler_by_length.png")
     for name in ("table_2", "table_5", "figure_2", "figure_3"):
@@ -223,7 +352,13 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
         rows = list(table.about.printed)
         ours = {row: [_interval(cells[row].ours) for cells in table.cells.values()] for row in rows}
         printed = {row: [float(cells[row].paper) for cells in table.cells.values()] for row in rows}
-        figures.bars([column.removesuffix("_avg") for column in table.cells], ours, out / f"{name}.png", titled(table.about.title, table), printed)
+        figures.bars(
+            [column.removesuffix("_avg") for column in table.cells],
+            ours,
+            out / f"{name}.png",
+            titled(table.about.title, table),
+            printed,
+        )
         table.pictures.append(f"{name}.png")
     panels = []
     for name, size in (("figure_4_64k", "64K"), ("figure_4_32k", "32K")):
@@ -231,11 +366,26 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
         for column, unit in (("memory_gb", "GB a GPU"), ("hours", "hours")):
             cells = table.cells[column]
             on_cpu = any("on CPU" in note for note in table.notes)
-            bars = {"ours": [cell.ours.score if isinstance(cell.ours, Estimate) else None for cell in cells.values()],
-                    "paper (8 x A800)": [float(cell.paper) for cell in cells.values()]}
-            panels.append((f"{column.split('_')[0]}, {size}", f"{unit} (ours: on CPU)" if on_cpu else unit, list(cells), bars))
+            bars = {
+                "ours": [
+                    cell.ours.score if isinstance(cell.ours, Estimate) else None for cell in cells.values()
+                ],
+                "paper (8 x A800)": [float(cell.paper) for cell in cells.values()],
+            }
+            panels.append(
+                (
+                    f"{column.split('_')[0]}, {size}",
+                    f"{unit} (ours: on CPU)" if on_cpu else unit,
+                    list(cells),
+                    bars,
+                )
+            )
         table.pictures.append("figure_4.png")
-    figures.costs(panels, out / "figure_4.png", titled("Memory and time of training", filled["figure_4_64k"], filled["figure_4_32k"]))
+    figures.costs(
+        panels,
+        out / "figure_4.png",
+        titled("Memory and time of training", filled["figure_4_64k"], filled["figure_4_32k"]),
+    )
 
 
 def write(runs: Runs, out: Path, recipes: list[str] | None, command: str) -> list[Path]:
@@ -244,12 +394,17 @@ def write(runs: Runs, out: Path, recipes: list[str] | None, command: str) -> lis
     ``recipes``: those that get a page of their own; None: all that were evaluated.
     """
     if not runs.folder.is_dir():
-        raise BadInput(f"--runs: there is no folder {runs.folder}; name the one that `endprompt evaluate` wrote into")
+        raise BadInput(
+            f"--runs: there is no folder {runs.folder}; name the one that `endprompt evaluate` wrote into"
+        )
     for above in (out, *out.parents):
         if above.exists() and not above.is_dir():
             raise BadInput(f"--out: {above} is a file, not a folder; choose another")
     filled = {name: fill(about, runs) for name, about in paper.tables().items()}
-    pages = [recipe_page.Page(name, runs.folder, runs.models) for name in (results.recipes(runs.folder) if recipes is None else recipes)]
+    pages = [
+        recipe_page.Page(name, runs.folder, runs.models)
+        for name in (results.recipes(runs.folder) if recipes is None else recipes)
+    ]
     stamp = provenance.stamp()
     out.mkdir(parents=True, exist_ok=True)
     draw(filled, out)
@@ -272,35 +427,86 @@ def write(runs: Runs, out: Path, recipes: list[str] | None, command: str) -> lis
 
 
 def index(filled: dict[str, Filled], pages: list["recipe_page.Page"], stamp: dict, command: str) -> str:
-    lines = ["# Results", "", f"Made by `{command}` at commit {stamp['commit']}, {stamp['date']}, on {stamp['device']}; "
-             + ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version) + ". The commit, device and date of each figure stand below its table.", "",
-             "| table | title | ours | pictures |", "|---|---|---|---|"]
+    lines = [
+        "# Results",
+        "",
+        f"Made by `{command}` at commit {stamp['commit']}, {stamp['date']}, on {stamp['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version)
+        + ". The commit, device and date of each figure stand below its table.",
+        "",
+        "| table | title | ours | pictures |",
+        "|---|---|---|---|",
+    ]
     for name, table in filled.items():
         cells = [cell.ours for column in table.cells.values() for cell in column.values()]
         there = sum(isinstance(ours, Estimate) for ours in cells)
-        lines.append(f"| [{table.about.source}]({name}.md) ([CSV]({name}.csv)) | {table.about.title} | {f'{there} of {len(cells)} cells' if there else 'not run'} | "
-                     + " ".join(f"[{picture}]({picture})" for picture in table.pictures) + " |")
+        lines.append(
+            f"| [{table.about.source}]({name}.md) ([CSV]({name}.csv)) | {table.about.title} | {f'{there} of {len(cells)} cells' if there else 'not run'} | "
+            + " ".join(f"[{picture}]({picture})" for picture in table.pictures)
+            + " |"
+        )
     lines += ["", "[What of the printed figures does not add up](paper-check.md).", ""]
     if pages:
         lines += ["| recipe | ours | pictures |", "|---|---|---|"]
-        lines += [f"| [{page.name}](recipe_{page.name}.md) ([CSV](recipe_{page.name}.csv)) | {', '.join(page.benchmarks())} of {', '.join(page.methods)} | "
-                  + " ".join(f"[{picture}]({picture})" for picture in page.pictures) + " |" for page in pages]
+        lines += [
+            f"| [{page.name}](recipe_{page.name}.md) ([CSV](recipe_{page.name}.csv)) | {', '.join(page.benchmarks())} of {', '.join(page.methods)} | "
+            + " ".join(f"[{picture}]({picture})" for picture in page.pictures)
+            + " |"
+            for page in pages
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m endprompt.eval.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="the results are in DIR/<recipe>/<method>/eval (default: runs)")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where tables and pictures go (default: results)")
-    parser.add_argument("--recipe", nargs="+", action="extend", default=None, metavar="NAME", help="recipes with a page of their own (default: all that were evaluated)")
-    parser.add_argument("--model", action="append", default=[], metavar="METHOD=DIR",
-                        help="take for METHOD the results of this model, as `endprompt evaluate --model DIR` left them")
-    parser.add_argument("--command", default=None, metavar="TEXT", help="what index.md names as the command that made it (default: this one)")
+    parser = argparse.ArgumentParser(
+        prog="python -m endprompt.eval.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="the results are in DIR/<recipe>/<method>/eval (default: runs)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where tables and pictures go (default: results)",
+    )
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        action="extend",
+        default=None,
+        metavar="NAME",
+        help="recipes with a page of their own (default: all that were evaluated)",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="METHOD=DIR",
+        help="take for METHOD the results of this model, as `endprompt evaluate --model DIR` left them",
+    )
+    parser.add_argument(
+        "--command",
+        default=None,
+        metavar="TEXT",
+        help="what index.md names as the command that made it (default: this one)",
+    )
     arguments = parser.parse_args(argv)
-    command = arguments.command or shlex.join(["python", "-m", "endprompt.eval.tables", *(sys.argv[1:] if argv is None else argv)])
+    command = arguments.command or shlex.join(
+        ["python", "-m", "endprompt.eval.tables", *(sys.argv[1:] if argv is None else argv)]
+    )
     try:
-        written = write(Runs(arguments.runs, results.models(arguments.model)), arguments.out, arguments.recipe, command)
+        written = write(
+            Runs(arguments.runs, results.models(arguments.model)), arguments.out, arguments.recipe, command
+        )
     except BadInput as error:
         print(f"tables: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -26,8 +26,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 STAGES = {"prepare": 0.3, "train": 0.5, "evaluate": 0.2}  # shares of the kills
 # How the end of the training is given -> (settings, steps); 600 rows, of which the last step of the first has 24 of 32.
-ENDS = {"the_recipe_s_own_end": (["train.per_device_train_batch_size=16"], 19), "max_steps": (["train.max_steps=18"], 18),
-        "a_part_of_an_epoch": (["train.num_train_epochs=0.12"], 18)}
+ENDS = {
+    "the_recipe_s_own_end": (["train.per_device_train_batch_size=16"], 19),
+    "max_steps": (["train.max_steps=18"], 18),
+    "a_part_of_an_epoch": (["train.num_train_epochs=0.12"], 18),
+}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 
@@ -36,19 +39,50 @@ def recipe_file(folder: Path) -> Path:
     from conftest import tiny_documents, write_jsonl
 
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "model": {"name_or_path": str(REPOSITORY / "recipes/tiny/base")}, "lengths": {"physical": 128, "target": 1024},
-        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", tiny_documents(400, 18))), "tokens": 600 * 128, "rows_per_shard": 20},
-        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2,
-                  "gradient_checkpointing": False, "logging_steps": 1, "save_steps": 1},
-        "eval": {"tasks": ["passkey"], "lengths": [128, 192, 256], "samples": 20, "depths": 4}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": str(REPOSITORY / "recipes/tiny/base")},
+                "lengths": {"physical": 128, "target": 1024},
+                "data": {
+                    "corpus": str(write_jsonl(folder / "corpus.jsonl", tiny_documents(400, 18))),
+                    "tokens": 600 * 128,
+                    "rows_per_shard": 20,
+                },
+                "train": {
+                    "deepspeed": str(REPOSITORY / "ds_configs/zero3.json"),
+                    "per_device_train_batch_size": 2,
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 2,
+                    "gradient_checkpointing": False,
+                    "logging_steps": 1,
+                    "save_steps": 1,
+                },
+                "eval": {"tasks": ["passkey"], "lengths": [128, 192, 256], "samples": 20, "depths": 4},
+            }
+        )
+    )
     return path
 
 
 def command(stage: str, recipe: Path, out: Path, end: str | None) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if stage == "train" else [sys.executable]
-    return [*launcher, "-m", "endprompt", stage, str(recipe), "endprompt", "--out", str(out), *(["--workers", "2"] if stage == "prepare" else []),
-            *(part for setting in (ENDS[end][0] if end else []) for part in ("--set", setting))]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        if stage == "train"
+        else [sys.executable]
+    )
+    return [
+        *launcher,
+        "-m",
+        "endprompt",
+        stage,
+        str(recipe),
+        "endprompt",
+        "--out",
+        str(out),
+        *(["--workers", "2"] if stage == "prepare" else []),
+        *(part for setting in (ENDS[end][0] if end else []) for part in ("--set", setting)),
+    ]
 
 
 def outcome(stage: str, run: Path) -> dict:
@@ -62,8 +96,16 @@ def outcome(stage: str, run: Path) -> dict:
         return {"manifest": manifest, **digest((run / "shards").glob("*.parquet"))}
     if stage == "train":
         history = json.loads((run / "train.json").read_text())["history"]
-        return {"losses": [[entry[key] for key in ("step", "loss", "text_loss", "end_prompt_loss")] for entry in history], **digest((run / "model").iterdir())}
-    results = {path.name: json.loads(path.read_text())["scores"] for path in sorted((run / "eval/passkey").glob("*.json"))}
+        return {
+            "losses": [
+                [entry[key] for key in ("step", "loss", "text_loss", "end_prompt_loss")] for entry in history
+            ],
+            **digest((run / "model").iterdir()),
+        }
+    results = {
+        path.name: json.loads(path.read_text())["scores"]
+        for path in sorted((run / "eval/passkey").glob("*.json"))
+    }
     return {"scores": results, **digest((run / "eval/passkey").glob("*.jsonl"))}
 
 
@@ -82,7 +124,9 @@ def tree(root: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
-            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(path.parent.name)
+            )
     found = [root]
     for pid in found:
         found += children.get(pid, [])
@@ -103,8 +147,12 @@ class Chaos:
         self.seconds, self.expected, self.starts = {}, {}, {}
         self.window: dict[str, float] = {}  # seconds from the last checkpoint to model/
         self.counts = {stage: {"kills": 0, "trials": 0, "lost": 0, "differing": 0} for stage in STAGES}
-        self.counts["train"] |= {"kills_while_a_checkpoint_was_written": 0, "kills_of_one_rank": 0, "kills_of_the_launcher": 0,
-                                 "kills_between_the_last_checkpoint_and_the_model": dict.fromkeys(ENDS, 0)}
+        self.counts["train"] |= {
+            "kills_while_a_checkpoint_was_written": 0,
+            "kills_of_one_rank": 0,
+            "kills_of_the_launcher": 0,
+            "kills_between_the_last_checkpoint_and_the_model": dict.fromkeys(ENDS, 0),
+        }
         self.faults: list[str] = []
 
     def undisturbed(self) -> None:
@@ -116,13 +164,20 @@ class Chaos:
                 shutil.copytree(out, self.starts[stage])
             else:
                 self.starts[stage].mkdir()
-            for end in reversed(ENDS) if stage == "train" else [None]:  # the recipe's own end is the one to evaluate
+            for end in (
+                reversed(ENDS) if stage == "train" else [None]
+            ):  # the recipe's own end is the one to evaluate
                 if end:
                     shutil.rmtree(out)
                     shutil.copytree(self.starts[stage], out)
                 started, reached = time.monotonic(), None
-                process = subprocess.Popen(command(stage, self.recipe, out, end), env=ENVIRONMENT, cwd=REPOSITORY,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                process = subprocess.Popen(
+                    command(stage, self.recipe, out, end),
+                    env=ENVIRONMENT,
+                    cwd=REPOSITORY,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
                 while process.poll() is None and time.monotonic() < started + 300:
                     time.sleep(0.01)
                     if end and between(run, end):
@@ -144,10 +199,17 @@ class Chaos:
         window = self.rng.uniform(0, self.window[end]) if aim == "the end" else 0
         if end and between(run, end):  # killed there before: a start anew is in it from its first moment
             aim = "anything"
-        process = subprocess.Popen(command(stage, self.recipe, out, end), env=ENVIRONMENT, cwd=REPOSITORY,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(stage, self.recipe, out, end),
+            env=ENVIRONMENT,
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         earliest = time.monotonic() + self.rng.uniform(0, self.seconds[stage, end])
-        latest = earliest + {"the end": 3 * self.seconds[stage, end] + 60, "a checkpoint": 60, "anything": 0}[aim]
+        latest = (
+            earliest + {"the end": 3 * self.seconds[stage, end] + 60, "a checkpoint": 60, "anything": 0}[aim]
+        )
         while process.poll() is None and time.monotonic() < latest:
             if aim == "the end" and between(run, end):
                 time.sleep(window)
@@ -160,8 +222,16 @@ class Chaos:
             return False
         writing, ending = stage == "train" and half_written(run), stage == "train" and between(run, end)
         everybody = tree(process.pid)
-        kind = self.rng.choice(["all", "all", "one_rank", "the_launcher"]) if stage == "train" and len(everybody) == 3 else "all"
-        for pid in everybody if kind == "all" else [everybody[0] if kind == "the_launcher" else self.rng.choice(everybody[1:])]:
+        kind = (
+            self.rng.choice(["all", "all", "one_rank", "the_launcher"])
+            if stage == "train" and len(everybody) == 3
+            else "all"
+        )
+        for pid in (
+            everybody
+            if kind == "all"
+            else [everybody[0] if kind == "the_launcher" else self.rng.choice(everybody[1:])]
+        ):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(timeout=120)
@@ -190,7 +260,15 @@ class Chaos:
             if not self.kill_once(stage, out, end):
                 break
         counts["trials"] += 1
-        result = subprocess.run(command(stage, self.recipe, out, end), env=ENVIRONMENT, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        result = subprocess.run(
+            command(stage, self.recipe, out, end),
+            env=ENVIRONMENT,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
         try:
             found = outcome(stage, out / "small/endprompt") if result.returncode == 0 else None
         except (OSError, ValueError, KeyError) as error:
@@ -200,7 +278,9 @@ class Chaos:
             self.faults.append(f"{stage} trial {number}: exit {result.returncode}: {result.stdout[-1500:]}")
         elif found != expected:
             counts["differing"] += 1
-            self.faults.append(f"{stage} trial {number} ({end}): {[key for key in found if found[key] != expected.get(key)][:5]} differ")
+            self.faults.append(
+                f"{stage} trial {number} ({end}): {[key for key in found if found[key] != expected.get(key)][:5]} differ"
+            )
         if found == expected:
             shutil.rmtree(out)
 
@@ -215,11 +295,19 @@ class Chaos:
                 self.trial(stage, number, count - self.counts[stage]["kills"])
                 number += 1
                 print(f"[{time.monotonic() - started:5.0f} s] {stage}: {self.counts[stage]}", flush=True)
-        return {"kills": sum(counts["kills"] for counts in self.counts.values()), "lost": sum(counts["lost"] for counts in self.counts.values()),
-                "differing": sum(counts["differing"] for counts in self.counts.values()), "stages": self.counts,
-                "undisturbed_seconds": {" ".join(filter(None, key)): round(value, 1) for key, value in self.seconds.items()},
-                "seconds_from_the_last_checkpoint_to_the_model": {end: round(value, 2) for end, value in self.window.items()},
-                "seconds": round(time.monotonic() - started)}
+        return {
+            "kills": sum(counts["kills"] for counts in self.counts.values()),
+            "lost": sum(counts["lost"] for counts in self.counts.values()),
+            "differing": sum(counts["differing"] for counts in self.counts.values()),
+            "stages": self.counts,
+            "undisturbed_seconds": {
+                " ".join(filter(None, key)): round(value, 1) for key, value in self.seconds.items()
+            },
+            "seconds_from_the_last_checkpoint_to_the_model": {
+                end: round(value, 2) for end, value in self.window.items()
+            },
+            "seconds": round(time.monotonic() - started),
+        }
 
 
 def main() -> None:
@@ -235,7 +323,12 @@ def main() -> None:
     result = chaos.run(arguments.kills)
     from endprompt import provenance
 
-    result = {"command": f"python tests/chaos.py --kills {arguments.kills} --seed {arguments.seed}", **result, "faults": chaos.faults, **provenance.stamp()}
+    result = {
+        "command": f"python tests/chaos.py --kills {arguments.kills} --seed {arguments.seed}",
+        **result,
+        "faults": chaos.faults,
+        **provenance.stamp(),
+    }
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: result[key] for key in ("kills", "lost", "differing", "seconds")}))

@@ -16,7 +16,9 @@ import pytest
 import yaml
 from hypothesis import settings
 
-settings.register_profile("tests", deadline=None, derandomize=True)  # the machine is shared: time says nothing about the code
+settings.register_profile(
+    "tests", deadline=None, derandomize=True
+)  # the machine is shared: time says nothing about the code
 settings.load_profile("tests")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,9 +88,18 @@ def recipe_file(tmp_path, base, tiny_text):
         tree = {
             "model": {"name_or_path": str(base)},
             "lengths": {"physical": 64, "target": 512},
-            "data": {"corpus": str(corpus), "tokens": 4096, "end_prompts": ["EP_1"], "prompt_loss_weight": 0.1},
-            "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 8, "learning_rate": 3e-4,
-                      "gradient_checkpointing": False},
+            "data": {
+                "corpus": str(corpus),
+                "tokens": 4096,
+                "end_prompts": ["EP_1"],
+                "prompt_loss_weight": 0.1,
+            },
+            "train": {
+                "deepspeed": str(REPOSITORY / "ds_configs/zero3.json"),
+                "per_device_train_batch_size": 8,
+                "learning_rate": 3e-4,
+                "gradient_checkpointing": False,
+            },
             "eval": {"tasks": ["passkey"], "lengths": [64, 128], "samples": 4, "depths": 2},
         }
         for section, values in sections.items():
@@ -107,14 +118,31 @@ def train_recipe(tmp_path_factory, base) -> Path:
     # Documents of different lengths, so that ranks and micro-batches carry unequal weights.
     texts = [text for sentences in (2, 4, 6, 9) for text in tiny_documents(16, sentences, seed=sentences)]
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "model": {"name_or_path": str(base)},
-        "lengths": {"physical": 128, "target": 1024},
-        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", texts)), "tokens": 64 * 128, "packing": "document", "prompt_loss_weight": 0.5},
-        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-                  "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1, "save_steps": 2, "save_total_limit": 10},
-        "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
-    }))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": str(base)},
+                "lengths": {"physical": 128, "target": 1024},
+                "data": {
+                    "corpus": str(write_jsonl(folder / "corpus.jsonl", texts)),
+                    "tokens": 64 * 128,
+                    "packing": "document",
+                    "prompt_loss_weight": 0.5,
+                },
+                "train": {
+                    "deepspeed": str(REPOSITORY / "ds_configs/zero3.json"),
+                    "per_device_train_batch_size": 2,
+                    "gradient_accumulation_steps": 2,
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 2,
+                    "logging_steps": 1,
+                    "save_steps": 2,
+                    "save_total_limit": 10,
+                },
+                "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
+            }
+        )
+    )
     return path
 
 

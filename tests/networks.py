@@ -16,8 +16,18 @@ def configuration(model_type: str = "llama", **changes):
     """Config of a two-layer model with grouped-query attention; vocabulary 96, window 64, rope_theta 500000."""
     from transformers import AutoConfig
 
-    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+    }
     if model_type == "mistral":
         shape["sliding_window"] = None
     return AutoConfig.for_model(model_type, **{**shape, **changes})
@@ -65,6 +75,7 @@ LENGTHS = dict.fromkeys(
 def short_everywhere(folder: Path, model_max_length: int) -> None:
     """Makes every length that the files of a model in ``folder`` can state say 64 tokens, and the tokenizer's
     own ``model_max_length``."""
+
     def change(name: str, **values) -> None:
         path = folder / name
         path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
@@ -100,5 +111,12 @@ def row(a: int, b: int, target: int, vocabulary: int, seed: int = 0, prompt_weig
     rng = np.random.default_rng(seed)
     plan = methods.get("endprompt" if b else "short").plan
     weights = [0.0] + [1.0] * (a - 1) + [prompt_weight] * b
-    return {"input_ids": rng.integers(3, vocabulary, a + b).tolist(), "position_ids": plan(a, b, target, rng).tolist(), "loss_weights": weights,
-            "text_length": a, "prompt_length": b, "prompt_name": "EP_1" if b else "", "document_ids": ["random#0"]}
+    return {
+        "input_ids": rng.integers(3, vocabulary, a + b).tolist(),
+        "position_ids": plan(a, b, target, rng).tolist(),
+        "loss_weights": weights,
+        "text_length": a,
+        "prompt_length": b,
+        "prompt_name": "EP_1" if b else "",
+        "document_ids": ["random#0"],
+    }

@@ -1,6 +1,6 @@
 """A Slurm cluster of two nodes on this machine, in a folder of its own: munged, slurmctld and two slurmd's, ended by their process ids.
 
-    python tests/slurm_cluster.py FOLDER     # starts one, says how to reach it, and ends it with Ctrl-C or SIGTERM
+python tests/slurm_cluster.py FOLDER     # starts one, says how to reach it, and ends it with Ctrl-C or SIGTERM
 """
 
 import contextlib
@@ -44,8 +44,11 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.environment = {**{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))},
-                            "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": _path(),
+        }
         self.processes: dict[str, subprocess.Popen] = {}
 
     def __enter__(self):
@@ -58,7 +61,14 @@ class Cluster:
 
     def _spawn(self, name: str, *command: str) -> None:
         log = (self.folder / f"{name}.out").open("ab")
-        self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+        self.processes[name] = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=self.environment,
+            start_new_session=True,
+        )
 
     def _start(self) -> None:
         host, folder = socket.gethostname().split(".")[0], self.folder
@@ -105,8 +115,17 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """)
         version = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
         (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/{version}\n")
-        self._spawn("munged", "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket", f"--pid-file={munge}/munged.pid",
-                    f"--log-file={munge}/munged.log", f"--seed-file={munge}/munged.seed")
+        self._spawn(
+            "munged",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={munge}/munge.socket",
+            f"--pid-file={munge}/munged.pid",
+            f"--log-file={munge}/munged.log",
+            f"--seed-file={munge}/munged.seed",
+        )
         self.until(lambda: (munge / "munge.socket").exists(), "munged's socket")
         self._spawn("slurmctld", "slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
@@ -141,7 +160,14 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         return [*parents, *tasks]
 
     def client(self, *command: str, check: bool = True, **environment: str) -> str:
-        result = subprocess.run([str(part) for part in command], env={**self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+        result = subprocess.run(
+            [str(part) for part in command],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: exit {result.returncode}: {result.stdout}")
         return result.stdout.strip()
@@ -157,7 +183,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in sorted([*self.folder.glob("*.out"), *self.folder.glob("log/*.log")]))
+                logs = "\n".join(
+                    f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}"
+                    for path in sorted([*self.folder.glob("*.out"), *self.folder.glob("log/*.log")])
+                )
                 raise TimeoutError(f"no {what} within {seconds} s; states {self.states()}\n{logs}")
             time.sleep(0.2)
 

@@ -16,13 +16,17 @@ from endprompt.collate import Collator
 from endprompt.training_keys import Lora
 
 TARGET, A, B = 2048, 100, 11
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # renamed in 5.23; the old name serves all of 5.x
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing"
+)  # renamed in 5.23; the old name serves all of 5.x
 
 
 def load(base, implementation="sdpa", dtype=torch.float32):
     config = AutoConfig.from_pretrained(base)
     rope.apply(config, rope.Linear(TARGET / config.max_position_embeddings), TARGET)
-    return AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, attn_implementation=implementation).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        base, config=config, dtype=dtype, attn_implementation=implementation
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +38,38 @@ def models(base):
 def batches(base):
     vocabulary = AutoConfig.from_pretrained(base).vocab_size
     collator = Collator(0, TARGET)
-    return {"end prompt, batch 1": collator([row(A, B, TARGET, vocabulary)]),
-            "end prompt, batch 2": collator([row(A, B, TARGET, vocabulary), row(A, B, TARGET, vocabulary, seed=1)]),
-            "end prompt, padded": collator([row(A, B, TARGET, vocabulary), row(A + 20, B, TARGET, vocabulary, seed=1)]),
-            "contiguous, batch 1": collator([row(A, 0, TARGET, vocabulary)]),
-            "contiguous, batch 2": collator([row(A, 0, TARGET, vocabulary), row(A // 2, 0, TARGET, vocabulary, seed=1)])}
+    return {
+        "end prompt, batch 1": collator([row(A, B, TARGET, vocabulary)]),
+        "end prompt, batch 2": collator(
+            [row(A, B, TARGET, vocabulary), row(A, B, TARGET, vocabulary, seed=1)]
+        ),
+        "end prompt, padded": collator(
+            [row(A, B, TARGET, vocabulary), row(A + 20, B, TARGET, vocabulary, seed=1)]
+        ),
+        "contiguous, batch 1": collator([row(A, 0, TARGET, vocabulary)]),
+        "contiguous, batch 2": collator(
+            [row(A, 0, TARGET, vocabulary), row(A // 2, 0, TARGET, vocabulary, seed=1)]
+        ),
+    }
 
 
-KINDS = ["end prompt, batch 1", "end prompt, batch 2", "end prompt, padded", "contiguous, batch 1", "contiguous, batch 2"]
+KINDS = [
+    "end prompt, batch 1",
+    "end prompt, batch 2",
+    "end prompt, padded",
+    "contiguous, batch 1",
+    "contiguous, batch 2",
+]
 
 
 def logits(model, batch):
     with torch.no_grad():
-        return model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}, use_cache=False).logits
+        return model(
+            **{
+                name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch
+            },
+            use_cache=False,
+        ).logits
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -72,13 +95,25 @@ def test_without_a_mask_the_prompt_is_cut_off(models, batches, implementation, k
     with pytest.raises(RuntimeError, match="liveness probe") as caught:
         attention.probe(models[implementation], batch)
     moved = float(re.search(r"by (\S+) standard", str(caught.value))[1])
-    assert moved == 0.0 and f"all {A} tokens" in str(caught.value) and f"other {B} " in str(caught.value) and implementation in str(caught.value)
-    changed = {**batch, "input_ids": torch.cat([torch.full_like(batch["input_ids"][:, :A], 5), batch["input_ids"][:, A:]], 1)}
-    assert torch.equal(logits(models[implementation], batch)[:, A:], logits(models[implementation], changed)[:, A:])
+    assert (
+        moved == 0.0
+        and f"all {A} tokens" in str(caught.value)
+        and f"other {B} " in str(caught.value)
+        and implementation in str(caught.value)
+    )
+    changed = {
+        **batch,
+        "input_ids": torch.cat([torch.full_like(batch["input_ids"][:, :A], 5), batch["input_ids"][:, A:]], 1),
+    }
+    assert torch.equal(
+        logits(models[implementation], batch)[:, A:], logits(models[implementation], changed)[:, A:]
+    )
 
 
 def test_a_contiguous_row_needs_no_mask(models, batches):
-    batch = {name: tensor for name, tensor in batches["contiguous, batch 1"].items() if name != "attention_mask"}
+    batch = {
+        name: tensor for name, tensor in batches["contiguous, batch 1"].items() if name != "attention_mask"
+    }
     assert attention.probe(models["sdpa"], batch) > 1e-2
 
 
@@ -147,7 +182,11 @@ def reference(model, ids, positions, inv_freq):
         mixed = ((scores + mask).softmax(-1) @ split(h, a.v_proj)).transpose(0, 1).reshape(len(ids), -1)
         x = x + mixed @ a.o_proj.weight.double().T
         h = norm(x, layer.post_attention_layernorm)
-        x = x + (f.silu(h @ m.gate_proj.weight.double().T) * (h @ m.up_proj.weight.double().T)) @ m.down_proj.weight.double().T
+        x = (
+            x
+            + (f.silu(h @ m.gate_proj.weight.double().T) * (h @ m.up_proj.weight.double().T))
+            @ m.down_proj.weight.double().T
+        )
     return norm(x, model.get_decoder().norm) @ model.get_output_embeddings().weight.double().T
 
 
@@ -156,11 +195,16 @@ def reference(model, ids, positions, inv_freq):
 def test_logits_are_those_of_a_hand_written_model(models, batches, implementation):
     model, batch = models[implementation], batches["end prompt, batch 2"]
     theta = model.config.rope_parameters["rope_theta"]
-    inv_freq = theta ** (-np.arange(0, rope.head_dimension(model.config), 2) / rope.head_dimension(model.config)) / model.config.rope_parameters["factor"]
+    inv_freq = (
+        theta ** (-np.arange(0, rope.head_dimension(model.config), 2) / rope.head_dimension(model.config))
+        / model.config.rope_parameters["factor"]
+    )
     found = logits(model, batch)
     for index in range(2):
         expected = reference(model, batch["input_ids"][index], batch["position_ids"][index].numpy(), inv_freq)
-        torch.testing.assert_close(found[index].double(), expected, rtol=0, atol=2e-4 * float(expected.std()) + 1e-4)
+        torch.testing.assert_close(
+            found[index].double(), expected, rtol=0, atol=2e-4 * float(expected.std()) + 1e-4
+        )
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -171,7 +215,12 @@ def test_gradient_of_the_prompt_reaches_the_text_under_checkpointing(models, bat
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     try:
-        found = model(inputs_embeds=embedded, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"] if masked else None, use_cache=False)
+        found = model(
+            inputs_embeds=embedded,
+            position_ids=batch["position_ids"],
+            attention_mask=batch["attention_mask"] if masked else None,
+            use_cache=False,
+        )
         found.logits[:, A:].pow(2).sum().backward()
     finally:
         model.gradient_checkpointing_disable()
@@ -183,10 +232,15 @@ def test_gradient_of_the_prompt_reaches_the_text_under_checkpointing(models, bat
 
 # What the attention kernels get
 
+
 def training(model, batch):
     """One forward and backward as in training; the kinds that have no padding get there without a mask."""
     labels = torch.where(batch["attention_mask"] > 0, batch["input_ids"], -100)
-    model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, shift_labels=labels, shift_weights=torch.ones(labels.shape))["loss_sum"].backward()
+    model(
+        **{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")},
+        shift_labels=labels,
+        shift_weights=torch.ones(labels.shape),
+    )["loss_sum"].backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -205,9 +259,13 @@ def test_sdpa_gets_a_flag_and_no_square(base, batches, monkeypatch, kind, checkp
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
     training(model, batches[kind])
-    assert set(calls) == {(True, True)} and len(calls) == len(model.get_decoder().layers) * (2 if checkpointing else 1)
+    assert set(calls) == {(True, True)} and len(calls) == len(model.get_decoder().layers) * (
+        2 if checkpointing else 1
+    )
     calls.clear()
-    logits(model, batches[kind])  # without the loss the mask stays what it is, and padding does build the square: the trap itself
+    logits(
+        model, batches[kind]
+    )  # without the loss the mask stays what it is, and padding does build the square: the trap itself
     assert set(calls) == {("padded" not in kind and kind != "contiguous, batch 2",) * 2}
 
 
@@ -226,7 +284,12 @@ def test_padding_takes_no_part_in_training(base, batches):
 
 def attentions(graphs):
     """(mask, is_causal) of every attention in the compiled ``graphs``."""
-    nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is nn.functional.scaled_dot_product_attention]
+    nodes = [
+        node
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.target is nn.functional.scaled_dot_product_attention
+    ]
     return [(node.kwargs.get("attn_mask"), node.kwargs.get("is_causal")) for node in nodes]
 
 
@@ -248,7 +311,9 @@ def test_compiled_layers_get_the_flag_and_a_compiled_model_the_square(base, batc
     torch.compiler.reset()
     model = load(base)
     with torch.no_grad():
-        torch.compile(model.get_decoder(), backend=backend)(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False)
+        torch.compile(model.get_decoder(), backend=backend)(
+            **{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False
+        )
     torch.compiler.reset()
     assert attentions(graphs) and all(mask is not None for mask, _ in attentions(graphs))
 
@@ -256,24 +321,37 @@ def test_compiled_layers_get_the_flag_and_a_compiled_model_the_square(base, batc
 def test_flash_attention_does_not_cut_a_row_at_its_jump(batches):
     """transformers' FlashAttention takes rows whose positions are not 0, 1, 2, ... for packed ones when they come singly, and cuts where the least position recurs:
     never, as ours only rise.  The mask of ones is taken off before."""
-    masking, flash = pytest.importorskip("transformers.masking_utils"), pytest.importorskip("transformers.modeling_flash_attention_utils")
+    masking, flash = (
+        pytest.importorskip("transformers.masking_utils"),
+        pytest.importorskip("transformers.modeling_flash_attention_utils"),
+    )
     batch = batches["end prompt, batch 1"]
     length = batch["input_ids"].shape[1]
-    assert masking.flash_attention_mask(1, length, length, attention_mask=batch["attention_mask"].bool()) is None
-    assert flash._is_packed_sequence(batch["position_ids"], 1) and not flash._is_packed_sequence(batches["end prompt, batch 2"]["position_ids"], 2)
+    assert (
+        masking.flash_attention_mask(1, length, length, attention_mask=batch["attention_mask"].bool()) is None
+    )
+    assert flash._is_packed_sequence(batch["position_ids"], 1) and not flash._is_packed_sequence(
+        batches["end prompt, batch 2"]["position_ids"], 2
+    )
     (cuts, _), (longest, _) = flash.prepare_fa_kwargs_from_position_ids(batch["position_ids"])
     assert cuts.tolist() == [0, length] and int(longest) == length
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and is_flash_attn_2_available()), reason="needs a CUDA device and flash-attn")
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and is_flash_attn_2_available()),
+    reason="needs a CUDA device and flash-attn",
+)
 def test_probe_passes_with_flash_attention(base, models, batches):
     model = load(base, "flash_attention_2", torch.bfloat16).to("cuda")
     for kind in KINDS:
         batch = {name: tensor.to("cuda") for name, tensor in batches[kind].items()}
         assert attention.probe(model, batch) > 1e-2, kind
         used = batches[kind]["attention_mask"].bool()
-        found, expected = logits(model, batch).float().cpu()[used], logits(models["eager"], batches[kind])[used]
+        found, expected = (
+            logits(model, batch).float().cpu()[used],
+            logits(models["eager"], batches[kind])[used],
+        )
         assert float((found - expected).norm() / expected.norm()) < 0.05, kind
 
 
@@ -282,10 +360,13 @@ def test_probe_passes_with_flash_attention(base, models, batches):
 def test_probe_passes_with_sdpa_on_a_gpu(base, batches):
     model = load(base, "sdpa", torch.bfloat16).to("cuda")
     for kind in KINDS:
-        assert attention.probe(model, {name: tensor.to("cuda") for name, tensor in batches[kind].items()}) > 1e-2, kind
+        assert (
+            attention.probe(model, {name: tensor.to("cuda") for name, tensor in batches[kind].items()}) > 1e-2
+        ), kind
 
 
 # Dropout
+
 
 def dropped(base, where: str):
     """A model in training whose dropout is on: attention's own, or that of adapters."""

@@ -49,7 +49,11 @@ def out(tmp_path):
 
 # -- the recipe file ---------------------------------------------------------------------------------------------------
 
-MODEL, LENGTHS, DATA = "model: {name_or_path: x}\n", "lengths: {physical: 64, target: 512}\n", "data: {corpus: x, tokens: 4096}\n"
+MODEL, LENGTHS, DATA = (
+    "model: {name_or_path: x}\n",
+    "lengths: {physical: 64, target: 512}\n",
+    "data: {corpus: x, tokens: 4096}\n",
+)
 
 RECIPE_TEXTS = [
     (b"", "mapping of sections", "NoneType"),
@@ -67,7 +71,11 @@ RECIPE_TEXTS = [
     (b"model: !!python/object/apply:os.getcwd []", "not valid YAML at line 1", "os.getcwd"),
     ((MODEL + "---\n" + LENGTHS).encode(), "not valid YAML at line 2", "another document"),
     ((MODEL + LENGTHS + DATA + MODEL).encode(), "line 4", "'model' is given twice"),
-    ((LENGTHS + DATA + "model:\n  name_or_path: x\n  name_or_path: y\n").encode(), "line 5", "'name_or_path' is given twice"),
+    (
+        (LENGTHS + DATA + "model:\n  name_or_path: x\n  name_or_path: y\n").encode(),
+        "line 5",
+        "'name_or_path' is given twice",
+    ),
     ((MODEL + LENGTHS + DATA + "1: 2\n").encode(), "line 4", "the key 1 is not text"),
     ((MODEL + LENGTHS + DATA + "rope:\n").encode(), "rope"),
     ((MODEL + LENGTHS + DATA + "recipe: x\n").encode(), "unknown key recipe"),
@@ -78,7 +86,11 @@ RECIPE_TEXTS = [
     ((MODEL + LENGTHS + DATA + "folder: /\n").encode(), "unknown key folder"),
     ((MODEL + LENGTHS + DATA + "eval: &e {tasks: *e}\n").encode(), "refers to itself"),
     ((MODEL + LENGTHS + DATA + "train: &t {deepspeed: *t}\n").encode(), "refers to itself"),
-    (b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 20)), "more than 100000 values"),
+    (
+        b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 20)),
+        "more than 100000 values",
+    ),
     (b"model: " + b"[" * 40 + b"]" * 40, "nested more than 32 deep"),
     (b"? &a [1, *a]\n: 2", "not valid YAML at line 1"),
     (b"<<: {model: 1}", "not valid YAML at line 1"),
@@ -101,20 +113,53 @@ RECIPE_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text, telling", [(case[0], case[1:]) for case in RECIPE_TEXTS], ids=[repr(case[0][:40]) for case in RECIPE_TEXTS])
+@pytest.mark.parametrize(
+    "text, telling",
+    [(case[0], case[1:]) for case in RECIPE_TEXTS],
+    ids=[repr(case[0][:40]) for case in RECIPE_TEXTS],
+)
 def test_recipe_text(tmp_path, out, text, telling):
     (tmp_path / "r.yaml").write_bytes(text)
     refused(run_main("prepare", tmp_path / "r.yaml", "endprompt", "--out", out), "r.yaml", *telling)
 
 
-NAMES = ["..", ".", "", " ", "../up", "/root", "a/b", "a\\b", "a\0b", "a\nb", ".hidden", "-n", " a", "a ", "x" * 201, "ä" * 101, "\x1b[2J", 5, None, True, ["a"], {"a": 1}, 1.5]
+NAMES = [
+    "..",
+    ".",
+    "",
+    " ",
+    "../up",
+    "/root",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    ".hidden",
+    "-n",
+    " a",
+    "a ",
+    "x" * 201,
+    "ä" * 101,
+    "\x1b[2J",
+    5,
+    None,
+    True,
+    ["a"],
+    {"a": 1},
+    1.5,
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_name_of_a_resolved_copy(recipe_file, tmp_path, out, name):
     path = recipe_file()
     path.write_text(path.read_text() + yaml.safe_dump({"recipe": name, "method": "endprompt"}))
-    refused(run_main("prepare", path, "endprompt", "--out", out / "deeper"), "small.yaml: recipe:", "cannot name the folder of results", "plain name")
+    refused(
+        run_main("prepare", path, "endprompt", "--out", out / "deeper"),
+        "small.yaml: recipe:",
+        "cannot name the folder of results",
+        "plain name",
+    )
     assert files(tmp_path) == ["corpus.jsonl", "small.yaml"]
 
 
@@ -123,7 +168,11 @@ FILE_NAMES = ["...yaml", ".hidden.yaml", ".yaml", "-n.yaml", " .yaml", "a\nb.yam
 
 @pytest.mark.parametrize("name", FILE_NAMES, ids=repr)
 def test_name_of_a_recipe_file(recipe_file, tmp_path, out, name):
-    refused(run_main("prepare", recipe_file().rename(tmp_path / name), "endprompt", "--out", out), "recipe: the file's name", "plain name")
+    refused(
+        run_main("prepare", recipe_file().rename(tmp_path / name), "endprompt", "--out", out),
+        "recipe: the file's name",
+        "plain name",
+    )
 
 
 def fifo(path):
@@ -131,7 +180,10 @@ def fifo(path):
 
 
 def listening(path):
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as server:  # a socket's own path must be short
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        socket.socket(socket.AF_UNIX) as server,
+    ):  # a socket's own path must be short
         server.bind(f"{folder}/s")
         os.rename(f"{folder}/s", path)
 
@@ -144,8 +196,14 @@ def device(path):
     path.symlink_to("/dev/zero")
 
 
-SPECIAL_RECIPES = {"pipe": (fifo, "no regular file"), "socket": (listening, "no regular file"), "device": (device, "no regular file"), "folder": (Path.mkdir, "cannot be read"),
-                   "link to itself": (loop, "cannot be read"), "link to nothing": (lambda path: path.symlink_to("gone"), "there is no file")}
+SPECIAL_RECIPES = {
+    "pipe": (fifo, "no regular file"),
+    "socket": (listening, "no regular file"),
+    "device": (device, "no regular file"),
+    "folder": (Path.mkdir, "cannot be read"),
+    "link to itself": (loop, "cannot be read"),
+    "link to nothing": (lambda path: path.symlink_to("gone"), "there is no file"),
+}
 
 
 @pytest.mark.timeout(60)
@@ -301,31 +359,62 @@ SETTINGS = [
     ("train.lora.dropout=1", "train.lora.dropout", "less than 1"),
     ("train.save_steps=0", "train.save_steps", "greater than 0"),
     ("train.warmup_steps=soon", "train.warmup_steps"),
-    ("train.deepspeed={zero_optimization: 3}", "train.deepspeed: zero_optimization is no mapping with a stage"),
-    ("train.deepspeed={zero_optimization: {stage: 4}}", "train.deepspeed: zero_optimization", "stage from 0 to 3"),
+    (
+        "train.deepspeed={zero_optimization: 3}",
+        "train.deepspeed: zero_optimization is no mapping with a stage",
+    ),
+    (
+        "train.deepspeed={zero_optimization: {stage: 4}}",
+        "train.deepspeed: zero_optimization",
+        "stage from 0 to 3",
+    ),
     ("train.deepspeed={zero_optimization: {stage: '3'}}", "train.deepspeed: zero_optimization"),
     ("train.deepspeed={zero_optimization: {stage: true}}", "train.deepspeed: zero_optimization"),
 ]
 
 
-@pytest.mark.parametrize("setting, telling", [(case[0], case[1:]) for case in SETTINGS], ids=[case[0][:50] for case in SETTINGS])
+@pytest.mark.parametrize(
+    "setting, telling", [(case[0], case[1:]) for case in SETTINGS], ids=[case[0][:50] for case in SETTINGS]
+)
 def test_setting(recipe_file, out, setting, telling):
-    refused(run_main("prepare", recipe_file(), "endprompt", "--out", out, "--workers", 1, "--set", setting), *telling)
+    refused(
+        run_main("prepare", recipe_file(), "endprompt", "--out", out, "--workers", 1, "--set", setting),
+        *telling,
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "inspect", "evaluate"])
 def test_every_command_checks_the_recipe(recipe_file, out, command):
     for setting in ("lengths.physical=1024", "data.token=64"):
-        refused(run_main(command, recipe_file(), "endprompt", "--out", out, "--set", setting), setting.partition("=")[0])
+        refused(
+            run_main(command, recipe_file(), "endprompt", "--out", out, "--set", setting),
+            setting.partition("=")[0],
+        )
 
 
-@pytest.mark.parametrize("text, telling", [
-    (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[]", "no mapping"), (b"{'stage': 3}", "not valid JSON"), (b"3", "no mapping"),
-    (b"[" * 100000, "not valid JSON"), (b'{"zero_optimization": []}', "zero_optimization is no mapping"), (b'{"zero_optimization": {"stage": 9}}', "stage from 0 to 3"),
-    (b" " * 2**20 + b"{}", "larger than")])
+@pytest.mark.parametrize(
+    "text, telling",
+    [
+        (b"{", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "no mapping"),
+        (b"{'stage': 3}", "not valid JSON"),
+        (b"3", "no mapping"),
+        (b"[" * 100000, "not valid JSON"),
+        (b'{"zero_optimization": []}', "zero_optimization is no mapping"),
+        (b'{"zero_optimization": {"stage": 9}}', "stage from 0 to 3"),
+        (b" " * 2**20 + b"{}", "larger than"),
+    ],
+)
 def test_zero_file(recipe_file, out, tmp_path, text, telling):
     (tmp_path / "zero.json").write_bytes(text)
-    refused(run_main("prepare", recipe_file(), "endprompt", "--out", out, "--set", "train.deepspeed=zero.json"), "train.deepspeed", "zero.json", telling)
+    refused(
+        run_main("prepare", recipe_file(), "endprompt", "--out", out, "--set", "train.deepspeed=zero.json"),
+        "train.deepspeed",
+        "zero.json",
+        telling,
+    )
 
 
 # -- the corpus --------------------------------------------------------------------------------------------------------
@@ -341,7 +430,11 @@ def parquet(values, name="text"):
 
 
 def damaged(data: bytes) -> bytes:
-    return data[:len(data) // 2] + bytes(byte ^ 255 for byte in data[len(data) // 2:len(data) // 2 + 8]) + data[len(data) // 2 + 8:]
+    return (
+        data[: len(data) // 2]
+        + bytes(byte ^ 255 for byte in data[len(data) // 2 : len(data) // 2 + 8])
+        + data[len(data) // 2 + 8 :]
+    )
 
 
 CORPORA = [
@@ -360,8 +453,18 @@ CORPORA = [
     ("a.jsonl.gz", gzip.compress(GOOD * 2000)[:60], "a.jsonl.gz", "cannot be read"),
     ("a.jsonl.gz", damaged(gzip.compress(NOISE * 4)), "a.jsonl.gz", "cannot be read"),
     ("a.jsonl.gz", GOOD, "a.jsonl.gz", "cannot be read"),
-    ("a.txt.zst", zstandard.compress(random.Random(1).randbytes(300000).hex().encode())[:-5], "a.txt.zst", "cannot be read"),
-    ("a.txt.zst", damaged(zstandard.ZstdCompressor(write_checksum=True).compress(NOISE.hex().encode())), "a.txt.zst", "cannot be read"),
+    (
+        "a.txt.zst",
+        zstandard.compress(random.Random(1).randbytes(300000).hex().encode())[:-5],
+        "a.txt.zst",
+        "cannot be read",
+    ),
+    (
+        "a.txt.zst",
+        damaged(zstandard.ZstdCompressor(write_checksum=True).compress(NOISE.hex().encode())),
+        "a.txt.zst",
+        "cannot be read",
+    ),
     ("a.jsonl.zst", GOOD, "a.jsonl.zst", "cannot be read"),
     ("a.parquet", GOOD * 40, "a.parquet", "cannot be read"),
     ("a.parquet", b"", "a.parquet", "cannot be read"),
@@ -386,40 +489,79 @@ CORPORA = [
     ("a.txt.zst", zstandard.compress(b"\xff" * 50), "a.txt.zst", "utf-8"),
     ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "a.parquet", "cannot be read"),
     ("a.parquet", parquet([["x"], ["y"]]), "a.parquet row 1", "list, not text"),
-    ("a.parquet", damaged(parquet([f"word {number}" * 50 for number in range(500)])), "a.parquet", "cannot be read"),
+    (
+        "a.parquet",
+        damaged(parquet([f"word {number}" * 50 for number in range(500)])),
+        "a.parquet",
+        "cannot be read",
+    ),
     ("a", GOOD, "is of no known kind"),
     ("a.jsonl.bz2", GOOD, "is of no known kind"),
 ]
 
 
-@pytest.mark.parametrize("name, data, telling", [(*case[:2], case[2:]) for case in CORPORA], ids=[f"{number} {case[0]}" for number, case in enumerate(CORPORA)])
+@pytest.mark.parametrize(
+    "name, data, telling",
+    [(*case[:2], case[2:]) for case in CORPORA],
+    ids=[f"{number} {case[0]}" for number, case in enumerate(CORPORA)],
+)
 def test_corpus(recipe_file, tmp_path, out, name, data, telling):
     (tmp_path / name).write_bytes(data)
-    refused(run_main("prepare", recipe_file(data={"corpus": str(tmp_path / name)}), "endprompt", "--out", out, "--workers", 1), *telling)
+    refused(
+        run_main(
+            "prepare",
+            recipe_file(data={"corpus": str(tmp_path / name)}),
+            "endprompt",
+            "--out",
+            out,
+            "--workers",
+            1,
+        ),
+        *telling,
+    )
 
 
-@pytest.mark.parametrize("corpus, telling", [
-    ("data/none.jsonl", "no file or folder 'data/none.jsonl'"),
-    ("none.txt", "no file or folder 'none.txt'"),
-    ("/none", "no file or folder '/none'"),
-    ("../some/where/else", "no file or folder"),
-    ("~nobody-of-this-name/x", "no file or folder"),
-    ("a" * 5000 + "/b/c", "no file or folder"),
-    ("", "no file or folder"),
-    ([], "data.corpus is empty"),
-    (["some/set", "other/set"], "no file or folder 'some/set'"),
-    ([5], "data.corpus"),
-    ({"path": "x"}, "data.corpus"),
-    ("some-user/some-set", "cannot be streamed from the hub"),  # this test is offline
-], ids=str)
+@pytest.mark.parametrize(
+    "corpus, telling",
+    [
+        ("data/none.jsonl", "no file or folder 'data/none.jsonl'"),
+        ("none.txt", "no file or folder 'none.txt'"),
+        ("/none", "no file or folder '/none'"),
+        ("../some/where/else", "no file or folder"),
+        ("~nobody-of-this-name/x", "no file or folder"),
+        ("a" * 5000 + "/b/c", "no file or folder"),
+        ("", "no file or folder"),
+        ([], "data.corpus is empty"),
+        (["some/set", "other/set"], "no file or folder 'some/set'"),
+        ([5], "data.corpus"),
+        ({"path": "x"}, "data.corpus"),
+        ("some-user/some-set", "cannot be streamed from the hub"),  # this test is offline
+    ],
+    ids=str,
+)
 def test_corpus_that_is_not_there(recipe_file, out, corpus, telling):
-    refused(run_main("prepare", recipe_file(data={"corpus": corpus}), "endprompt", "--out", out, "--workers", 1), telling)
+    refused(
+        run_main("prepare", recipe_file(data={"corpus": corpus}), "endprompt", "--out", out, "--workers", 1),
+        telling,
+    )
 
 
 def test_corpus_folder_without_text(recipe_file, tmp_path, out):
     (tmp_path / "texts/deeper").mkdir(parents=True)
     (tmp_path / "texts/deeper/README.md").write_text("x")
-    refused(run_main("prepare", recipe_file(data={"corpus": str(tmp_path / "texts")}), "endprompt", "--out", out, "--workers", 1), "texts holds no", ".parquet")
+    refused(
+        run_main(
+            "prepare",
+            recipe_file(data={"corpus": str(tmp_path / "texts")}),
+            "endprompt",
+            "--out",
+            out,
+            "--workers",
+            1,
+        ),
+        "texts holds no",
+        ".parquet",
+    )
 
 
 def in_folder(make, name="b.jsonl"):
@@ -445,7 +587,11 @@ SPECIAL_CORPORA = {
     "pipe in a folder": ("c", in_folder(fifo), "b.jsonl is no regular file"),
     "socket in a folder": ("c", in_folder(listening), "b.jsonl is no regular file"),
     "device in a folder": ("c", in_folder(device), "b.jsonl is no regular file"),
-    "link to nothing in a folder": ("c", in_folder(lambda path: path.symlink_to("gone.jsonl")), "b.jsonl is a link to nothing"),
+    "link to nothing in a folder": (
+        "c",
+        in_folder(lambda path: path.symlink_to("gone.jsonl")),
+        "b.jsonl is a link to nothing",
+    ),
     "link to itself in a folder": ("c", in_folder(loop), "b.jsonl is a link to nothing"),
     "folders alone": ("c", lambda path: (path / "a.jsonl").mkdir(parents=True), "holds no"),
 }
@@ -456,23 +602,52 @@ SPECIAL_CORPORA = {
 def test_corpus_that_is_no_file(recipe_file, tmp_path, out, case):
     name, make, telling = SPECIAL_CORPORA[case]
     make(tmp_path / name)
-    refused(run_main("prepare", recipe_file(data={"corpus": str(tmp_path / name)}), "endprompt", "--out", out, "--workers", 1), "data.corpus", telling)
+    refused(
+        run_main(
+            "prepare",
+            recipe_file(data={"corpus": str(tmp_path / name)}),
+            "endprompt",
+            "--out",
+            out,
+            "--workers",
+            1,
+        ),
+        "data.corpus",
+        telling,
+    )
     recipe = recipe_file(eval={"tasks": ["perplexity"], "perplexity_corpus": str(tmp_path / name)})
-    refused(run_main("evaluate", recipe, "base", "--out", out, "--model", REPOSITORY / "recipes/tiny/base"), "eval.perplexity_corpus", telling)
+    refused(
+        run_main("evaluate", recipe, "base", "--out", out, "--model", REPOSITORY / "recipes/tiny/base"),
+        "eval.perplexity_corpus",
+        telling,
+    )
 
 
 @pytest.mark.timeout(60)
 def test_a_circle_of_folders_is_passed_over(recipe_file, tmp_path):
     in_folder(lambda path: path.symlink_to("."), "again")(tmp_path / "c")
-    code, _, err = run_main("prepare", recipe_file(data={"corpus": str(tmp_path / "c"), "tokens": 640}), "endprompt", "--out", tmp_path / "out", "--workers", 1)
+    code, _, err = run_main(
+        "prepare",
+        recipe_file(data={"corpus": str(tmp_path / "c"), "tokens": 640}),
+        "endprompt",
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        1,
+    )
     assert code == 0 and "again is a link to a folder and passed over" in err
 
 
 LONG = {
-    "a.jsonl": lambda: b'{"text": "' + b"x" * 2**24, "a.txt": lambda: b"x" * 2**24, "b.jsonl": lambda: GOOD + b" " * 2**24,
-    "a.jsonl.gz": lambda: gzip.compress(b"x" * 2**26, 1), "a.txt.gz": lambda: gzip.compress(b"x" * 2**26, 1),
-    "a.jsonl.zst": lambda: zstandard.compress(b"x" * 2**28), "a.txt.zst": lambda: zstandard.compress(b"x" * 2**28),
-    "a.parquet": lambda: parquet(["x" * 2**20]), "c.jsonl": lambda: b'{"text": "' + b"x" * 2**19 + b'"}',
+    "a.jsonl": lambda: b'{"text": "' + b"x" * 2**24,
+    "a.txt": lambda: b"x" * 2**24,
+    "b.jsonl": lambda: GOOD + b" " * 2**24,
+    "a.jsonl.gz": lambda: gzip.compress(b"x" * 2**26, 1),
+    "a.txt.gz": lambda: gzip.compress(b"x" * 2**26, 1),
+    "a.jsonl.zst": lambda: zstandard.compress(b"x" * 2**28),
+    "a.txt.zst": lambda: zstandard.compress(b"x" * 2**28),
+    "a.parquet": lambda: parquet(["x" * 2**20]),
+    "c.jsonl": lambda: b'{"text": "' + b"x" * 2**19 + b'"}',
 }
 
 
@@ -482,10 +657,16 @@ def test_a_line_without_end_is_not_read_to_the_end(recipe_file, tmp_path, out, m
     monkeypatch.setattr(corpus, "PIECE", 2**16)
     (tmp_path / name).write_bytes(LONG[name]())
     path = recipe_file(data={"corpus": str(tmp_path / name)})
-    run_main("prepare", path, "endprompt", "--out", out, "--workers", 1)  # what is imported on first use is not counted
+    run_main(
+        "prepare", path, "endprompt", "--out", out, "--workers", 1
+    )  # what is imported on first use is not counted
     tracemalloc.start()
     try:
-        refused(run_main("prepare", path, "endprompt", "--out", out, "--workers", 1), name, "longer than 262144 characters")
+        refused(
+            run_main("prepare", path, "endprompt", "--out", out, "--workers", 1),
+            name,
+            "longer than 262144 characters",
+        )
         assert tracemalloc.get_traced_memory()[1] < (2**27 if name.endswith(".zst") else 2**23)
     finally:
         tracemalloc.stop()
@@ -497,19 +678,35 @@ def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypa
     corpus = write_jsonl(tmp_path / "corpus.jsonl", tiny_text)
     lines = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*lines[:6], "oops", *lines[7:]]))
-    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 2000)  # else all documents are read before the first shard
-    refused(run_main("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1), "corpus.jsonl line 7: not JSON")
+    monkeypatch.setattr(
+        tokenizing, "BATCH_CHARACTERS", 2000
+    )  # else all documents are read before the first shard
+    refused(
+        run_main("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1),
+        "corpus.jsonl line 7: not JSON",
+    )
     folder = tmp_path / "out/small/endprompt/shards"
     found = files(folder)
-    assert found[0] == prepare.PROGRESS and len(found) > 2 and all(re.fullmatch(r"shard-\d{5}\.parquet", name) for name in found[1:])
+    assert (
+        found[0] == prepare.PROGRESS
+        and len(found) > 2
+        and all(re.fullmatch(r"shard-\d{5}\.parquet", name) for name in found[1:])
+    )
     corpus.write_text("\n".join(lines))
-    refused(run_main("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1), "the corpus changed since", "corpus.jsonl has", "delete the folder")
+    refused(
+        run_main("prepare", path, "endprompt", "--out", tmp_path / "out", "--workers", 1),
+        "the corpus changed since",
+        "corpus.jsonl has",
+        "delete the folder",
+    )
     assert files(folder) == found
     shutil.rmtree(folder)
     for out in ("out", "whole"):
         assert run_main("prepare", path, "endprompt", "--out", tmp_path / out, "--workers", 1)[0] == 0
     whole = tmp_path / "whole/small/endprompt/shards"
-    assert {name: (folder / name).read_bytes() for name in files(folder)} == {name: (whole / name).read_bytes() for name in files(whole)}
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == {
+        name: (whole / name).read_bytes() for name in files(whole)
+    }
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -519,10 +716,17 @@ def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypa
 def prepared_once(tmp_path_factory, base, tiny_text):
     folder = tmp_path_factory.mktemp("prepared")
     corpus = write_jsonl(folder / "corpus.jsonl", tiny_text)
-    tree = {"model": {"name_or_path": str(base)}, "lengths": {"physical": 64, "target": 512}, "data": {"corpus": str(corpus), "tokens": 4096, "rows_per_shard": 16},
-            "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 8}}
+    tree = {
+        "model": {"name_or_path": str(base)},
+        "lengths": {"physical": 64, "target": 512},
+        "data": {"corpus": str(corpus), "tokens": 4096, "rows_per_shard": 16},
+        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 8},
+    }
     (folder / "small.yaml").write_text(yaml.safe_dump(tree))
-    assert run_main("prepare", folder / "small.yaml", "endprompt", "--out", folder / "out", "--workers", 1)[0] == 0
+    assert (
+        run_main("prepare", folder / "small.yaml", "endprompt", "--out", folder / "out", "--workers", 1)[0]
+        == 0
+    )
     return folder
 
 
@@ -592,7 +796,9 @@ def column(name, change):
     def replace(table):
         values = table[name].to_pylist()
         values = change(values) or values
-        return table.set_column(table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type))
+        return table.set_column(
+            table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type)
+        )
 
     return rewritten(replace)
 
@@ -629,44 +835,94 @@ def bytes_of_shard(change):
 
 SHARDS = {
     "flipped": (lambda folder: flip(folder / "shard-00002.parquet"), "shard-00002.parquet is damaged"),
-    "truncated": (lambda folder: os.truncate(folder / "shard-00001.parquet", 100), "shard-00001.parquet is damaged"),
-    "empty": (lambda folder: os.truncate(folder / "shard-00000.parquet", 0), "shard-00000.parquet is damaged"),
+    "truncated": (
+        lambda folder: os.truncate(folder / "shard-00001.parquet", 100),
+        "shard-00001.parquet is damaged",
+    ),
+    "empty": (
+        lambda folder: os.truncate(folder / "shard-00000.parquet", 0),
+        "shard-00000.parquet is damaged",
+    ),
     "missing": (lambda folder: (folder / "shard-00003.parquet").unlink(), "shard-00003.parquet is missing"),
-    "swapped": (lambda folder: shutil.copyfile(folder / "shard-00000.parquet", folder / "shard-00001.parquet"), "shard-00001.parquet is damaged"),
+    "swapped": (
+        lambda folder: shutil.copyfile(folder / "shard-00000.parquet", folder / "shard-00001.parquet"),
+        "shard-00001.parquet is damaged",
+    ),
     "not JSON": (replace_manifest(b'{"schema_version": 1, "sha'), "manifest.json cannot be read"),
     "binary": (replace_manifest(b"\xff\xfe\x00"), "manifest.json cannot be read"),
     "empty manifest": (replace_manifest(b""), "manifest.json cannot be read"),
     "a list": (replace_manifest(b"[1]"), "schema version"),
-    "other version": (in_manifest(lambda manifest: manifest.update(schema_version=2)), "not of schema version 1"),
+    "other version": (
+        in_manifest(lambda manifest: manifest.update(schema_version=2)),
+        "not of schema version 1",
+    ),
     "no version": (in_manifest(lambda manifest: manifest.pop("schema_version")), "not of schema version 1"),
     "no shards": (in_manifest(lambda manifest: manifest.pop("shards")), "does not list its shards"),
     "empty list": (in_manifest(lambda manifest: manifest.update(shards=[])), "does not list its shards"),
-    "no checksum": (in_manifest(lambda manifest: manifest["shards"][0].pop("sha256")), "does not list its shards"),
+    "no checksum": (
+        in_manifest(lambda manifest: manifest["shards"][0].pop("sha256")),
+        "does not list its shards",
+    ),
     "no rows": (in_manifest(lambda manifest: manifest.pop("rows")), "does not list its shards"),
-    "path outside": (in_manifest(lambda manifest: manifest["shards"][0].update(file="../../../corpus.jsonl")), "does not list its shards"),
-    "other tokenizer": (in_manifest(lambda manifest: manifest.update(tokenizer_fingerprint="0" * 64)), "tokenizer_fingerprint is '0000"),
-    "other method": (in_manifest(lambda manifest: manifest.update(method="short")), "method is 'short', expected 'endprompt'"),
-    "other target": (in_manifest(lambda manifest: manifest.update(target_length=1024)), "target_length is 1024, expected 512"),
+    "path outside": (
+        in_manifest(lambda manifest: manifest["shards"][0].update(file="../../../corpus.jsonl")),
+        "does not list its shards",
+    ),
+    "other tokenizer": (
+        in_manifest(lambda manifest: manifest.update(tokenizer_fingerprint="0" * 64)),
+        "tokenizer_fingerprint is '0000",
+    ),
+    "other method": (
+        in_manifest(lambda manifest: manifest.update(method="short")),
+        "method is 'short', expected 'endprompt'",
+    ),
+    "other target": (
+        in_manifest(lambda manifest: manifest.update(target_length=1024)),
+        "target_length is 1024, expected 512",
+    ),
     "no seed": (in_manifest(lambda manifest: manifest.pop("seed")), "seed is None, expected 0"),
     "null": (replace_manifest(b"null"), "schema version"),
     "nested": (replace_manifest(b"[" * 100000), "nested too deep"),
-    "utf-16": (lambda folder: (folder / shards.MANIFEST).write_text((folder / shards.MANIFEST).read_text(), "utf-16"), "manifest.json cannot be read"),
+    "utf-16": (
+        lambda folder: (folder / shards.MANIFEST).write_text(
+            (folder / shards.MANIFEST).read_text(), "utf-16"
+        ),
+        "manifest.json cannot be read",
+    ),
     "huge": (lambda folder: os.truncate(folder / shards.MANIFEST, shards.MANIFEST_BYTES + 1), "larger than"),
     "a folder": (special_manifest(Path.mkdir), "manifest.json cannot be read"),
     "a pipe": (special_manifest(fifo), "no regular file"),
     "a device": (special_manifest(device), "no regular file"),
     "digits": (replace_manifest(b'{"schema_version": ' + b"1" * 5000 + b"}"), "manifest.json cannot be read"),
-    "true version": (in_manifest(lambda manifest: manifest.update(schema_version=True)), "not of schema version 1"),
-    "float version": (in_manifest(lambda manifest: manifest.update(schema_version=1.0)), "not of schema version 1"),
-    "text for rows": (in_manifest(lambda manifest: manifest.update(rows="64")), "rows is '64', no positive whole number"),
+    "true version": (
+        in_manifest(lambda manifest: manifest.update(schema_version=True)),
+        "not of schema version 1",
+    ),
+    "float version": (
+        in_manifest(lambda manifest: manifest.update(schema_version=1.0)),
+        "not of schema version 1",
+    ),
+    "text for rows": (
+        in_manifest(lambda manifest: manifest.update(rows="64")),
+        "rows is '64', no positive whole number",
+    ),
     "no number of rows": (in_manifest(lambda manifest: manifest.update(rows=float("nan"))), "rows is nan"),
     "true rows": (in_manifest(lambda manifest: manifest.update(rows=True)), "rows is True"),
-    "other sum of rows": (in_manifest(lambda manifest: manifest.update(rows=65)), "rows is 65, but its shards have 64"),
+    "other sum of rows": (
+        in_manifest(lambda manifest: manifest.update(rows=65)),
+        "rows is 65, but its shards have 64",
+    ),
     "null tokens": (in_manifest(lambda manifest: manifest.update(tokens=None)), "tokens is None"),
     "negative tokens": (in_manifest(lambda manifest: manifest.update(tokens=-1)), "tokens is -1"),
     "no target": (in_manifest(lambda manifest: manifest.pop("target_length")), "target_length is None"),
-    "shards a mapping": (in_manifest(lambda manifest: manifest.update(shards={"0": manifest["shards"][0]})), "does not list its shards"),
-    "shards of text": (in_manifest(lambda manifest: manifest.update(shards=[shard["file"] for shard in manifest["shards"]])), "does not list its shards"),
+    "shards a mapping": (
+        in_manifest(lambda manifest: manifest.update(shards={"0": manifest["shards"][0]})),
+        "does not list its shards",
+    ),
+    "shards of text": (
+        in_manifest(lambda manifest: manifest.update(shards=[shard["file"] for shard in manifest["shards"]])),
+        "does not list its shards",
+    ),
     "a shard twice": (in_shard(file="shard-00000.parquet"), "does not list its shards, each once"),
     "negative rows of a shard": (in_shard(rows=-16), "does not list its shards"),
     "no rows in a shard": (in_shard(rows=0), "does not list its shards"),
@@ -682,23 +938,59 @@ SHARDS = {
     "short checksum": (in_shard(sha256="0" * 63), "does not list its shards"),
     "number for a checksum": (in_shard(sha256=5), "does not list its shards"),
     "text for bytes": (in_shard(bytes="many"), "does not list its shards"),
-    "rows moved between shards": (in_manifest(lambda manifest: [manifest["shards"][0].update(rows=17), manifest["shards"][1].update(rows=15)]),
-                                  "holds 16 rows, the manifest says 17"),
+    "rows moved between shards": (
+        in_manifest(
+            lambda manifest: [manifest["shards"][0].update(rows=17), manifest["shards"][1].update(rows=15)]
+        ),
+        "holds 16 rows, the manifest says 17",
+    ),
     "a link": (linked, "shard-00001.parquet is a link"),
-    "a link to nothing": (lambda folder: [(folder / "shard-00001.parquet").unlink(), (folder / "shard-00001.parquet").symlink_to("gone")], "shard-00001.parquet is a link"),
-    "a folder for a shard": (lambda folder: [(folder / "shard-00001.parquet").unlink(), (folder / "shard-00001.parquet").mkdir()], "shard-00001.parquet is missing"),
-    "a pipe for a shard": (lambda folder: [(folder / "shard-00001.parquet").unlink(), fifo(folder / "shard-00001.parquet")], "shard-00001.parquet is missing"),
+    "a link to nothing": (
+        lambda folder: [
+            (folder / "shard-00001.parquet").unlink(),
+            (folder / "shard-00001.parquet").symlink_to("gone"),
+        ],
+        "shard-00001.parquet is a link",
+    ),
+    "a folder for a shard": (
+        lambda folder: [(folder / "shard-00001.parquet").unlink(), (folder / "shard-00001.parquet").mkdir()],
+        "shard-00001.parquet is missing",
+    ),
+    "a pipe for a shard": (
+        lambda folder: [(folder / "shard-00001.parquet").unlink(), fifo(folder / "shard-00001.parquet")],
+        "shard-00001.parquet is missing",
+    ),
     # From here the checksum in the manifest is that of the file.
     "noise": (bytes_of_shard(lambda data: NOISE), "shard-00001.parquet is no Parquet file"),
     "empty file": (bytes_of_shard(lambda data: b""), "shard-00001.parquet is no Parquet file"),
     "cut file": (bytes_of_shard(lambda data: data[:-100]), "shard-00001.parquet is no Parquet file"),
     "JSON": (bytes_of_shard(lambda data: GOOD), "shard-00001.parquet is no Parquet file"),
-    "missing column": (rewritten(lambda table: table.drop_columns(["loss_weights"])), "other columns than schema version 1 ('loss_weights')"),
-    "more columns": (rewritten(lambda table: table.append_column("more", table["text_length"])), "other columns than schema version 1 ('more')"),
-    "column twice": (rewritten(lambda table: table.append_column("text_length", table["text_length"])), "other columns than schema version 1"),
-    "other type": (rewritten(lambda table: table.set_column(0, "input_ids", table["input_ids"].cast(pa.list_(pa.int64())))), "other columns than schema version 1 ('input_ids')"),
-    "no list": (rewritten(lambda table: table.set_column(0, "input_ids", table["text_length"])), "other columns than schema version 1 ('input_ids')"),
-    "other schema": (rewritten(lambda table: pa.table({"text": ["x"] * 16})), "other columns than schema version 1"),
+    "missing column": (
+        rewritten(lambda table: table.drop_columns(["loss_weights"])),
+        "other columns than schema version 1 ('loss_weights')",
+    ),
+    "more columns": (
+        rewritten(lambda table: table.append_column("more", table["text_length"])),
+        "other columns than schema version 1 ('more')",
+    ),
+    "column twice": (
+        rewritten(lambda table: table.append_column("text_length", table["text_length"])),
+        "other columns than schema version 1",
+    ),
+    "other type": (
+        rewritten(
+            lambda table: table.set_column(0, "input_ids", table["input_ids"].cast(pa.list_(pa.int64())))
+        ),
+        "other columns than schema version 1 ('input_ids')",
+    ),
+    "no list": (
+        rewritten(lambda table: table.set_column(0, "input_ids", table["text_length"])),
+        "other columns than schema version 1 ('input_ids')",
+    ),
+    "other schema": (
+        rewritten(lambda table: pa.table({"text": ["x"] * 16})),
+        "other columns than schema version 1",
+    ),
     "a row less": (rewritten(lambda table: table.slice(1)), "holds 15 rows, the manifest says 16"),
     "no row": (rewritten(lambda table: table.slice(0, 0)), "holds 0 rows, the manifest says 16"),
 }
@@ -707,29 +999,90 @@ SHARDS = {
 ROWS = {
     "null list": (column("input_ids", lambda values: values.__setitem__(2, None)), "input_ids has nulls"),
     "null in a list": (column("position_ids", at(2, (5, None))), "position_ids has nulls"),
-    "null length": (column("text_length", lambda values: values.__setitem__(0, None)), "text_length has nulls"),
+    "null length": (
+        column("text_length", lambda values: values.__setitem__(0, None)),
+        "text_length has nulls",
+    ),
     "null name": (column("prompt_name", lambda values: values.__setitem__(0, None)), "prompt_name has nulls"),
     "null document": (column("document_ids", at(0, (0, None))), "document_ids has nulls"),
     "positions fall": (column("position_ids", at(2, (5, 3))), "row 18: its positions do not increase"),
-    "positions stand still": (column("position_ids", at(15, (5, 4))), "row 31: its positions do not increase"),
-    "position beyond the target": (column("position_ids", at(0, (-1, 512))), "row 16: its positions leave 0..511"),
+    "positions stand still": (
+        column("position_ids", at(15, (5, 4))),
+        "row 31: its positions do not increase",
+    ),
+    "position beyond the target": (
+        column("position_ids", at(0, (-1, 512))),
+        "row 16: its positions leave 0..511",
+    ),
     "negative position": (column("position_ids", at(3, (0, -1))), "row 19: its positions leave 0..511"),
     "negative token": (column("input_ids", at(4, (7, -7))), "row 20: it has a negative token id"),
-    "weight that is no number": (column("loss_weights", at(5, (3, float("nan")))), "row 21: it has a loss weight"),
+    "weight that is no number": (
+        column("loss_weights", at(5, (3, float("nan")))),
+        "row 21: it has a loss weight",
+    ),
     "negative weight": (column("loss_weights", at(5, (3, -1.0))), "row 21: it has a loss weight"),
     "infinite weight": (column("loss_weights", at(5, (3, float("inf")))), "row 21: it has a loss weight"),
-    "fewer tokens than positions": (column("input_ids", lambda values: values[6].pop() and None), "row 22: input_ids and position_ids are not equally long"),
-    "tokens of the next row": (column("input_ids", swapped_lengths), "row 19: input_ids and position_ids are not equally long"),
-    "fewer weights": (column("loss_weights", lambda values: values[6].clear()), "row 22: loss_weights and position_ids are not equally long"),
-    "lengths that do not add up": (column("text_length", lambda values: values.__setitem__(1, 3)), "row 17: text_length and prompt_length do not add up"),
-    "negative length": (column("prompt_length", lambda values: values.__setitem__(1, -3)), "row 17: text_length and prompt_length do not add up"),
-    "a row without tokens": (rewritten(lambda table: pa.Table.from_pylist(
-        [*table.slice(0, 15).to_pylist(), {**table.to_pylist()[15], "input_ids": [], "position_ids": [], "loss_weights": [], "text_length": 0, "prompt_length": 0}], table.schema)),
-        "row 31: it has no tokens"),
-    "text that is not UTF-8": (rewritten(lambda table: table.set_column(5, "prompt_name", pa.Array.from_buffers(
-        pa.string(), 16, [None, pa.py_buffer(np.arange(17, dtype=np.int32) * 2), pa.py_buffer(b"\xc3\x28" * 16)]))), "shard-00001.parquet cannot be read"),
-    "damaged pages": (bytes_of_shard(lambda data: data[:200] + bytes(byte ^ 255 for byte in data[200:1200]) + data[1200:]), "shard-00001.parquet"),
-    "other sum of tokens": (in_manifest(lambda manifest: manifest.update(tokens=4000)), "4096 tokens, the manifest says 64 and 4000"),
+    "fewer tokens than positions": (
+        column("input_ids", lambda values: values[6].pop() and None),
+        "row 22: input_ids and position_ids are not equally long",
+    ),
+    "tokens of the next row": (
+        column("input_ids", swapped_lengths),
+        "row 19: input_ids and position_ids are not equally long",
+    ),
+    "fewer weights": (
+        column("loss_weights", lambda values: values[6].clear()),
+        "row 22: loss_weights and position_ids are not equally long",
+    ),
+    "lengths that do not add up": (
+        column("text_length", lambda values: values.__setitem__(1, 3)),
+        "row 17: text_length and prompt_length do not add up",
+    ),
+    "negative length": (
+        column("prompt_length", lambda values: values.__setitem__(1, -3)),
+        "row 17: text_length and prompt_length do not add up",
+    ),
+    "a row without tokens": (
+        rewritten(
+            lambda table: pa.Table.from_pylist(
+                [
+                    *table.slice(0, 15).to_pylist(),
+                    {
+                        **table.to_pylist()[15],
+                        "input_ids": [],
+                        "position_ids": [],
+                        "loss_weights": [],
+                        "text_length": 0,
+                        "prompt_length": 0,
+                    },
+                ],
+                table.schema,
+            )
+        ),
+        "row 31: it has no tokens",
+    ),
+    "text that is not UTF-8": (
+        rewritten(
+            lambda table: table.set_column(
+                5,
+                "prompt_name",
+                pa.Array.from_buffers(
+                    pa.string(),
+                    16,
+                    [None, pa.py_buffer(np.arange(17, dtype=np.int32) * 2), pa.py_buffer(b"\xc3\x28" * 16)],
+                ),
+            )
+        ),
+        "shard-00001.parquet cannot be read",
+    ),
+    "damaged pages": (
+        bytes_of_shard(lambda data: data[:200] + bytes(byte ^ 255 for byte in data[200:1200]) + data[1200:]),
+        "shard-00001.parquet",
+    ),
+    "other sum of tokens": (
+        in_manifest(lambda manifest: manifest.update(tokens=4000)),
+        "4096 tokens, the manifest says 64 and 4000",
+    ),
 }
 
 
@@ -779,9 +1132,15 @@ def test_no_manifest(prepared, command):
 
 
 @pytest.mark.parametrize("command", ["inspect", "prepare", "train"])
-@pytest.mark.parametrize("setting, telling", [
-    ("lengths.target=1024", "target_length is 512, expected 1024"), ("lengths.physical=128", "physical_length is 64, expected 128"),
-    ("data.end_prompts=[EP_3]", "EP_3"), ("data.seed=3", "seed is 0, expected 3")])
+@pytest.mark.parametrize(
+    "setting, telling",
+    [
+        ("lengths.target=1024", "target_length is 512, expected 1024"),
+        ("lengths.physical=128", "physical_length is 64, expected 128"),
+        ("data.end_prompts=[EP_3]", "EP_3"),
+        ("data.seed=3", "seed is 0, expected 3"),
+    ],
+)
 def test_shards_of_another_recipe(prepared, command, setting, telling):
     path, out, folder = prepared
     resolved = (folder.parent / "recipe.yaml").read_bytes()
@@ -798,21 +1157,53 @@ def test_shards_of_another_method(prepared, command):
 
 def progress(**changes):
     """What ``prepare`` leaves after the second shard, changed; a function of (settings, shards)."""
-    return lambda expected, listed: json.dumps({"settings": expected, "shards": listed[:2], "document": 10, "offset": 3, "text_tokens": 1, "prompt_tokens": 1, **changes}).encode()
+    return lambda expected, listed: json.dumps(
+        {
+            "settings": expected,
+            "shards": listed[:2],
+            "document": 10,
+            "offset": 3,
+            "text_tokens": 1,
+            "prompt_tokens": 1,
+            **changes,
+        }
+    ).encode()
 
 
-PROGRESS = [b"not json", b"[]", b"{}", b'{"settings": 3}', b"\xff", b"[" * 100000, progress(shards=3),
-            progress(shards=[{"file": "../../corpus.jsonl", "rows": 1, "sha256": "0" * 64}]), progress(document="ten"), progress(document=-1),
-            progress(offset=1.5), progress(text_tokens=None), progress(shards=["shard-00000.parquet"])]
+PROGRESS = [
+    b"not json",
+    b"[]",
+    b"{}",
+    b'{"settings": 3}',
+    b"\xff",
+    b"[" * 100000,
+    progress(shards=3),
+    progress(shards=[{"file": "../../corpus.jsonl", "rows": 1, "sha256": "0" * 64}]),
+    progress(document="ten"),
+    progress(document=-1),
+    progress(offset=1.5),
+    progress(text_tokens=None),
+    progress(shards=["shard-00000.parquet"]),
+]
 
 
-@pytest.mark.parametrize("text", PROGRESS, ids=[repr(text)[:30] if isinstance(text, bytes) else f"changed {number}" for number, text in enumerate(PROGRESS)])
+@pytest.mark.parametrize(
+    "text",
+    PROGRESS,
+    ids=[
+        repr(text)[:30] if isinstance(text, bytes) else f"changed {number}"
+        for number, text in enumerate(PROGRESS)
+    ],
+)
 def test_progress_that_cannot_be_read(prepared, text):
     path, out, folder = prepared
     manifest = json.loads((folder / shards.MANIFEST).read_text())
     if not isinstance(text, bytes):
         recipe = config.load(path)
-        text = text(prepare.settings(recipe, methods.get("endprompt"), model.load_tokenizer(recipe)), manifest["shards"])
+        text = text(
+            prepare.settings(recipe, methods.get("endprompt"), model.load_tokenizer(recipe)),
+            manifest["shards"],
+        )
     (folder / shards.MANIFEST).unlink()
     (folder / prepare.PROGRESS).write_bytes(text)
     before = files(out)
@@ -820,8 +1211,17 @@ def test_progress_that_cannot_be_read(prepared, text):
     assert files(out) == before
 
 
-@pytest.mark.parametrize("text, telling", [(None, "another setting (lengths.target)"), ("[", "recipe.yaml: not valid YAML"), ("", "recipe.yaml is no recipe"),
-                                           ("model: [1]", "recipe.yaml is no recipe"), ("train: x", "recipe.yaml is no recipe"), ("a: &a [*a]", "recipe.yaml: it holds")])
+@pytest.mark.parametrize(
+    "text, telling",
+    [
+        (None, "another setting (lengths.target)"),
+        ("[", "recipe.yaml: not valid YAML"),
+        ("", "recipe.yaml is no recipe"),
+        ("model: [1]", "recipe.yaml is no recipe"),
+        ("train: x", "recipe.yaml is no recipe"),
+        ("a: &a [*a]", "recipe.yaml: it holds"),
+    ],
+)
 def test_run_that_was_trained_otherwise(prepared, text, telling):
     path, out, folder = prepared
     (folder.parent / "checkpoints").mkdir()
@@ -835,7 +1235,10 @@ def test_run_that_was_trained_otherwise(prepared, text, telling):
     assert resolved.read_text() == text
 
 
-@pytest.mark.parametrize("key, changed", [(None, None), ("trust_remote_code", None), ("trust_remote_code", True), ("s2_group_size", 64)])
+@pytest.mark.parametrize(
+    "key, changed",
+    [(None, None), ("trust_remote_code", None), ("trust_remote_code", True), ("s2_group_size", 64)],
+)
 def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     """What a resolved copy does not say was at its default then."""
     from endprompt import train
@@ -848,7 +1251,10 @@ def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
         tree["model"].pop(key)
     (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(tree))
     setting = ["--set", f"model.{key}={json.dumps(changed)}"] if changed else []
-    refused(run_main("train", path, "endprompt", "--out", out, *setting), f"another setting (model.{key})" if changed else "it went on to training")
+    refused(
+        run_main("train", path, "endprompt", "--out", out, *setting),
+        f"another setting (model.{key})" if changed else "it went on to training",
+    )
 
 
 # -- the model folder --------------------------------------------------------------------------------------------------
@@ -859,7 +1265,9 @@ def edited(name, **values):
 
     def edit(folder):
         tree = {**json.loads((folder / name).read_text()), **values}
-        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in tree.items() if value is not None})
+        )
 
     return edit
 
@@ -882,12 +1290,16 @@ def special_file(name, make):
 
 def pickled(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nmkdir\n(S'opened'\ntR.")  # a pickle that makes a folder where it is read
+    (folder / "pytorch_model.bin").write_bytes(
+        b"cos\nmkdir\n(S'opened'\ntR."
+    )  # a pickle that makes a folder where it is read
 
 
 def adapter(folder):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/elses-model", "r": 8}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/elses-model", "r": 8})
+    )
 
 
 def weights(change):
@@ -902,10 +1314,17 @@ def weights(change):
 MODELS = {
     "no config": (without("config.json"), "config of"),
     "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
-    "unsupported type": (edited("config.json", model_type="gpt2"), "type 'gpt2' is not supported", "llama, mistral, qwen2"),
+    "unsupported type": (
+        edited("config.json", model_type="gpt2"),
+        "type 'gpt2' is not supported",
+        "llama, mistral, qwen2",
+    ),
     "unknown type": (edited("config.json", model_type="nonsense"), "nonsense"),
     "no type": (edited("config.json", model_type=None), "model_type"),
-    "window as large as the target": (edited("config.json", max_position_embeddings=512), "does not exceed the model's own window of 512"),
+    "window as large as the target": (
+        edited("config.json", max_position_embeddings=512),
+        "does not exceed the model's own window of 512",
+    ),
     "sliding window": (mistral(sliding_window=128), "sliding window of 128"),
     "no tokenizer": (without("token*"), "tokenizer of"),
     "tokenizer not JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of"),
@@ -915,23 +1334,48 @@ MODELS = {
     "config not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config of"),
     "config a folder": (special_file("config.json", Path.mkdir), "config.json is no regular file"),
     "config a pipe": (special_file("config.json", fifo), "config.json is no regular file"),
-    "config a link to nothing": (special_file("config.json", lambda path: path.symlink_to("gone")), "a link to nothing"),
+    "config a link to nothing": (
+        special_file("config.json", lambda path: path.symlink_to("gone")),
+        "a link to nothing",
+    ),
     "weights a pipe": (special_file("model.safetensors", fifo), "model.safetensors is no regular file"),
     "tokenizer a device": (special_file("tokenizer.json", device), "tokenizer.json is no regular file"),
     "text for sizes": (edited("config.json", hidden_size="64"), "config of"),
     "text for the window": (edited("config.json", max_position_embeddings="256"), "config of"),
     "negative window": (edited("config.json", max_position_embeddings=-1), "model"),
     "list for RoPE": (edited("config.json", rope_parameters=[1]), "config of"),
-    "text for rope_theta": (edited("config.json", rope_parameters={"rope_type": "default", "rope_theta": "big"}), "model"),
-    "negative rope_theta": (edited("config.json", rope_parameters={"rope_type": "default", "rope_theta": -1.0}), "model"),
+    "text for rope_theta": (
+        edited("config.json", rope_parameters={"rope_type": "default", "rope_theta": "big"}),
+        "model",
+    ),
+    "negative rope_theta": (
+        edited("config.json", rope_parameters={"rope_type": "default", "rope_theta": -1.0}),
+        "model",
+    ),
     "number for the type": (edited("config.json", model_type=5), "model"),
     "tokenizer a list": (lambda folder: (folder / "tokenizer.json").write_text("[1]"), "tokenizer of"),
     "tokenizer cut": (lambda folder: os.truncate(folder / "tokenizer.json", 3000), "tokenizer of"),
-    "tokenizer settings a list": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "tokenizer of"),
+    "tokenizer settings a list": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        "tokenizer of",
+    ),
     "unknown tokenizer model": (edited("tokenizer.json", model={"type": "Nonsense"}), "tokenizer of"),
-    "tokenizer of another model": (edited("config.json", vocab_size=100), "the tokenizer of", "embeddings for 0 to 99 alone", "its own tokenizer"),
-    "pickled weights": (pickled, "weights in pytorch_model.bin alone", "must be safetensors", "convert them once"),
-    "attention from the hub": (edited("config.json", _attn_implementation="someone/kernel:attend"), "asks for attention by 'someone/kernel:attend'"),
+    "tokenizer of another model": (
+        edited("config.json", vocab_size=100),
+        "the tokenizer of",
+        "embeddings for 0 to 99 alone",
+        "its own tokenizer",
+    ),
+    "pickled weights": (
+        pickled,
+        "weights in pytorch_model.bin alone",
+        "must be safetensors",
+        "convert them once",
+    ),
+    "attention from the hub": (
+        edited("config.json", _attn_implementation="someone/kernel:attend"),
+        "asks for attention by 'someone/kernel:attend'",
+    ),
     "number for attention": (edited("config.json", _attn_implementation=5), "asks for attention by 5"),
     "text for a sliding window": (mistral(sliding_window="long"), "model"),
     "an adapter": (adapter, "is an adapter, not a whole model", "merge_and_unload"),
@@ -950,19 +1394,52 @@ def model_copy(base, tmp_path):
 def test_model_folder(recipe_file, model_copy, out, case):
     damage, *telling = MODELS[case]
     damage(model_copy)
-    refused(run_main("prepare", recipe_file(model={"name_or_path": str(model_copy)}), "endprompt", "--out", out, "--workers", 1), "model", *telling)
+    refused(
+        run_main(
+            "prepare",
+            recipe_file(model={"name_or_path": str(model_copy)}),
+            "endprompt",
+            "--out",
+            out,
+            "--workers",
+            1,
+        ),
+        "model",
+        *telling,
+    )
 
 
 def test_tokenizer_without_end_token(recipe_file, model_copy, out):
     path = model_copy / "tokenizer_config.json"
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({**tree, "eos_token": None, "extra_special_tokens": []}))
-    refused(run_main("prepare", recipe_file(model={"name_or_path": str(model_copy)}), "endprompt", "--out", out, "--workers", 1), "no end-of-sequence token")
+    refused(
+        run_main(
+            "prepare",
+            recipe_file(model={"name_or_path": str(model_copy)}),
+            "endprompt",
+            "--out",
+            out,
+            "--workers",
+            1,
+        ),
+        "no end-of-sequence token",
+    )
 
 
 # What is told of the same folders as --model of `endprompt evaluate`, and more that only the weights show.
-SCORED = {case: MODELS[case] for case in (
-    "config a pipe", "weights a pipe", "tokenizer a device", "pickled weights", "an adapter", "attention from the hub", "number for attention")} | {
+SCORED = {
+    case: MODELS[case]
+    for case in (
+        "config a pipe",
+        "weights a pipe",
+        "tokenizer a device",
+        "pickled weights",
+        "an adapter",
+        "attention from the hub",
+        "number for attention",
+    )
+} | {
     "negative size": (edited("config.json", intermediate_size=-1), "negative dimension"),
     "padding beyond the words": (edited("config.json", pad_token_id=10**6), "cannot be loaded"),
     "no config": (without("config.json"), "cannot be loaded"),
@@ -979,18 +1456,45 @@ SCORED = {case: MODELS[case] for case in (
     "no weights": (without("model.safetensors"), "cannot be loaded"),
     "weights cut": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
     "weights empty": (lambda folder: os.truncate(folder / "model.safetensors", 0), "cannot be loaded"),
-    "weights of noise": (lambda folder: (folder / "model.safetensors").write_bytes(NOISE), "cannot be loaded"),
-    "weights in a wrong shape": (weights(lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1].contiguous()})),
-                                 "model.norm.weight is [", "by config.json"),
+    "weights of noise": (
+        lambda folder: (folder / "model.safetensors").write_bytes(NOISE),
+        "cannot be loaded",
+    ),
+    "weights in a wrong shape": (
+        weights(
+            lambda tensors: tensors.update(
+                {"model.norm.weight": tensors["model.norm.weight"][:-1].contiguous()}
+            )
+        ),
+        "model.norm.weight is [",
+        "by config.json",
+    ),
     "wider by config": (edited("config.json", intermediate_size=1000), "by config.json"),
     "more layers by config": (edited("config.json", num_hidden_layers=9), "lack ['model.layers."),
     "more words by config": (edited("config.json", vocab_size=60000), "by config.json"),
-    "lost weights": (weights(lambda tensors: tensors.pop("model.norm.weight")), "lack ['model.norm.weight']", "random values"),
+    "lost weights": (
+        weights(lambda tensors: tensors.pop("model.norm.weight")),
+        "lack ['model.norm.weight']",
+        "random values",
+    ),
     "no such activation": (edited("config.json", hidden_act="nonsense"), "cannot be loaded"),
     "no heads": (edited("config.json", num_attention_heads=0), "cannot be loaded"),
-    "index without its files": (lambda folder: [(folder / "model.safetensors").unlink(), (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "gone.safetensors"}}))], "cannot be loaded"),
-    "index not JSON": (lambda folder: [(folder / "model.safetensors").unlink(), (folder / "model.safetensors.index.json").write_text("{")], "cannot be loaded"),
+    "index without its files": (
+        lambda folder: [
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "gone.safetensors"}})
+            ),
+        ],
+        "cannot be loaded",
+    ),
+    "index not JSON": (
+        lambda folder: [
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text("{"),
+        ],
+        "cannot be loaded",
+    ),
 }
 
 
@@ -1000,20 +1504,37 @@ def test_model_to_score(recipe_file, model_copy, out, tmp_path, monkeypatch, cas
     damage, *telling = SCORED[case]
     damage(model_copy)
     monkeypatch.chdir(tmp_path)
-    refused(run_main("evaluate", recipe_file(), "endprompt", "--out", out, "--model", model_copy), "--model", *telling)
+    refused(
+        run_main("evaluate", recipe_file(), "endprompt", "--out", out, "--model", model_copy),
+        "--model",
+        *telling,
+    )
     assert not (tmp_path / "opened").exists(), "the pickle was read"
 
 
-MODEL_NAMES = [("", "it is empty"), ("/no/such/folder", "there is no folder /no/such/folder"), ("./none", "there is no folder none"), ("~nobody-of-this-name/x", "no folder"),
-               ("x" * 5000, "no folder"), ("a\0b", "no folder"), ("small.yaml", "it is a file"), ("ring", "no folder"), ("two words", "cannot be loaded"),
-               ("../../..", "cannot be loaded"), ("nobody/nothing", "cannot be loaded"), ("a/b/c/d", "cannot be loaded")]
+MODEL_NAMES = [
+    ("", "it is empty"),
+    ("/no/such/folder", "there is no folder /no/such/folder"),
+    ("./none", "there is no folder none"),
+    ("~nobody-of-this-name/x", "no folder"),
+    ("x" * 5000, "no folder"),
+    ("a\0b", "no folder"),
+    ("small.yaml", "it is a file"),
+    ("ring", "no folder"),
+    ("two words", "cannot be loaded"),
+    ("../../..", "cannot be loaded"),
+    ("nobody/nothing", "cannot be loaded"),
+    ("a/b/c/d", "cannot be loaded"),
+]
 
 
 @pytest.mark.parametrize("name, telling", MODEL_NAMES, ids=[name[:20] for name, _ in MODEL_NAMES])
 def test_name_of_a_model_to_score(recipe_file, tmp_path, out, monkeypatch, name, telling):
     monkeypatch.chdir(tmp_path)
     loop(tmp_path / "ring")
-    refused(run_main("evaluate", recipe_file(), "endprompt", "--out", out, "--model", name), "--model", telling)
+    refused(
+        run_main("evaluate", recipe_file(), "endprompt", "--out", out, "--model", name), "--model", telling
+    )
 
 
 MODEL_SETTINGS = [
@@ -1041,10 +1562,21 @@ MODEL_SETTINGS = [
 
 @pytest.mark.parametrize("model, telling", MODEL_SETTINGS, ids=[str(case[0])[:60] for case in MODEL_SETTINGS])
 def test_model_that_is_not_there(recipe_file, out, model, telling):
-    refused(run_main("prepare", recipe_file(model=model), "endprompt", "--out", out, "--workers", 1), "model", telling)
+    refused(
+        run_main("prepare", recipe_file(model=model), "endprompt", "--out", out, "--workers", 1),
+        "model",
+        telling,
+    )
 
 
-@pytest.mark.parametrize("case, damage", [("truncated", lambda path: os.truncate(path, 1000)), ("no file", Path.unlink), ("noise", lambda path: path.write_bytes(NOISE))])
+@pytest.mark.parametrize(
+    "case, damage",
+    [
+        ("truncated", lambda path: os.truncate(path, 1000)),
+        ("no file", Path.unlink),
+        ("noise", lambda path: path.write_bytes(NOISE)),
+    ],
+)
 def test_weights(recipe_file, model_copy, case, damage):
     import torch
 
@@ -1058,37 +1590,70 @@ def test_weights(recipe_file, model_copy, case, damage):
 
 
 def test_method_and_recipe_that_are_not_there(recipe_file, out, tmp_path):
-    refused(run_main("prepare", recipe_file(), "endpromt", "--out", out), "'endpromt'", ", ".join(methods.METHODS))
-    refused(run_main("prepare", tmp_path / "none.yaml", "endprompt", "--out", out), "there is no file", "none.yaml", "recipes/")
+    refused(
+        run_main("prepare", recipe_file(), "endpromt", "--out", out), "'endpromt'", ", ".join(methods.METHODS)
+    )
+    refused(
+        run_main("prepare", tmp_path / "none.yaml", "endprompt", "--out", out),
+        "there is no file",
+        "none.yaml",
+        "recipes/",
+    )
     refused(run_main("prepare", tmp_path, "endprompt", "--out", out), "cannot be read")
 
 
 @pytest.mark.parametrize("workers", [0, -3, 1025, 10**9])
 def test_workers(recipe_file, out, workers):
-    refused(run_main("prepare", recipe_file(), "endprompt", "--out", out, "--workers", workers), f"--workers {workers}")
+    refused(
+        run_main("prepare", recipe_file(), "endprompt", "--out", out, "--workers", workers),
+        f"--workers {workers}",
+    )
 
 
 @pytest.mark.parametrize("row", [64, -1, 10**12, -(10**30)])
 def test_row_out_of_range(prepared, row):
     path, out, _ = prepared
-    refused(run_main("inspect", path, "endprompt", "--out", out, "--row", row), f"--row {row}: the shards hold rows 0 to 63")
+    refused(
+        run_main("inspect", path, "endprompt", "--out", out, "--row", row),
+        f"--row {row}: the shards hold rows 0 to 63",
+    )
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "inspect", "evaluate"])
 @pytest.mark.parametrize("inside", ["", "deeper/still"])
 def test_out_is_a_file(recipe_file, tmp_path, command, inside):
     (tmp_path / "file").write_text("mine")
-    refused(run_main(command, recipe_file(), "endprompt", "--out", tmp_path / "file" / inside), "--out", "is a file")
+    refused(
+        run_main(command, recipe_file(), "endprompt", "--out", tmp_path / "file" / inside),
+        "--out",
+        "is a file",
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
 ARGUMENTS = [
-    [], ["prepare"], ["prepare", "r.yaml"], ["fly", "r.yaml", "endprompt"], ["prepare", "r.yaml", "endprompt", "more"], ["prepare", "r.yaml", "endprompt", "--nonsense"],
-    ["prepare", "r.yaml", "endprompt", "--set"], ["prepare", "r.yaml", "endprompt", "--out"], ["prepare", "r.yaml", "endprompt", "--workers", "two"],
-    ["prepare", "r.yaml", "endprompt", "--workers", "1.5"], ["prepare", "r.yaml", "endprompt", "--workers", "9" * 5000], ["prepare", "r.yaml", "endprompt", "--row", "1"],
-    ["inspect", "r.yaml", "endprompt", "--row", "x"], ["inspect", "r.yaml", "endprompt", "--row", "1e3"], ["inspect", "r.yaml", "endprompt", "--row", ""],
-    ["inspect", "r.yaml", "endprompt", "--workers", "2"], ["evaluate", "r.yaml", "endprompt", "--model"], ["train", "r.yaml", "endprompt", "--model", "x"],
-    ["--local_rank=x", "train", "r.yaml", "endprompt"], ["prepare", "r.yaml", "endprompt", "--dry-run=yes"], ["prepare", "--out", "x", "--row"], ["--", "--"],
+    [],
+    ["prepare"],
+    ["prepare", "r.yaml"],
+    ["fly", "r.yaml", "endprompt"],
+    ["prepare", "r.yaml", "endprompt", "more"],
+    ["prepare", "r.yaml", "endprompt", "--nonsense"],
+    ["prepare", "r.yaml", "endprompt", "--set"],
+    ["prepare", "r.yaml", "endprompt", "--out"],
+    ["prepare", "r.yaml", "endprompt", "--workers", "two"],
+    ["prepare", "r.yaml", "endprompt", "--workers", "1.5"],
+    ["prepare", "r.yaml", "endprompt", "--workers", "9" * 5000],
+    ["prepare", "r.yaml", "endprompt", "--row", "1"],
+    ["inspect", "r.yaml", "endprompt", "--row", "x"],
+    ["inspect", "r.yaml", "endprompt", "--row", "1e3"],
+    ["inspect", "r.yaml", "endprompt", "--row", ""],
+    ["inspect", "r.yaml", "endprompt", "--workers", "2"],
+    ["evaluate", "r.yaml", "endprompt", "--model"],
+    ["train", "r.yaml", "endprompt", "--model", "x"],
+    ["--local_rank=x", "train", "r.yaml", "endprompt"],
+    ["prepare", "r.yaml", "endprompt", "--dry-run=yes"],
+    ["prepare", "--out", "x", "--row"],
+    ["--", "--"],
 ]
 
 
@@ -1097,7 +1662,11 @@ def test_arguments(out, arguments, tmp_path, monkeypatch):
     """argparse's own form: the usage, and one line that names the argument."""
     monkeypatch.chdir(tmp_path)
     code, stdout, err = run_main(*arguments)
-    assert (code, stdout) == (2, "") and err.startswith("usage: endprompt") and re.fullmatch(r"endprompt.*: error: .+", err.splitlines()[-1])
+    assert (
+        (code, stdout) == (2, "")
+        and err.startswith("usage: endprompt")
+        and re.fullmatch(r"endprompt.*: error: .+", err.splitlines()[-1])
+    )
     assert files(tmp_path) == []
 
 
@@ -1107,12 +1676,20 @@ METHOD_NAMES = ["", " ", "EndPrompt", "endprompt ", "../endprompt", "endprompt/.
 @pytest.mark.parametrize("name", METHOD_NAMES, ids=repr)
 @pytest.mark.parametrize("command", ["prepare", "evaluate"])
 def test_method_name(recipe_file, out, command, name):
-    refused(run_main(command, recipe_file(), name, "--out", out), "method: there is none named", "endprompt_pose")
+    refused(
+        run_main(command, recipe_file(), name, "--out", out), "method: there is none named", "endprompt_pose"
+    )
 
 
-OUTS = {"a link to nothing": (lambda path: path.symlink_to("gone"), ""), "a link to itself": (loop, ""), "a pipe": (fifo, ""), "inside a pipe": (fifo, "deeper"),
-        "too long": (Path.mkdir, "x" * 300), "too deep": (Path.mkdir, "/".join(["x" * 200] * 30)),
-        "no place for files": (lambda path: path.symlink_to("/proc/self"), "")}
+OUTS = {
+    "a link to nothing": (lambda path: path.symlink_to("gone"), ""),
+    "a link to itself": (loop, ""),
+    "a pipe": (fifo, ""),
+    "inside a pipe": (fifo, "deeper"),
+    "too long": (Path.mkdir, "x" * 300),
+    "too deep": (Path.mkdir, "/".join(["x" * 200] * 30)),
+    "no place for files": (lambda path: path.symlink_to("/proc/self"), ""),
+}
 
 
 @pytest.mark.timeout(60)
@@ -1131,49 +1708,108 @@ def test_out(recipe_file, tmp_path, command, case):
 @pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
 def test_out_that_must_not_be_written(recipe_file, tmp_path, command):
     (tmp_path / "locked").mkdir(mode=0o555)
-    refused(run_main(command, recipe_file(), "endprompt", "--out", tmp_path / "locked"), "--out", "Permission denied", "choose another")
+    refused(
+        run_main(command, recipe_file(), "endprompt", "--out", tmp_path / "locked"),
+        "--out",
+        "Permission denied",
+        "choose another",
+    )
 
 
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 ENVIRONMENTS = [
-    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'", "whole number from 1"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
-    ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"), ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0'"), ({"WORLD_SIZE": "9" * 30}, "WORLD_SIZE='999"),
-    ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5, but of 2 ranks the last is 1"), ({"RANK": "x"}, "RANK='x'"), ({"RANK": "-1"}, "RANK='-1'"),
-    ({"RANK": "1"}, "RANK is 1", "of 1 ranks"), ({"RANK": "\u0662"}, "RANK="), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
-    ({"LOCAL_RANK": "first"}, "LOCAL_RANK='first'"), ({"LOCAL_RANK": "3"}, "LOCAL_RANK is 3"),
-    ({"WORLD_SIZE": "8", "RANK": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "4"}, "LOCAL_RANK is 4, but of 4 ranks"), ({"LOCAL_WORLD_SIZE": "none"}, "LOCAL_WORLD_SIZE='none'"),
-    ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'", "to 65535"), ({"MASTER_PORT": "0"}, "MASTER_PORT='0'"), ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'", "whole number from 1"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+    ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0'"),
+    ({"WORLD_SIZE": "9" * 30}, "WORLD_SIZE='999"),
+    ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5, but of 2 ranks the last is 1"),
+    ({"RANK": "x"}, "RANK='x'"),
+    ({"RANK": "-1"}, "RANK='-1'"),
+    ({"RANK": "1"}, "RANK is 1", "of 1 ranks"),
+    ({"RANK": "\u0662"}, "RANK="),
+    ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+    ({"LOCAL_RANK": "first"}, "LOCAL_RANK='first'"),
+    ({"LOCAL_RANK": "3"}, "LOCAL_RANK is 3"),
+    (
+        {"WORLD_SIZE": "8", "RANK": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "4"},
+        "LOCAL_RANK is 4, but of 4 ranks",
+    ),
+    ({"LOCAL_WORLD_SIZE": "none"}, "LOCAL_WORLD_SIZE='none'"),
+    ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'", "to 65535"),
+    ({"MASTER_PORT": "0"}, "MASTER_PORT='0'"),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is missing"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT is missing"),
-    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "MASTER_ADDR is missing"),
-    ({"OMP_NUM_THREADS": "x"}, "OMP_NUM_THREADS='x'", "number of threads"), ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS='0'"), ({"OMP_NUM_THREADS": "-1"}, "OMP_NUM_THREADS='-1'"),
-    ({"OMP_NUM_THREADS": "1.5"}, "OMP_NUM_THREADS='1.5'"), ({"OMP_NUM_THREADS": ""}, "OMP_NUM_THREADS=''"), ({"OMP_NUM_THREADS": "2,,2"}, "OMP_NUM_THREADS='2,,2'"),
+    (
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "29500"},
+        "MASTER_ADDR is missing",
+    ),
+    ({"OMP_NUM_THREADS": "x"}, "OMP_NUM_THREADS='x'", "number of threads"),
+    ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS='0'"),
+    ({"OMP_NUM_THREADS": "-1"}, "OMP_NUM_THREADS='-1'"),
+    ({"OMP_NUM_THREADS": "1.5"}, "OMP_NUM_THREADS='1.5'"),
+    ({"OMP_NUM_THREADS": ""}, "OMP_NUM_THREADS=''"),
+    ({"OMP_NUM_THREADS": "2,,2"}, "OMP_NUM_THREADS='2,,2'"),
 ]
 
 
 @pytest.fixture
 def bare(monkeypatch):
     """No variable of a launcher, of whoever runs the tests."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "TMPDIR"):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+        "TMPDIR",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("variables, telling", [(case[0], case[1:]) for case in ENVIRONMENTS], ids=[str(case[0])[:60] for case in ENVIRONMENTS])
+@pytest.mark.parametrize(
+    "variables, telling",
+    [(case[0], case[1:]) for case in ENVIRONMENTS],
+    ids=[str(case[0])[:60] for case in ENVIRONMENTS],
+)
 def test_environment(recipe_file, out, bare, monkeypatch, variables, telling):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     refused(run_main("train", recipe_file(), "endprompt", "--out", out), "environment: ", *telling)
 
 
-@pytest.mark.parametrize("variables", [
-    {}, {"OMP_NUM_THREADS": "4,2"}, {"MASTER_PORT": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-    {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OMP_NUM_THREADS": "4,2"},
+        {"MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {
+            "RANK": "3",
+            "WORLD_SIZE": "4",
+            "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "h",
+            "MASTER_PORT": "29500",
+        },
+    ],
+)
 def test_environments_that_launchers_make(variables):
     launch.check(variables)
 
 
-TMPDIRS = {"none": lambda path: None, "a file": Path.touch, "a link to nothing": lambda path: path.symlink_to("gone"), "a pipe": fifo}
+TMPDIRS = {
+    "none": lambda path: None,
+    "a file": Path.touch,
+    "a link to nothing": lambda path: path.symlink_to("gone"),
+    "a pipe": fifo,
+}
 
 
 @pytest.mark.parametrize("case", TMPDIRS)
@@ -1186,7 +1822,15 @@ def test_folder_for_temporary_files(recipe_file, tmp_path, out, bare, monkeypatc
 def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "\x1b[2J\u202e.jsonl").write_text("no JSON")
-    result = run_main("prepare", recipe_file(data={"corpus": str(tmp_path / "c")}), "endprompt", "--out", out, "--workers", 1)
+    result = run_main(
+        "prepare",
+        recipe_file(data={"corpus": str(tmp_path / "c")}),
+        "endprompt",
+        "--out",
+        out,
+        "--workers",
+        1,
+    )
     refused(result, r"c/\x1b[2J\u202e.jsonl line 1: not JSON")
     assert result[2].rstrip("\n").isprintable()
 
@@ -1195,17 +1839,34 @@ def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
 
 
 def test_processes(recipe_file, tmp_path, base, model_copy):
-    edited("config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})(model_copy)
+    edited("config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})(
+        model_copy
+    )
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"oops\n")
     SCORED["weights in a wrong shape"][0](shutil.copytree(base, tmp_path / "misfit"))
     # (recipe name, sections, command, what is told)
     cases = [
-        ("yaml", {"lengths": {"physical": 1024}}, ["prepare", "--workers", "2"], "greater than lengths.target"),
-        ("line", {"data": {"corpus": str(tmp_path / "bad.jsonl")}}, ["prepare", "--workers", "2"], "bad.jsonl line 2: not JSON"),
+        (
+            "yaml",
+            {"lengths": {"physical": 1024}},
+            ["prepare", "--workers", "2"],
+            "greater than lengths.target",
+        ),
+        (
+            "line",
+            {"data": {"corpus": str(tmp_path / "bad.jsonl")}},
+            ["prepare", "--workers", "2"],
+            "bad.jsonl line 2: not JSON",
+        ),
         ("damaged", {}, ["inspect"], "shard-00000.parquet is damaged"),
         ("scaled", {"model": {"name_or_path": str(model_copy)}}, ["prepare"], "scaled already"),
         ("other", {"train": {"deepspeed": None}}, ["train", "--set", "data.seed=7"], "seed is 0, expected 7"),
-        ("misfit", {"model": {"name_or_path": str(tmp_path / "misfit")}}, ["train"], "size mismatch for model.norm.weight"),  # as ZeRO-3 meets it
+        (
+            "misfit",
+            {"model": {"name_or_path": str(tmp_path / "misfit")}},
+            ["train"],
+            "size mismatch for model.norm.weight",
+        ),  # as ZeRO-3 meets it
     ]
     out = tmp_path / "out"
     paths = {name: recipe_file(name, **sections) for name, sections, _, _ in cases}
@@ -1215,8 +1876,27 @@ def test_processes(recipe_file, tmp_path, base, model_copy):
     before = files(out)
     # All at once: most of the time goes into importing.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([sys.executable, "-m", "endprompt", command[0], str(paths[name]), "endprompt", "--out", str(out), *command[1:]], cwd=REPOSITORY,
-                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name, _, command, _ in cases]
+    running = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "endprompt",
+                command[0],
+                str(paths[name]),
+                "endprompt",
+                "--out",
+                str(out),
+                *command[1:],
+            ],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, _, command, _ in cases
+    ]
     results = [process.communicate(timeout=120) for process in running]
     for (*_, telling), process, (stdout, stderr) in zip(cases, running, results, strict=True):
         refused((process.returncode, stdout, stderr), telling)
@@ -1226,30 +1906,126 @@ def test_processes(recipe_file, tmp_path, base, model_copy):
 # -- chance ------------------------------------------------------------------------------------------------------------
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=8) | st.binary(max_size=4) | st.dates() | st.datetimes()
-    | st.sampled_from(["", "\0", "..", "EP_9", "<x>", "1e5", "~", "package:x", "linear", "passkey", "all", -1, 0, 1, 2**31, 2**32, 2**63]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3) | st.sets(st.integers(), max_size=2), max_leaves=5)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=4)
+    | st.dates()
+    | st.datetimes()
+    | st.sampled_from(
+        [
+            "",
+            "\0",
+            "..",
+            "EP_9",
+            "<x>",
+            "1e5",
+            "~",
+            "package:x",
+            "linear",
+            "passkey",
+            "all",
+            -1,
+            0,
+            1,
+            2**31,
+            2**32,
+            2**63,
+        ]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
+        | st.sets(st.integers(), max_size=2)
+    ),
+    max_leaves=5,
+)
 
 # Every key of the schema, and of train: one of each type that it has.
 WHOLE = {
-    "model": {"name_or_path": "x", "gguf_file": None, "revision": None, "trust_remote_code": False, "original_length": None, "attn_implementation": None, "s2_group_size": None},
+    "model": {
+        "name_or_path": "x",
+        "gguf_file": None,
+        "revision": None,
+        "trust_remote_code": False,
+        "original_length": None,
+        "attn_implementation": None,
+        "s2_group_size": None,
+    },
     "lengths": {"physical": 64, "target": 512},
-    "data": {"corpus": "x", "text_column": "text", "split": "train", "tokens": 4096, "end_prompts": ["EP_1"], "prompt_loss_weight": 0.1, "packing": "cut", "pose_chunks": 2,
-             "pose_text": "contiguous", "recall_share": 0.25, "recall_cue": 4, "recall_tokens": 16, "match_pieces": 4, "match_tokens": 5, "rows_per_shard": 16, "seed": 0},
+    "data": {
+        "corpus": "x",
+        "text_column": "text",
+        "split": "train",
+        "tokens": 4096,
+        "end_prompts": ["EP_1"],
+        "prompt_loss_weight": 0.1,
+        "packing": "cut",
+        "pose_chunks": 2,
+        "pose_text": "contiguous",
+        "recall_share": 0.25,
+        "recall_cue": 4,
+        "recall_tokens": 16,
+        "match_pieces": 4,
+        "match_tokens": 5,
+        "rows_per_shard": 16,
+        "seed": 0,
+    },
     "rope": {"type": None, "sharpen": 0.1},
-    "train": {"deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "bf16": {"enabled": "auto"}, "checkpoint": {}},
-              "learning_rate": 1e-4, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "optim": "adamw_torch",
-              "gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "save_steps": 10, "report_to": ["none"], "warmup_steps": 2,
-              "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"], "train_embed_norm": False}, "sequence_parallel": 1, "bf16": True, "max_steps": 3,
-              "save_total_limit": None, "ddp_timeout": 9, "lr_scheduler_kwargs": {"num_cycles": 1}, "data_seed": 1, "logging_strategy": "steps"},
-    "eval": {"tasks": ["passkey"], "lengths": [64], "samples": 4, "depths": 2, "seed": 1, "perplexity_corpus": None,
-             "perplexity_column": None, "perplexity_tokens": 64, "perplexity_stride": 32,
-             "ruler_samples": None, "longbench_data": None, "longbench_length": 64, "short_text_samples": None, "chat_template": False, "run_unsafe_code": False, "backend": "hf"},
+    "train": {
+        "deepspeed": {
+            "zero_optimization": {"stage": 3},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+            "bf16": {"enabled": "auto"},
+            "checkpoint": {},
+        },
+        "learning_rate": 1e-4,
+        "per_device_train_batch_size": 8,
+        "lr_scheduler_type": "cosine",
+        "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "save_steps": 10,
+        "report_to": ["none"],
+        "warmup_steps": 2,
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"], "train_embed_norm": False},
+        "sequence_parallel": 1,
+        "bf16": True,
+        "max_steps": 3,
+        "save_total_limit": None,
+        "ddp_timeout": 9,
+        "lr_scheduler_kwargs": {"num_cycles": 1},
+        "data_seed": 1,
+        "logging_strategy": "steps",
+    },
+    "eval": {
+        "tasks": ["passkey"],
+        "lengths": [64],
+        "samples": 4,
+        "depths": 2,
+        "seed": 1,
+        "perplexity_corpus": None,
+        "perplexity_column": None,
+        "perplexity_tokens": 64,
+        "perplexity_stride": 32,
+        "ruler_samples": None,
+        "longbench_data": None,
+        "longbench_length": 64,
+        "short_text_samples": None,
+        "chat_template": False,
+        "run_unsafe_code": False,
+        "backend": "hf",
+    },
 }
 
 
 def places(tree, before=()):
-    for key, value in (tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()):
+    for key, value in (
+        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    ):
         yield (*before, key)
         yield from places(value, (*before, key))
 
@@ -1271,7 +2047,9 @@ def scratch(tmp_path_factory):
 
 def test_every_key_of_the_schema_is_tried(scratch):
     (scratch / "r.yaml").write_text(yaml.dump(WHOLE))
-    assert config.load(scratch / "r.yaml").train["max_steps"] == 3  # else every change of it would be refused, whatever it is
+    assert (
+        config.load(scratch / "r.yaml").train["max_steps"] == 3
+    )  # else every change of it would be refused, whatever it is
     for section, field in config.Recipe.model_fields.items():
         if not field.exclude and section != "train":
             assert set(WHOLE[section]) == set(field.annotation.model_fields)
@@ -1293,7 +2071,10 @@ def test_any_value_is_refused_or_a_recipe(scratch, place, value):
 
 
 @settings(max_examples=300)
-@given(st.text(max_size=40) | st.binary(max_size=40).map(lambda data: data.decode("latin-1")), st.sampled_from(["", "data.tokens", "model", "train.lora", "eval.tasks"]))
+@given(
+    st.text(max_size=40) | st.binary(max_size=40).map(lambda data: data.decode("latin-1")),
+    st.sampled_from(["", "data.tokens", "model", "train.lora", "eval.tasks"]),
+)
 def test_any_override_is_refused_or_a_recipe(scratch, text, key):
     path = scratch / "whole.yaml"
     if not path.exists():
@@ -1319,8 +2100,15 @@ def read_back(folder):
 @pytest.fixture(scope="module")
 def shard_folder(prepared_once, tmp_path_factory):
     """A copy of the prepared shards to be overwritten, its manifest, and the bytes and the rows of what is in it."""
-    folder = shutil.copytree(prepared_once / "out/small/endprompt/shards", tmp_path_factory.mktemp("fuzzed") / "shards")
-    return folder, json.loads((folder / shards.MANIFEST).read_text()), (folder / "shard-00001.parquet").read_bytes(), read_back(folder)[0]
+    folder = shutil.copytree(
+        prepared_once / "out/small/endprompt/shards", tmp_path_factory.mktemp("fuzzed") / "shards"
+    )
+    return (
+        folder,
+        json.loads((folder / shards.MANIFEST).read_text()),
+        (folder / "shard-00001.parquet").read_bytes(),
+        read_back(folder)[0],
+    )
 
 
 @pytest.mark.timeout(120)
@@ -1329,8 +2117,15 @@ def shard_folder(prepared_once, tmp_path_factory):
 def test_any_manifest_is_refused_or_read_whole(shard_folder, data):
     folder, manifest, parquet, rows = shard_folder
     (folder / "shard-00001.parquet").write_bytes(parquet)
-    junk = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
-            | st.dictionaries(st.text(max_size=3), st.none(), max_size=2))
+    junk = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=5)
+        | st.lists(st.integers(), max_size=2)
+        | st.dictionaries(st.text(max_size=3), st.none(), max_size=2)
+    )
     changed = replaced(manifest, data.draw(st.sampled_from(list(places(manifest)))), data.draw(junk))
     (folder / shards.MANIFEST).write_text(json.dumps(changed))
     found = read_back(folder)
@@ -1346,11 +2141,13 @@ def test_any_damage_of_a_shard_is_refused_or_harmless(shard_folder, data):
     changed = bytearray(parquet)
     for _ in range(data.draw(st.integers(0, 3))):
         # Pages and footer alike: the footer is the smaller part, and the one that leads the reader.
-        at = data.draw(st.integers(0, len(changed) - 1) | st.integers(max(0, len(changed) - 2000), len(changed) - 1))
+        at = data.draw(
+            st.integers(0, len(changed) - 1) | st.integers(max(0, len(changed) - 2000), len(changed) - 1)
+        )
         changed[at] ^= data.draw(st.integers(1, 255))
     if data.draw(st.booleans()):
         cut = data.draw(st.integers(0, len(changed)))
-        changed = changed[:cut] + changed[data.draw(st.integers(cut, len(changed))):]
+        changed = changed[:cut] + changed[data.draw(st.integers(cut, len(changed))) :]
     (folder / "shard-00001.parquet").write_bytes(changed)
     (folder / shards.MANIFEST).write_text(json.dumps(manifest))
     found = read_back(folder)
@@ -1361,9 +2158,18 @@ def test_any_damage_of_a_shard_is_refused_or_harmless(shard_folder, data):
     assert len(found[0]) == found[1]["rows"]
     for row in found[0]:
         at = row["position_ids"]
-        assert at[0] >= 0 and at[-1] < 512 and all(one < other for one, other in zip(at, at[1:], strict=False))
-        assert len(row["input_ids"]) == len(row["loss_weights"]) == len(at) == row["text_length"] + row["prompt_length"]
-        assert min(row["input_ids"]) >= 0 and all(0 <= weight < float("inf") for weight in row["loss_weights"])
+        assert (
+            at[0] >= 0 and at[-1] < 512 and all(one < other for one, other in zip(at, at[1:], strict=False))
+        )
+        assert (
+            len(row["input_ids"])
+            == len(row["loss_weights"])
+            == len(at)
+            == row["text_length"] + row["prompt_length"]
+        )
+        assert min(row["input_ids"]) >= 0 and all(
+            0 <= weight < float("inf") for weight in row["loss_weights"]
+        )
 
 
 # -- how many --------------------------------------------------------------------------------------------------------
@@ -1372,7 +2178,12 @@ def test_any_damage_of_a_shard_is_refused_or_harmless(shard_folder, data):
 def test_at_least_200_cases():
     """Different inputs of the tables above, each counted once for all commands that it is tried with."""
     counted = {
-        "recipe": [RECIPE_TEXTS, NAMES, FILE_NAMES, SPECIAL_RECIPES, SETTINGS], "corpus": [CORPORA, SPECIAL_CORPORA, LONG], "shards": [SHARDS, ROWS, PROGRESS],
-        "model": [MODELS, SCORED, MODEL_NAMES, MODEL_SETTINGS], "command line": [ARGUMENTS, METHOD_NAMES, OUTS], "environment": [ENVIRONMENTS, TMPDIRS]}
+        "recipe": [RECIPE_TEXTS, NAMES, FILE_NAMES, SPECIAL_RECIPES, SETTINGS],
+        "corpus": [CORPORA, SPECIAL_CORPORA, LONG],
+        "shards": [SHARDS, ROWS, PROGRESS],
+        "model": [MODELS, SCORED, MODEL_NAMES, MODEL_SETTINGS],
+        "command line": [ARGUMENTS, METHOD_NAMES, OUTS],
+        "environment": [ENVIRONMENTS, TMPDIRS],
+    }
     sizes = {category: sum(map(len, tables)) for category, tables in counted.items()}
     assert sum(sizes.values()) >= 200 and min(sizes.values()) >= 20, sizes

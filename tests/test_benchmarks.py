@@ -15,28 +15,72 @@ from endprompt import BadInput
 
 def run(name: str, *options, timeout: int = 200) -> dict:
     out = options[options.index("--out") + 1]
-    result = subprocess.run([sys.executable, str(REPOSITORY / "benchmarks" / name), *map(str, options)], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / name), *map(str, options)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(out.read_text())[name.removesuffix(".py")]
 
 
 def test_loss(tmp_path):
-    found = run("loss.py", "--tokens", 1024, "--vocabulary", 40000, "--width", 32, "--repeats", 1, "--out", tmp_path / "r.json")
-    assert max(found["chunked"]["relative_gradient_difference"]) < 1e-5 and found["full"]["loss"] == pytest.approx(found["chunked"]["loss"], rel=1e-5)
+    found = run(
+        "loss.py",
+        "--tokens",
+        1024,
+        "--vocabulary",
+        40000,
+        "--width",
+        32,
+        "--repeats",
+        1,
+        "--out",
+        tmp_path / "r.json",
+    )
+    assert max(found["chunked"]["relative_gradient_difference"]) < 1e-5 and found["full"][
+        "loss"
+    ] == pytest.approx(found["chunked"]["loss"], rel=1e-5)
     assert 0 < found["memory_share"] < 0.8 and found["commit"] and found["command"].startswith("python")
 
 
 @pytest.mark.slow
 def test_prepare(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", tiny_documents(150, 18))
-    found = run("prepare.py", corpus, "--documents", 150, "--model", "recipes/tiny/base", "--gguf", "", "--workers", 1, "--repeats", 1,
-                "--out", tmp_path / "r.json")
+    found = run(
+        "prepare.py",
+        corpus,
+        "--documents",
+        150,
+        "--model",
+        "recipes/tiny/base",
+        "--gguf",
+        "",
+        "--workers",
+        1,
+        "--repeats",
+        1,
+        "--out",
+        tmp_path / "r.json",
+    )
     # Rows are whole: of the corpus' tokens some remain, and eight times the corpus is eight times the tokens and less than one row.
     for kind in ("prepare", "tokenizers"):
-        assert found[f"{kind}_first"]["tokens"] == 8192 <= found[f"{kind}_1"]["tokens"] <= found["bare"]["tokens"] + 150
+        assert (
+            found[f"{kind}_first"]["tokens"]
+            == 8192
+            <= found[f"{kind}_1"]["tokens"]
+            <= found["bare"]["tokens"] + 150
+        )
         assert abs(found[f"{kind}_8"]["tokens"] - 8 * found["bare"]["tokens"]) < 8 * 8192
-        assert 0 < found[f"{kind}_1"]["position_share_of_bytes"] < 0.05 and found[f"{kind}_memory_8_times_of_once"] > 0
-        assert found[f"{kind}_once_of_map"] > 0 and f"{kind}_without_start_up_of_bare" in found  # of a corpus this small, noise
+        assert (
+            0 < found[f"{kind}_1"]["position_share_of_bytes"] < 0.05
+            and found[f"{kind}_memory_8_times_of_once"] > 0
+        )
+        assert (
+            found[f"{kind}_once_of_map"] > 0 and f"{kind}_without_start_up_of_bare" in found
+        )  # of a corpus this small, noise
     assert found["map"]["tokens"] <= found["bare"]["tokens"] + 150
 
 
@@ -71,26 +115,55 @@ def test_tables_are_what_the_results_say(scripts):
 def test_a_target_is_met_or_not(scripts):
     table = scripts("table")
     loss = result(tokens=8192, vocabulary=128256, width=256, memory_share=0.06, time_ratio=0.9)
-    found = {"loss": loss,
-             "startup": result(help_seconds=0.6, first_step_seconds=15.0), "ruler": result(tasks=13, samples=500, length=65536, seconds=1260.0, seconds_from_cache=0.5)}
-    met = [(what.partition(":")[0].partition(",")[0], shown, good) for what, shown, _, good in table.rows(found)]
-    assert met == [("chunked loss", "6.0% of full logits'", False), ("chunked loss", "0.90 of full logits'", True), ("command to the first step", "15.0 s", True),
-                   ("`endprompt --help`", "0.60 s", False), ("RULER's samples", "21.0 minutes", False), ("the same", "0.5 s", None)]
+    found = {
+        "loss": loss,
+        "startup": result(help_seconds=0.6, first_step_seconds=15.0),
+        "ruler": result(tasks=13, samples=500, length=65536, seconds=1260.0, seconds_from_cache=0.5),
+    }
+    met = [
+        (what.partition(":")[0].partition(",")[0], shown, good) for what, shown, _, good in table.rows(found)
+    ]
+    assert met == [
+        ("chunked loss", "6.0% of full logits'", False),
+        ("chunked loss", "0.90 of full logits'", True),
+        ("command to the first step", "15.0 s", True),
+        ("`endprompt --help`", "0.60 s", False),
+        ("RULER's samples", "21.0 minutes", False),
+        ("the same", "0.5 s", None),
+    ]
     found = {"ruler": result(tasks=13, samples=20, length=65536, seconds=60.0, seconds_from_cache=0.5)}
     assert [good for _, _, _, good in table.rows(found)] == [None, None]  # not what the target is about
-    ratios = {"65536": {"speedup": 2.9, "arithmetic": 2.25, "memory_share_full": 0.13}, "16384": {"speedup": 1.2, "arithmetic": 1.1, "memory_share_full": 0.5},
-              "endprompt_slowest_of_fastest_target": 1.03}
+    ratios = {
+        "65536": {"speedup": 2.9, "arithmetic": 2.25, "memory_share_full": 0.13},
+        "16384": {"speedup": 1.2, "arithmetic": 1.1, "memory_share_full": 0.5},
+        "endprompt_slowest_of_fastest_target": 1.03,
+    }
     for device, speedup in (("NVIDIA H100 x 1", False), ("CPU: some", None)):
-        found = {"efficiency": {"llama-3.2-1b": result(device, ratios=ratios, entries=[{"fits": True, "mfu": 0.51}, {"fits": False}])}}
+        found = {
+            "efficiency": {
+                "llama-3.2-1b": result(
+                    device, ratios=ratios, entries=[{"fits": True, "mfu": 0.51}, {"fits": False}]
+                )
+            }
+        }
         assert [good for _, _, _, good in table.rows(found)] == [None, None, speedup, True, False, True]
 
 
 def test_results_are_collected_by_machine(scripts):
     gather = scripts("gather")
     steps = result(shape="small", entries=[], ratios={})
-    found = gather.collected({"loss": result(a=1)}, {"s.json": steps, "l.json": {"loss": result("CPU: some, 1 thread(s)", a=2), "startup": result()}})
-    assert found["efficiency"] == {"small": steps} and found["loss"]["a"] == 2 and set(found) == {"loss", "startup", "efficiency"}
-    with pytest.raises(BadInput, match=r"h\.json is of another device than what is there \(CPU: some and NVIDIA H100 x 1\)"):
+    found = gather.collected(
+        {"loss": result(a=1)},
+        {"s.json": steps, "l.json": {"loss": result("CPU: some, 1 thread(s)", a=2), "startup": result()}},
+    )
+    assert (
+        found["efficiency"] == {"small": steps}
+        and found["loss"]["a"] == 2
+        and set(found) == {"loss", "startup", "efficiency"}
+    )
+    with pytest.raises(
+        BadInput, match=r"h\.json is of another device than what is there \(CPU: some and NVIDIA H100 x 1\)"
+    ):
         gather.collected(found, {"h.json": {"machine": result("NVIDIA H100 x 1")}})
     for wrong in ({}, {"a": 1}, {"a": {}}):
         with pytest.raises(BadInput, match="is no result of a benchmark"):
@@ -100,21 +173,47 @@ def test_results_are_collected_by_machine(scripts):
 @pytest.mark.slow
 def test_train(tmp_path):
     found = run("train.py", "--shape", "small", "--rows", 1, "--steps", 2, "--out", tmp_path / "r.json")
-    assert found["steps"] == len(found["losses"]) == 2 and found["tokens_per_second"] > 0 and found["probe"] > 1e-3
+    assert (
+        found["steps"] == len(found["losses"]) == 2
+        and found["tokens_per_second"] > 0
+        and found["probe"] > 1e-3
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--out"], "expected one argument"),
-    (["--out", "{folder}"], "endprompt: benchmarks/gpu.py: there is no GPU that torch can use; --small rehearses on a CPU")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out"], "expected one argument"),
+        (
+            ["--out", "{folder}"],
+            "endprompt: benchmarks/gpu.py: there is no GPU that torch can use; --small rehearses on a CPU",
+        ),
+    ],
+)
 def test_gpu_refuses_in_one_line(tmp_path, arguments, message):
     command = [sys.executable, "benchmarks/gpu.py", *(part.format(folder=tmp_path) for part in arguments)]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    result = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].endswith(message)
 
 
-@pytest.mark.parametrize("arguments, message", [(["OUT", "soon"], "SECONDS: soon is no whole number"), ([], "The cost evidence")])
+@pytest.mark.parametrize(
+    "arguments, message", [(["OUT", "soon"], "SECONDS: soon is no whole number"), ([], "The cost evidence")]
+)
 def test_gpu_sh_refuses_in_one_line(tmp_path, arguments, message):
-    result = subprocess.run(["bash", str(REPOSITORY / "benchmarks/gpu.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(
+        ["bash", str(REPOSITORY / "benchmarks/gpu.sh"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
 
 
@@ -136,9 +235,22 @@ def stand_in(monkeypatch):
             asked.append({**settings, "method": settings["method_name"]})
             if settings["rows"] > 2:
                 return {"fits": False}
-            speed = 1.0 + (settings["attention"] == "cudnn") + 2 * (settings["compiled"] == "layers") + settings["rows"]
-            return {"fits": True, "tokens_per_second": speed, "seconds": 1.0, "tokens": 1, "memory_above_states_bytes": 1, "flops_per_token": 1.0, "flops_per_second": speed,
-                    "mfu": None}
+            speed = (
+                1.0
+                + (settings["attention"] == "cudnn")
+                + 2 * (settings["compiled"] == "layers")
+                + settings["rows"]
+            )
+            return {
+                "fits": True,
+                "tokens_per_second": speed,
+                "seconds": 1.0,
+                "tokens": 1,
+                "memory_above_states_bytes": 1,
+                "flops_per_token": 1.0,
+                "flops_per_second": speed,
+                "mfu": None,
+            }
 
     monkeypatch.setattr(gpu.efficiency, "Worker", Worker)
     return gpu, asked
@@ -148,13 +260,25 @@ def test_gpu_takes_the_fastest_options_and_goes_on(monkeypatch, tmp_path):
     gpu, asked = stand_in(monkeypatch)
 
     def go():
-        return gpu.steps_of("small", tmp_path / "r.json", time.monotonic() + 1000, (1024, 2048, 4096), 2048, (1, 2, 4))
+        return gpu.steps_of(
+            "small", tmp_path / "r.json", time.monotonic() + 1000, (1024, 2048, 4096), 2048, (1, 2, 4)
+        )
 
     found = go()
-    assert all(setting["attention"] == "cudnn" and setting["compiled"] == "layers" for setting in asked[5:]) and len(asked) == len(found["entries"])
-    assert [(setting["method"], setting["target"], setting["checkpointing"]) for setting in asked[5:6]] == [("full_length", 2048, "full")]
-    assert {setting["rows"] for setting in asked if setting["target"] == 4096 and setting["method"] == "endprompt"} == {2}  # 4 did not fit
-    assert {setting["target"] for setting in asked if setting["method"] == "full_length" and setting["checkpointing"] == "full"} == {1024, 2048, 4096}
+    assert all(
+        setting["attention"] == "cudnn" and setting["compiled"] == "layers" for setting in asked[5:]
+    ) and len(asked) == len(found["entries"])
+    assert [(setting["method"], setting["target"], setting["checkpointing"]) for setting in asked[5:6]] == [
+        ("full_length", 2048, "full")
+    ]
+    assert {
+        setting["rows"] for setting in asked if setting["target"] == 4096 and setting["method"] == "endprompt"
+    } == {2}  # 4 did not fit
+    assert {
+        setting["target"]
+        for setting in asked
+        if setting["method"] == "full_length" and setting["checkpointing"] == "full"
+    } == {1024, 2048, 4096}
     before = len(asked)
     assert go()["entries"] == found["entries"] and len(asked) == before
 
@@ -174,7 +298,11 @@ def test_gpu_keeps_the_later_stages_their_share_and_says_what_failed(monkeypatch
     gpu.main()
     assert given == [("machine", 390), ("loss", 390), ("1b", 390), ("8b", 450), ("train", 540)]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["train"]["reason"] == "no such thing" and summary["train"]["commit"] and summary["8b"]["measured"] == 1
+    assert (
+        summary["train"]["reason"] == "no such thing"
+        and summary["train"]["commit"]
+        and summary["8b"]["measured"] == 1
+    )
     given.clear()
     gpu.main()  # what is whole is not done again; settings always are looked through
     assert [name for name, _ in given] == ["1b", "8b", "train"]

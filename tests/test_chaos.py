@@ -19,7 +19,9 @@ def test_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path):
 
 def test_the_committed_result_is_of_a_hundred_kills():
     result = json.loads((REPOSITORY / "docs/results/chaos.json").read_text())
-    assert result["kills"] >= 100 and result["lost"] == 0 and result["differing"] == 0 and result["faults"] == []
+    assert (
+        result["kills"] >= 100 and result["lost"] == 0 and result["differing"] == 0 and result["faults"] == []
+    )
     train = result["stages"]["train"]
     assert set(train["kills_between_the_last_checkpoint_and_the_model"]) == set(chaos.ENDS)
     assert min(train["kills_between_the_last_checkpoint_and_the_model"].values()) >= 1

@@ -22,11 +22,29 @@ from endprompt.eval import compare, figures, intervals
 def test_over_seeds():
     """Three seeds 0.4, 0.5, 0.6: mean 0.5, s = 0.1, t = 4.30265, half width 0.248414."""
     cell = intervals.over_seeds([0.4, 0.5, 0.6], (0.0, 0.1), 0.0, 1.0)
-    assert cell == {"mean": pytest.approx(0.5), "low": pytest.approx(0.251586, abs=1e-6), "high": pytest.approx(0.748414, abs=1e-6), "seeds": 3, "interval": "t"}
+    assert cell == {
+        "mean": pytest.approx(0.5),
+        "low": pytest.approx(0.251586, abs=1e-6),
+        "high": pytest.approx(0.748414, abs=1e-6),
+        "seeds": 3,
+        "interval": "t",
+    }
     cell = intervals.over_seeds([0.9, 1.0], (0.0, 0.1), 0.0, 1.0)
-    assert cell == {"mean": pytest.approx(0.95), "low": pytest.approx(0.314690, abs=1e-6), "high": 1.0, "seeds": 2, "interval": "t"}
+    assert cell == {
+        "mean": pytest.approx(0.95),
+        "low": pytest.approx(0.314690, abs=1e-6),
+        "high": 1.0,
+        "seeds": 2,
+        "interval": "t",
+    }
     for values in ([0.3], [0.3, 0.3, 0.3]):
-        assert intervals.over_seeds(values, (0.1, 0.5)) == {"mean": pytest.approx(0.3), "low": 0.1, "high": 0.5, "seeds": len(values), "interval": "samples"}
+        assert intervals.over_seeds(values, (0.1, 0.5)) == {
+            "mean": pytest.approx(0.3),
+            "low": 0.1,
+            "high": 0.5,
+            "seeds": len(values),
+            "interval": "samples",
+        }
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6))
@@ -37,8 +55,15 @@ def test_interval_holds_the_mean(hits):
 
 def setting(folder, seed, **data):
     folder.mkdir(parents=True, exist_ok=True)
-    tree = {"recipe": "tiny", "method": folder.name, "model": {"name_or_path": "base"}, "lengths": {"physical": 256, "target": 2048},
-            "data": {"tokens": 1000, "seed": seed, **data}, "rope": {"type": None}, "train": {"deepspeed": f"/clone{seed}/zero3.json", "learning_rate": 0.001}}
+    tree = {
+        "recipe": "tiny",
+        "method": folder.name,
+        "model": {"name_or_path": "base"},
+        "lengths": {"physical": 256, "target": 2048},
+        "data": {"tokens": 1000, "seed": seed, **data},
+        "rope": {"type": None},
+        "train": {"deepspeed": f"/clone{seed}/zero3.json", "learning_rate": 0.001},
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
 
 
@@ -49,9 +74,28 @@ def seeds(tmp_path):
     write_result(folders[0], "base", "passkey", 512, model="b", **passkey_scores(1))
     for seed, folder in enumerate(folders):
         write_result(folder, "endprompt", "passkey", 512, model=f"m{seed}", **passkey_scores(8 + 2 * seed))
-        write_result(folder, "endprompt", "perplexity", 512, model=f"m{seed}", score=3.0 + seed, nats=1.0, low=2.5, high=3.5)
+        write_result(
+            folder,
+            "endprompt",
+            "perplexity",
+            512,
+            model=f"m{seed}",
+            score=3.0 + seed,
+            nats=1.0,
+            low=2.5,
+            high=3.5,
+        )
         write_result(folder, "short", "passkey", 512, model=f"s{seed}", **passkey_scores(0))
-        (folder / "endprompt/train.json").write_text(json.dumps({"tokens": 1000, "seconds": 10 + seed, "final_text_loss": 2.0 + seed / 10, "final_end_prompt_loss": None}))
+        (folder / "endprompt/train.json").write_text(
+            json.dumps(
+                {
+                    "tokens": 1000,
+                    "seconds": 10 + seed,
+                    "final_text_loss": 2.0 + seed / 10,
+                    "final_end_prompt_loss": None,
+                }
+            )
+        )
         for method in ("endprompt", "short"):
             setting(folder / method, seed)
     write_result(folders[1], "short", "passkey", 1024, model="s1", **passkey_scores(3))
@@ -65,9 +109,25 @@ def test_table_over_seeds(seeds):
     trained = {"trained tokens": "1,000", "train s": "11", "text loss": "2.100", "end-prompt loss": "-"}
     untrained = dict.fromkeys(trained, "-")
     assert found == {
-        "base": {"passkey 512": "5% [1%, 24%] n=1", "passkey 1024": "not run", "perplexity 512": "not run", **untrained},
-        "short": {"passkey 512": "0% [0%, 16%] n=3", "passkey 1024": "15% [5%, 36%] n=1", "perplexity 512": "not run", **untrained},
-        "endprompt": {"passkey 512": "50% [25%, 75%] n=3", "passkey 1024": "not run", "perplexity 512": "4.00 [1.52, 6.48] n=3", **trained}}
+        "base": {
+            "passkey 512": "5% [1%, 24%] n=1",
+            "passkey 1024": "not run",
+            "perplexity 512": "not run",
+            **untrained,
+        },
+        "short": {
+            "passkey 512": "0% [0%, 16%] n=3",
+            "passkey 1024": "15% [5%, 36%] n=1",
+            "perplexity 512": "not run",
+            **untrained,
+        },
+        "endprompt": {
+            "passkey 512": "50% [25%, 75%] n=3",
+            "passkey 1024": "not run",
+            "perplexity 512": "4.00 [1.52, 6.48] n=3",
+            **trained,
+        },
+    }
 
 
 def test_order_of_the_folders_does_not_matter(seeds):
@@ -76,12 +136,35 @@ def test_order_of_the_folders_does_not_matter(seeds):
 
 def test_pool_adds_up_samples():
     def row(length, *found):
-        return {"scores": {"length": length, "score": 0.0, "cells": [{"depth": depth, "correct": correct, "total": total} for depth, correct, total in found]}}
+        return {
+            "scores": {
+                "length": length,
+                "score": 0.0,
+                "cells": [
+                    {"depth": depth, "correct": correct, "total": total} for depth, correct, total in found
+                ],
+            }
+        }
 
-    pooled = figures.pool([[row(512, (0.0, 1, 2), (1.0, 2, 2))], [row(512, (0.0, 2, 2)), row(256, (0.5, 1, 4))], []])
+    pooled = figures.pool(
+        [[row(512, (0.0, 1, 2), (1.0, 2, 2))], [row(512, (0.0, 2, 2)), row(256, (0.5, 1, 4))], []]
+    )
     assert [result["scores"] for result in pooled] == [
-        {"length": 256, "correct": 1, "total": 4, "score": 25.0, "cells": [{"depth": 0.5, "correct": 1, "total": 4}]},
-        {"length": 512, "correct": 5, "total": 6, "score": pytest.approx(500 / 6), "cells": [{"depth": 0.0, "correct": 3, "total": 4}, {"depth": 1.0, "correct": 2, "total": 2}]}]
+        {
+            "length": 256,
+            "correct": 1,
+            "total": 4,
+            "score": 25.0,
+            "cells": [{"depth": 0.5, "correct": 1, "total": 4}],
+        },
+        {
+            "length": 512,
+            "correct": 5,
+            "total": 6,
+            "score": pytest.approx(500 / 6),
+            "cells": [{"depth": 0.0, "correct": 3, "total": 4}, {"depth": 1.0, "correct": 2, "total": 2}],
+        },
+    ]
     assert figures.pool([[], []]) == []
 
 
@@ -97,12 +180,23 @@ def test_comparison_over_seeds_writes_what_it_prints(seeds, monkeypatch, capsys)
     code, out, err = run_compare(monkeypatch, capsys, *seeds, "--title", "three seeds")
     folder = seeds[0].parents[1] / "comparison-tiny"
     assert code == 0 and not err and compare.table(*seeds) in out
-    assert {path.name for path in folder.iterdir()} == {"comparison.md", "comparison.json", "comparison.png", "comparison-lines.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "comparison.md",
+        "comparison.json",
+        "comparison.png",
+        "comparison-lines.png",
+    }
     assert (folder / "comparison.md").read_text() == compare.table(*seeds) + "\n"
     record = json.loads((folder / "comparison.json").read_text())
-    assert record["methods"]["endprompt"]["passkey"]["512"] | {"mean": 50.0, "seeds": 3} == record["methods"]["endprompt"]["passkey"]["512"]
+    assert (
+        record["methods"]["endprompt"]["passkey"]["512"] | {"mean": 50.0, "seeds": 3}
+        == record["methods"]["endprompt"]["passkey"]["512"]
+    )
     assert record.keys() >= {"commit", "versions", "device", "date", "folders"}
-    assert drawn["endprompt"][0] == [50.0] and drawn["endprompt"][1] == [[pytest.approx(24.8414, abs=1e-4)], [pytest.approx(24.8414, abs=1e-4)]]
+    assert drawn["endprompt"][0] == [50.0] and drawn["endprompt"][1] == [
+        [pytest.approx(24.8414, abs=1e-4)],
+        [pytest.approx(24.8414, abs=1e-4)],
+    ]
     assert drawn["short"][0] == [0.0, 15.0] and set(drawn) == {"base", "short", "endprompt"}
     for name in ("comparison.png", "comparison-lines.png"):
         assert image.imread(folder / name).std() > 0.05
@@ -110,13 +204,25 @@ def test_comparison_over_seeds_writes_what_it_prints(seeds, monkeypatch, capsys)
     assert (seeds[0].parents[1] / "elsewhere/comparison.md").exists()
 
 
-@pytest.mark.parametrize("spoil, complaint", [
-    (lambda folders: setting(folders[2] / "endprompt", 1), "both have data.seed 1; name one folder a seed"),
-    (lambda folders: setting(folders[2] / "endprompt", 2, tokens=2000), r"differ in more than the seed \(data\); compare runs of one setting"),
-    (lambda folders: (folders[2] / "endprompt/recipe.yaml").write_text("- 1\n"), "recipe.yaml is no recipe"),
-    (lambda folders: folders.append(folders[0]), "a folder is named twice"),
-    (lambda folders: shutil.rmtree(folders[1]), "seed1/tiny holds no evaluated method"),
-])
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (
+            lambda folders: setting(folders[2] / "endprompt", 1),
+            "both have data.seed 1; name one folder a seed",
+        ),
+        (
+            lambda folders: setting(folders[2] / "endprompt", 2, tokens=2000),
+            r"differ in more than the seed \(data\); compare runs of one setting",
+        ),
+        (
+            lambda folders: (folders[2] / "endprompt/recipe.yaml").write_text("- 1\n"),
+            "recipe.yaml is no recipe",
+        ),
+        (lambda folders: folders.append(folders[0]), "a folder is named twice"),
+        (lambda folders: shutil.rmtree(folders[1]), "seed1/tiny holds no evaluated method"),
+    ],
+)
 def test_folders_that_are_no_seeds_of_one_setting(seeds, monkeypatch, capsys, spoil, complaint):
     spoil(seeds)
     code, out, err = run_compare(monkeypatch, capsys, *seeds)
@@ -136,19 +242,27 @@ def test_different_questions_are_not_averaged(seeds):
 
 # The script
 
+
 @pytest.fixture
 def script(tmp_path):
     """Runs recipes/compare.sh with a Python that only notes what it is asked, asks the real one about the method table, and knows where runs are."""
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
-                    'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
-                    f'echo "$*" >>{tmp_path}/calls\n'
-                    f'case "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";; esac\n')
+    fake.write_text(
+        f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+        'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
+        f'echo "$*" >>{tmp_path}/calls\n'
+        f'case "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";; esac\n'
+    )
     fake.chmod(0o755)
 
     def call(*arguments, **environment):
-        done = subprocess.run(["bash", str(REPOSITORY / "recipes/compare.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PYTHON": str(fake), "OUT": "out", **environment})
+        done = subprocess.run(
+            ["bash", str(REPOSITORY / "recipes/compare.sh"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHON": str(fake), "OUT": "out", **environment},
+        )
         calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
         return done, calls
 
@@ -161,14 +275,24 @@ def test_script_runs_every_method_with_every_seed(script):
     asked = [call.split() for call in calls if call.startswith("-m endprompt ")]
     trained = [name for name, method in methods.METHODS.items() if method.trained]
     expected = [(name, seed) for seed in "012" for name in methods.METHODS if name in trained or seed == "0"]
-    assert [(call[4], call[-1].removeprefix("data.seed=")) for call in asked if call[2] == "evaluate"] == expected
+    assert [
+        (call[4], call[-1].removeprefix("data.seed=")) for call in asked if call[2] == "evaluate"
+    ] == expected
     assert all(call[5:9] == ["--out", f"out/seed{call[-1][-1]}", "--set", "data.tokens=9"] for call in asked)
-    assert calls[-1] == "-m endprompt.eval.compare out/seed0/tiny out/seed1/tiny out/seed2/tiny --title tiny over seeds 0 1 2"
+    assert (
+        calls[-1]
+        == "-m endprompt.eval.compare out/seed0/tiny out/seed1/tiny out/seed2/tiny --title tiny over seeds 0 1 2"
+    )
 
 
 def test_script_takes_methods_and_seeds(script):
     done, calls = script(METHODS="base", SEEDS="4 7", STAGES="evaluate")
-    assert done.returncode == 0 and len(calls) == 2 and calls[0].split()[4] == "base" and "data.seed=4" in calls[0]
+    assert (
+        done.returncode == 0
+        and len(calls) == 2
+        and calls[0].split()[4] == "base"
+        and "data.seed=4" in calls[0]
+    )
     assert calls[1] == "-m endprompt.eval.compare out/seed4/tiny --title tiny over seeds 4 7"
 
 
@@ -177,7 +301,9 @@ def test_script_stops_at_a_failure_and_shows_it(script):
     assert done.returncode == 1 and len(calls) == 1 and "compare.sh: short with seed 0 failed" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["./nowhere.yaml"], ["-h"], [str(REPOSITORY / "recipes/tiny.yaml"), "endprompt"]])
+@pytest.mark.parametrize(
+    "arguments", [["./nowhere.yaml"], ["-h"], [str(REPOSITORY / "recipes/tiny.yaml"), "endprompt"]]
+)
 def test_script_says_how_it_is_called(script, arguments):
     done, calls = script(*arguments)
     assert done.returncode == 2 and "bash recipes/compare.sh [RECIPE]" in done.stderr and not calls

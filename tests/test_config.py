@@ -10,7 +10,9 @@ from conftest import REPOSITORY, run_main
 
 from endprompt import BadInput, config, methods, settings_file
 
-RECIPES = sorted(path for path in (REPOSITORY / "recipes").glob("*.yaml") if path.name != "sft.yaml")  # that one is TRL's, see test_sft.py
+RECIPES = sorted(
+    path for path in (REPOSITORY / "recipes").glob("*.yaml") if path.name != "sft.yaml"
+)  # that one is TRL's, see test_sft.py
 ZERO_FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
@@ -18,25 +20,46 @@ def name(path):
     return path.name
 
 
-@pytest.mark.parametrize("text, value", [
-    ("1.0e9", 1e9), ("2e-5", 2e-5), ("2.0e-5", 2e-5), ("1E3", 1000.0), ("+1e+3", 1000.0), ("-2.5e-3", -0.0025), (".5e1", 5.0), ("1_000e3", 1e6),
-    ("0.1", 0.1), ("12", 12), ("1e", "1e"), ("e5", "e5"), ("2e-5x", "2e-5x"), ("'2e-5'", "2e-5"), ("", None), ("null", None), ("[1e3, a]", [1000.0, "a"]),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1.0e9", 1e9),
+        ("2e-5", 2e-5),
+        ("2.0e-5", 2e-5),
+        ("1E3", 1000.0),
+        ("+1e+3", 1000.0),
+        ("-2.5e-3", -0.0025),
+        (".5e1", 5.0),
+        ("1_000e3", 1e6),
+        ("0.1", 0.1),
+        ("12", 12),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ("2e-5x", "2e-5x"),
+        ("'2e-5'", "2e-5"),
+        ("", None),
+        ("null", None),
+        ("[1e3, a]", [1000.0, "a"]),
+    ],
+)
 def test_yaml_values(text, value):
     read = settings_file.parse(text, "here")
     assert read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize("text, telling", [
-    ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is given twice"),
-    ("a:\n  b: 1\n  b: 1", "line 3: the key 'b' is given twice"),
-    ("a: {b: 1, b: 2}", "'b' is given twice"),
-    ("[{a: 1, a: 2}]", "'a' is given twice"),
-    ("a: 1\n'a': 2", "'a' is given twice"),
-    ("1: a", "line 1: the key 1 is not text"),
-    ("a: [1", "not valid YAML at line 1"),
-    ("a: 1\n\tb: 2", "not valid YAML at line 2"),
-])
+@pytest.mark.parametrize(
+    "text, telling",
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is given twice"),
+        ("a:\n  b: 1\n  b: 1", "line 3: the key 'b' is given twice"),
+        ("a: {b: 1, b: 2}", "'b' is given twice"),
+        ("[{a: 1, a: 2}]", "'a' is given twice"),
+        ("a: 1\n'a': 2", "'a' is given twice"),
+        ("1: a", "line 1: the key 1 is not text"),
+        ("a: [1", "not valid YAML at line 1"),
+        ("a: 1\n\tb: 2", "not valid YAML at line 2"),
+    ],
+)
 def test_yaml_errors(text, telling):
     with pytest.raises(BadInput, match="^here: ") as caught:
         settings_file.parse(text, "here")
@@ -52,8 +75,12 @@ def test_duplicate_key_in_a_recipe(recipe_file):
 
 def test_numbers_reach_their_types(recipe_file):
     path = recipe_file()
-    path.write_text(path.read_text().replace("tokens: 4096", "tokens: 1.0e9").replace("prompt_loss_weight: 0.1", "prompt_loss_weight: 1")
-                    .replace("learning_rate: 0.0003", "learning_rate: 2e-5"))
+    path.write_text(
+        path.read_text()
+        .replace("tokens: 4096", "tokens: 1.0e9")
+        .replace("prompt_loss_weight: 0.1", "prompt_loss_weight: 1")
+        .replace("learning_rate: 0.0003", "learning_rate: 2e-5")
+    )
     recipe = config.load(path)
     assert recipe.data.tokens == 10**9 and type(recipe.data.tokens) is int
     assert recipe.data.prompt_loss_weight == 1.0 and type(recipe.data.prompt_loss_weight) is float
@@ -61,9 +88,21 @@ def test_numbers_reach_their_types(recipe_file):
 
 
 def test_overrides(recipe_file):
-    recipe = config.load(recipe_file(), [
-        "lengths.target=1024", "data.end_prompts=[EP_2, 'So it ends.']", "data.tokens=2e3", "train.weight_decay=1e-2", "rope.type=linear",
-        "train.gradient_checkpointing_kwargs.use_reentrant=false", "train.lr_scheduler_type=cosine", "model.revision='1'", "data.seed=7", "lengths.target = 2048"])
+    recipe = config.load(
+        recipe_file(),
+        [
+            "lengths.target=1024",
+            "data.end_prompts=[EP_2, 'So it ends.']",
+            "data.tokens=2e3",
+            "train.weight_decay=1e-2",
+            "rope.type=linear",
+            "train.gradient_checkpointing_kwargs.use_reentrant=false",
+            "train.lr_scheduler_type=cosine",
+            "model.revision='1'",
+            "data.seed=7",
+            "lengths.target = 2048",
+        ],
+    )
     assert recipe.lengths.target == 2048
     assert recipe.data.end_prompts == ["EP_2", "So it ends."]
     assert recipe.data.tokens == 2000
@@ -83,7 +122,18 @@ def test_an_override_takes_text_with_equals_signs(recipe_file):
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_resolved_copy_is_the_same_recipe(path, method, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    code, out, err = run_main("prepare", path, method, "--set", "train.lr_scheduler_type=cosine", "--set", "data.tokens=1e6", "--dry-run", "--out", tmp_path / "out")
+    code, out, err = run_main(
+        "prepare",
+        path,
+        method,
+        "--set",
+        "train.lr_scheduler_type=cosine",
+        "--set",
+        "data.tokens=1e6",
+        "--dry-run",
+        "--out",
+        tmp_path / "out",
+    )
     assert (code, err) == (0, "")
     assert not (tmp_path / "out").exists()
     copy = tmp_path / "copy.yaml"
@@ -128,7 +178,9 @@ def test_paths_are_sought_here_then_beside_the_recipe_then_above(recipe_file, tm
     assert recipe.path("~/some.txt") == folder / "some.txt"
 
 
-@pytest.mark.parametrize("plain", ["small", "Llama-3.1_8B", "a b", "zürich", "x" * 200, "r=8,alpha=16", "tiny.v2"])
+@pytest.mark.parametrize(
+    "plain", ["small", "Llama-3.1_8B", "a b", "zürich", "x" * 200, "r=8,alpha=16", "tiny.v2"]
+)
 def test_plain_names_of_recipes(recipe_file, tmp_path, plain):
     path = recipe_file().rename(tmp_path / f"{plain}.yaml")
     assert config.load(path).name == plain
@@ -139,9 +191,20 @@ def test_plain_names_of_recipes(recipe_file, tmp_path, plain):
 
 def test_defaults_are_what_a_recipe_without_them_has(recipe_file):
     path = recipe_file()
-    path.write_text(yaml.safe_dump({"model": {"name_or_path": "x"}, "lengths": {"physical": 64, "target": 512}, "data": {"corpus": "x", "tokens": 64}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": "x"},
+                "lengths": {"physical": 64, "target": 512},
+                "data": {"corpus": "x", "tokens": 64},
+            }
+        )
+    )
     recipe = config.load(path).model_dump(mode="json")
-    assert all(recipe[key.partition(".")[0]][key.partition(".")[2]] == value for key, value in config.defaults().items())
+    assert all(
+        recipe[key.partition(".")[0]][key.partition(".")[2]] == value
+        for key, value in config.defaults().items()
+    )
     assert config.defaults()["model.trust_remote_code"] is False
 
 
@@ -159,13 +222,19 @@ def test_zero_files(path, tmp_path):
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     filled = HfTrainerDeepSpeedConfig(str(path))
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, learning_rate=2e-5)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, learning_rate=2e-5
+    )
     filled.trainer_config_process(arguments)
-    filled.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=4096)), num_training_steps=10)
+    filled.trainer_config_finalize(
+        arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=4096)), num_training_steps=10
+    )
     options = filled.config
     assert "auto" not in json.dumps(options)
     # DeepSpeed refuses unknown keys inside its sections, but not beside them.
-    assert set(options) <= {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
+    assert set(options) <= {value for value in vars(constants).values() if isinstance(value, str)} | {
+        "zero_optimization"
+    }
     schema = DeepSpeedConfig(options)
     assert schema.zero_config.stage == (2 if path.stem == "zero2" else 3)
     assert schema.train_batch_size == 8

@@ -12,7 +12,14 @@ import zstandard
 
 from endprompt import BadInput, config, corpus
 
-TEXTS = ["First.\nIt has two lines.", "Zwölf Boxkämpfer \u2028 \u0085 jagen 🙂.", "  \n ", "", "{\"not\": \"json\"}", "last"]
+TEXTS = [
+    "First.\nIt has two lines.",
+    "Zwölf Boxkämpfer \u2028 \u0085 jagen 🙂.",
+    "  \n ",
+    "",
+    '{"not": "json"}',
+    "last",
+]
 KEPT = [text for text in TEXTS if text.strip()]
 
 
@@ -91,13 +98,26 @@ def test_folder_is_read_in_sorted_order(read, folder):
 
 def test_files_and_lists_are_read_as_given(read, folder):
     assert [text for _, text in read(folder / "b.jsonl.gz")] == ["3", "4"]
-    assert [text for _, text in read([folder / "d.parquet", folder / "a.jsonl", folder / "c"])] == list("6125")
+    assert [text for _, text in read([folder / "d.parquet", folder / "a.jsonl", folder / "c"])] == list(
+        "6125"
+    )
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("a.jsonl", ".jsonl"), ("a.json", ".jsonl"), ("a.json.zst", ".jsonl"), ("a.b.txt.gz", ".txt"), ("a.parquet", ".parquet"),
-    ("a.parquet.gz", None), ("a.gz", None), ("a.csv", None), ("jsonl", None), ("a.jsonl.bz2", None),
-])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("a.jsonl", ".jsonl"),
+        ("a.json", ".jsonl"),
+        ("a.json.zst", ".jsonl"),
+        ("a.b.txt.gz", ".txt"),
+        ("a.parquet", ".parquet"),
+        ("a.parquet.gz", None),
+        ("a.gz", None),
+        ("a.csv", None),
+        ("jsonl", None),
+        ("a.jsonl.bz2", None),
+    ],
+)
 def test_kind(tmp_path, name, kind):
     assert corpus.kind(tmp_path / name) == kind
 
@@ -105,19 +125,24 @@ def test_kind(tmp_path, name, kind):
 def test_zst_of_several_frames(read, tmp_path):
     lines = [jsonl([f"document {number} {'x' * 30000}"]) for number in range(12)]
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"".join(zstandard.compress(b"".join(lines[start:start + 4])) for start in (0, 4, 8)))
+    path.write_bytes(b"".join(zstandard.compress(b"".join(lines[start : start + 4])) for start in (0, 4, 8)))
     assert [text.split()[1] for _, text in read(path)] == [str(number) for number in range(12)]
 
 
 def state(folder):
-    return {path: (path.lstat().st_mtime_ns, path.lstat().st_mode, path.read_bytes() if path.is_file() else None) for path in [folder, *folder.rglob("*")]}
+    return {
+        path: (path.lstat().st_mtime_ns, path.lstat().st_mode, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
 
 
 def test_links_to_files_are_read(read, folder, tmp_path):
     """The hub's cache is made of them."""
     linked = tmp_path / "linked"
     linked.mkdir()
-    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file() and corpus.kind(path))):
+    for number, path in enumerate(
+        sorted(path for path in folder.rglob("*") if path.is_file() and corpus.kind(path))
+    ):
         (linked / f"{number}{''.join(path.suffixes)}").symlink_to(path)
     assert sorted(text for _, text in read(linked)) == list("1234567")
     assert [text for _, text in read(linked / "0.jsonl")] == ["1", "2"]
@@ -135,11 +160,18 @@ def test_reading_leaves_the_corpus_as_it_is(read, folder):
 def test_a_document_of_just_the_greatest_length_is_read(read, tmp_path, monkeypatch, name):
     monkeypatch.setattr(corpus, "LONGEST", 5000)
     monkeypatch.setattr(corpus, "PIECE", 777)
-    path, text = tmp_path / name, "ä" * (5000 if corpus.kind(tmp_path / name) in (".txt", ".parquet") else 4988 - 3)
+    path, text = (
+        tmp_path / name,
+        "ä" * (5000 if corpus.kind(tmp_path / name) in (".txt", ".parquet") else 4988 - 3),
+    )
     if name == "a.parquet":
         parquet(path, [text])
     else:
-        data = text.encode() if name == "a.txt" else json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+        data = (
+            text.encode()
+            if name == "a.txt"
+            else json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+        )
         path.write_bytes(PACKINGS[path.suffix if path.suffix in PACKINGS else ""](data))
     assert [found for _, found in read(path)] == [text]
     path.unlink()
@@ -147,7 +179,11 @@ def test_a_document_of_just_the_greatest_length_is_read(read, tmp_path, monkeypa
     if name == "a.parquet":
         parquet(path, [longer])
     else:
-        data = longer.encode() if name == "a.txt" else json.dumps({"text": longer}, ensure_ascii=False).encode() + b"\n"
+        data = (
+            longer.encode()
+            if name == "a.txt"
+            else json.dumps({"text": longer}, ensure_ascii=False).encode() + b"\n"
+        )
         path.write_bytes(PACKINGS[path.suffix if path.suffix in PACKINGS else ""](data))
     with pytest.raises(BadInput, match="longer than 5000 characters"):
         read(path)
@@ -197,7 +233,10 @@ class Hub:
 def test_hub_id_is_streamed(read, monkeypatch, where):
     hub = Hub([{"body": "one"}, {"body": " "}, {"body": "three"}])
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    assert read(where, "body", "validation") == [("some-user/Some.set_6B#0", "one"), ("some-user/Some.set_6B#2", "three")]
+    assert read(where, "body", "validation") == [
+        ("some-user/Some.set_6B#0", "one"),
+        ("some-user/Some.set_6B#2", "three"),
+    ]
     assert hub.calls == [("some-user/Some.set_6B", {"split": "validation", "streaming": True})]
 
 
@@ -210,15 +249,21 @@ def test_hub_is_not_asked_before_it_is_read(recipe_file, monkeypatch):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("hub, telling", [
-    (Hub(error=FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub\nsecond line")), "FileNotFoundError: Dataset 'a/b' doesn't exist"),
-    (Hub(error=ConnectionError("no route")), "ConnectionError: no route"),
-    (Hub(error=ValueError("Bad split: train. Available splits: ['test']")), "Available splits"),
-    (Hub(error=RuntimeError()), "RuntimeError"),
-    (Hub([{"text": "fine"}], after=OSError("lost while streaming")), "lost while streaming"),
-    (Hub([{"content": "x", "id": 1}]), "a/b row 0 has no 'text'; it has content, id"),
-    (Hub([{"text": "fine"}, {"text": None}]), "a/b row 1: 'text' is NoneType"),
-])
+@pytest.mark.parametrize(
+    "hub, telling",
+    [
+        (
+            Hub(error=FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub\nsecond line")),
+            "FileNotFoundError: Dataset 'a/b' doesn't exist",
+        ),
+        (Hub(error=ConnectionError("no route")), "ConnectionError: no route"),
+        (Hub(error=ValueError("Bad split: train. Available splits: ['test']")), "Available splits"),
+        (Hub(error=RuntimeError()), "RuntimeError"),
+        (Hub([{"text": "fine"}], after=OSError("lost while streaming")), "lost while streaming"),
+        (Hub([{"content": "x", "id": 1}]), "a/b row 0 has no 'text'; it has content, id"),
+        (Hub([{"text": "fine"}, {"text": None}]), "a/b row 1: 'text' is NoneType"),
+    ],
+)
 def test_hub_errors(read, monkeypatch, hub, telling):
     monkeypatch.setattr(datasets, "load_dataset", hub)
     with pytest.raises(BadInput) as caught:
@@ -226,7 +271,20 @@ def test_hub_errors(read, monkeypatch, hub, telling):
     assert telling in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("where", ["no/such/folder", "/no/such", "./name", "name.jsonl", "user/name.parquet", "", "a b", ["a/b", "c/d"], []])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "no/such/folder",
+        "/no/such",
+        "./name",
+        "name.jsonl",
+        "user/name.parquet",
+        "",
+        "a b",
+        ["a/b", "c/d"],
+        [],
+    ],
+)
 def test_what_can_be_no_hub_id(read, monkeypatch, where):
     monkeypatch.setattr(datasets, "load_dataset", Hub(error=AssertionError("the hub was asked")))
     with pytest.raises(BadInput, match="data.corpus"):

@@ -31,7 +31,11 @@ def test_pair_counts(many):
     parts = [positions.segments(row) for row, _ in many]
     assert coverage.pair_counts(parts, L).tolist() == [expected[distance] for distance in range(L)]
     assert coverage.pair_counts(parts * 3, L).tolist() == [3 * expected[distance] for distance in range(L)]
-    assert numbers(coverage.counted(coverage.pair_counts(parts, L))) == sorted(expected) == numbers(coverage.observed(parts))
+    assert (
+        numbers(coverage.counted(coverage.pair_counts(parts, L)))
+        == sorted(expected)
+        == numbers(coverage.observed(parts))
+    )
 
 
 def test_pair_counts_of_nothing_and_of_too_much():
@@ -48,7 +52,12 @@ def test_observed_distances_are_those_of_all_causal_pairs(row_and_length):
 
 
 @each_trained
-@given(sizes=fitting(largest=30).map(lambda sizes: (sizes[0], sizes[1], min(sizes[2], sizes[0] + sizes[1] + 200))), chunks=st.integers(2, 4))
+@given(
+    sizes=fitting(largest=30).map(
+        lambda sizes: (sizes[0], sizes[1], min(sizes[2], sizes[0] + sizes[1] + 200))
+    ),
+    chunks=st.integers(2, 4),
+)
 def test_closed_form_equals_counted_coverage(method, sizes, chunks):
     a, b, L = sizes
     found = [plan(method, a, b, L, chunks, seed) for seed in range(3)]
@@ -74,21 +83,38 @@ def test_gap_of_the_paper():
     a, b, L = 8172, 20, 65536
     parts = positions.segments(positions.text_then_end_prompt(a, b, L, GENERATOR))
     assert coverage.contributions(parts) == [
-        ((0, 8171), (0, 8171), (0, 8171)), ((65516, 65535), (0, 8171), (57345, 65535)), ((65516, 65535), (65516, 65535), (0, 19))]
+        ((0, 8171), (0, 8171), (0, 8171)),
+        ((65516, 65535), (0, 8171), (57345, 65535)),
+        ((65516, 65535), (65516, 65535), (0, 19)),
+    ]
     assert gap(coverage.observed([parts]), L) == [(8172, 57344)]
     counts = coverage.pair_counts([parts], L)
     assert round(np.mean(counts == 0), 2) == 0.75
     assert counts.sum() == (a + b) * (a + b + 1) // 2
-    assert coverage.observed_distances(positions.text_then_end_prompt(a, b, L, GENERATOR)).tolist() == [*range(8172), *range(57345, 65536)]
+    assert coverage.observed_distances(positions.text_then_end_prompt(a, b, L, GENERATOR)).tolist() == [
+        *range(8172),
+        *range(57345, 65536),
+    ]
 
 
-@pytest.mark.parametrize("spans, expected", [
-    ([], []), ([(2, 4)], [(2, 4)]), ([(5, 6), (2, 4)], [(2, 6)]), ([(0, 9), (2, 4), (11, 11)], [(0, 9), (11, 11)]), ([(1, 2), (1, 2)], [(1, 2)])])
+@pytest.mark.parametrize(
+    "spans, expected",
+    [
+        ([], []),
+        ([(2, 4)], [(2, 4)]),
+        ([(5, 6), (2, 4)], [(2, 6)]),
+        ([(0, 9), (2, 4), (11, 11)], [(0, 9), (11, 11)]),
+        ([(1, 2), (1, 2)], [(1, 2)]),
+    ],
+)
 def test_union(spans, expected):
     assert union(spans) == expected
 
 
-@pytest.mark.parametrize("spans, expected", [([], [(0, 9)]), ([(0, 9)], []), ([(0, 3), (6, 8)], [(4, 5), (9, 9)]), ([(1, 9)], [(0, 0)])])
+@pytest.mark.parametrize(
+    "spans, expected",
+    [([], [(0, 9)]), ([(0, 9)], []), ([(0, 3), (6, 8)], [(4, 5), (9, 9)]), ([(1, 9)], [(0, 0)])],
+)
 def test_gap(spans, expected):
     assert gap(spans, 10) == expected
 
@@ -115,16 +141,29 @@ def test_coverage_of_sampled_and_of_prepared_rows(recipe_file, tmp_path):
 
 
 def test_numbers_of_the_command(recipe_file, tmp_path, tokenizer):
-    b = len(tokenizer("This is the end of text, please pay attention here", add_special_tokens=False)["input_ids"])
-    code, out, _ = run_main("inspect", recipe_file(), "endprompt", "--coverage", "--out", tmp_path / "o", "--row", 63)
+    b = len(
+        tokenizer("This is the end of text, please pay attention here", add_special_tokens=False)["input_ids"]
+    )
+    code, out, _ = run_main(
+        "inspect", recipe_file(), "endprompt", "--coverage", "--out", tmp_path / "o", "--row", 63
+    )
     a = 64 - b
     assert code == 0
-    for telling in (f"never seen: {512 - 64 - a + 1} of the distances 0..511", f"row 63: positions 0..{a - 1}, {512 - b}..511",
-                    f"queries {512 - b}..511 on keys 0..{a - 1}: distances {512 - 63}..511"):
+    for telling in (
+        f"never seen: {512 - 64 - a + 1} of the distances 0..511",
+        f"row 63: positions 0..{a - 1}, {512 - b}..511",
+        f"queries {512 - b}..511 on keys 0..{a - 1}: distances {512 - 63}..511",
+    ):
         assert telling in out
     for whose in ("row 63", "all 64 rows"):
-        assert f"D_obs of {whose}, closed form (paper Eq. 8): 0..{a - 1}, {512 - 63}..511\nD_obs of {whose}, counted: 0..{a - 1}, {512 - 63}..511\n" in out
-        assert f"D_gap of {whose}, closed form (paper Eq. 9): {a}..{512 - 64}\nD_gap of {whose}, counted: {a}..{512 - 64}\n" in out
+        assert (
+            f"D_obs of {whose}, closed form (paper Eq. 8): 0..{a - 1}, {512 - 63}..511\nD_obs of {whose}, counted: 0..{a - 1}, {512 - 63}..511\n"
+            in out
+        )
+        assert (
+            f"D_gap of {whose}, closed form (paper Eq. 9): {a}..{512 - 64}\nD_gap of {whose}, counted: {a}..{512 - 64}\n"
+            in out
+        )
     pairs = [line.split() for line in out.splitlines() if line.endswith("%") and ".." in line.split()[0]]
     assert len(pairs) == 8 and sum(int(fields[1]) for fields in pairs) == 64 * 64 * 65 // 2
     assert pairs[3] == ["192..255", "0", "0.000%", "100.0%"]
@@ -141,28 +180,44 @@ def test_all_methods_are_in_the_picture(recipe_file, tmp_path, monkeypatch):
     assert run_main("inspect", path, "endprompt", "--coverage", "--out", out)[0] == 0
     named = {name.split(",")[0]: (name, counts, tokens) for name, counts, tokens in panels}
     assert list(named) == [method.name for method in TRAINED]
-    assert named["short"][0].endswith("64 prepared rows") and named["pose"][0].endswith("64 sampled rows") and named["full_length"][0].endswith("8 sampled rows")
+    assert (
+        named["short"][0].endswith("64 prepared rows")
+        and named["pose"][0].endswith("64 sampled rows")
+        and named["full_length"][0].endswith("8 sampled rows")
+    )
     for name, (_, counts, tokens) in named.items():
         length = 512 if methods.get(name).row_length == "target" else 64
-        assert tokens == 4096 and counts.sum() == (4096 // length) * length * (length + 1) // 2 and counts[0] == 4096
+        assert (
+            tokens == 4096
+            and counts.sum() == (4096 // length) * length * (length + 1) // 2
+            and counts[0] == 4096
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_picture(count):
     counts = np.arange(20) % 3
-    assert coverage.picture([(f"method {number}", counts, 100) for number in range(count)], "all").startswith(SIGNATURE)
+    assert coverage.picture([(f"method {number}", counts, 100) for number in range(count)], "all").startswith(
+        SIGNATURE
+    )
 
 
 def test_bad_input(recipe_file, tmp_path):
     path, out = recipe_file(), tmp_path / "o"
-    for method, options, telling in (("base", [], "--coverage: base trains nothing"), ("endprompt", ["--row", 64], "--row 64: there are rows 0 to 63"),
-                                     ("endprompt", ["--row", -1], "--row -1"), ("none", [], "there is none named 'none'"),
-                                     ("pose", ["--set", "data.pose_chunks=1"], "data.pose_chunks")):
+    for method, options, telling in (
+        ("base", [], "--coverage: base trains nothing"),
+        ("endprompt", ["--row", 64], "--row 64: there are rows 0 to 63"),
+        ("endprompt", ["--row", -1], "--row -1"),
+        ("none", [], "there is none named 'none'"),
+        ("pose", ["--set", "data.pose_chunks=1"], "data.pose_chunks"),
+    ):
         code, _, err = run_main("inspect", path, method, "--coverage", "--out", out, *options)
         assert code == 2 and telling in err and err.count("\n") == 1
     assert not out.exists()
     assert run_main("prepare", path, "pose", "--out", out, "--workers", 1)[0] == 0
-    code, _, err = run_main("inspect", path, "pose", "--coverage", "--out", out, "--set", "data.pose_chunks=3")
+    code, _, err = run_main(
+        "inspect", path, "pose", "--coverage", "--out", out, "--set", "data.pose_chunks=3"
+    )
     assert code == 2 and "pose_chunks is 2, expected 3" in err
     shard = out / "small/pose/shards/shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -178,7 +233,20 @@ def test_sampling_stops(recipe_file, tmp_path, monkeypatch):
 
 
 def test_positions_are_read_alone(recipe_file, tmp_path):
-    assert run_main("prepare", recipe_file(data={"rows_per_shard": 25}), "pose", "--out", tmp_path / "o", "--workers", 1)[0] == 0
+    assert (
+        run_main(
+            "prepare",
+            recipe_file(data={"rows_per_shard": 25}),
+            "pose",
+            "--out",
+            tmp_path / "o",
+            "--workers",
+            1,
+        )[0]
+        == 0
+    )
     folder = tmp_path / "o/small/pose/shards"
     manifest = shards.read_manifest(folder)
-    assert [row.tolist() for row in shards.position_ids(folder, manifest)] == [row["position_ids"] for row in shards.rows(folder, manifest)]
+    assert [row.tolist() for row in shards.position_ids(folder, manifest)] == [
+        row["position_ids"] for row in shards.rows(folder, manifest)
+    ]

@@ -7,27 +7,49 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from endprompt import config, estimate, methods
 
-SHAPES = {"tied": (2, 64, 176, 4, 2, 300, True), "untied, many heads": (3, 96, 256, 6, 6, 500, False), "wide": (2, 256, 512, 4, 1, 1000, True)}
+SHAPES = {
+    "tied": (2, 64, 176, 4, 2, 300, True),
+    "untied, many heads": (3, 96, 256, 6, 6, 500, False),
+    "wide": (2, 256, 512, 4, 1, 1000, True),
+}
 
 
 def shape_of(name, **more) -> LlamaConfig:
     layers, width, inner, heads, kv, vocabulary, tied = SHAPES[name]
-    return LlamaConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary,
-                       tie_word_embeddings=tied, attn_implementation="sdpa", **more)
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        attn_implementation="sdpa",
+        **more,
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_the_model_s(name):
     about = shape_of(name)
-    assert estimate.parameter_count(about) == sum(parameter.numel() for parameter in LlamaForCausalLM(about).parameters())
+    assert estimate.parameter_count(about) == sum(
+        parameter.numel() for parameter in LlamaForCausalLM(about).parameters()
+    )
 
 
 def test_the_models_of_the_recipes_have_their_sizes():
     from types import SimpleNamespace
 
-    sizes = {name: estimate.parameter_count(SimpleNamespace(**values)) for name, values in estimate.SHAPES.items()}
+    sizes = {
+        name: estimate.parameter_count(SimpleNamespace(**values)) for name, values in estimate.SHAPES.items()
+    }
     assert {name.partition("/")[2]: round(size / 1e9, 2) for name, size in sizes.items()} == {
-        "Meta-Llama-3-8B": 8.03, "Llama-3.2-1B": 1.24, "Llama-2-7b-hf": 6.74, "Mistral-7B-v0.3": 7.25, "SmolLM2-135M": 0.13}
+        "Meta-Llama-3-8B": 8.03,
+        "Llama-3.2-1B": 1.24,
+        "Llama-2-7b-hf": 6.74,
+        "Mistral-7B-v0.3": 7.25,
+        "SmolLM2-135M": 0.13,
+    }
 
 
 @pytest.mark.parametrize("rows, length", [(1, 256), (4, 128)])
@@ -35,7 +57,10 @@ def test_the_models_of_the_recipes_have_their_sizes():
 def test_activations_are_those_that_a_real_model_keeps(name, rows, length):
     """On the CPU with real tensors and torch's own attention; the estimate ran on none."""
     model = LlamaForCausalLM(shape_of(name)).train()
-    inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64), "position_ids": torch.arange(length).expand(rows, -1)}
+    inputs = {
+        "input_ids": torch.zeros(rows, length, dtype=torch.int64),
+        "position_ids": torch.arange(length).expand(rows, -1),
+    }
     with estimate.Kept(model) as kept:
         out = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     layer, rest = estimate.activations(model.config, rows, length, torch.float32)
@@ -43,7 +68,9 @@ def test_activations_are_those_that_a_real_model_keeps(name, rows, length):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with estimate.Kept(model) as kept:
         out = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # noqa: F841  the graph must live
-    assert kept.bytes == pytest.approx(model.config.num_hidden_layers * 4 * rows * length * model.config.hidden_size + rest, rel=0.15)
+    assert kept.bytes == pytest.approx(
+        model.config.num_hidden_layers * 4 * rows * length * model.config.hidden_size + rest, rel=0.15
+    )
 
 
 def test_activations_grow_with_the_tokens_and_not_with_the_target():
@@ -56,10 +83,14 @@ def test_activations_grow_with_the_tokens_and_not_with_the_target():
 def test_states_are_those_that_zero_keeps(train_recipe, two_ranks):
     """The optimizer file of a rank holds its float32 copy and Adam's two moments: 12 bytes a parameter over two ranks."""
     about = LlamaConfig.from_pretrained(two_ranks / "model")
-    expected = estimate.memory(about, estimate.zero_options(config.load(train_recipe))[1], 2, 2, 128, True, element=4)
+    expected = estimate.memory(
+        about, estimate.zero_options(config.load(train_recipe))[1], 2, 2, 128, True, element=4
+    )
     for path in (two_ranks / "checkpoints/checkpoint-8/global_step8").glob("*optim_states.pt"):
         assert path.stat().st_size == pytest.approx(expected.optimizer, rel=0.02)
-    assert expected.weights == pytest.approx((two_ranks / "model/model.safetensors").stat().st_size / 2, rel=0.02)
+    assert expected.weights == pytest.approx(
+        (two_ranks / "model/model.safetensors").stat().st_size / 2, rel=0.02
+    )
 
 
 def test_zero_and_lora_change_what_they_change():
@@ -67,38 +98,96 @@ def test_zero_and_lora_change_what_they_change():
     zero3, zero2, none = ({"stage": stage} for stage in (3, 2, 0))
     one, two, three = (estimate.memory(about, options, 4, 1, 128, False) for options in (none, zero2, zero3))
     count = estimate.parameter_count(about)
-    assert (one.weights, one.gradients, one.optimizer) == (4 * count, 4 * count, 8 * count)  # float32 weights are their own masters
+    assert (one.weights, one.gradients, one.optimizer) == (
+        4 * count,
+        4 * count,
+        8 * count,
+    )  # float32 weights are their own masters
     assert (two.weights, two.gradients, two.optimizer) == (2 * count, count / 2, 3 * count)
     assert (three.weights, three.gradients, three.optimizer) == (count / 2, count / 2, 3 * count)
-    assert one.activations > two.activations == three.activations and one.gathered == 2 * count and not two.gathered and three.gathered
-    offloaded = estimate.memory(about, {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 4, 1, 128, False)
+    assert (
+        one.activations > two.activations == three.activations
+        and one.gathered == 2 * count
+        and not two.gathered
+        and three.gathered
+    )
+    offloaded = estimate.memory(
+        about,
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+        4,
+        1,
+        128,
+        False,
+    )
     assert offloaded.states == 0 and offloaded.host > three.states
     from endprompt.training_keys import Lora
 
     adapted = estimate.memory(about, zero3, 4, 1, 128, False, Lora(r=4))
-    assert adapted.weights == three.weights and adapted.optimizer == pytest.approx(three.optimizer * estimate.trained_share(about, Lora(r=4)))
+    assert adapted.weights == three.weights and adapted.optimizer == pytest.approx(
+        three.optimizer * estimate.trained_share(about, Lora(r=4))
+    )
     import peft
 
     count = estimate.parameter_count(about)
-    wrapped = peft.get_peft_model(LlamaForCausalLM(about), peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    wrapped = peft.get_peft_model(
+        LlamaForCausalLM(about), peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    )
     assert estimate.trained_share(about, Lora(r=4)) * count == wrapped.get_nb_trainable_parameters()[0]
 
 
 def test_the_page(recipe_file, tmp_path):
     code, out, _ = run_main("plan", REPOSITORY / "recipes/llama3-8b-64k.yaml", "endprompt", "--out", tmp_path)
-    assert code == 0 and "8.03 B parameters" in out and "64 rows, 524288 tokens a step" in out and "zero3 fits." in out and "14.3 h, 115 GPU-hours" in out
-    code, out, _ = run_main("plan", REPOSITORY / "recipes/llama3-8b-64k.yaml", "full_length", "--gpu-memory", "60", "--out", tmp_path)
-    assert code == 0 and "rows of 65536" in out and "zero3 does not fit: take train.deepspeed=ds_configs/zero3_offload.json" in out
-    code, out, _ = run_main("plan", REPOSITORY / "recipes/llama3-8b-64k.yaml", "full_length", "--gpu-memory", "24", "--out", tmp_path)
+    assert (
+        code == 0
+        and "8.03 B parameters" in out
+        and "64 rows, 524288 tokens a step" in out
+        and "zero3 fits." in out
+        and "14.3 h, 115 GPU-hours" in out
+    )
+    code, out, _ = run_main(
+        "plan",
+        REPOSITORY / "recipes/llama3-8b-64k.yaml",
+        "full_length",
+        "--gpu-memory",
+        "60",
+        "--out",
+        tmp_path,
+    )
+    assert (
+        code == 0
+        and "rows of 65536" in out
+        and "zero3 does not fit: take train.deepspeed=ds_configs/zero3_offload.json" in out
+    )
+    code, out, _ = run_main(
+        "plan",
+        REPOSITORY / "recipes/llama3-8b-64k.yaml",
+        "full_length",
+        "--gpu-memory",
+        "24",
+        "--out",
+        tmp_path,
+    )
     assert code == 0 and "no ZeRO file here makes it fit" in out
-    assert run_main("plan", recipe_file(), "endprompt", "--gpus", "1", "--out", tmp_path)[0] == 0 and not [path for path in tmp_path.rglob("*") if path.name == "small"]
+    assert run_main("plan", recipe_file(), "endprompt", "--gpus", "1", "--out", tmp_path)[0] == 0 and not [
+        path for path in tmp_path.rglob("*") if path.name == "small"
+    ]
 
 
-@pytest.mark.parametrize("options, telling", [(["--gpus", "0"], "--gpus 0"), (["--gpu-memory", "-1"], "--gpu-memory -1"), (["--mfu", "1.5"], "--mfu 1.5"),
-                                              (["--gpu", "V9"], "--gpu V9"), (["--set", "model.name_or_path=nobody/nothing"], "is not known here"),
-                                              (["--set", "train.sequence_parallel=2"], "is not counted")])
+@pytest.mark.parametrize(
+    "options, telling",
+    [
+        (["--gpus", "0"], "--gpus 0"),
+        (["--gpu-memory", "-1"], "--gpu-memory -1"),
+        (["--mfu", "1.5"], "--mfu 1.5"),
+        (["--gpu", "V9"], "--gpu V9"),
+        (["--set", "model.name_or_path=nobody/nothing"], "is not known here"),
+        (["--set", "train.sequence_parallel=2"], "is not counted"),
+    ],
+)
 def test_what_cannot_be_planned(tmp_path, options, telling):
-    code, _, error = run_main("plan", REPOSITORY / "recipes/llama3-8b-64k.yaml", "full_length", "--out", tmp_path, *options)
+    code, _, error = run_main(
+        "plan", REPOSITORY / "recipes/llama3-8b-64k.yaml", "full_length", "--out", tmp_path, *options
+    )
     assert code == 2 and error.count("\n") == 1 and telling in error
 
 

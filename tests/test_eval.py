@@ -29,13 +29,21 @@ BASE = methods.get("base")
 
 # Passkey: the text
 
+
 def one_key(key, depth):
     return [(depth, passkey.NEEDLE.format(key=key))]
 
 
-@pytest.mark.parametrize("hits, total, low, high", [  # R: prop.test(x, n, correct = FALSE)$conf.int
-    (50, 100, 0.4038315, 0.5961685), (0, 10, 0.0, 0.2775328), (10, 10, 0.7224672, 1.0), (1, 1, 0.2065493, 1.0), (95, 100, 0.8882495, 0.9784563),
-])
+@pytest.mark.parametrize(
+    "hits, total, low, high",
+    [  # R: prop.test(x, n, correct = FALSE)$conf.int
+        (50, 100, 0.4038315, 0.5961685),
+        (0, 10, 0.0, 0.2775328),
+        (10, 10, 0.7224672, 1.0),
+        (1, 1, 0.2065493, 1.0),
+        (95, 100, 0.8882495, 0.9784563),
+    ],
+)
 def test_wilson(hits, total, low, high):
     assert intervals.wilson(hits, total) == pytest.approx((low, high), abs=2e-6)
 
@@ -52,22 +60,48 @@ def test_bootstrap():
     low, high = intervals.bootstrap([0.0, 100.0] * 500)
     assert (low, high) == pytest.approx((50 - 1.96 * 50 / 1000**0.5, 50 + 1.96 * 50 / 1000**0.5), abs=0.4)
     assert intervals.bootstrap([0.0, 100.0] * 500) == (low, high)
-    assert intervals.bootstrap([100.0] * 10) == pytest.approx((72.24672, 100.0), abs=1e-4) and intervals.bootstrap([0.0] * 10) == pytest.approx((0.0, 27.75328), abs=1e-4)
+    assert intervals.bootstrap([100.0] * 10) == pytest.approx(
+        (72.24672, 100.0), abs=1e-4
+    ) and intervals.bootstrap([0.0] * 10) == pytest.approx((0.0, 27.75328), abs=1e-4)
     assert intervals.bootstrap([33.0] * 5) == (33.0, 33.0)
     heavy = intervals.bootstrap([1.0, 3.0] * 50, [9.0, 1.0] * 50)
     assert heavy[0] < 1.2 < heavy[1] < 1.5
 
 
-@pytest.mark.parametrize("continuation, expected", [
-    (" 12345", True), ("12345.", True), (" 12345. Remember it.", True), (" The pass key is 12345", True), ("12345 67890", True), ("\n12345", True),
-    ("", False), (" ", False), (" 123456", False), (" 1234", False), (" 1 2 3 4 5", False), (" 12,345", False), (" 54321 12345", False), ("5, then 12345", False),
-    (" no number at all", False), (" 012345", False), ("-", False),
-])
+@pytest.mark.parametrize(
+    "continuation, expected",
+    [
+        (" 12345", True),
+        ("12345.", True),
+        (" 12345. Remember it.", True),
+        (" The pass key is 12345", True),
+        ("12345 67890", True),
+        ("\n12345", True),
+        ("", False),
+        (" ", False),
+        (" 123456", False),
+        (" 1234", False),
+        (" 1 2 3 4 5", False),
+        (" 12,345", False),
+        (" 54321 12345", False),
+        ("5, then 12345", False),
+        (" no number at all", False),
+        (" 012345", False),
+        ("-", False),
+    ],
+)
 def test_correct(continuation, expected):
     assert passkey.correct(continuation, "12345") is expected
 
 
-@pytest.mark.parametrize("filler", [passkey.FILLER, ("Go.", "The sun is yellow and the sky is blue."), ("There and back again, there and back again.", "Go.")])
+@pytest.mark.parametrize(
+    "filler",
+    [
+        passkey.FILLER,
+        ("Go.", "The sun is yellow and the sky is blue."),
+        ("There and back again, there and back again.", "Go."),
+    ],
+)
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_prompt_fills_its_length(tokenizer, monkeypatch, depth, filler):
     """It fits with its answer, and with one sentence more it would not."""
@@ -75,8 +109,14 @@ def test_prompt_fills_its_length(tokenizer, monkeypatch, depth, filler):
     for length in [*range(90, 130), 777, 2048]:
         text, tokens = passkey.build(tokenizer, length, one_key("48213", depth))
         limit, sentences = length - passkey.NEW_TOKENS, sum(text.count(sentence) for sentence in set(filler))
-        assert text == passkey.prompt(one_key("48213", depth), sentences) and tokens == len(tokenizer(text)["input_ids"])
-        assert tokens <= limit < len(tokenizer(passkey.prompt(one_key("48213", depth), sentences + 1))["input_ids"])
+        assert text == passkey.prompt(one_key("48213", depth), sentences) and tokens == len(
+            tokenizer(text)["input_ids"]
+        )
+        assert (
+            tokens
+            <= limit
+            < len(tokenizer(passkey.prompt(one_key("48213", depth), sentences + 1))["input_ids"])
+        )
 
 
 @pytest.mark.parametrize("depth", [0.0, 1 / 9, 0.5, 1.0])
@@ -95,12 +135,25 @@ def test_named_keys(tokenizer):
     for test in tests:
         found = dict(re.findall(r"The pass key of (\w+) is (\d{5})\.", test["prompt"]))
         asked = re.search(r"What is the pass key of (\w+)\? The pass key of \1 is$", test["prompt"])[1]
-        assert len(found) == len(set(found.values())) == len(re.findall(r"\d+", test["prompt"])) == passkey.KEYS and found[asked] == test["key"]
-        before, after = (sum(part.count(sentence) for sentence in passkey.FILLER) for part in test["prompt"].split(passkey.NAMED_NEEDLE.format(name=asked, key=test["key"])))
-        assert before == round(test["depth"] * (before + after)) and 400 - 20 < test["prompt_tokens"] <= 400 - passkey.NEW_TOKENS
+        assert (
+            len(found) == len(set(found.values())) == len(re.findall(r"\d+", test["prompt"])) == passkey.KEYS
+            and found[asked] == test["key"]
+        )
+        before, after = (
+            sum(part.count(sentence) for sentence in passkey.FILLER)
+            for part in test["prompt"].split(passkey.NAMED_NEEDLE.format(name=asked, key=test["key"]))
+        )
+        assert (
+            before == round(test["depth"] * (before + after))
+            and 400 - 20 < test["prompt_tokens"] <= 400 - passkey.NEW_TOKENS
+        )
         depths.add([*found].index(asked))
     assert depths == {0, 1, 2, 3}  # no habit gives the answer away
-    assert tests == passkey.documents(tokenizer, [400], 40, 5, 1, "multikey") != passkey.documents(tokenizer, [400], 40, 5, 2, "multikey")
+    assert (
+        tests
+        == passkey.documents(tokenizer, [400], 40, 5, 1, "multikey")
+        != passkey.documents(tokenizer, [400], 40, 5, 2, "multikey")
+    )
     with pytest.raises(ValueError, match="too few for a passkey prompt"):
         passkey.documents(tokenizer, [60], 1, 1, 1, "multikey")
 
@@ -119,6 +172,7 @@ def test_a_tokenizer_whose_numbers_are_too_long_is_refused(tokenizer, monkeypatc
 
 
 # Passkey: the score, with models whose answers are known
+
 
 class Known(LM):
     """The harness' model that answers a prompt with what ``answer`` makes of its text."""
@@ -145,7 +199,17 @@ def key_of(prompt):
 def ask_passkey(answer, base, length=300, depths=5, samples=12, seed=1, task="endprompt_passkey"):
     """(the summary of ``answer``, the model that gave it) through the harness."""
     known = Known(answer)
-    found = engine.run(known, task, {"tokenizer": str(base), "max_seq_lengths": [length], "samples": samples, "depths": depths, "seed": seed})[task]
+    found = engine.run(
+        known,
+        task,
+        {
+            "tokenizer": str(base),
+            "max_seq_lengths": [length],
+            "samples": samples,
+            "depths": depths,
+            "seed": seed,
+        },
+    )[task]
     return passkey.summary([sample["doc"] for sample in found], [sample["score"] for sample in found]), known
 
 
@@ -159,7 +223,10 @@ ANSWERS = {
     "filler": (lambda prompt: " The grass is green. The sky is blue.", 0),
     "one digit too many": (lambda prompt: f" {key_of(prompt)}7", 0),
     "another key": (lambda prompt: f" {(int(key_of(prompt)) + 1) % 100000:05d}", 0),
-    "knows only late keys": (lambda prompt: f" {key_of(prompt)}" if prompt.index(key_of(prompt)) > len(prompt) / 2 else " ?", None),
+    "knows only late keys": (
+        lambda prompt: f" {key_of(prompt)}" if prompt.index(key_of(prompt)) > len(prompt) / 2 else " ?",
+        None,
+    ),
 }
 
 
@@ -168,11 +235,19 @@ def test_score_of_known_answers(base, name):
     answer, expected = ANSWERS[name]
     scores, known = ask_passkey(answer, base)
     assert scores["samples"] == sum(cell["total"] for cell in scores["cells"]) == 12
-    assert [cell["depth"] for cell in scores["cells"]] == [0, 0.25, 0.5, 0.75, 1] and [cell["total"] for cell in scores["cells"]] == [3, 3, 2, 2, 2]
+    assert [cell["depth"] for cell in scores["cells"]] == [0, 0.25, 0.5, 0.75, 1] and [
+        cell["total"] for cell in scores["cells"]
+    ] == [3, 3, 2, 2, 2]
     low, high = intervals.wilson(scores["correct"], 12)
-    assert scores["score"] == 100 * scores["correct"] / 12 and (scores["low"], scores["high"]) == (100 * low, 100 * high)
+    assert scores["score"] == 100 * scores["correct"] / 12 and (scores["low"], scores["high"]) == (
+        100 * low,
+        100 * high,
+    )
     assert max(scores["prompt_tokens"]) <= 300 - passkey.NEW_TOKENS
-    assert all(options["do_sample"] is False and options["max_gen_toks"] == passkey.NEW_TOKENS for options in known.options)
+    assert all(
+        options["do_sample"] is False and options["max_gen_toks"] == passkey.NEW_TOKENS
+        for options in known.options
+    )
     if expected is None:
         assert [cell["correct"] for cell in scores["cells"]][::4] == [0, 2]
     else:
@@ -183,10 +258,16 @@ def test_score_of_known_answers(base, name):
 def test_score_among_named_keys(base, which, expected):
     def answer(prompt):
         found = re.findall(r"The pass key of (\w+) is (\d{5})\.", prompt)
-        return {"asked": f" {dict(found)[prompt.split()[-2]]}.", "first": f" {found[0][1]}", "nothing": ""}[which]
+        return {"asked": f" {dict(found)[prompt.split()[-2]]}.", "first": f" {found[0][1]}", "nothing": ""}[
+            which
+        ]
 
     scores, known = ask_passkey(answer, base, task="endprompt_multikey", samples=40)
-    assert scores["samples"] == 40 and known.prompts[0].endswith(" is") and all(options["max_gen_toks"] == passkey.NEW_TOKENS for options in known.options)
+    assert (
+        scores["samples"] == 40
+        and known.prompts[0].endswith(" is")
+        and all(options["max_gen_toks"] == passkey.NEW_TOKENS for options in known.options)
+    )
     assert scores["score"] == expected if expected is not None else 5 <= scores["score"] <= 60
 
 
@@ -203,16 +284,21 @@ def test_keys_depend_on_seed_and_length_only(tokenizer):
     assert keys(200, 1) == keys(200, 1) and len(set(keys(200, 1))) > 1
     assert keys(200, 1) != keys(200, 2) and keys(200, 1) != keys(220, 1)
     assert all(10000 <= int(key) <= 99999 for key in keys(200, 1))
-    assert [test["key"] for test in passkey.documents(tokenizer, [200, 220], 6, 3, 1)] == keys(200, 1) + keys(220, 1)
+    assert [test["key"] for test in passkey.documents(tokenizer, [200, 220], 6, 3, 1)] == keys(200, 1) + keys(
+        220, 1
+    )
 
 
 def test_fewer_samples_than_depths(base):
     scores, _ = ask_passkey(ANSWERS["oracle"][0], base, 200, 10, 3)
     assert [cell["total"] for cell in scores["cells"]] == [1, 1, 1] and scores["score"] == 100
-    assert ask_passkey(ANSWERS["oracle"][0], base, 200, 1, 2)[0]["cells"] == [{"depth": 0, "correct": 2, "total": 2}]
+    assert ask_passkey(ANSWERS["oracle"][0], base, 200, 1, 2)[0]["cells"] == [
+        {"depth": 0, "correct": 2, "total": 2}
+    ]
 
 
 # The engine: the harness' model, grouped and refused
+
 
 @pytest.fixture(scope="module")
 def lm(base, tokenizer):
@@ -220,19 +306,41 @@ def lm(base, tokenizer):
 
 
 def requests_of(prompts, **options):
-    return [Instance("generate_until", {}, (prompt, {"max_gen_toks": 6, "do_sample": False, "until": [], **options}), number) for number, prompt in enumerate(prompts)]
+    return [
+        Instance(
+            "generate_until",
+            {},
+            (prompt, {"max_gen_toks": 6, "do_sample": False, "until": [], **options}),
+            number,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def test_continuations_are_those_of_transformers_alone(lm, tokenizer, monkeypatch):
     """Prompts of different lengths, in their order, without padding: what generate gives for each."""
-    prompts = [passkey.build(tokenizer, length, one_key(key, depth))[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (128, 0.5, "97531"))]
+    prompts = [
+        passkey.build(tokenizer, length, one_key(key, depth))[0]
+        for length, depth, key in (
+            (128, 0, "12345"),
+            (150, 0.5, "67890"),
+            (128, 1, "24680"),
+            (128, 0.5, "97531"),
+        )
+    ]
     shapes, generate = [], lm.model.generate
-    monkeypatch.setattr(lm.model, "generate", lambda **options: shapes.append(tuple(options["input_ids"].shape)) or generate(**options))
+    monkeypatch.setattr(
+        lm.model,
+        "generate",
+        lambda **options: shapes.append(tuple(options["input_ids"].shape)) or generate(**options),
+    )
     found = lm.generate_until(requests_of(prompts), disable_tqdm=True)
     assert sorted(shape[0] for shape in shapes) == [1, 3] or sum(shape[0] for shape in shapes) == 4
     for prompt, text in zip(prompts, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")
-        alone = generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1]:]
+        alone = generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[
+            0, ids["input_ids"].shape[1] :
+        ]
         assert text == tokenizer.decode(alone, skip_special_tokens=True)
 
 
@@ -241,7 +349,11 @@ def test_batches_hold_so_many_tokens(lm, tokenizer, monkeypatch):
     tokens = len(tokenizer(prompt)["input_ids"])
     monkeypatch.setattr(engine, "TOKENS_AT_ONCE", 2 * tokens)
     shapes, generate = [], lm.model.generate
-    monkeypatch.setattr(lm.model, "generate", lambda **options: shapes.append(tuple(options["input_ids"].shape)) or generate(**options))
+    monkeypatch.setattr(
+        lm.model,
+        "generate",
+        lambda **options: shapes.append(tuple(options["input_ids"].shape)) or generate(**options),
+    )
     lm.generate_until(requests_of([prompt] * 5), disable_tqdm=True)
     assert shapes == [(2, tokens), (2, tokens), (1, tokens)]
 
@@ -251,20 +363,30 @@ def test_a_prompt_beyond_the_window_is_not_cut(lm, tokenizer, monkeypatch):
     prompt, tokens = passkey.build(tokenizer, 400, one_key("12345", 0))
     assert tokens > lm.model.config.max_position_embeddings
     seen, generate = [], lm.model.generate
-    monkeypatch.setattr(lm.model, "generate", lambda **options: seen.append(options["input_ids"]) or generate(**options))
+    monkeypatch.setattr(
+        lm.model, "generate", lambda **options: seen.append(options["input_ids"]) or generate(**options)
+    )
     lm.generate_until(requests_of([prompt]), disable_tqdm=True)
     assert seen[0][0].tolist() == tokenizer(prompt)["input_ids"]
 
 
 def test_likelihood_without_all_logits_is_the_harness_own(lm, tiny_text, monkeypatch):
-    pairs = [(text[:400], text[400:700]) for text in tiny_text[:3]] + [(tiny_text[3][:50], tiny_text[3][50:60])]
+    pairs = [(text[:400], text[400:700]) for text in tiny_text[:3]] + [
+        (tiny_text[3][:50], tiny_text[3][50:60])
+    ]
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
     whole = lm.loglikelihood(requests, disable_tqdm=True)
     monkeypatch.setattr(engine, "LOGIT_BYTES", 1)
     asked, forward = [], lm.model.forward
-    monkeypatch.setattr(lm.model, "forward", lambda *ids, **options: asked.append(options["logits_to_keep"]) or forward(*ids, **options))
+    monkeypatch.setattr(
+        lm.model,
+        "forward",
+        lambda *ids, **options: asked.append(options["logits_to_keep"]) or forward(*ids, **options),
+    )
     lean = lm.loglikelihood(requests, disable_tqdm=True)
-    assert [found[0] for found in lean] == pytest.approx([found[0] for found in whole], rel=1e-5) and [found[1] for found in lean] == [found[1] for found in whole]
+    assert [found[0] for found in lean] == pytest.approx([found[0] for found in whole], rel=1e-5) and [
+        found[1] for found in lean
+    ] == [found[1] for found in whole]
     assert len(asked) == 4 and max(asked) < 200
 
 
@@ -289,6 +411,7 @@ def test_scores_do_not_depend_on_what_was_scored_before(base, tokenizer, tiny_te
 
 # Perplexity
 
+
 def texts_of(tokenizer, *documents):
     return [perplexity.Text(document, tokenizer) for document in documents]
 
@@ -304,7 +427,7 @@ def test_windows_score_the_same_words_at_each_length(tokenizer, tiny_text):
             whole = tokenizer(window["context"] + window["continuation"])["input_ids"]
             context = tokenizer(window["context"])["input_ids"]
             # The harness splits the pair by these two: the words fall into the same tokens, and as many as are counted.
-            assert whole[:len(context)] == context and len(whole) - len(context) == window["tokens"]
+            assert whole[: len(context)] == context and len(whole) - len(context) == window["tokens"]
             assert length - 12 <= len(whole) <= length
     # One after the other the pieces are the text: nothing is scored twice or left out.
     joined = "".join(pieces[128])
@@ -330,7 +453,14 @@ def test_windows_refuse_what_cannot_be_scored(tokenizer, tiny_text):
 @torch.no_grad()
 def test_perplexity_is_that_of_transformers_own_loss(lm, base, tokenizer, tmp_path, tiny_text):
     write_jsonl(tmp_path / "text.jsonl", [" ".join(tiny_text[:2])])
-    asked = {"tokenizer": str(base), "max_seq_lengths": [96], "longest": 128, "stride": 32, "scored_tokens": 10**6, "perplexity_corpus": str(tmp_path / "text.jsonl")}
+    asked = {
+        "tokenizer": str(base),
+        "max_seq_lengths": [96],
+        "longest": 128,
+        "stride": 32,
+        "scored_tokens": 10**6,
+        "perplexity_corpus": str(tmp_path / "text.jsonl"),
+    }
     samples = engine.run(lm, "endprompt_perplexity", asked)["endprompt_perplexity"]
     documents = [sample["doc"] for sample in samples]
     found = perplexity.summary(documents, [-sample["filtered_resps"][0][0] for sample in samples])
@@ -338,10 +468,12 @@ def test_perplexity_is_that_of_transformers_own_loss(lm, base, tokenizer, tmp_pa
     for document in documents:
         window = tokenizer(document["context"] + document["continuation"], return_tensors="pt")["input_ids"]
         labels = window.clone()
-        labels[:, :-document["tokens"]] = -100
+        labels[:, : -document["tokens"]] = -100
         losses += [lm.model(window, labels=labels).loss.item()] * document["tokens"]
     assert found["tokens"] == len(losses) and found["samples"] == len(documents) > 5
-    assert found["nats"] == pytest.approx(sum(losses) / len(losses), rel=1e-5) and found["score"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found["nats"] == pytest.approx(sum(losses) / len(losses), rel=1e-5) and found[
+        "score"
+    ] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert 0 < found["low"] < found["score"] < found["high"]
 
 
@@ -361,12 +493,20 @@ def local_sets(monkeypatch):
 
     def load(path, name=None, **_):
         if path.endswith("hellaswag"):
-            found = {"train": rows("hellaswag.validation")[100:120], "validation": rows("hellaswag.validation")[:6]}
+            found = {
+                "train": rows("hellaswag.validation")[100:120],
+                "validation": rows("hellaswag.validation")[:6],
+            }
         elif path.endswith("gsm8k"):
             found = {"train": rows("gsm8k.train")[:20], "test": rows("gsm8k.test")[:6]}
         else:
-            found = {"dev": [row for row in rows("mmlu.dev") if row["subject"] == name], "test": [row for row in rows("mmlu.test") if row["subject"] == name][:2]}
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in found.items()})
+            found = {
+                "dev": [row for row in rows("mmlu.dev") if row["subject"] == name],
+                "test": [row for row in rows("mmlu.test") if row["subject"] == name][:2],
+            }
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(found) for split, found in found.items()}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
 
@@ -386,9 +526,24 @@ class Chooser(Known):
 def test_hellaswag_is_ten_shot_and_normalised(local_sets):
     right = Chooser(None, lambda doc, ending: doc["choices"][int(doc["label"])] == ending.strip())
     found = run.short_text(right, "hellaswag", None, False, False)
-    assert found["score"] == 100 and found["samples"] == 6 and found["metric"] == "acc_norm,none" and found["few_shots"] == 10 and found["low"] < 100
+    assert (
+        found["score"] == 100
+        and found["samples"] == 6
+        and found["metric"] == "acc_norm,none"
+        and found["few_shots"] == 10
+        and found["low"] < 100
+    )
     assert all(prompt.count("\n\n") == 10 for prompt in right.prompts)
-    assert run.short_text(Chooser(None, lambda doc, ending: doc["choices"][int(doc["label"]) - 1] == ending.strip()), "hellaswag", 4, False, False)["score"] == 0
+    assert (
+        run.short_text(
+            Chooser(None, lambda doc, ending: doc["choices"][int(doc["label"]) - 1] == ending.strip()),
+            "hellaswag",
+            4,
+            False,
+            False,
+        )["score"]
+        == 0
+    )
 
 
 def test_gsm8k_is_five_shot_and_strict(local_sets):
@@ -399,9 +554,16 @@ def test_gsm8k_is_five_shot_and_strict(local_sets):
 
     oracle = Known(solve)
     found = run.short_text(oracle, "gsm8k", None, False, False)
-    assert found["score"] == 100 and found["samples"] == 6 and found["few_shots"] == 5 and all(prompt.count("Question: ") == 6 for prompt in oracle.prompts)
+    assert (
+        found["score"] == 100
+        and found["samples"] == 6
+        and found["few_shots"] == 5
+        and all(prompt.count("Question: ") == 6 for prompt in oracle.prompts)
+    )
     loose = Known(lambda prompt: "It is " + solve(prompt).rpartition("#### ")[2])
-    assert run.short_text(loose, "gsm8k", None, False, False)["score"] == 0  # right, but not in the form that strict-match wants
+    assert (
+        run.short_text(loose, "gsm8k", None, False, False)["score"] == 0
+    )  # right, but not in the form that strict-match wants
 
 
 @pytest.mark.slow
@@ -422,12 +584,16 @@ def test_vllm_needs_a_saved_model_and_vllm(recipe, base, tmp_path, monkeypatch):
 
 
 def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path):
-    with pytest.raises(BadInput, match="humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true"):
+    with pytest.raises(
+        BadInput,
+        match="humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true",
+    ):
         run.evaluate(recipe(tasks=["humaneval"]), BASE, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 # Results on disk
+
 
 @pytest.fixture
 def recipe(recipe_file, tmp_path, tiny_text):
@@ -435,15 +601,24 @@ def recipe(recipe_file, tmp_path, tiny_text):
     write_jsonl(tmp_path / "heldout.jsonl", [" ".join(tiny_text[:4])])
 
     def make(**options):
-        settings = {"tasks": ["passkey", "perplexity"], "lengths": [96, 128], "samples": 3, "depths": 2, "perplexity_corpus": str(tmp_path / "heldout.jsonl"),
-                    "perplexity_tokens": 64, "perplexity_stride": 32}
+        settings = {
+            "tasks": ["passkey", "perplexity"],
+            "lengths": [96, 128],
+            "samples": 3,
+            "depths": 2,
+            "perplexity_corpus": str(tmp_path / "heldout.jsonl"),
+            "perplexity_tokens": 64,
+            "perplexity_stride": 32,
+        }
         return config.load(recipe_file(lengths={"target": 2048}, eval={**settings, **options}))
 
     return make
 
 
 def results(folder):
-    return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
+    return {
+        str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))
+    }
 
 
 def forbid(monkeypatch):
@@ -459,25 +634,45 @@ def test_results_say_where_they_come_from(recipe, base, tmp_path, capsys):
     assert list(found) == ["passkey/128.json", "passkey/96.json", "perplexity/128.json", "perplexity/96.json"]
     for result in found.values():
         assert result["recipe"] == "small" and result["method"] == "base" and result["question"]["seed"] == 42
-        assert result["question"]["model"]["name_or_path"] == str(base) and result["question"]["model"]["fingerprint"] == question.fingerprint(base)
+        assert result["question"]["model"]["name_or_path"] == str(base) and result["question"]["model"][
+            "fingerprint"
+        ] == question.fingerprint(base)
         assert result["question"]["model"]["rope_parameters"]["rope_type"] == "default"
-        assert result["versions"]["torch"] == importlib.metadata.version("torch") and result["versions"].keys() >= {"python", "transformers", "endprompt"}
-        assert result["device"] == provenance.device() and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", result["date"])
+        assert result["versions"]["torch"] == importlib.metadata.version("torch") and result[
+            "versions"
+        ].keys() >= {"python", "transformers", "endprompt"}
+        assert result["device"] == provenance.device() and re.fullmatch(
+            r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", result["date"]
+        )
         assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40,64}(\+changes)?", result["commit"])
-    assert found["passkey/96.json"]["question"] | {"samples": 3, "depths": 2, "length": 96, "task": "passkey"} == found["passkey/96.json"]["question"]
-    assert found["perplexity/96.json"]["question"]["longest"] == 128 and 64 <= found["perplexity/96.json"]["scores"]["tokens"] < 110
+    assert (
+        found["passkey/96.json"]["question"] | {"samples": 3, "depths": 2, "length": 96, "task": "passkey"}
+        == found["passkey/96.json"]["question"]
+    )
+    assert (
+        found["perplexity/96.json"]["question"]["longest"] == 128
+        and 64 <= found["perplexity/96.json"]["scores"]["tokens"] < 110
+    )
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and all(line.startswith("base ") for line in printed)
-    assert f"{found['passkey/96.json']['scores']['score']:.2f}%" in printed[0] and f"{found['perplexity/96.json']['scores']['score']:.3f}" in printed[2]
+    assert (
+        f"{found['passkey/96.json']['scores']['score']:.2f}%" in printed[0]
+        and f"{found['perplexity/96.json']['scores']['score']:.3f}" in printed[2]
+    )
     answers = [json.loads(line) for line in (tmp_path / "run/eval/passkey/96.jsonl").read_text().splitlines()]
     assert [row.keys() for row in answers] == [{"key", "depth", "pred"}] * 3
-    assert sum(passkey.correct(row["pred"], row["key"]) for row in answers) == found["passkey/96.json"]["scores"]["correct"]
+    assert (
+        sum(passkey.correct(row["pred"], row["key"]) for row in answers)
+        == found["passkey/96.json"]["scores"]["correct"]
+    )
 
 
 def test_commit_is_the_checkouts(tmp_path, monkeypatch):
     if shutil.which("git"):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-        assert (provenance.commit() or "").removesuffix("+changes") == (head.stdout.strip() if head.returncode == 0 else "")
+        assert (provenance.commit() or "").removesuffix("+changes") == (
+            head.stdout.strip() if head.returncode == 0 else ""
+        )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit() is None
     assert provenance.versions(("no-such-package",))["no-such-package"] is None
@@ -498,7 +693,15 @@ def test_existing_results_are_kept(recipe, tmp_path, monkeypatch, capsys):
     assert results(tmp_path / "run/eval") == before and out == printed and "again" not in err
 
 
-@pytest.mark.parametrize("options, task", [({"samples": 4}, "passkey"), ({"depths": 3}, "passkey"), ({"seed": 7}, "passkey"), ({"perplexity_stride": 16}, "perplexity")])
+@pytest.mark.parametrize(
+    "options, task",
+    [
+        ({"samples": 4}, "passkey"),
+        ({"depths": 3}, "passkey"),
+        ({"seed": 7}, "passkey"),
+        ({"perplexity_stride": 16}, "perplexity"),
+    ],
+)
 def test_results_of_another_setting_are_replaced(recipe, tmp_path, capsys, options, task):
     run.evaluate(recipe(tasks=[task], lengths=[96]), BASE, tmp_path / "run")
     capsys.readouterr()
@@ -514,19 +717,28 @@ def test_results_that_cannot_be_read_are_replaced(recipe, tmp_path, capsys, text
     path.parent.mkdir(parents=True)
     path.write_text(text)
     run.evaluate(recipe(tasks=["passkey"], lengths=[96]), BASE, tmp_path / "run")
-    assert "cannot be read; scoring again" in capsys.readouterr().err and json.loads(path.read_text())["scores"]["length"] == 96
+    assert (
+        "cannot be read; scoring again" in capsys.readouterr().err
+        and json.loads(path.read_text())["scores"]["length"] == 96
+    )
 
 
 def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, capsys):
     """The same path with other weights in it: the old score must not stand for the new model."""
     folder = shutil.copytree(base, tmp_path / "model")
     checked = recipe(tasks=["passkey"], lengths=[96])
-    checked = checked.model_copy(update={"model": checked.model.model_copy(update={"name_or_path": str(folder)})})
+    checked = checked.model_copy(
+        update={"model": checked.model.model_copy(update={"name_or_path": str(folder)})}
+    )
     for method in (BASE, methods.get("endprompt")):
         other = None if method is BASE else str(folder)
         run.evaluate(checked, method, tmp_path / "run", other)
         weights = load_file(folder / "model.safetensors")
-        save_file({name: tensor * 0.9 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor * 0.9 for name, tensor in weights.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         capsys.readouterr()
         run.evaluate(checked, method, tmp_path / "run", other)
         assert "scoring again" in capsys.readouterr().err, method.name
@@ -536,8 +748,13 @@ def test_another_model_has_its_own_folder(recipe, base, tmp_path):
     checked = recipe(tasks=["passkey"], lengths=[96])
     run.evaluate(checked, methods.get("endprompt"), tmp_path / "run", str(base))
     found = results(next((tmp_path / "run").glob("eval-base-*")))["passkey/96.json"]
-    assert found["question"]["model"] == {"name_or_path": str(base), "fingerprint": question.fingerprint(base), "ends": [2],
-                                          "dtype": "torch.float32", "attention": "sdpa"}
+    assert found["question"]["model"] == {
+        "name_or_path": str(base),
+        "fingerprint": question.fingerprint(base),
+        "ends": [2],
+        "dtype": "torch.float32",
+        "attention": "sdpa",
+    }
     assert not (tmp_path / "run/eval").exists() and next((tmp_path / "run").glob("eval-base-*/passkey.png"))
 
 
@@ -545,7 +762,10 @@ def test_interpolated_model_is_scored_with_its_scaling(recipe, base, tmp_path):
     run.evaluate(recipe(tasks=["perplexity"], lengths=[96]), methods.get("interpolation"), tmp_path / "run")
     original = AutoConfig.from_pretrained(base)
     assert results(tmp_path / "run/eval")["perplexity/96.json"]["question"]["model"]["rope_parameters"] == {
-        **original.rope_parameters, "rope_type": "linear", "factor": 2048 / original.max_position_embeddings}
+        **original.rope_parameters,
+        "rope_type": "linear",
+        "factor": 2048 / original.max_position_embeddings,
+    }
 
 
 def test_models_that_cannot_be_scored(recipe, base, tmp_path):
@@ -564,19 +784,38 @@ def test_models_that_cannot_be_scored(recipe, base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")
     lost = sorted(weights)[1]
-    save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != lost},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     refuse(rf"broken lack \['{lost}'\]; random values would stand in their place", str(folder))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     refuse("broken cannot be loaded", str(folder))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options, complaint", [
-    ({"lengths": [16, 128], "tasks": ["passkey"]}, r"eval\.lengths: passkey at 16: 16 tokens are too few"),
-    ({"lengths": [96, 2000], "tasks": ["perplexity"]}, r"eval\.lengths: perplexity at 96: no document holds 2000 tokens"),
-    ({"perplexity_stride": 128, "tasks": ["perplexity"]}, r"eval\.lengths: perplexity at 96: a stride of 128 leaves no context"),
-    ({"perplexity_corpus": "./nowhere.jsonl"}, r"eval\.perplexity_corpus: there is no file or folder './nowhere\.jsonl'"),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (
+            {"lengths": [16, 128], "tasks": ["passkey"]},
+            r"eval\.lengths: passkey at 16: 16 tokens are too few",
+        ),
+        (
+            {"lengths": [96, 2000], "tasks": ["perplexity"]},
+            r"eval\.lengths: perplexity at 96: no document holds 2000 tokens",
+        ),
+        (
+            {"perplexity_stride": 128, "tasks": ["perplexity"]},
+            r"eval\.lengths: perplexity at 96: a stride of 128 leaves no context",
+        ),
+        (
+            {"perplexity_corpus": "./nowhere.jsonl"},
+            r"eval\.perplexity_corpus: there is no file or folder './nowhere\.jsonl'",
+        ),
+    ],
+)
 def test_settings_that_cannot_be_scored(recipe, tmp_path, options, complaint):
     with pytest.raises(BadInput, match=complaint):
         run.evaluate(recipe(**options), BASE, tmp_path / "run")
@@ -586,25 +825,42 @@ def test_command_line(recipe, recipe_file, tmp_path):
     recipe(tasks=["passkey"], lengths=[96])
     path = tmp_path / "small.yaml"
     code, out, err = run_main("evaluate", path, "base", "--out", tmp_path / "runs")
-    assert code == 0 and out.startswith("base ") and (tmp_path / "runs/small/base/eval/passkey/96.json").exists(), err
-    code, out, err = run_main("evaluate", path, "endprompt", "--out", tmp_path / "runs", "--model", "./nowhere")
+    assert (
+        code == 0 and out.startswith("base ") and (tmp_path / "runs/small/base/eval/passkey/96.json").exists()
+    ), err
+    code, out, err = run_main(
+        "evaluate", path, "endprompt", "--out", tmp_path / "runs", "--model", "./nowhere"
+    )
     assert code == 2 and err.splitlines()[-1] == "endprompt: --model: there is no folder nowhere"
     assert not (tmp_path / "runs/small/endprompt").exists()
 
 
 def test_secrets_of_the_environment_are_not_written(recipe, base, tmp_path, monkeypatch):
-    secrets = {name: f"marked-{number}-7f3a" for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"))}
+    secrets = {
+        name: f"marked-{number}-7f3a"
+        for number, name in enumerate(
+            ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY")
+        )
+    }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     recipe()
     path, runs, printed = tmp_path / "small.yaml", tmp_path / "runs", ""
-    for command in (["prepare", path, "endprompt", "--workers", 2], ["inspect", path, "endprompt"], ["inspect", path, "endprompt", "--coverage"],
-                    ["evaluate", path, "endprompt", "--model", base], ["evaluate", path, "endprompt"], ["train", path, "endprompt", "--dry-run"]):
+    for command in (
+        ["prepare", path, "endprompt", "--workers", 2],
+        ["inspect", path, "endprompt"],
+        ["inspect", path, "endprompt", "--coverage"],
+        ["evaluate", path, "endprompt", "--model", base],
+        ["evaluate", path, "endprompt"],
+        ["train", path, "endprompt", "--dry-run"],
+    ):
         code, out, err = run_main(*command, "--out", runs)
         assert code == (2 if command == ["evaluate", path, "endprompt"] else 0), err
         printed += out + err
     written = [file for file in runs.rglob("*") if file.is_file()]
-    assert {"manifest.json", "96.json", "96.jsonl", "coverage.png", "recipe.yaml"} <= {file.name for file in written}
+    assert {"manifest.json", "96.json", "96.jsonl", "coverage.png", "recipe.yaml"} <= {
+        file.name for file in written
+    }
     for value in secrets.values():
         assert value not in printed
         assert not [file for file in written if value.encode() in file.read_bytes()]
@@ -612,16 +868,32 @@ def test_secrets_of_the_environment_are_not_written(recipe, base, tmp_path, monk
 
 # Comparison
 
+
 def write_result(folder, method, task, length, date="2026-01-01T00:00:00+00:00", model="m", **scores):
     path = folder / method / "eval" / task / f"{length}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"question": {"model": model}, "date": date, "method": method, "scores": {"length": length, **scores}}))
+    path.write_text(
+        json.dumps(
+            {
+                "question": {"model": model},
+                "date": date,
+                "method": method,
+                "scores": {"length": length, **scores},
+            }
+        )
+    )
 
 
 def passkey_scores(correct, total=20):
     low, high = intervals.wilson(correct, total)
-    return {"correct": correct, "samples": total, "score": 100 * correct / total, "low": 100 * low, "high": 100 * high,
-            "cells": [{"depth": 0, "correct": correct, "total": total}]}
+    return {
+        "correct": correct,
+        "samples": total,
+        "score": 100 * correct / total,
+        "low": 100 * low,
+        "high": 100 * high,
+        "cells": [{"depth": 0, "correct": correct, "total": total}],
+    }
 
 
 def cells(text):
@@ -636,7 +908,9 @@ def compared(tmp_path):
     write_result(folder, "base", "passkey", 2048, **passkey_scores(0))
     write_result(folder, "endprompt", "passkey", 2048, **passkey_scores(13))
     write_result(folder, "endprompt", "perplexity", 2048, score=12.341, nats=2.5, low=12.0, high=13.0)
-    (folder / "endprompt/train.json").write_text(json.dumps({"tokens": 524288, "seconds": 61.4, "final_text_loss": 2.25, "final_end_prompt_loss": 0.0}))
+    (folder / "endprompt/train.json").write_text(
+        json.dumps({"tokens": 524288, "seconds": 61.4, "final_text_loss": 2.25, "final_end_prompt_loss": 0.0})
+    )
     (folder / "not_a_method/eval/passkey").mkdir(parents=True)
     return folder
 
@@ -644,15 +918,38 @@ def compared(tmp_path):
 def test_table_holds_the_results_and_nothing_else(compared):
     found = cells(compare.table(compared))
     assert found == {
-        "base": {"passkey 256": "100% [84%, 100%]", "passkey 2048": "0% [0%, 16%]", "perplexity 2048": "not run", "trained tokens": "-", "train s": "-",
-                 "text loss": "-", "end-prompt loss": "-"},
-        "endprompt": {"passkey 256": "not run", "passkey 2048": "65% [43%, 82%]", "perplexity 2048": "12.34",
-                      "trained tokens": "524,288", "train s": "61", "text loss": "2.250", "end-prompt loss": "0.000"}}
+        "base": {
+            "passkey 256": "100% [84%, 100%]",
+            "passkey 2048": "0% [0%, 16%]",
+            "perplexity 2048": "not run",
+            "trained tokens": "-",
+            "train s": "-",
+            "text loss": "-",
+            "end-prompt loss": "-",
+        },
+        "endprompt": {
+            "passkey 256": "not run",
+            "passkey 2048": "65% [43%, 82%]",
+            "perplexity 2048": "12.34",
+            "trained tokens": "524,288",
+            "train s": "61",
+            "text loss": "2.250",
+            "end-prompt loss": "0.000",
+        },
+    }
 
 
 def test_leftovers_of_another_model_are_left_out(compared):
     """Lengths that were scored before the model was trained anew belong to no row."""
-    write_result(compared, "endprompt", "passkey", 512, date="2025-12-31T00:00:00+00:00", model="old", **passkey_scores(20))
+    write_result(
+        compared,
+        "endprompt",
+        "passkey",
+        512,
+        date="2025-12-31T00:00:00+00:00",
+        model="old",
+        **passkey_scores(20),
+    )
     assert "passkey 512" not in compare.table(compared)
     assert [row["scores"]["length"] for row in figures.read(compared / "endprompt/eval/passkey")] == [2048]
     assert figures.read(compared / "nowhere") == []
@@ -694,9 +991,21 @@ def test_heatmap_shows_a_missing_cell_as_missing(tmp_path, monkeypatch):
 
     drawn = []
     draw = matplotlib.axes.Axes.imshow
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda self, grid, **options: drawn.append(np.array(grid)) or draw(self, grid, **options))
-    rows = [{"scores": {"length": 1, "score": 100.0, "cells": [{"depth": 0, "correct": 2, "total": 2}, {"depth": 1, "correct": 0, "total": 2}]}},
-            {"scores": {"length": 2, "score": 50.0, "cells": [{"depth": 0, "correct": 1, "total": 2}]}}]
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "imshow",
+        lambda self, grid, **options: drawn.append(np.array(grid)) or draw(self, grid, **options),
+    )
+    rows = [
+        {
+            "scores": {
+                "length": 1,
+                "score": 100.0,
+                "cells": [{"depth": 0, "correct": 2, "total": 2}, {"depth": 1, "correct": 0, "total": 2}],
+            }
+        },
+        {"scores": {"length": 2, "score": 50.0, "cells": [{"depth": 0, "correct": 1, "total": 2}]}},
+    ]
     figures.heatmaps({"one": rows}, tmp_path / "folder/picture.png")
     np.testing.assert_array_equal(drawn[0], [[1.0, 0.5], [0.0, np.nan]])
     assert (tmp_path / "folder/picture.png").exists()
@@ -704,8 +1013,19 @@ def test_heatmap_shows_a_missing_cell_as_missing(tmp_path, monkeypatch):
 
 def test_the_tiny_base_retrieves_in_its_window_and_fails_beyond_it(base, lm):
     """Else the demo would show nothing: at least 95 % of keys at 256 tokens, hardly any at twice that."""
+
     def found(length, samples):
-        tests = engine.run(lm, "endprompt_passkey", {"tokenizer": str(base), "max_seq_lengths": [length], "samples": samples, "depths": 10, "seed": 42})["endprompt_passkey"]
+        tests = engine.run(
+            lm,
+            "endprompt_passkey",
+            {
+                "tokenizer": str(base),
+                "max_seq_lengths": [length],
+                "samples": samples,
+                "depths": 10,
+                "seed": 42,
+            },
+        )["endprompt_passkey"]
         return passkey.summary([test["doc"] for test in tests], [test["score"] for test in tests])["score"]
 
     assert sum(path.stat().st_size for path in base.iterdir()) < 8e6
@@ -714,37 +1034,81 @@ def test_the_tiny_base_retrieves_in_its_window_and_fails_beyond_it(base, lm):
 
 def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_path):
     """As the tasks of a Slurm array do: each asks the recipe's whole question, and the run over all finds nothing left."""
-    path = recipe_file(eval={"tasks": ["passkey", "perplexity"], "perplexity_corpus": str(tmp_path / "corpus.jsonl"),
-                             "perplexity_tokens": 64, "perplexity_stride": 32, "lengths": [96, 128]})
+    path = recipe_file(
+        eval={
+            "tasks": ["passkey", "perplexity"],
+            "perplexity_corpus": str(tmp_path / "corpus.jsonl"),
+            "perplexity_tokens": 64,
+            "perplexity_stride": 32,
+            "lengths": [96, 128],
+        }
+    )
     code, out, _ = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--list")
     pairs = out.split()
-    assert code == 0 and pairs == ["passkey:96", "passkey:128", "perplexity:96", "perplexity:128"] and not (tmp_path / "apart").exists()
+    assert (
+        code == 0
+        and pairs == ["passkey:96", "passkey:128", "perplexity:96", "perplexity:128"]
+        and not (tmp_path / "apart").exists()
+    )
     for pair in reversed(pairs):
         code, out, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", pair)
         assert code == 0 and out.count("\n") == 1, error
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "apart").rglob("*.json")}
     assert len(made) == 4
     code, out, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart")
-    assert code == 0 and out.count("\n") == 4 and "scoring again" not in error and made == {file: file.stat().st_mtime_ns for file in made}
+    assert (
+        code == 0
+        and out.count("\n") == 4
+        and "scoring again" not in error
+        and made == {file: file.stat().st_mtime_ns for file in made}
+    )
     assert run_main("evaluate", path, "base", "--out", tmp_path / "together")[0] == 0
     for file in made:
-        one, two = (json.loads((tmp_path / name / file.relative_to(tmp_path / "apart")).read_text()) for name in ("apart", "together"))
+        one, two = (
+            json.loads((tmp_path / name / file.relative_to(tmp_path / "apart")).read_text())
+            for name in ("apart", "together")
+        )
         assert (one["question"], one["scores"]) == (two["question"], two["scores"])
     code, _, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", "passkey:64")
-    assert code == 2 and "--only passkey:64: the recipe has no such pair; it has passkey:96, passkey:128" in error
+    assert (
+        code == 2
+        and "--only passkey:64: the recipe has no such pair; it has passkey:96, passkey:128" in error
+    )
 
 
 def test_prompts_answered_together_from_one_cache_are_answered_as_alone(lm, tokenizer, monkeypatch):
     """What a GPU does: each prompt read without padding, then all of a batch answered together."""
-    prompts = [passkey.build(tokenizer, length, one_key(key, depth))[0] for length, depth, key in ((128, 0, "12345"), (150, 0.5, "67890"), (128, 1, "24680"), (96, 0.5, "97531"))]
+    prompts = [
+        passkey.build(tokenizer, length, one_key(key, depth))[0]
+        for length, depth, key in (
+            (128, 0, "12345"),
+            (150, 0.5, "67890"),
+            (128, 1, "24680"),
+            (96, 0.5, "97531"),
+        )
+    ]
     alone = lm.generate_until(requests_of(prompts, max_gen_toks=9), disable_tqdm=True)
     read, generated, forward, generate = [], [], lm.model.forward, lm.model.generate
     monkeypatch.setattr(lm, "cached_tokens", 3 * 150)
-    monkeypatch.setattr(lm.model, "forward", lambda *ids, **options: read.append((ids or [options["input_ids"]])[0].shape) or forward(*ids, **options))
-    monkeypatch.setattr(lm.model, "generate", lambda **options: generated.append(tuple(options["input_ids"].shape)) or generate(**options))
+    monkeypatch.setattr(
+        lm.model,
+        "forward",
+        lambda *ids, **options: (
+            read.append((ids or [options["input_ids"]])[0].shape) or forward(*ids, **options)
+        ),
+    )
+    monkeypatch.setattr(
+        lm.model,
+        "generate",
+        lambda **options: generated.append(tuple(options["input_ids"].shape)) or generate(**options),
+    )
     assert lm.generate_until(requests_of(prompts, max_gen_toks=9), disable_tqdm=True) == alone
-    assert [shape[0] for shape in generated] == [3, 1] and {shape[1] for shape in read if shape[0] == 3} == {1}
-    assert sorted(shape[1] for shape in read if shape[1] > 1) == sorted(len(tokenizer(prompt)["input_ids"]) - 1 for prompt in prompts)
+    assert [shape[0] for shape in generated] == [3, 1] and {shape[1] for shape in read if shape[0] == 3} == {
+        1
+    }
+    assert sorted(shape[1] for shape in read if shape[1] > 1) == sorted(
+        len(tokenizer(prompt)["input_ids"]) - 1 for prompt in prompts
+    )
 
 
 def test_a_budget_ends_an_evaluation_between_two_pairs(recipe_file, tmp_path, monkeypatch):
@@ -752,14 +1116,37 @@ def test_a_budget_ends_an_evaluation_between_two_pairs(recipe_file, tmp_path, mo
     path = recipe_file(eval={"lengths": [96, 128, 160]})
     clock, score = [0.0], run.Scorer.score
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(run.Scorer, "score", lambda *asked: clock.__setitem__(0, clock[0] + 20) or score(*asked))
-    command = ("evaluate", path, "base", "--out", tmp_path, "--budget", 30, "--only", "passkey:160", "--only", "passkey:96", "--only", "passkey:128")
+    monkeypatch.setattr(
+        run.Scorer, "score", lambda *asked: clock.__setitem__(0, clock[0] + 20) or score(*asked)
+    )
+    command = (
+        "evaluate",
+        path,
+        "base",
+        "--out",
+        tmp_path,
+        "--budget",
+        30,
+        "--only",
+        "passkey:160",
+        "--only",
+        "passkey:96",
+        "--only",
+        "passkey:128",
+    )
     code, out, error = run_main(*command)
     assert code == 0 and out.splitlines()[0].split()[:3] == ["base", "passkey", "160"], error
-    assert out.splitlines()[1:] == ["evaluate: 1 of 3 pairs are scored, and of 30 s 10 are left; the same command goes on"]
+    assert out.splitlines()[1:] == [
+        "evaluate: 1 of 3 pairs are scored, and of 30 s 10 are left; the same command goes on"
+    ]
     assert [path.name for path in (tmp_path / "small/base/eval/passkey").glob("*.json")] == ["160.json"]
     code, out, error = run_main(*command)
-    assert code == 0 and [line.split()[2] for line in out.splitlines()[:2]] == ["160", "96"] and "2 of 3" in out and "again" not in error
+    assert (
+        code == 0
+        and [line.split()[2] for line in out.splitlines()[:2]] == ["160", "96"]
+        and "2 of 3" in out
+        and "again" not in error
+    )
     assert json.loads((tmp_path / "small/base/eval/passkey/160.json").read_text())["seconds"] == 20
     for budget in ("0", "-1", "nan"):
         code, _, error = run_main("evaluate", path, "base", "--out", tmp_path, "--budget", budget)

@@ -39,7 +39,9 @@ def half_way(two_ranks, shards_of):
     def copy(out: Path) -> Path:
         folder = shards_of(out)
         for step in (2, 4):
-            shutil.copytree(two_ranks / f"checkpoints/checkpoint-{step}", folder / f"checkpoints/checkpoint-{step}")
+            shutil.copytree(
+                two_ranks / f"checkpoints/checkpoint-{step}", folder / f"checkpoints/checkpoint-{step}"
+            )
         return folder
 
     return copy
@@ -77,13 +79,36 @@ trainer.WeightedTrainer.compute_loss = poisoned
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(value, train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
-    output = run([*TORCHRUN, patched(tmp_path, POISON.format(value=value)), "train", train_recipe, "endprompt", "--out", tmp_path, "--set", "train.save_steps=1"], expect=1)
+    output = run(
+        [
+            *TORCHRUN,
+            patched(tmp_path, POISON.format(value=value)),
+            "train",
+            train_recipe,
+            "endprompt",
+            "--out",
+            tmp_path,
+            "--set",
+            "train.save_steps=1",
+        ],
+        expect=1,
+    )
     (message,) = messages(output)
-    assert "step 5 is not finite" in message and "rank 1 micro-batch 1, loss nan" in message and "checkpoint-4;" in message
+    assert (
+        "step 5 is not finite" in message
+        and "rank 1 micro-batch 1, loss nan" in message
+        and "checkpoint-4;" in message
+    )
     rows = [int(row) for row in message.partition("rows ")[2].partition(")")[0].split(", ")]
     assert len(rows) == 2 and all(0 <= row < 64 for row in rows)
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
-    assert state(folder)["state"] == "failed" and "not finite" in state(folder)["reason"] and not (folder / "model").exists()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        f"checkpoint-{step}" for step in (1, 2, 3, 4)
+    ]
+    assert (
+        state(folder)["state"] == "failed"
+        and "not finite" in state(folder)["reason"]
+        and not (folder / "model").exists()
+    )
     # The named rows are those of the batch: every row is in exactly one batch of the only epoch.
     code, out, _ = run_main("inspect", train_recipe, "endprompt", "--out", tmp_path, "--row", rows[0])
     assert code == 0 and "positions" in out
@@ -99,8 +124,24 @@ def spoil(self, args, state, control, model=None, **kwargs):
     before(self, args, state, control, model=model, **kwargs)
 watch.Watch.on_pre_optimizer_step = spoil
 """
-    output = run([sys.executable, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path, "--set", "train.deepspeed=null"], expect=1)
-    assert "step 1 is not finite (the gradient's norm" in messages(output)[0] and "none, the base model" in messages(output)[0]
+    output = run(
+        [
+            sys.executable,
+            patched(tmp_path, patch),
+            "train",
+            train_recipe,
+            "endprompt",
+            "--out",
+            tmp_path,
+            "--set",
+            "train.deepspeed=null",
+        ],
+        expect=1,
+    )
+    assert (
+        "step 1 is not finite (the gradient's norm" in messages(output)[0]
+        and "none, the base model" in messages(output)[0]
+    )
     assert not list((folder / "checkpoints").glob("checkpoint-*"))
 
 
@@ -117,11 +158,17 @@ watch.Report.on_step_end = full
 
 
 @pytest.mark.distributed
-def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_from_it(train_recipe, shards_of, two_ranks, tmp_path):
+def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_from_it(
+    train_recipe, shards_of, two_ranks, tmp_path
+):
     folder = shards_of(tmp_path)
-    output = run([*TORCHRUN, patched(tmp_path, FULL), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
+    output = run(
+        [*TORCHRUN, patched(tmp_path, FULL), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1
+    )
     said = messages(output)
-    assert said and any("could not be written" in line and "checkpoint-2;" in line for line in said), output[-3000:]
+    assert said and any("could not be written" in line and "checkpoint-2;" in line for line in said), output[
+        -3000:
+    ]
     assert "endprompt/train.py" not in output, "a traceback of ours"
     assert checkpoint_files.newest(folder / "checkpoints").name == "checkpoint-2"
     assert state(folder)["state"] == "failed"
@@ -132,11 +179,28 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_from_it(tr
 def test_a_full_disk_leaves_prepare_where_it_was(train_recipe, two_ranks, tmp_path):
     script = patched(tmp_path, "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n")
     command = ["prepare", train_recipe, "endprompt", "--out", tmp_path / "out", "--workers", "1"]
-    result = subprocess.run([sys.executable, str(script), *map(str, command)], capture_output=True, text=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=120)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "File too large" in result.stderr and "nothing half-written was kept" in result.stderr
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "recipe.yaml"]
+    result = subprocess.run(
+        [sys.executable, str(script), *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert (
+        result.returncode == 1
+        and result.stderr.count("\n") == 1
+        and "File too large" in result.stderr
+        and "nothing half-written was kept" in result.stderr
+    )
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "recipe.yaml"
+    ]
     assert run_main(*command)[0] == 0
-    one, two = (json.loads((folder / "shards/manifest.json").read_text())["shards"] for folder in (tmp_path / "out/small/endprompt", two_ranks))
+    one, two = (
+        json.loads((folder / "shards/manifest.json").read_text())["shards"]
+        for folder in (tmp_path / "out/small/endprompt", two_ranks)
+    )
     assert one == two
 
 
@@ -145,7 +209,9 @@ def test_a_disk_that_is_really_full(train_recipe, tmp_path):
     """A tmpfs of 64 kB instead of a limit: the same words, the same end."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
     try:
         (disk / "filler").write_bytes(b"x" * 52_000)
@@ -166,11 +232,16 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(train_recipe, half_way, two_ranks, tmp_path):
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+    train_recipe, half_way, two_ranks, tmp_path
+):
     folder = half_way(tmp_path)
     truncate(next((folder / "checkpoints/checkpoint-4").rglob("zero_pp_rank_1*optim_states.pt")))
     output = run(train(train_recipe, "endprompt", tmp_path, ranks=2))
-    assert "checkpoint-4 is damaged (global_step4/zero_pp_rank_1_mp_rank_00_optim_states.pt has" in output and "passed over" in output
+    assert (
+        "checkpoint-4 is damaged (global_step4/zero_pp_rank_1_mp_rank_00_optim_states.pt has" in output
+        and "passed over" in output
+    )
     assert json.loads((folder / "train.json").read_text())["resumed_from"] == "checkpoint-2"
     assert (folder / "checkpoints/damaged-4").is_dir()
     assert losses(folder) == losses(two_ranks)
@@ -191,7 +262,11 @@ def test_only_the_newest_whole_checkpoints_are_kept_and_never_none(tmp_path):
         folder.mkdir()
         (folder / "weights").write_bytes(b"1234")
         if whole:
-            (folder / "complete.json").write_text(json.dumps({"global_step": step, "world_size": 1, "files": checkpoint_files.inventory(folder)}))
+            (folder / "complete.json").write_text(
+                json.dumps(
+                    {"global_step": step, "world_size": 1, "files": checkpoint_files.inventory(folder)}
+                )
+            )
 
     for step in (2, 4, 10):
         make(step)
@@ -228,7 +303,14 @@ def test_a_pickle_in_a_checkpoint_builds_tensors_and_runs_nothing(train_recipe, 
     tree = json.loads(marker.read_text())
     tree["files"][str(path.relative_to(marker.parent))] = len(data)
     marker.write_text(json.dumps({**tree, "world_size": 1}))
-    result = subprocess.run(list(map(str, train(train_recipe, "endprompt", tmp_path))), capture_output=True, text=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=200)
+    result = subprocess.run(
+        list(map(str, train(train_recipe, "endprompt", tmp_path))),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        timeout=200,
+    )
     assert result.returncode == 1 and "Weights only load failed" in result.stdout + result.stderr
     assert not (tmp_path / "ran").exists()
     # The control: without the guard, the file does what it says.
@@ -239,12 +321,19 @@ def test_a_pickle_in_a_checkpoint_builds_tensors_and_runs_nothing(train_recipe, 
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("case", ["foreign name", "not in the marker", "link", "everybody may write", "another owner"])
+@pytest.mark.parametrize(
+    "case", ["foreign name", "not in the marker", "link", "everybody may write", "another owner"]
+)
 def test_a_checkpoint_with_a_foreign_pickle_is_refused(train_recipe, half_way, tmp_path, case):
     checkpoint = half_way(tmp_path) / "checkpoints/checkpoint-4"
     state = next(checkpoint.rglob("*model_states.pt"))
-    telling = {"foreign name": "is no file that the run itself wrote", "not in the marker": "is no file that the run itself wrote", "link": "is no plain file",
-               "everybody may write": "may be written by everybody", "another owner": "belongs to user"}[case]
+    telling = {
+        "foreign name": "is no file that the run itself wrote",
+        "not in the marker": "is no file that the run itself wrote",
+        "link": "is no plain file",
+        "everybody may write": "may be written by everybody",
+        "another owner": "belongs to user",
+    }[case]
     if case == "foreign name":
         (checkpoint / "more.pkl").write_bytes(pickle.dumps(1))
     elif case == "not in the marker":
@@ -275,15 +364,39 @@ watch.Report.on_step_end = hang
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("action, telling", [pytest.param("time.sleep(600)", "another rank did not answer for 8 s (train.ddp_timeout)", marks=pytest.mark.slow),
-                                             ("os.kill(os.getpid(), 9)", "the connection to another rank broke")])
+@pytest.mark.parametrize(
+    "action, telling",
+    [
+        pytest.param(
+            "time.sleep(600)",
+            "another rank did not answer for 8 s (train.ddp_timeout)",
+            marks=pytest.mark.slow,
+        ),
+        ("os.kill(os.getpid(), 9)", "the connection to another rank broke"),
+    ],
+)
 def test_the_others_end_when_one_rank_hangs_or_dies(train_recipe, shards_of, tmp_path, action, telling):
     folder = shards_of(tmp_path)
     started = time.monotonic()
-    output = run([*TORCHRUN, patched(tmp_path, HANG.format(action=action)), "train", train_recipe, "endprompt", "--out", tmp_path, "--set", "train.ddp_timeout=8"], expect=1)
+    output = run(
+        [
+            *TORCHRUN,
+            patched(tmp_path, HANG.format(action=action)),
+            "train",
+            train_recipe,
+            "endprompt",
+            "--out",
+            tmp_path,
+            "--set",
+            "train.ddp_timeout=8",
+        ],
+        expect=1,
+    )
     assert time.monotonic() - started < 120
     (message,) = messages(output)
-    assert message.startswith("endprompt: train: rank 0: ") and telling in message and "checkpoint-2;" in message
+    assert (
+        message.startswith("endprompt: train: rank 0: ") and telling in message and "checkpoint-2;" in message
+    )
     assert state(folder)["state"] == "lost a rank"
 
 
@@ -301,7 +414,9 @@ if os.environ["RANK"] == "1":
             objects[0] += "-on-another-disk"
     distributed.broadcast_object_list = elsewhere
 """
-    output = run([*TORCHRUN, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
+    output = run(
+        [*TORCHRUN, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1
+    )
     (message,) = messages(output)
     assert "is not the same folder on all nodes (rank 1 does not see what rank 0 wrote)" in message
     assert not list(folder.glob(".shared-*")) and not (folder / "model").exists()
@@ -316,7 +431,9 @@ from endprompt import checkpoint_files
 if os.environ["RANK"] == "1":
     checkpoint_files.to_resume = lambda folder, log=None: folder / "checkpoint-2"
 """
-    output = run([*TORCHRUN, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1)
+    output = run(
+        [*TORCHRUN, patched(tmp_path, patch), "train", train_recipe, "endprompt", "--out", tmp_path], expect=1
+    )
     (message,) = messages(output)
     assert "would resume from different ones (['checkpoint-2', 'checkpoint-4'])" in message
     assert (folder / "checkpoints/checkpoint-4/complete.json").exists()
@@ -331,7 +448,9 @@ def test_two_ranks_go_on_as_one_to_the_same_weights(train_recipe, half_way, two_
     run(train(train_recipe, "endprompt", tmp_path))
     summary = json.loads((folder / "train.json").read_text())
     assert summary["resumed_from"] == "checkpoint-4" and summary["world_size"] == 1 and summary["steps"] == 8
-    assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(losses(folder), losses(two_ranks), strict=True))
+    assert all(
+        a == pytest.approx(b, rel=1e-4) for a, b in zip(losses(folder), losses(two_ranks), strict=True)
+    )
     assert_same(weights(folder), weights(two_ranks), tolerance=1e-5)
 
 
@@ -355,9 +474,15 @@ def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monke
     checkpoint = half_way(tmp_path) / "checkpoints/checkpoint-4"
     truncate(next(checkpoint.rglob("*optim_states.pt")))
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(Failure, match="checkpoint-4 could not be converted for another number of ranks: .*; start as many ranks as before"):
+    with pytest.raises(
+        Failure,
+        match="checkpoint-4 could not be converted for another number of ranks: .*; start as many ranks as before",
+    ):
         make_universal(checkpoint)
-    assert not (checkpoint / "latest_universal").exists() and not (checkpoint / "global_step4_universal").exists()
+    assert (
+        not (checkpoint / "latest_universal").exists()
+        and not (checkpoint / "global_step4_universal").exists()
+    )
 
 
 def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
@@ -368,7 +493,10 @@ def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
     options = {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail"}}
     loaded = config.load(train_recipe, [f"train.deepspeed={json.dumps(options)}"])
     assert loaded.deepspeed == options
-    assert loading_universal(loaded.deepspeed) == {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail", "load_universal": True}}
+    assert loading_universal(loaded.deepspeed) == {
+        "zero_optimization": {"stage": 2},
+        "checkpoint": {"tag_validation": "Fail", "load_universal": True},
+    }
     assert config.load(train_recipe).deepspeed["zero_optimization"]["stage"] == 3
 
 
@@ -390,16 +518,32 @@ def test_a_step_keeps_its_rows_on_other_ranks():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", ["file", "USR1", pytest.param("TERM to torchrun", marks=pytest.mark.slow)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(way, train_recipe, shards_of, two_ranks, tmp_path):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
+    way, train_recipe, shards_of, two_ranks, tmp_path
+):
     folder = shards_of(tmp_path)
-    slow = patched(tmp_path, "import time\nfrom endprompt import watch\nwatch.Report.on_step_end = lambda self, args, state, control, **kwargs: time.sleep(0.7)\n")
-    process = subprocess.Popen([*map(str, TORCHRUN), str(slow), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=ENVIRONMENT)
+    slow = patched(
+        tmp_path,
+        "import time\nfrom endprompt import watch\nwatch.Report.on_step_end = lambda self, args, state, control, **kwargs: time.sleep(0.7)\n",
+    )
+    process = subprocess.Popen(
+        [*map(str, TORCHRUN), str(slow), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+    )
     while not (folder / "checkpoints/checkpoint-2/complete.json").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     found = runfolder.summary(folder)
-    assert found["state"] == "training" and found["max_steps"] == 8 and "train on" in found["held"][0] and "eta" in found
+    assert (
+        found["state"] == "training"
+        and found["max_steps"] == 8
+        and "train on" in found["held"][0]
+        and "eta" in found
+    )
     if way == "file":
         (folder / "stop").touch()
     elif way == "USR1":
@@ -410,7 +554,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(way, 
     assert "stopped on request after step" in output, output[-3000:]
     assert (process.returncode == 0) == (way != "TERM to torchrun")
     stopped = checkpoint_files.newest(folder / "checkpoints").name
-    assert stopped in {f"checkpoint-{step}" for step in range(2, 8)} and not (folder / "model").exists() and not (folder / "stop").exists()
+    assert (
+        stopped in {f"checkpoint-{step}" for step in range(2, 8)}
+        and not (folder / "model").exists()
+        and not (folder / "stop").exists()
+    )
     assert runfolder.summary(folder)["state"] == "stopped on request"
     run(train(train_recipe, "endprompt", tmp_path, ranks=2))
     assert json.loads((folder / "train.json").read_text())["resumed_from"] == stopped
@@ -427,8 +575,21 @@ def test_run_sh_tells_its_endings_apart(train_recipe, shards_of, tmp_path):
     fake.chmod(0o755)
 
     def ending(code: int) -> int:
-        environment = {**ENVIRONMENT, "CODE": str(code), "PYTHON": str(fake), "OUT": str(tmp_path), "STAGES": "train", "NPROC": "1"}
-        return subprocess.run(["bash", "recipes/run.sh", str(train_recipe), "endprompt"], cwd=REPOSITORY, env=environment, capture_output=True, timeout=30).returncode
+        environment = {
+            **ENVIRONMENT,
+            "CODE": str(code),
+            "PYTHON": str(fake),
+            "OUT": str(tmp_path),
+            "STAGES": "train",
+            "NPROC": "1",
+        }
+        return subprocess.run(
+            ["bash", "recipes/run.sh", str(train_recipe), "endprompt"],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            timeout=30,
+        ).returncode
 
     assert ending(0) == 75 and ending(1) == 1
     (folder / "status.json").write_text(json.dumps({"state": "failed"}, indent=2))
@@ -449,15 +610,28 @@ with runfolder.hold(Path(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("command, lock", [("prepare", ".prepare.lock"), ("train", ".train.lock"), ("evaluate", "eval/.passkey-256.lock")])
+@pytest.mark.parametrize(
+    "command, lock",
+    [("prepare", ".prepare.lock"), ("train", ".train.lock"), ("evaluate", "eval/.passkey-256.lock")],
+)
 def test_the_second_of_two_runs_in_one_folder_refuses(command, lock, train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder / lock)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder / lock)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+    )
     try:
         assert process.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
         code, _, error = run_main(command, train_recipe, "endprompt", "--out", tmp_path)
-        assert code == 2 and error.count("\n") == 1 and f"is in use by {os.uname().nodename} pid {process.pid}" in error
+        assert (
+            code == 2
+            and error.count("\n") == 1
+            and f"is in use by {os.uname().nodename} pid {process.pid}" in error
+        )
         assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
         assert runfolder.holder(folder / lock).split(" since")[0].endswith(f"pid {process.pid}")
     finally:
@@ -483,17 +657,37 @@ def test_status_of_a_run_at_each_stage(train_recipe, two_ranks, half_way, tmp_pa
     assert code == 0 and "finished" in out and "checkpoint-8" in out and "8192 tokens" not in out
     found = json.loads(run_main("status", two_ranks, "--json")[1])
     history = json.loads((two_ranks / "train.json").read_text())["history"]
-    assert found["step"] == found["max_steps"] == 8 and found["loss"] == history[-1]["loss"] and found["text_loss"] and found["end_prompt_loss"]
+    assert (
+        found["step"] == found["max_steps"] == 8
+        and found["loss"] == history[-1]["loss"]
+        and found["text_loss"]
+        and found["end_prompt_loss"]
+    )
     folder = half_way(tmp_path)
     assert json.loads(run_main("status", folder, "--json")[1])["state"] == "prepared, not trained"
     # Killed half-way: it says that it trains, and nobody holds it.
-    runfolder.write_status(folder, state="training", step=4, max_steps=8, tokens_per_second=1000.0, tokens_per_step=1024)
+    runfolder.write_status(
+        folder, state="training", step=4, max_steps=8, tokens_per_second=1000.0, tokens_per_step=1024
+    )
     found = json.loads(run_main("status", folder, "--json")[1])
-    assert found["state"].startswith("ended without a word") and found["checkpoint"] == "checkpoint-4" and "eta" not in found
+    assert (
+        found["state"].startswith("ended without a word")
+        and found["checkpoint"] == "checkpoint-4"
+        and "eta" not in found
+    )
     with runfolder.hold(folder / runfolder.TRAIN_LOCK):
         script = f"from endprompt.cli import main; main(['status', {str(folder)!r}])"
-        out = subprocess.run([sys.executable, "-X", "importtime", "-c", script], capture_output=True, text=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=60)
-    assert "training" in out.stdout and "eta" in out.stdout and "4 s" in out.stdout  # 4 steps of 1024 tokens at 1000 a second
+        out = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", script],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            timeout=60,
+        )
+    assert (
+        "training" in out.stdout and "eta" in out.stdout and "4 s" in out.stdout
+    )  # 4 steps of 1024 tokens at 1000 a second
     assert " torch" not in out.stderr, "status imports torch"
     code, _, error = run_main("status", tmp_path / "nothing")
     assert code == 2 and "is no run's folder" in error
@@ -510,9 +704,17 @@ def test_a_part_of_prepare_that_is_under_way_shows(train_recipe, tmp_path):
 def test_ranks_end_with_a_killed_launcher_before_they_have_met(train_recipe, shards_of, tmp_path):
     """They wait inside C++ then, where no handler of Python's is run."""
     folder = shards_of(tmp_path)
-    script = patched(tmp_path, "from endprompt import model\nimport time\nmodel.load_tokenizer = lambda recipe: time.sleep(600)\n")
-    process = subprocess.Popen([*map(str, TORCHRUN), str(script), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY, env=ENVIRONMENT)
+    script = patched(
+        tmp_path,
+        "from endprompt import model\nimport time\nmodel.load_tokenizer = lambda recipe: time.sleep(600)\n",
+    )
+    process = subprocess.Popen(
+        [*map(str, TORCHRUN), str(script), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+    )
     end = time.monotonic() + 60
     while runfolder.holder(folder / runfolder.TRAIN_LOCK) is None:
         assert process.poll() is None and time.monotonic() < end

@@ -23,8 +23,18 @@ def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
     """A result with ``by_depth`` {depth: keys found of ``total``}."""
     correct, samples = sum(by_depth.values()), total * len(by_depth)
     low, high = intervals.wilson(correct, samples)
-    write_result(folder, method, task, length, correct=correct, samples=samples, score=100 * correct / samples, low=100 * low, high=100 * high,
-                 cells=[{"depth": depth, "correct": found, "total": total} for depth, found in by_depth.items()])
+    write_result(
+        folder,
+        method,
+        task,
+        length,
+        correct=correct,
+        samples=samples,
+        score=100 * correct / samples,
+        low=100 * low,
+        high=100 * high,
+        cells=[{"depth": depth, "correct": found, "total": total} for depth, found in by_depth.items()],
+    )
 
 
 @pytest.fixture
@@ -36,16 +46,43 @@ def runs(recipe_file, tmp_path):
         for method in ("short", "endprompt") if setting == "plain" else ("endprompt",):
             overrides = [f"data.seed={seed}", f"data.prompt_loss_weight={weight}"]
             options = [part for one in overrides for part in ("--set", one)]
-            assert run_main("prepare", recipe_file(), method, "--out", recipe.parent, "--workers", 1, *options)[0] == 0
+            assert (
+                run_main("prepare", recipe_file(), method, "--out", recipe.parent, "--workers", 1, *options)[
+                    0
+                ]
+                == 0
+            )
             (recipe / method / "recipe.yaml").write_text(config.load(recipe_file(), overrides).dump(method))
             # Distances 511, 256 and 0 at 512.
-            passkey_result(recipe, method, 512, {0.0: 8 + seed, 0.5: seed, 1.0: 10} if method == "endprompt" else {0.0: 0, 0.5: 0, 1.0: 1})
+            passkey_result(
+                recipe,
+                method,
+                512,
+                {0.0: 8 + seed, 0.5: seed, 1.0: 10} if method == "endprompt" else {0.0: 0, 0.5: 0, 1.0: 1},
+            )
             passkey_result(recipe, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
             passkey_result(recipe, method, 64, {0.0: 5 + seed, 1.0: 5}, task="multikey")
             write_result(recipe, method, "perplexity", 64, score=3.0 + seed, nats=1.0, low=2.5, high=3.5)
-            history = [{"step": step, "loss": 1.0, "text_loss": 2.0 + seed,
-                        **({"end_prompt_loss": 64.0 / step + seed, "end_prompt_later_loss": 8.0 / step} if method == "endprompt" else {})} for step in (8, 64)]
-            record = {"seconds": 3.0, "tokens": 4096, "final_text_loss": 2.0 + seed, "final_end_prompt_loss": history[-1].get("end_prompt_loss"), "history": history}
+            history = [
+                {
+                    "step": step,
+                    "loss": 1.0,
+                    "text_loss": 2.0 + seed,
+                    **(
+                        {"end_prompt_loss": 64.0 / step + seed, "end_prompt_later_loss": 8.0 / step}
+                        if method == "endprompt"
+                        else {}
+                    ),
+                }
+                for step in (8, 64)
+            ]
+            record = {
+                "seconds": 3.0,
+                "tokens": 4096,
+                "final_text_loss": 2.0 + seed,
+                "final_end_prompt_loss": history[-1].get("end_prompt_loss"),
+                "history": history,
+            }
             (recipe / method / "train.json").write_text(json.dumps(record))
     return folder
 
@@ -65,37 +102,96 @@ def test_numbers(runs):
     assert list(found) == ["short", "endprompt", "endprompt, weight-1"]
     assert [entry["different"] for entry in found.values()] == ["", "", "data.prompt_loss_weight=1.0"]
     prompt = found["endprompt"]
-    assert prompt["losses"] == {"text_loss": {8: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2}, 64: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2}},
-                                "end_prompt_loss": {8: {"mean": 8.5, "low": 8.0, "high": 9.0, "seeds": 2}, 64: {"mean": 1.5, "low": 1.0, "high": 2.0, "seeds": 2}},
-                                "end_prompt_later_loss": {8: {"mean": 1.0, "low": 1.0, "high": 1.0, "seeds": 2}, 64: {"mean": 0.125, "low": 0.125, "high": 0.125, "seeds": 2}}}
+    assert prompt["losses"] == {
+        "text_loss": {
+            8: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2},
+            64: {"mean": 2.5, "low": 2.0, "high": 3.0, "seeds": 2},
+        },
+        "end_prompt_loss": {
+            8: {"mean": 8.5, "low": 8.0, "high": 9.0, "seeds": 2},
+            64: {"mean": 1.5, "low": 1.0, "high": 2.0, "seeds": 2},
+        },
+        "end_prompt_later_loss": {
+            8: {"mean": 1.0, "low": 1.0, "high": 1.0, "seeds": 2},
+            64: {"mean": 0.125, "low": 0.125, "high": 0.125, "seeds": 2},
+        },
+    }
     assert list(found["short"]["losses"]) == ["text_loss"]
     # 48 and 50 of 60 keys: mean 81.6667, s = 2.3570, t(1) = 12.7062, half 21.1770.
-    assert prompt["passkey"]["mean"] == {"mean": pytest.approx(81.6667, abs=1e-3), "low": pytest.approx(60.4896, abs=1e-3), "high": 100.0, "seeds": 2, "interval": "t"}
-    b = json.loads((runs / "plain/seed0/small/endprompt/shards/manifest.json").read_text())["prompt_tokens"] // 64
+    assert prompt["passkey"]["mean"] == {
+        "mean": pytest.approx(81.6667, abs=1e-3),
+        "low": pytest.approx(60.4896, abs=1e-3),
+        "high": 100.0,
+        "seeds": 2,
+        "interval": "t",
+    }
+    b = (
+        json.loads((runs / "plain/seed0/small/endprompt/shards/manifest.json").read_text())["prompt_tokens"]
+        // 64
+    )
     a = 64 - b
-    assert prompt["passkey"]["never"] == [(a, 512 - a - b)] and found["short"]["passkey"]["never"] == [(64, 511)]
-    assert {distance: cell["mean"] for distance, cell in prompt["passkey"]["distances"].items()} == {0: 100.0, 256: 5.0, 511: 85.0}
-    assert prompt["passkey"]["seen"][512]["mean"] == pytest.approx(92.5) and prompt["passkey"]["unseen"][512] == prompt["passkey"]["distances"][256]
+    assert prompt["passkey"]["never"] == [(a, 512 - a - b)] and found["short"]["passkey"]["never"] == [
+        (64, 511)
+    ]
+    assert {distance: cell["mean"] for distance, cell in prompt["passkey"]["distances"].items()} == {
+        0: 100.0,
+        256: 5.0,
+        511: 85.0,
+    }
+    assert (
+        prompt["passkey"]["seen"][512]["mean"] == pytest.approx(92.5)
+        and prompt["passkey"]["unseen"][512] == prompt["passkey"]["distances"][256]
+    )
     # At 64 tokens the first key is 63 before the question, and the text shorter than that.
-    assert {length: cell["high"] for length, cell in prompt["passkey"]["unseen"].items()} == {64: 100.0, 512: prompt["passkey"]["distances"][256]["high"]}
-    assert prompt["passkey"]["unseen"][64]["low"] < prompt["passkey"]["seen"][64]["low"] < 100 == prompt["passkey"]["seen"][64]["mean"]
+    assert {length: cell["high"] for length, cell in prompt["passkey"]["unseen"].items()} == {
+        64: 100.0,
+        512: prompt["passkey"]["distances"][256]["high"],
+    }
+    assert (
+        prompt["passkey"]["unseen"][64]["low"]
+        < prompt["passkey"]["seen"][64]["low"]
+        < 100
+        == prompt["passkey"]["seen"][64]["mean"]
+    )
     assert found["endprompt, weight-1"]["scores"]["passkey"][512]["seeds"] == 1
 
 
 def test_tables(runs):
     entries = findings.collect(runs)
     tables = {name: cells(table) for name, table in findings_tables.tables(entries).items()}
-    assert tables["passkey"]["`short`"] == {"seeds": "2", "64": "100 [89, 100]", "512": "3 [1, 17]", "mean": "52 [39, 64]"}
+    assert tables["passkey"]["`short`"] == {
+        "seeds": "2",
+        "64": "100 [89, 100]",
+        "512": "3 [1, 17]",
+        "mean": "52 [39, 64]",
+    }
     assert tables["multikey"]["`short`"] == {"seeds": "2", "64": "52 [21, 84]", "mean": "52 [21, 84]"}
-    assert tables["perplexity"]["`short`"] == {"seeds": "2", "64": "3.500 [0.000, 9.853]", "text loss": "2.500", "end-prompt loss": "-"}
+    assert tables["perplexity"]["`short`"] == {
+        "seeds": "2",
+        "64": "3.500 [0.000, 9.853]",
+        "text loss": "2.500",
+        "end-prompt loss": "-",
+    }
     assert tables["perplexity"]["`endprompt`"]["end-prompt loss"] == "1.500"
-    assert list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt, weight-1`"] and "sharpened" not in tables
+    assert (
+        list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt, weight-1`"]
+        and "sharpened" not in tables
+    )
     assert tables["settings"] == {"`weight-1`": {"differs in": "`data.prompt_loss_weight=1.0`"}}
     steps = {f"step {step}": "-" for step in findings_tables.STEPS}
     losses = findings_tables.prompt_losses(entries[1:2]).splitlines()[2:]
-    assert [list(cells("\n".join(["| method | tokens | " + " | ".join(steps) + " |", "|---|", line])).values())[0] for line in losses] == [
+    assert [
+        list(cells("\n".join(["| method | tokens | " + " | ".join(steps) + " |", "|---|", line])).values())[0]
+        for line in losses
+    ] == [
         {"tokens": "all", **steps, "step 8": "8.500 [8.000, 9.000]", "step 64": "1.500 [1.000, 2.000]"},
-        {"tokens": "all but the first", **steps, "step 8": "1.000 [1.000, 1.000]", "step 64": "0.125 [0.125, 0.125]"}]
+        {
+            "tokens": "all but the first",
+            **steps,
+            "step 8": "1.000 [1.000, 1.000]",
+            "step 64": "0.125 [0.125, 0.125]",
+        },
+    ]
     assert "| `endprompt` | 512 | 92 [61, 100] | 5 [0, 69] |" in findings_tables.seen(entries).splitlines()
     assert tables["evidence"]["`endprompt`"]["passkey 512"] == tables["passkey"]["`endprompt`"]["512"]
 
@@ -103,9 +199,14 @@ def test_tables(runs):
 def test_contrasts(runs):
     """endprompt finds 18 and 20 of 30 keys at 512, short one in both seeds: differences 56.67 and 63.33, mean 60, half 12.7062 x 4.714 / sqrt 2 = 42.35."""
     found = cells(findings_tables.contrasts(findings.collect(runs)))
-    assert found["`endprompt` - `short`"] == {"64": "+0 [-6, +6]", "512": "**+60 [+18, +100]**", "mean": "+30 [+9, +51]", "multikey 64": "+0 [-21, +21]",
-                                              "multikey, mean": "+0 [-21, +21]",
-                                              "perplexity 64, %": "+0.0 [+0.0, +0.0]"}
+    assert found["`endprompt` - `short`"] == {
+        "64": "+0 [-6, +6]",
+        "512": "**+60 [+18, +100]**",
+        "mean": "+30 [+9, +51]",
+        "multikey 64": "+0 [-21, +21]",
+        "multikey, mean": "+0 [-21, +21]",
+        "perplexity 64, %": "+0.0 [+0.0, +0.0]",
+    }
     # Weight 1 has the first seed only: there both have the same keys, and the interval is that of 30 keys.
     assert found["`endprompt, weight-1` - `endprompt`"]["512"].startswith("+0 [-")
 
@@ -122,21 +223,36 @@ def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypa
     old = tmp_path / "old/findings.json"
     found = {entry["name"]: entry for entry in findings.joined([old, tmp_path / "new"])}
     assert list(found) == ["short", "endprompt", "lceg", "endprompt, weight-1"]
-    assert found["short"]["scores"]["passkey"][512]["mean"] == found["lceg"]["scores"]["passkey"][512]["mean"] == 70
-    assert found["endprompt"] == {entry["name"]: entry for entry in findings.read(old)["entries"]}["endprompt"]
+    assert (
+        found["short"]["scores"]["passkey"][512]["mean"]
+        == found["lceg"]["scores"]["passkey"][512]["mean"]
+        == 70
+    )
+    assert (
+        found["endprompt"] == {entry["name"]: entry for entry in findings.read(old)["entries"]}["endprompt"]
+    )
     code, _, err = run_findings(monkeypatch, capsys, old, tmp_path / "new", "--out", tmp_path / "both")
     assert code == 0 and json.loads((tmp_path / "both/findings.json").read_text())["title"] == "two seeds"
     # The twin: runs that were tested on other keys are not put beside them.
     passkey_result(new, "lceg", 512, {0.0: 7, 1.0: 7})
     code, _, err = run_findings(monkeypatch, capsys, old, tmp_path / "new", "--out", tmp_path / "refused")
-    assert code == 2 and "lceg was tested on 20 keys (passkey at 512), and what it would stand beside on 30" in err
+    assert (
+        code == 2
+        and "lceg was tested on 20 keys (passkey at 512), and what it would stand beside on 30" in err
+    )
     assert not (tmp_path / "refused").exists()
 
 
 def test_seeds_that_agree_have_the_interval_of_two_proportions():
     """8 of 10 and 6 of 10 keys: Wilson's [0.490, 0.943] and [0.313, 0.832] give 0.2 - 0.387 and 0.2 + 0.321."""
     cell = findings_tables.paired({"a": 80.0, "c": 1.0}, {"a": 60.0, "b": 0.0}, 10)
-    assert cell == {"mean": 20.0, "low": pytest.approx(-18.7, abs=0.05), "high": pytest.approx(52.1, abs=0.05), "seeds": 1, "interval": "samples"}
+    assert cell == {
+        "mean": 20.0,
+        "low": pytest.approx(-18.7, abs=0.05),
+        "high": pytest.approx(52.1, abs=0.05),
+        "seeds": 1,
+        "interval": "samples",
+    }
     assert findings_tables.paired({"a": 80.0}, {"b": 60.0}, 10) is None
     pooled = findings_tables.paired({"a": 80.0, "b": 80.0}, {"a": 60.0, "b": 60.0}, 10)
     assert pooled["seeds"] == 2 and cell["low"] < pooled["low"] < 20 < pooled["high"] < cell["high"]
@@ -145,30 +261,57 @@ def test_seeds_that_agree_have_the_interval_of_two_proportions():
 def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     grey = []
     draw = matplotlib.axes.Axes.broken_barh
-    monkeypatch.setattr(matplotlib.axes.Axes, "broken_barh", lambda axis, spans, *rest, **options: grey.append(list(spans)) or draw(axis, spans, *rest, **options))
-    code, out, err = run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out", "--title", "two seeds")
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "broken_barh",
+        lambda axis, spans, *rest, **options: grey.append(list(spans)) or draw(axis, spans, *rest, **options),
+    )
+    code, out, err = run_findings(
+        monkeypatch, capsys, runs, "--out", tmp_path / "out", "--title", "two seeds"
+    )
     assert code == 0 and not err
-    pictures = {"losses.png", "keys.png", "multikey.png", "distances.png", "distances-multikey.png", "prompts.png"}
+    pictures = {
+        "losses.png",
+        "keys.png",
+        "multikey.png",
+        "distances.png",
+        "distances-multikey.png",
+        "prompts.png",
+    }
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"findings.json", "tables.md", *pictures}
     assert (tmp_path / "out/tables.md").read_text().strip() in out
     record = json.loads((tmp_path / "out/findings.json").read_text())
-    assert len(record["entries"]) == 3 and record.keys() >= {"commit", "versions", "device", "date"} and record["title"] == "two seeds"
-    (low, high), = record["entries"][1]["passkey"]["never"]
+    assert (
+        len(record["entries"]) == 3
+        and record.keys() >= {"commit", "versions", "device", "date"}
+        and record["title"] == "two seeds"
+    )
+    ((low, high),) = record["entries"][1]["passkey"]["never"]
     assert grey[:2] == [[(64, 448)], [(low, high + 1 - low)]] and len(grey) == 4
     for name in pictures:
         assert image.imread(tmp_path / "out" / name).std() > 0.05
 
     # The same from the numbers alone, and into a page.
     page = tmp_path / "page.md"
-    page.write_text("# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n<!-- multikey -->\n<!-- /multikey -->\n")
-    code, again, err = run_findings(monkeypatch, capsys, tmp_path / "out/findings.json", "--out", tmp_path / "again", "--page", page)
-    assert code == 0 and not err and (tmp_path / "again/tables.md").read_text() == (tmp_path / "out/tables.md").read_text()
+    page.write_text(
+        "# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n<!-- multikey -->\n<!-- /multikey -->\n"
+    )
+    code, again, err = run_findings(
+        monkeypatch, capsys, tmp_path / "out/findings.json", "--out", tmp_path / "again", "--page", page
+    )
+    assert (
+        code == 0
+        and not err
+        and (tmp_path / "again/tables.md").read_text() == (tmp_path / "out/tables.md").read_text()
+    )
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"tables.md", *pictures}
     for name in pictures:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     tables = findings_tables.tables(findings.collect(runs))
-    assert page.read_text() == (f"# A page\n\n<!-- passkey -->\n{tables['passkey']}\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n"
-                                f"<!-- multikey -->\n{tables['multikey']}\n<!-- /multikey -->\n")
+    assert page.read_text() == (
+        f"# A page\n\n<!-- passkey -->\n{tables['passkey']}\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n"
+        f"<!-- multikey -->\n{tables['multikey']}\n<!-- /multikey -->\n"
+    )
 
 
 def test_pages_hold_the_committed_numbers():
@@ -176,15 +319,24 @@ def test_pages_hold_the_committed_numbers():
     tables = findings_tables.tables(findings.read(REPOSITORY / "docs/findings/findings.json")["entries"])
     for page in ("docs/findings.md", "README.md"):
         text = (REPOSITORY / page).read_text()
-        assert findings_tables.filled(REPOSITORY / page, tables) == text, f"{page}: run python -m endprompt.eval.findings docs/findings/findings.json"
+        assert findings_tables.filled(REPOSITORY / page, tables) == text, (
+            f"{page}: run python -m endprompt.eval.findings docs/findings/findings.json"
+        )
         assert set(re.findall(r"<!-- /([\w-]+) -->", text)) - {"costs"} <= set(tables)
 
 
-@pytest.mark.parametrize("content, page, complaint", [
-    ("{", None, "is no findings.json"), ('{"entries": [{}]}', None, "is no findings.json (no 'values')"), ('{"entries": 3}', None, "is no findings.json"),
-    (None, "no place", "it has no place for a table"), (None, "<!-- passkey -->\n", "the page has 0 blocks passkey; one is wanted"),
-    (None, 2 * "<!-- seen -->\n<!-- /seen -->\n", "the page has 2 blocks seen; one is wanted"), (None, None, "it cannot be read (No such file"),
-])
+@pytest.mark.parametrize(
+    "content, page, complaint",
+    [
+        ("{", None, "is no findings.json"),
+        ('{"entries": [{}]}', None, "is no findings.json (no 'values')"),
+        ('{"entries": 3}', None, "is no findings.json"),
+        (None, "no place", "it has no place for a table"),
+        (None, "<!-- passkey -->\n", "the page has 0 blocks passkey; one is wanted"),
+        (None, 2 * "<!-- seen -->\n<!-- /seen -->\n", "the page has 2 blocks seen; one is wanted"),
+        (None, None, "it cannot be read (No such file"),
+    ],
+)
 def test_unusable_numbers_and_pages(runs, tmp_path, monkeypatch, capsys, content, page, complaint):
     source = runs
     if content is not None:
@@ -192,22 +344,40 @@ def test_unusable_numbers_and_pages(runs, tmp_path, monkeypatch, capsys, content
         source.write_text(content)
     if page is not None:
         (tmp_path / "page.md").write_text(page)
-    code, out, err = run_findings(monkeypatch, capsys, source, "--out", tmp_path / "out", "--page", tmp_path / "page.md")
-    assert code == 2 and not out and complaint in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    code, out, err = run_findings(
+        monkeypatch, capsys, source, "--out", tmp_path / "out", "--page", tmp_path / "page.md"
+    )
+    assert (
+        code == 2
+        and not out
+        and complaint in err
+        and err.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_runs_without_shards_or_training_are_shown_as_far_as_they_go(runs, tmp_path):
     for seed in (0, 1):
         passkey_result(runs / f"plain/seed{seed}/small", "base", 512, {0.0: 0, 1.0: seed})
     entry = findings.collect(runs)[0]
-    assert (entry["name"], entry["losses"], entry["passkey"]["never"], entry["passkey"]["seen"], entry["passkey"]["unseen"]) == ("base", {}, None, {}, {})
+    assert (
+        entry["name"],
+        entry["losses"],
+        entry["passkey"]["never"],
+        entry["passkey"]["seen"],
+        entry["passkey"]["unseen"],
+    ) == ("base", {}, None, {}, {})
     findings.findings([runs], tmp_path / "out")
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.just(40)), min_size=1, max_size=6))
 def test_intervals_hold_their_means(counts):
     cell = findings._over_seeds(counts)
-    assert 0 <= cell["low"] <= cell["mean"] + 1e-9 and cell["mean"] - 1e-9 <= cell["high"] <= 100 and cell["seeds"] == len(counts)
+    assert (
+        0 <= cell["low"] <= cell["mean"] + 1e-9
+        and cell["mean"] - 1e-9 <= cell["high"] <= 100
+        and cell["seeds"] == len(counts)
+    )
 
 
 def spoiled_recipe(runs):
@@ -217,11 +387,17 @@ def spoiled_recipe(runs):
     path.write_text(yaml.safe_dump(tree))
 
 
-@pytest.mark.parametrize("spoil, complaint", [
-    (lambda runs: (runs / "plain").rename(runs / "other"), "holds no evaluated run plain/"),
-    (spoiled_recipe, "differ in more than the seed"),
-    (lambda runs: (runs / "plain/seed0/small/short/train.json").write_text("[]"), "is no training summary"),
-])
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda runs: (runs / "plain").rename(runs / "other"), "holds no evaluated run plain/"),
+        (spoiled_recipe, "differ in more than the seed"),
+        (
+            lambda runs: (runs / "plain/seed0/small/short/train.json").write_text("[]"),
+            "is no training summary",
+        ),
+    ],
+)
 def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
     spoil(runs)
     with pytest.raises(BadInput, match=complaint):
@@ -232,20 +408,28 @@ def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
 
 # The script
 
+
 @pytest.fixture
 def script(tmp_path):
     """Runs recipes/lab.sh with a Python that only notes what it is asked, asks the real one about the method table, and knows where runs are."""
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
-                    'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
-                    f'echo "$*" >>{tmp_path}/calls\n'
-                    'case "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n')
+    fake.write_text(
+        f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+        'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
+        f'echo "$*" >>{tmp_path}/calls\n'
+        'case "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n'
+    )
     fake.chmod(0o755)
 
     def call(*arguments, **environment):
         (tmp_path / "calls").unlink(missing_ok=True)
-        done = subprocess.run(["bash", str(REPOSITORY / "recipes/lab.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PYTHON": str(fake), "OUT": "out", **environment})
+        done = subprocess.run(
+            ["bash", str(REPOSITORY / "recipes/lab.sh"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHON": str(fake), "OUT": "out", **environment},
+        )
         calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
         return done, calls
 
@@ -260,9 +444,21 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script):
     assert len(asked) == 2 + 2 * (11 + 6 + 3 + 2 + 2 + 5) and len(set(asked)) == len(asked)
     common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
-    assert ("full_length", "out/yarn-sharpened/seed0", "data.seed=0", *common, "rope.type=yarn", "rope.sharpen=1.0") in asked
-    assert ("endprompt", "out/prompts-3/seed0", "data.seed=0", *common,
-            'data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]') in asked
+    assert (
+        "full_length",
+        "out/yarn-sharpened/seed0",
+        "data.seed=0",
+        *common,
+        "rope.type=yarn",
+        "rope.sharpen=1.0",
+    ) in asked
+    assert (
+        "endprompt",
+        "out/prompts-3/seed0",
+        "data.seed=0",
+        *common,
+        'data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]',
+    ) in asked
     assert calls[-1] == "-m endprompt.eval.findings out --out out/findings --title tiny over seeds 0 1"
     done, calls = script(SEEDS="0 1")
     assert done.returncode == 0 and len(calls) == 1 and "findings" in calls[0]
@@ -281,7 +477,10 @@ def test_sharpened_runs_start_where_the_plain_ones_end(script, tmp_path):
     for part in ("model", "shards", "checkpoints/checkpoint-192"):
         (plain / part).mkdir(parents=True)
     done, _ = script("sharpened", SEEDS="0", METHODS="short")
-    assert done.returncode == 0 and (tmp_path / "out/sharpened/seed0/tiny/short/checkpoints/checkpoint-192").is_dir()
+    assert (
+        done.returncode == 0
+        and (tmp_path / "out/sharpened/seed0/tiny/short/checkpoints/checkpoint-192").is_dir()
+    )
     assert not (tmp_path / "out/sharpened/seed0/tiny/short/model").exists()
 
 

@@ -37,14 +37,29 @@ def batch_of(*lengths):
     return Collator(0, 512)([row(n, 0, 512, 96, seed=n) for n in lengths])
 
 
-@pytest.mark.parametrize("settings, extra", [
-    (Lora(), []), (Lora(targets=["q_proj", "up_proj"]), []), (Lora(train_embed_norm=True), ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"])])
+@pytest.mark.parametrize(
+    "settings, extra",
+    [
+        (Lora(), []),
+        (Lora(targets=["q_proj", "up_proj"]), []),
+        (
+            Lora(train_embed_norm=True),
+            ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"],
+        ),
+    ],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_trained(settings, extra, tied):
     model = adapted(settings, tie_word_embeddings=tied)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    places = [f"model.layers.{layer}.{'mlp' if target == 'up_proj' else 'self_attn'}.{target}" for layer in (0, 1) for target in settings.targets]
-    assert {name for name in trained if "lora_" in name} == {f"{place}.lora_{side}.default.weight" for place in places for side in "AB"}
+    places = [
+        f"model.layers.{layer}.{'mlp' if target == 'up_proj' else 'self_attn'}.{target}"
+        for layer in (0, 1)
+        for target in settings.targets
+    ]
+    assert {name for name in trained if "lora_" in name} == {
+        f"{place}.lora_{side}.default.weight" for place in places for side in "AB"
+    }
     assert {name.split(".")[-2] for name in trained if "lora_" not in name} == set(extra)
     assert model.get_output_embeddings().weight.requires_grad == (tied and settings.train_embed_norm)
 
@@ -53,8 +68,12 @@ def test_adapters_start_at_nothing_from_their_seed():
     batch = batch_of(20)
     model, plain = adapted(), network(configuration())
     assert torch.equal(lora.logits(model, batch, "cpu"), lora.logits(plain, batch, "cpu"))
-    a = {seed: adapted(seed=seed).model.layers[0].self_attn.q_proj.lora_A["default"].weight for seed in (0, 1)}
-    assert torch.equal(a[0], model.model.layers[0].self_attn.q_proj.lora_A["default"].weight) and not torch.equal(a[0], a[1])
+    a = {
+        seed: adapted(seed=seed).model.layers[0].self_attn.q_proj.lora_A["default"].weight for seed in (0, 1)
+    }
+    assert torch.equal(
+        a[0], model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    ) and not torch.equal(a[0], a[1])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -69,10 +88,14 @@ def test_the_chunked_loss_trains_adapters(checkpointing):
     assert not is_prompt.any()
     found = model(**batch)
     found["loss_sum"].backward()
-    expected = torch.nn.functional.cross_entropy(lora.logits(model, batch, "cpu").flatten(0, 1), batch["shift_labels"].flatten(), reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        lora.logits(model, batch, "cpu").flatten(0, 1), batch["shift_labels"].flatten(), reduction="sum"
+    )
     assert found["loss_sum"].item() == pytest.approx(float(expected), rel=1e-5)
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == parameter.requires_grad, name
+        assert (
+            parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        ) == parameter.requires_grad, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,9 +115,13 @@ def test_merged_is_unmerged(model_type, dtype, tmp_path):
     traces = lora.merge(model)
     assert set(model.state_dict()) == names and not lora._layers(model)
     model.save_pretrained(tmp_path)
-    assert lora.verify_merged(tmp_path, batch, expected, traces, "cpu") < (1e-5 if dtype == torch.float32 else 5e-2)
+    assert lora.verify_merged(tmp_path, batch, expected, traces, "cpu") < (
+        1e-5 if dtype == torch.float32 else 5e-2
+    )
     weight = before.model.layers[1].mlp.down_proj.weight
-    assert not torch.equal(load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"], weight)
+    assert not torch.equal(
+        load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"], weight
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,7 +140,11 @@ def test_a_merge_that_lost_something_is_refused(tmp_path, lost, dtype):
             part = 1.0 if lost == "one adapter" else 0.5
             merged.self_attn.v_proj.weight.lerp_(before.self_attn.v_proj.weight, part)
     model.save_pretrained(tmp_path)
-    message = {"one adapter": r"model: -?\d% of the adapter of model.layers.1.self_attn.v_proj", "half an adapter": r"model: (49|50|51)% of", "a norm": "other logits"}
+    message = {
+        "one adapter": r"model: -?\d% of the adapter of model.layers.1.self_attn.v_proj",
+        "half an adapter": r"model: (49|50|51)% of",
+        "a norm": "other logits",
+    }
     with pytest.raises(RuntimeError, match=message[lost]):
         lora.verify_merged(tmp_path, batch, expected, traces, "cpu")
 
@@ -137,7 +168,19 @@ def test_an_adapter_that_was_not_gathered_is_refused():
         lora.merge(model)
 
 
-@pytest.mark.parametrize("given", [{"r": 0}, {"r": 8.0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": []}, {"targets": ["lm_head"]}, {"rank": 8}, {"train_embed_norm": 1}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"r": 0},
+        {"r": 8.0},
+        {"alpha": 0},
+        {"dropout": 1.0},
+        {"targets": []},
+        {"targets": ["lm_head"]},
+        {"rank": 8},
+        {"train_embed_norm": 1},
+    ],
+)
 def test_settings_are_strict(given):
     with pytest.raises(ValidationError):
         Lora.model_validate(given)
@@ -147,20 +190,36 @@ def test_the_recipe_says_what_is_adapted(recipe_file):
     path = recipe_file()
 
     def settings(method: str, *overrides):
-        return config.load(path, [f"train.lora{override}" for override in overrides]).lora(methods.get(method))
+        return config.load(path, [f"train.lora{override}" for override in overrides]).lora(
+            methods.get(method)
+        )
 
-    assert settings("endprompt") is None and settings("endprompt", "={}") == Lora() and settings("endprompt", ".r=4", ".alpha=8") == Lora(r=4, alpha=8.0)
+    assert (
+        settings("endprompt") is None
+        and settings("endprompt", "={}") == Lora()
+        and settings("endprompt", ".r=4", ".alpha=8") == Lora(r=4, alpha=8.0)
+    )
     assert settings("longlora") == Lora(r=8, alpha=16.0, dropout=0.0, train_embed_norm=True)
-    assert settings("longlora", ".r=64") == Lora(r=64, train_embed_norm=True) and settings("longlora", "=null") is None
+    assert (
+        settings("longlora", ".r=64") == Lora(r=64, train_embed_norm=True)
+        and settings("longlora", "=null") is None
+    )
     loaded = config.load(path, ["train.lora.r=4"])
     again = path.with_name("again.yaml")
     again.write_text(loaded.dump("longlora"))
     assert config.load(again).train == loaded.train and loaded.train["lora"] == {"r": 4}
 
 
-@pytest.mark.parametrize("override, words", [
-    (".rank=8", "unknown key train.lora.rank; known here: r, alpha"), (".r=0", "train.lora.r"), ("=8", "train.lora"), (".targets=[lm_head]", "train.lora.targets.0"),
-    (".dropout=.nan", "train.lora.dropout")])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        (".rank=8", "unknown key train.lora.rank; known here: r, alpha"),
+        (".r=0", "train.lora.r"),
+        ("=8", "train.lora"),
+        (".targets=[lm_head]", "train.lora.targets.0"),
+        (".dropout=.nan", "train.lora.dropout"),
+    ],
+)
 def test_bad_settings_are_named(recipe_file, override, words):
     with pytest.raises(BadInput) as caught:
         config.load(recipe_file(), [f"train.lora{override}"])
@@ -169,7 +228,10 @@ def test_bad_settings_are_named(recipe_file, override, words):
 
 def test_group_size(recipe_file):
     path, longlora = recipe_file(), methods.get("longlora")
-    assert config.load(path).group_size(longlora) == 128 and config.load(path).group_size(methods.get("endprompt")) is None
+    assert (
+        config.load(path).group_size(longlora) == 128
+        and config.load(path).group_size(methods.get("endprompt")) is None
+    )
     assert config.load(path, ["model.s2_group_size=96"]).group_size(longlora) == 96
     with pytest.raises(BadInput, match="model.s2_group_size"):
         config.load(path, ["model.s2_group_size=1"])
@@ -188,13 +250,28 @@ def recipe(tmp_path_factory, base) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     texts = [text for sentences in (4, 12, 40) for text in tiny_documents(12, sentences, seed=sentences)]
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "model": {"name_or_path": str(base)},
-        "lengths": {"physical": 128, "target": 512},
-        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", texts)), "tokens": 48 * 128, "prompt_loss_weight": 0.5},
-        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 4, "learning_rate": 2e-3,
-                  "warmup_steps": 1, "logging_steps": 1, "save_steps": 2, "save_total_limit": 10},
-    }))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": str(base)},
+                "lengths": {"physical": 128, "target": 512},
+                "data": {
+                    "corpus": str(write_jsonl(folder / "corpus.jsonl", texts)),
+                    "tokens": 48 * 128,
+                    "prompt_loss_weight": 0.5,
+                },
+                "train": {
+                    "deepspeed": str(REPOSITORY / "ds_configs/zero3.json"),
+                    "per_device_train_batch_size": 4,
+                    "learning_rate": 2e-3,
+                    "warmup_steps": 1,
+                    "logging_steps": 1,
+                    "save_steps": 2,
+                    "save_total_limit": 10,
+                },
+            }
+        )
+    )
     return path
 
 
@@ -215,7 +292,12 @@ def test_longlora_trains_under_two_zero3_ranks_and_reloads(longlora, base):
     from transformers import AutoModelForCausalLM
 
     found = summary(longlora)
-    assert found["world_size"] == 2 and found["steps"] == 6 and found["probe"] > 1e-3 and found["merge_difference"] < 1e-4
+    assert (
+        found["world_size"] == 2
+        and found["steps"] == 6
+        and found["probe"] > 1e-3
+        and found["merge_difference"] < 1e-4
+    )
     assert found["history"][-1]["loss"] < found["history"][0]["loss"] - 0.1
     model = AutoModelForCausalLM.from_pretrained(longlora / "model")
     rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(2.0), 10000.0)
@@ -227,7 +309,11 @@ def test_longlora_changes_what_it_says_and_nothing_else(longlora, base):
     before, after = load_file(base / "model.safetensors"), weights(longlora)
     assert before.keys() == after.keys()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if any(word in name for word in ("embed", "norm", "q_proj", "k_proj", "v_proj", "o_proj"))}
+    assert changed == {
+        name
+        for name in after
+        if any(word in name for word in ("embed", "norm", "q_proj", "k_proj", "v_proj", "o_proj"))
+    }
     for name in changed:
         if "proj" in name:  # what a merge of rank 8 adds
             ranks = torch.linalg.svdvals(after[name] - before[name])
@@ -255,27 +341,51 @@ main()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("patch", [
-    "lora._gathered = lambda parameters, write: contextlib.nullcontext()",
-    "gathered = lora._gathered\nlora._gathered = lambda parameters, write: gathered(parameters, False)",
-], ids=["nothing gathered", "nothing written back"])
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "lora._gathered = lambda parameters, write: contextlib.nullcontext()",
+        "gathered = lora._gathered\nlora._gathered = lambda parameters, write: gathered(parameters, False)",
+    ],
+    ids=["nothing gathered", "nothing written back"],
+)
 def test_a_careless_merge_under_zero3_is_refused(recipe, tmp_path, patch):
     """DeepSpeed may still hold small parameters whole after a forward pass: then nothing is lost on reading, and all on writing."""
     folder = prepared(recipe, "longlora", tmp_path)
     script = tmp_path / "careless.py"
-    script.write_text(f"import contextlib\nfrom endprompt import lora\n{patch}\nfrom endprompt.cli import main\nmain()\n")
+    script.write_text(
+        f"import contextlib\nfrom endprompt import lora\n{patch}\nfrom endprompt.cli import main\nmain()\n"
+    )
     output = run([*TORCHRUN, script, "train", recipe, "longlora", "--out", tmp_path], expect=1)
-    assert re.search(r"endprompt: merge: model\S+ has a weight of \(0,\)|endprompt: merged model: -?0% of the adapter of model", output), output[-4000:]
+    assert re.search(
+        r"endprompt: merge: model\S+ has a weight of \(0,\)|endprompt: merged model: -?0% of the adapter of model",
+        output,
+    ), output[-4000:]
     assert not (folder / "model").exists()
 
 
 @pytest.mark.distributed
 def test_endprompt_with_lora_under_zero2(recipe, tmp_path, base):
     folder = prepared(recipe, "endprompt", tmp_path)
-    run(train(recipe, "endprompt", tmp_path, "--set", f"train.deepspeed={REPOSITORY / 'ds_configs/zero2.json'}", "--set", "train.lora.r=4"))
+    run(
+        train(
+            recipe,
+            "endprompt",
+            tmp_path,
+            "--set",
+            f"train.deepspeed={REPOSITORY / 'ds_configs/zero2.json'}",
+            "--set",
+            "train.lora.r=4",
+        )
+    )
     assert summary(folder)["merge_difference"] < 1e-4
     before, after = load_file(base / "model.safetensors"), weights(folder)
-    assert {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
 
 
 @pytest.mark.distributed
@@ -287,6 +397,9 @@ def test_lceg_saves_the_frequencies_it_trained_with(recipe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     scaling = rope.Ntk(1, 256, 512)
     theta = 10000.0 * 2 ** (32 / 30)
-    assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(theta, rel=1e-12)}
+    assert model.config.rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": pytest.approx(theta, rel=1e-12),
+    }
     assert model.config.max_position_embeddings == 512
     rope.verify(model.get_decoder().rotary_emb, model.config, scaling, 10000.0)

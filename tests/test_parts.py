@@ -13,7 +13,16 @@ from endprompt import shards
 
 
 def go(recipe, out, part=None):
-    return run_main("prepare", recipe, "endprompt_random", "--out", out, "--workers", 1, *(["--part", part] if part else []))
+    return run_main(
+        "prepare",
+        recipe,
+        "endprompt_random",
+        "--out",
+        out,
+        "--workers",
+        1,
+        *(["--part", part] if part else []),
+    )
 
 
 def folder(out):
@@ -44,7 +53,7 @@ def many_files(recipe_file, tmp_path, tiny_text):
     """The corpus as 6 files of 8 documents: parts take whole files."""
     for number in range(6):
         (tmp_path / "files").mkdir(exist_ok=True)
-        write_jsonl(tmp_path / f"files/{number}.jsonl", tiny_text[8 * number:8 * number + 8])
+        write_jsonl(tmp_path / f"files/{number}.jsonl", tiny_text[8 * number : 8 * number + 8])
     return recipe_file(data={"corpus": str(tmp_path / "files"), "rows_per_shard": 10})
 
 
@@ -57,42 +66,68 @@ def test_joined_parts_hold_every_document_once(kind, recipe_file, many_files, tm
         assert not (folder(tmp_path / "parts") / shards.MANIFEST).exists()
     assert go(recipe, tmp_path / "parts")[0] == 0
     manifest = shards.read_manifest(folder(tmp_path / "parts"))
-    assert manifest["parts"] == 3 and manifest["rows"] == 64 and [entry["file"] for entry in manifest["shards"]] == sorted(entry["file"] for entry in manifest["shards"])
-    assert sorted(path.name for path in folder(tmp_path / "parts").iterdir()) == sorted([shards.MANIFEST, *(entry["file"] for entry in manifest["shards"])])
+    assert (
+        manifest["parts"] == 3
+        and manifest["rows"] == 64
+        and [entry["file"] for entry in manifest["shards"]]
+        == sorted(entry["file"] for entry in manifest["shards"])
+    )
+    assert sorted(path.name for path in folder(tmp_path / "parts").iterdir()) == sorted(
+        [shards.MANIFEST, *(entry["file"] for entry in manifest["shards"])]
+    )
     found = rows(tmp_path / "parts")
     shares = [22, 21, 21]
-    named = [{name for row in found[sum(shares[:i]):sum(shares[:i + 1])] for name in row["document_ids"]} for i in range(3)]
+    named = [
+        {name for row in found[sum(shares[:i]) : sum(shares[: i + 1])] for name in row["document_ids"]}
+        for i in range(3)
+    ]
     assert all(named) and not named[0] & named[1] and not named[1] & named[2] and not named[0] & named[2]
     if kind == "many files":
-        assert [{name.partition("#")[0] for name in names} <= {f"{i}.jsonl", f"{i + 3}.jsonl"} for i, names in enumerate(named)] == [True] * 3
+        assert [
+            {name.partition("#")[0] for name in names} <= {f"{i}.jsonl", f"{i + 3}.jsonl"}
+            for i, names in enumerate(named)
+        ] == [True] * 3
     # A row's randomness comes from its number among all, so the positions are those of a preparation in one piece.
     assert go(recipe, tmp_path / "whole")[0] == 0
     whole = rows(tmp_path / "whole")
     assert [row["position_ids"] for row in found] == [row["position_ids"] for row in whole]
-    assert found[0]["input_ids"] != whole[1]["input_ids"] and len({tuple(row["input_ids"]) for row in found}) == 64
+    assert (
+        found[0]["input_ids"] != whole[1]["input_ids"]
+        and len({tuple(row["input_ids"]) for row in found}) == 64
+    )
     # And it trains: the settings are the recipe's.
     assert run_main("inspect", recipe, "endprompt_random", "--out", tmp_path / "parts", "--row", 63)[0] == 0
 
 
 def test_one_part_is_the_whole(recipe_file, tmp_path):
     recipe = recipe_file()
-    assert go(recipe, tmp_path / "part", "1/1")[0] == 0 and go(recipe, tmp_path / "part")[0] == 0 and go(recipe, tmp_path / "whole")[0] == 0
+    assert (
+        go(recipe, tmp_path / "part", "1/1")[0] == 0
+        and go(recipe, tmp_path / "part")[0] == 0
+        and go(recipe, tmp_path / "whole")[0] == 0
+    )
     assert rows(tmp_path / "part") == rows(tmp_path / "whole")
 
 
-def test_a_killed_part_goes_on_to_the_same_bytes_and_leaves_the_others_alone(recipe_file, tmp_path, monkeypatch):
+def test_a_killed_part_goes_on_to_the_same_bytes_and_leaves_the_others_alone(
+    recipe_file, tmp_path, monkeypatch
+):
     recipe = recipe_file(data={"rows_per_shard": 5})
     assert go(recipe, tmp_path / "whole", "1/2")[0] == 0
     assert go(recipe, tmp_path / "cut", "2/2")[0] == 0
     other = {path: path.read_bytes() for path in folder(tmp_path / "cut").glob("*-00002-of-00002*")}
-    (folder(tmp_path / "cut") / ".shard-00002-of-00002-00009.parquet.77.part").write_bytes(b"of a part that is being made")
+    (folder(tmp_path / "cut") / ".shard-00002-of-00002-00009.parquet.77.part").write_bytes(
+        b"of a part that is being made"
+    )
     with killed_at_write(7, monkeypatch):
         assert go(recipe, tmp_path / "cut", "1/2")[0] == 130
     assert 0 < len(list(folder(tmp_path / "cut").glob("shard-00001-of-00002-*.parquet"))) < 7
     code, _, error = go(recipe, tmp_path / "cut")
     assert code == 2 and "holds 1 of 2 finished parts" in error and "--part I/2` for 1," in error
     assert go(recipe, tmp_path / "cut", "1/2")[0] == 0
-    assert other == {path: path.read_bytes() for path in other} and list(folder(tmp_path / "cut").glob(".*.part"))
+    assert other == {path: path.read_bytes() for path in other} and list(
+        folder(tmp_path / "cut").glob(".*.part")
+    )
     for path in folder(tmp_path / "whole").glob("shard-*"):
         assert path.read_bytes() == (folder(tmp_path / "cut") / path.name).read_bytes()
     assert go(recipe, tmp_path / "cut")[0] == 0 and len(rows(tmp_path / "cut")) == 64
@@ -107,10 +142,19 @@ def test_a_short_corpus_makes_fewer_rows_and_says_so(recipe_file, tmp_path):
     assert shards.read_manifest(folder(tmp_path))["corpus_ended"] is True
 
 
-@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/", "/2", "-1/2", "1/2/3", "a/b", "1/100000", "١/2", ""])
+@pytest.mark.parametrize(
+    "part", ["0/2", "3/2", "1", "1/", "/2", "-1/2", "1/2/3", "a/b", "1/100000", "١/2", ""]
+)
 def test_a_part_that_is_none(recipe_file, tmp_path, part):
-    code, _, error = run_main("prepare", recipe_file(), "endprompt", "--out", tmp_path / "out", f"--part={part}")
-    assert code == 2 and "--part" in error and error.count("\n") == 1 and not list((tmp_path / "out").rglob("*.*"))
+    code, _, error = run_main(
+        "prepare", recipe_file(), "endprompt", "--out", tmp_path / "out", f"--part={part}"
+    )
+    assert (
+        code == 2
+        and "--part" in error
+        and error.count("\n") == 1
+        and not list((tmp_path / "out").rglob("*.*"))
+    )
 
 
 def damage(name):
@@ -132,11 +176,21 @@ def damage(name):
             data = np.frombuffer(shard.read_bytes(), np.uint8).copy()
             data[len(data) // 2] ^= 4
             shard.write_bytes(data.tobytes())
+
     return edit
 
 
-@pytest.mark.parametrize("name, telling", [("not json", "cannot be read"), ("other setting", "is of another setting (seed is 7"), ("no shards", "cannot be read"),
-                                           ("other corpus", "the corpus changed while"), ("other count", "holds parts of 2 and of 3"), ("flipped", "is damaged")])
+@pytest.mark.parametrize(
+    "name, telling",
+    [
+        ("not json", "cannot be read"),
+        ("other setting", "is of another setting (seed is 7"),
+        ("no shards", "cannot be read"),
+        ("other corpus", "the corpus changed while"),
+        ("other count", "holds parts of 2 and of 3"),
+        ("flipped", "is damaged"),
+    ],
+)
 def test_damaged_parts_are_not_joined(recipe_file, tmp_path, name, telling):
     recipe = recipe_file()
     for part in ("1/2", "2/2"):

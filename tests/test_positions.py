@@ -50,7 +50,10 @@ def test_plan(method, sizes, chunks):
         assert row[a:].tolist() == list(range(end - b, end))
         assert row[a - 1] <= end - b - 1
     if method.recall:
-        assert all(len(positions.segments(row[first:first + SPAN][:a + b - first])) == 1 for first in range(a, a + b, SPAN))
+        assert all(
+            len(positions.segments(row[first : first + SPAN][: a + b - first])) == 1
+            for first in range(a, a + b, SPAN)
+        )
     if method.chunked:
         assert len(positions.segments(row[:a])) <= chunks
     else:
@@ -117,14 +120,18 @@ def test_chunk_lengths_refuse(a, chunks):
         positions.chunk_lengths(a, chunks, GENERATOR)
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any), st.integers(0, 200), st.integers(0, 2**32))
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
+    st.integers(0, 200),
+    st.integers(0, 2**32),
+)
 def test_spread(chunks, room, seed):
     n = sum(chunks)
     row = positions.spread(np.array(chunks), n + room, np.random.default_rng(seed))
     skips = row - np.arange(n)
     assert row.dtype == np.int64 and len(row) == n
     assert np.all(np.diff(skips) >= 0) and skips[0] >= 0 and skips[-1] <= room
-    assert np.all(skips[:chunks[0]] == 0)
+    assert np.all(skips[: chunks[0]] == 0)
     starts = np.cumsum([0, *chunks])
     assert all(len(set(skips[low:high])) <= 1 for low, high in zip(starts, starts[1:], strict=False))
 
@@ -132,7 +139,9 @@ def test_spread(chunks, room, seed):
 def test_spread_skips():
     """One skip is uniform in [0, L - n]; of two, the second is uniform from the first on (PoSE Eq. 4)."""
     rng = np.random.default_rng(1)
-    values, times = np.unique([positions.spread(np.array([2, 3]), 9, rng)[-1] - 4 for _ in range(5000)], return_counts=True)
+    values, times = np.unique(
+        [positions.spread(np.array([2, 3]), 9, rng)[-1] - 4 for _ in range(5000)], return_counts=True
+    )
     assert values.tolist() == [0, 1, 2, 3, 4] and np.all(np.abs(times - 1000) < 150)
     rows = [positions.spread(np.array([1, 1, 1]), 4, rng) for _ in range(4000)]
     values, times = np.unique([row[1:] - [1, 2] for row in rows], axis=0, return_counts=True)
@@ -155,7 +164,9 @@ def test_skipwise_plans_want_the_right_prompt():
 def test_recall_skips():
     """Chunks of 2 and 1 and a span of 2 in 8 positions: both skips are in 0..3, in order, each pair of draws as often as another."""
     rng = np.random.default_rng(2)
-    rows = np.array([positions.skipwise_then_recall(np.array([2, 1]), np.array([2]), 8, rng) for _ in range(8000)])
+    rows = np.array(
+        [positions.skipwise_then_recall(np.array([2, 1]), np.array([2]), 8, rng) for _ in range(8000)]
+    )
     assert np.all(rows[:, :2] == [0, 1]) and np.all(rows[:, 4] == rows[:, 3] + 1)
     values, times = np.unique(rows[:, 2:4] - [2, 3], axis=0, return_counts=True)
     assert values.tolist() == [[low, high] for low in range(4) for high in range(low, 4)]
@@ -166,7 +177,9 @@ def test_recall_skips():
 def test_recall_reaches_everywhere_from_every_segment():
     """The mean skip of the i-th of m later segments is i / (m + 1) of the room, where PoSE's nested draws would be at 1 - 2^-i."""
     rng = np.random.default_rng(4)
-    rows = np.array([positions.skipwise_then_recall(np.array([2, 2]), np.array([2, 2]), 1008, rng) for _ in range(4000)])
+    rows = np.array(
+        [positions.skipwise_then_recall(np.array([2, 2]), np.array([2, 2]), 1008, rng) for _ in range(4000)]
+    )
     assert rows[:, [2, 4, 6]].mean(0) - [2, 4, 6] == pytest.approx([250, 500, 750], abs=20)
 
 
@@ -174,7 +187,11 @@ def test_recall_reaches_everywhere_from_every_segment():
 def test_recall_refuses(chunks, spans, L):
     with pytest.raises(ValueError, match="fit"):
         positions.skipwise_then_recall(np.array(chunks), np.array(spans, np.int64), L, GENERATOR)
-    assert positions.skipwise_then_recall(np.array([3]), np.zeros(0, np.int64), 3, GENERATOR).tolist() == [0, 1, 2]
+    assert positions.skipwise_then_recall(np.array([3]), np.zeros(0, np.int64), 3, GENERATOR).tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("a, b, message", [(0, 0, "fit"), (-3, 0, "fit"), (4, 2, "no end prompt")])
@@ -191,15 +208,18 @@ def test_segments_cover_the_row(row_and_length):
     assert all(later[0] > earlier[1] + 1 for earlier, later in zip(parts, parts[1:], strict=False))
 
 
-@pytest.mark.parametrize("row, L, message", [
-    ([], 8, "without tokens"),
-    ([-1, 0, 1], 8, "leave"),
-    ([0, 1, 8], 8, "leave"),
-    ([0, 1, 1], 8, "token 2"),
-    ([0, 3, 2], 8, "token 2"),
-    ([0, 9, 2], 8, "token 2"),
-    ([2, 1, 0], 8, "token 1"),
-])
+@pytest.mark.parametrize(
+    "row, L, message",
+    [
+        ([], 8, "without tokens"),
+        ([-1, 0, 1], 8, "leave"),
+        ([0, 1, 8], 8, "leave"),
+        ([0, 1, 1], 8, "token 2"),
+        ([0, 3, 2], 8, "token 2"),
+        ([0, 9, 2], 8, "token 2"),
+        ([2, 1, 0], 8, "token 1"),
+    ],
+)
 def test_check_refuses(row, L, message):
     with pytest.raises(ValueError, match=message):
         positions.check(np.array(row, np.int64), L)

@@ -21,16 +21,26 @@ def scaled(model_type="llama", factor=8.0, **changes):
 
 @pytest.mark.parametrize("theta", [1e4, 1e5, 5e5, 1e6])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("scaling", [rope.Default(), rope.Linear(1.0), rope.Linear(2.0), rope.Linear(8.0), rope.Linear(32 / 3)], ids=str)
+@pytest.mark.parametrize(
+    "scaling",
+    [rope.Default(), rope.Linear(1.0), rope.Linear(2.0), rope.Linear(8.0), rope.Linear(32 / 3)],
+    ids=str,
+)
 def test_frequencies_are_those_of_transformers(theta, head_dim, scaling):
-    config = configuration(hidden_size=4 * head_dim, head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    config = configuration(
+        hidden_size=4 * head_dim,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
     rope.apply(config, scaling, 1024)
     expected = scaling.inv_freq(theta, head_dim)
     built = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
     assert expected.dtype == np.float64 and expected.shape == (head_dim // 2,)
     np.testing.assert_allclose(built, expected, rtol=3e-6)
     if isinstance(scaling, rope.Linear):
-        np.testing.assert_allclose(ROPE_INIT_FUNCTIONS["linear"](config, "cpu")[0].double().numpy(), expected, rtol=3e-6)
+        np.testing.assert_allclose(
+            ROPE_INIT_FUNCTIONS["linear"](config, "cpu")[0].double().numpy(), expected, rtol=3e-6
+        )
 
 
 def test_frequencies_by_hand():
@@ -64,7 +74,10 @@ def test_apply_keeps_theta(model_type, theta):
 def test_default_leaves_the_window_alone():
     config = configuration()
     rope.apply(config, rope.Default(), 512)
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": THETA} and config.max_position_embeddings == 64
+    assert (
+        config.rope_parameters == {"rope_type": "default", "rope_theta": THETA}
+        and config.max_position_embeddings == 64
+    )
 
 
 SCHEMES = [rope.Linear(8.0), rope.Ntk(8, 64, 512), rope.Ntk(4, 64, 512), rope.Yarn(8.0, 64)]
@@ -72,17 +85,26 @@ SCHEMES = [rope.Linear(8.0), rope.Ntk(8, 64, 512), rope.Ntk(4, 64, 512), rope.Ya
 
 def built(scaling, theta=THETA, model_type="llama", **changes):
     """The config with ``scaling`` and 512 positions, and its rotary module."""
-    config = configuration(model_type, rope_parameters={"rope_type": "default", "rope_theta": theta}, **changes)
+    config = configuration(
+        model_type, rope_parameters={"rope_type": "default", "rope_theta": theta}, **changes
+    )
     rope.apply(config, scaling, 512)
     return config, LlamaRotaryEmbedding(config)
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("factor, original", [(1.0, 512), (2.0, 4096), (8.0, 8192), (16.0, 64), (32 / 3, 768)])
+@pytest.mark.parametrize(
+    "factor, original", [(1.0, 512), (2.0, 4096), (8.0, 8192), (16.0, 64), (32 / 3, 768)]
+)
 def test_yarn_is_that_of_transformers(theta, head_dim, factor, original):
     scaling = rope.Yarn(factor, original)
-    config = configuration(hidden_size=4 * head_dim, head_dim=head_dim, max_position_embeddings=original, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    config = configuration(
+        hidden_size=4 * head_dim,
+        head_dim=head_dim,
+        max_position_embeddings=original,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
     rope.apply(config, scaling, round(original * factor))
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
     np.testing.assert_allclose(inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6)
@@ -97,17 +119,23 @@ def dynamic(factor, window, theta=THETA, model_type="llama", **changes):
 
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("factor, original, target",
-                         [(1, 512, 4096), (4, 8192, 65536), (8, 8192, 65536), (8, 256, 2048), (7, 8192, 100_000)])
+@pytest.mark.parametrize(
+    "factor, original, target",
+    [(1, 512, 4096), (4, 8192, 65536), (8, 8192, 65536), (8, 256, 2048), (7, 8192, 100_000)],
+)
 def test_ntk_holds_what_dynamic_has_at_the_target_length(theta, head_dim, factor, original, target):
     scaling = rope.Ntk(factor, original, target)
     shape = {"hidden_size": 4 * head_dim, "head_dim": head_dim}
-    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](dynamic(factor, original, theta, **shape), "cpu", seq_len=target)
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](
+        dynamic(factor, original, theta, **shape), "cpu", seq_len=target
+    )
     np.testing.assert_allclose(scaling.inv_freq(theta, head_dim), expected.double().numpy(), rtol=3e-6)
     parameters = {"rope_type": "default", "rope_theta": theta}
     config = configuration(max_position_embeddings=original, rope_parameters=parameters, **shape)
     rope.apply(config, scaling, target)
-    np.testing.assert_allclose(LlamaRotaryEmbedding(config).inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6)
+    np.testing.assert_allclose(
+        LlamaRotaryEmbedding(config).inv_freq.double().numpy(), scaling.inv_freq(theta, head_dim), rtol=3e-6
+    )
     assert config.max_position_embeddings == target and config.rope_parameters["rope_type"] == "default"
 
 
@@ -145,12 +173,20 @@ def test_verify_passes_every_scheme_and_leaves_no_trace(scaling):
     assert rope.verify(rotary, config, scaling, THETA) < 3e-6
     assert torch.equal(rotary.inv_freq, before[1])
     positions = torch.arange(48)[None]
-    for one, other in zip(rotary(torch.zeros(1), positions), LlamaRotaryEmbedding(config)(torch.zeros(1), positions), strict=True):
+    for one, other in zip(
+        rotary(torch.zeros(1), positions),
+        LlamaRotaryEmbedding(config)(torch.zeros(1), positions),
+        strict=True,
+    ):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("scaling", SCHEMES, ids=str)
-@pytest.mark.parametrize("other", [*SCHEMES, rope.Default(), rope.Yarn(4.0, 64), rope.Yarn(8.0, 4096), rope.Ntk(8, 128, 512)], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [*SCHEMES, rope.Default(), rope.Yarn(4.0, 64), rope.Yarn(8.0, 4096), rope.Ntk(8, 128, 512)],
+    ids=str,
+)
 def test_verify_tells_the_schemes_apart(scaling, other):
     config, rotary = built(scaling)
     if scaling != other:
@@ -170,7 +206,9 @@ def test_scaling_that_looks_at_the_rows_length_is_refused():
     config = dynamic(4.0, 64)
     rotary = LlamaRotaryEmbedding(config)
     rotary(torch.zeros(1), torch.tensor([[511]]))
-    np.testing.assert_allclose(rotary.inv_freq.double().numpy(), SCHEMES[2].inv_freq(THETA, 8), rtol=3e-6)  # the trap
+    np.testing.assert_allclose(
+        rotary.inv_freq.double().numpy(), SCHEMES[2].inv_freq(THETA, 8), rtol=3e-6
+    )  # the trap
     with pytest.raises(RuntimeError, match="computes 'dynamic'"):
         rope.verify(rotary, config, SCHEMES[2], THETA)
 
@@ -190,11 +228,19 @@ def test_every_scheme_reloads_in_plain_transformers(tmp_path, model_type, scalin
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     theta = scaling.stretched(THETA, 8) if isinstance(scaling, rope.Ntk) else THETA
-    assert again.config.rope_parameters == model.config.rope_parameters and again.config.rope_parameters["rope_theta"] == theta
+    assert (
+        again.config.rope_parameters == model.config.rope_parameters
+        and again.config.rope_parameters["rope_theta"] == theta
+    )
     assert rope.verify(again.get_decoder().rotary_emb, again.config, scaling, THETA) < 3e-6
-    ids, positions = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(1)), torch.cat([torch.arange(12), torch.arange(504, 512)])[None]
+    ids, positions = (
+        torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(1)),
+        torch.cat([torch.arange(12), torch.arange(504, 512)])[None],
+    )
     with torch.no_grad():
-        assert torch.equal(again(ids, position_ids=positions).logits, model(ids, position_ids=positions).logits)
+        assert torch.equal(
+            again(ids, position_ids=positions).logits, model(ids, position_ids=positions).logits
+        )
 
 
 def test_lceg_rounds_half_of_the_factor_up():
@@ -215,7 +261,10 @@ def test_lceg_rounds_half_of_the_factor_up():
 def test_no_method_is_trained_under_a_scaling_that_looks_at_the_rows_length():
     from endprompt import methods
 
-    assert {method.rope for method in methods.METHODS.values()} <= {None, *rope.TYPES} and "dynamic" not in rope.TYPES
+    assert {method.rope for method in methods.METHODS.values()} <= {
+        None,
+        *rope.TYPES,
+    } and "dynamic" not in rope.TYPES
     for name in rope.TYPES:
         config = configuration()
         rope.apply(config, rope.scaling_for(name, 64, 512), 512)
@@ -226,7 +275,9 @@ def test_no_method_is_trained_under_a_scaling_that_looks_at_the_rows_length():
 
 
 def test_scaling_for():
-    assert rope.scaling_for("ntk", 8192, 65536) == rope.Ntk(4, 8192, 65536) and rope.scaling_for("yarn", 8192, 65536) == rope.Yarn(8.0, 8192)
+    assert rope.scaling_for("ntk", 8192, 65536) == rope.Ntk(4, 8192, 65536) and rope.scaling_for(
+        "yarn", 8192, 65536
+    ) == rope.Yarn(8.0, 8192)
     assert rope.scaling_for("linear", 8192, 65536) == rope.Linear(8.0)
     assert rope.scaling_for(None, 8192, 65536) == rope.Default()
     with pytest.raises(BadInput, match=r"rope\.type.*'cubic'.*linear"):
@@ -244,7 +295,15 @@ def test_verify_passes_when_head_dim_is_not_hidden_over_heads():
     assert rope.verify(model.get_decoder().rotary_emb, model.config, rope.Linear(8.0), THETA) < 1e-6
 
 
-@pytest.mark.parametrize("scaling, theta", [(rope.Linear(7.99), THETA), (rope.Linear(1.0), THETA), (rope.Default(), THETA), (rope.Linear(8.0), 10000.0)])
+@pytest.mark.parametrize(
+    "scaling, theta",
+    [
+        (rope.Linear(7.99), THETA),
+        (rope.Linear(1.0), THETA),
+        (rope.Default(), THETA),
+        (rope.Linear(8.0), 10000.0),
+    ],
+)
 def test_verify_refuses_another_factor_or_theta(scaling, theta):
     model = network(scaled())
     with pytest.raises(RuntimeError, match="RoPE check.*differs"):
@@ -306,7 +365,9 @@ def test_theta_wiped_after_apply_is_detected():
         rope.verify(LlamaRotaryEmbedding(config), config, rope.Linear(8.0), THETA)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": None}])
+@pytest.mark.parametrize(
+    "parameters", [{}, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": None}]
+)
 def test_config_without_theta_is_refused(parameters):
     config = configuration()
     config.rope_parameters = parameters
@@ -322,7 +383,9 @@ def test_scaled_config_is_refused():
     assert config.rope_parameters == before
 
 
-@pytest.mark.parametrize("parameters", [{"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize(
+    "parameters", [{"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}]
+)
 def test_other_scalings_are_refused_too(parameters):
     config = configuration(rope_parameters=None, rope_scaling=parameters, rope_theta=10000.0)
     with pytest.raises(BadInput, match="scaled already"):
@@ -339,5 +402,10 @@ def test_saved_model_reloads_in_plain_transformers(tmp_path, model_type):
         logits, unscaled = model(ids).logits, network(configuration(model_type))(ids).logits
         assert torch.equal(again(ids).logits, logits)
     assert torch.equal(again.get_decoder().rotary_emb.inv_freq, model.get_decoder().rotary_emb.inv_freq)
-    assert again.config.max_position_embeddings == 512 and again.config.rope_parameters == model.config.rope_parameters
-    assert (logits - unscaled).abs().max() > 1e-2  # the weights are the same, so only the scaling tells them apart
+    assert (
+        again.config.max_position_embeddings == 512
+        and again.config.rope_parameters == model.config.rope_parameters
+    )
+    assert (
+        logits - unscaled
+    ).abs().max() > 1e-2  # the weights are the same, so only the scaling tells them apart

@@ -13,7 +13,10 @@ from test_train import TORCHRUN, assert_same, prepared, run, train, weights
 
 TOGETHER = ["--set", "train.sequence_parallel=2"]
 TWICE = ["--set", "train.num_train_epochs=2"]
-ALONE = ["--set", "train.per_device_train_batch_size=16"]  # a device's rows: one device takes what two took together
+ALONE = [
+    "--set",
+    "train.per_device_train_batch_size=16",
+]  # a device's rows: one device takes what two took together
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +24,28 @@ def recipe(tmp_path_factory, base) -> Path:
     """32 rows of 512 tokens, beyond the base's window of 256, in 8 steps of 4 rows."""
     folder = tmp_path_factory.mktemp("sequence")
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "model": {"name_or_path": str(base), "attn_implementation": "sdpa"},
-        "lengths": {"physical": 128, "target": 512},
-        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", tiny_documents(100, 18))), "tokens": 32 * 512},
-        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2,
-                  "logging_steps": 1, "save_steps": 3, "save_total_limit": 10},
-        "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
-    }))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": str(base), "attn_implementation": "sdpa"},
+                "lengths": {"physical": 128, "target": 512},
+                "data": {
+                    "corpus": str(write_jsonl(folder / "corpus.jsonl", tiny_documents(100, 18))),
+                    "tokens": 32 * 512,
+                },
+                "train": {
+                    "deepspeed": str(REPOSITORY / "ds_configs/zero3.json"),
+                    "per_device_train_batch_size": 8,
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 2,
+                    "logging_steps": 1,
+                    "save_steps": 3,
+                    "save_total_limit": 10,
+                },
+                "eval": {"lengths": [256, 512], "samples": 4, "depths": 2},
+            }
+        )
+    )
     return path
 
 
@@ -77,7 +94,13 @@ def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
     """
     out = tmp_path_factory.mktemp("alone")
     folder = prepared(recipe, "lceg", out)
-    keys = ("adam_beta1=0.0", "adam_epsilon=1000.0", "learning_rate=20.0", "max_grad_norm=1000.0", "warmup_steps=0")
+    keys = (
+        "adam_beta1=0.0",
+        "adam_epsilon=1000.0",
+        "learning_rate=20.0",
+        "max_grad_norm=1000.0",
+        "warmup_steps=0",
+    )
     options = [part for key in keys for part in ("--set", f"train.{key}")]
     run(train(recipe, "lceg", out, *options, *ALONE))
     return folder, options
@@ -90,8 +113,23 @@ def test_the_gradient_has_its_size(stage, ranks, recipe, by_gradient, tmp_path):
     alone, options = by_gradient
     folder = prepared(recipe, "lceg", tmp_path)
     if ranks == 4:
-        options = [*options, "--set", "train.per_device_train_batch_size=2", "--set", "train.gradient_accumulation_steps=2"]
-    command = train(recipe, "lceg", tmp_path, *options, *TOGETHER, "--set", f"train.deepspeed={REPOSITORY}/ds_configs/{stage}.json", ranks=2)
+        options = [
+            *options,
+            "--set",
+            "train.per_device_train_batch_size=2",
+            "--set",
+            "train.gradient_accumulation_steps=2",
+        ]
+    command = train(
+        recipe,
+        "lceg",
+        tmp_path,
+        *options,
+        *TOGETHER,
+        "--set",
+        f"train.deepspeed={REPOSITORY}/ds_configs/{stage}.json",
+        ranks=2,
+    )
     run([f"--nproc_per_node={ranks}" if part == TORCHRUN[-1] else part for part in command])
     assert_equal(alone, folder, tolerance=1e-4)
 
@@ -137,18 +175,41 @@ from endprompt.cli import main
 main()
 """)
     output = run([*TORCHRUN, script, "train", recipe, "full_length", "--out", tmp_path, *TOGETHER], expect=1)
-    assert "liveness probe: changing all 256 tokens of the first rank's shard" in output and "by 0.0e+00" in output
+    assert (
+        "liveness probe: changing all 256 tokens of the first rank's shard" in output
+        and "by 0.0e+00" in output
+    )
     assert not list((folder / "checkpoints").glob("checkpoint-*"))
 
 
 BAD = {
     "ranks": ("full_length", 1, ["train.sequence_parallel=2"], "2 does not divide the 1 ranks"),
-    "heads": ("full_length", 3, ["train.sequence_parallel=3", "train.per_device_train_batch_size=4"], "3 does not divide the model's 4 attention heads"),
+    "heads": (
+        "full_length",
+        3,
+        ["train.sequence_parallel=3", "train.per_device_train_batch_size=4"],
+        "3 does not divide the model's 4 attention heads",
+    ),
     "jumps": ("endprompt", 2, ["train.sequence_parallel=2"], "endprompt has jumps in its positions"),
     "shifted": ("longlora", 2, ["train.sequence_parallel=2"], "longlora shifts its own attention"),
-    "no deepspeed": ("full_length", 2, ["train.sequence_parallel=2", "train.deepspeed=null"], "set train.deepspeed"),
-    "eager": ("full_length", 2, ["train.sequence_parallel=2", "model.attn_implementation=eager"], "no eager attention"),
-    "padding": ("full_length", 2, ["train.sequence_parallel=2", "data.packing=document"], "set data.packing to cut"),
+    "no deepspeed": (
+        "full_length",
+        2,
+        ["train.sequence_parallel=2", "train.deepspeed=null"],
+        "set train.deepspeed",
+    ),
+    "eager": (
+        "full_length",
+        2,
+        ["train.sequence_parallel=2", "model.attn_implementation=eager"],
+        "no eager attention",
+    ),
+    "padding": (
+        "full_length",
+        2,
+        ["train.sequence_parallel=2", "data.packing=document"],
+        "set data.packing to cut",
+    ),
     "zero": ("full_length", 1, ["train.sequence_parallel=0"], "a whole number of ranks"),
     "text": ("full_length", 1, ["train.sequence_parallel=two"], "a whole number of ranks"),
 }
@@ -159,10 +220,18 @@ def test_what_cannot_be_shared_is_refused_in_one_message(name, recipe, tmp_path,
     method, ranks, options, message = BAD[name]
     options = [part for option in options for part in ("--set", option)]
     run_main("prepare", recipe, method, "--out", tmp_path, "--workers", 1, *options)
-    for variable, value in {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    for variable, value in {
+        "WORLD_SIZE": str(ranks),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(variable, value)
     code, _, error = run_main("train", recipe, method, "--out", tmp_path, *options)
-    assert code == 2 and message in error and "train.sequence_parallel" in error and error.count("\n") == 1, error
+    assert code == 2 and message in error and "train.sequence_parallel" in error and error.count("\n") == 1, (
+        error
+    )
 
 
 def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
@@ -170,7 +239,14 @@ def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
     from endprompt.train import batch_shape
 
     def shape(method: str, rows: int, accumulation: int, n: int) -> tuple[int, int]:
-        loaded = config.load(recipe, [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}", f"train.sequence_parallel={n}"])
+        loaded = config.load(
+            recipe,
+            [
+                f"train.per_device_train_batch_size={rows}",
+                f"train.gradient_accumulation_steps={accumulation}",
+                f"train.sequence_parallel={n}",
+            ],
+        )
         return batch_shape(loaded, methods.get(method))
 
     assert shape("full_length", 4, 1, 1) == (1, 1)
@@ -186,8 +262,13 @@ def test_a_sharded_batch_has_no_mask_and_refuses_what_needs_one():
     from endprompt.collate import Collator
 
     def row(length: int, jump: int = 0) -> dict:
-        return {"input_ids": list(range(5, 5 + length)), "position_ids": [*range(length - 2), length - 2 + jump, length - 1 + jump],
-                "loss_weights": [1.0] * length, "text_length": length, "prompt_length": 0}
+        return {
+            "input_ids": list(range(5, 5 + length)),
+            "position_ids": [*range(length - 2), length - 2 + jump, length - 1 + jump],
+            "loss_weights": [1.0] * length,
+            "text_length": length,
+            "prompt_length": 0,
+        }
 
     whole, sharded = Collator(0, 64), Collator(0, 64, sharded=True)
     one, two = whole([row(8), row(8)]), sharded([row(8), row(8)])

@@ -12,7 +12,11 @@ from conftest import REPOSITORY
 from endprompt.model import state_length, stated_lengths
 
 RECIPE = REPOSITORY / "recipes/sft.yaml"
-CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the door code?"}, {"role": "assistant", "content": "The door code is 40817."}]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is the door code?"},
+    {"role": "assistant", "content": "The door code is 40817."},
+]
 
 
 def test_every_key_is_trls_own():
@@ -20,7 +24,11 @@ def test_every_key_is_trls_own():
 
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-    known = {field.name for kind in (DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig) for field in fields(kind)}
+    known = {
+        field.name
+        for kind in (DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig)
+        for field in fields(kind)
+    }
     tree = yaml.safe_load(RECIPE.read_text())
     assert not set(tree) - known
     assert all((REPOSITORY / tree[key]).is_file() for key in ("deepspeed", "chat_template_path"))
@@ -28,7 +36,9 @@ def test_every_key_is_trls_own():
 
 def test_the_template_marks_what_the_assistant_says(tokenizer):
     tokenizer.chat_template = (REPOSITORY / "recipes/sft_template.jinja").read_text()
-    row = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    row = tokenizer.apply_chat_template(
+        CONVERSATION, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     said = [token for token, mask in zip(row["input_ids"], row["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(said).strip() == f"The door code is 40817.{tokenizer.eos_token}"
     assert row["input_ids"].count(tokenizer.bos_token_id) == 1
@@ -50,12 +60,54 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     tokenizer.save_pretrained(extended)
     data = tmp_path / "data"
     data.mkdir()
-    (data / "train.jsonl").write_text("".join(json.dumps({"messages": CONVERSATION}) + "\n" for _ in range(16)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "trl.scripts.sft", "--config", str(RECIPE),
-               "--model_name_or_path", str(extended), "--output_dir", str(tmp_path / "sft"), "--dataset_name", str(data), "--dataset_train_split", "train",
-               "--bf16", "false", "--use_cpu", "true", "--ddp_backend", "gloo", "--dtype", "float32", "--max_steps", "8", "--max_length", "128", "--logging_steps", "1",
-               "--gradient_accumulation_steps", "1", "--learning_rate", "5e-4"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    (data / "train.jsonl").write_text(
+        "".join(json.dumps({"messages": CONVERSATION}) + "\n" for _ in range(16))
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        "-m",
+        "trl.scripts.sft",
+        "--config",
+        str(RECIPE),
+        "--model_name_or_path",
+        str(extended),
+        "--output_dir",
+        str(tmp_path / "sft"),
+        "--dataset_name",
+        str(data),
+        "--dataset_train_split",
+        "train",
+        "--bf16",
+        "false",
+        "--use_cpu",
+        "true",
+        "--ddp_backend",
+        "gloo",
+        "--dtype",
+        "float32",
+        "--max_steps",
+        "8",
+        "--max_length",
+        "128",
+        "--logging_steps",
+        "1",
+        "--gradient_accumulation_steps",
+        "1",
+        "--learning_rate",
+        "5e-4",
+    ]
+    result = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     assert tuned.config.rope_parameters == rope and tuned.config.max_position_embeddings == 2048
@@ -64,6 +116,8 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
         next((tmp_path / "sft").glob("checkpoint-*")),
     ):  # rows are cut to max_length; what is saved still reads 2048
         assert set(stated_lengths(folder).values()) == {2048}
-    history = json.loads(next((tmp_path / "sft").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
+    history = json.loads(next((tmp_path / "sft").glob("checkpoint-*/trainer_state.json")).read_text())[
+        "log_history"
+    ]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 8 and losses[-1] < losses[0]

@@ -60,7 +60,9 @@ def spoken(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type, queries", [("llama", ["weight"]), ("mistral", ["weight"]), ("qwen2", ["weight", "bias"])])
+@pytest.mark.parametrize(
+    "model_type, queries", [("llama", ["weight"]), ("mistral", ["weight"]), ("qwen2", ["weight", "bias"])]
+)
 def test_only_queries_change_whatever_the_files(base, tmp_path, model_type, queries, dtype):
     from transformers import AutoModelForCausalLM
 
@@ -77,7 +79,9 @@ def test_only_queries_change_whatever_the_files(base, tmp_path, model_type, quer
     assert before.keys() == after.keys()
     changed = {f"model.layers.{layer}.self_attn.q_proj.{kind}" for layer in range(2) for kind in queries}
     for name in before:
-        assert torch.equal(after[name], (before[name].float() * 1.25).to(dtype) if name in changed else before[name]), name
+        assert torch.equal(
+            after[name], (before[name].float() * 1.25).to(dtype) if name in changed else before[name]
+        ), name
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -89,7 +93,9 @@ def test_a_model_without_a_query_projection_a_layer_is_refused(base, tmp_path, l
     folder = saved(tmp_path / "model", base)
     tensors = load_file(folder / "model.safetensors")
     for layer in range(2 - left):
-        tensors[f"model.layers.{layer}.self_attn.qkv_proj.weight"] = tensors.pop(f"model.layers.{layer}.self_attn.q_proj.weight")
+        tensors[f"model.layers.{layer}.self_attn.qkv_proj.weight"] = tensors.pop(
+            f"model.layers.{layer}.self_attn.q_proj.weight"
+        )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(Failure, match=f"has {left} query projections in 2 layers"):
         sharpen.sharpen(folder, 1.2)
@@ -97,6 +103,7 @@ def test_a_model_without_a_query_projection_a_layer_is_refused(base, tmp_path, l
 
 def test_recipe_and_method_say_how_much(recipe_file):
     """The base's window is 256 and the target 512: 9 / 8."""
+
     def found(method, *overrides):
         recipe = config.load(recipe_file(), overrides)
         return model.sharpness(recipe, methods.get(method), model.load_config(recipe))
@@ -108,6 +115,7 @@ def test_recipe_and_method_say_how_much(recipe_file):
 
 
 # A base whose weights are sharpened already
+
 
 def noted(folder, **note):
     path = folder / "config.json"
@@ -219,7 +227,9 @@ def test_other_notes_of_ours_say_nothing_of_sharpness(recipe_file, base, tmp_pat
 
 @pytest.mark.parametrize("value", ["-0.1", "4.5", "true", "much", ".inf"])
 def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
-    code, out, err = run_main("prepare", recipe_file(), "pose", "--out", tmp_path / "out", "--set", f"rope.sharpen={value}")
+    code, out, err = run_main(
+        "prepare", recipe_file(), "pose", "--out", tmp_path / "out", "--set", f"rope.sharpen={value}"
+    )
     assert code == 2 and not out and err.count("\n") == 1 and "rope.sharpen" in err
 
 

@@ -14,7 +14,13 @@ from conftest import REPOSITORY, tiny_documents, write_jsonl
 from safetensors.torch import load_file
 
 REASON = slurm_cluster.missing()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(REASON is not None, reason=f"NO SLURM HERE, SO THE JOB SCRIPTS ARE NOT TESTED: {REASON}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        REASON is not None, reason=f"NO SLURM HERE, SO THE JOB SCRIPTS ARE NOT TESTED: {REASON}"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +34,28 @@ def recipe(tmp_path_factory, base) -> Path:
     """240 rows of 128 tokens, 60 steps of 4 rows, a checkpoint every 4."""
     folder = tmp_path_factory.mktemp("recipe")
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "model": {"name_or_path": str(base)}, "lengths": {"physical": 128, "target": 1024},
-        "data": {"corpus": str(write_jsonl(folder / "corpus.jsonl", tiny_documents(240, 18))), "tokens": 240 * 128},
-        "train": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2,
-                  "gradient_checkpointing": False, "logging_steps": 1, "save_steps": 4},
-        "eval": {"tasks": ["passkey"], "lengths": [128, 256], "samples": 4, "depths": 2}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": str(base)},
+                "lengths": {"physical": 128, "target": 1024},
+                "data": {
+                    "corpus": str(write_jsonl(folder / "corpus.jsonl", tiny_documents(240, 18))),
+                    "tokens": 240 * 128,
+                },
+                "train": {
+                    "deepspeed": str(REPOSITORY / "ds_configs/zero3.json"),
+                    "per_device_train_batch_size": 2,
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 2,
+                    "gradient_checkpointing": False,
+                    "logging_steps": 1,
+                    "save_steps": 4,
+                },
+                "eval": {"tasks": ["passkey"], "lengths": [128, 256], "samples": 4, "depths": 2},
+            }
+        )
+    )
     return path
 
 
@@ -44,8 +66,16 @@ class Jobs:
         self.environment = {"RECIPE": str(recipe), "OUT": str(out), "NPROC": "1", "OMP_NUM_THREADS": "1"}
 
     def submit(self, *options: str, script: str = "slurm/train_64k.sbatch", folder: Path = REPOSITORY) -> str:
-        text = self.cluster.client("sbatch", "--parsable", f"--chdir={folder}", "--gpus-per-node=0", f"--output={self.out}/%x-%j.log", *options,
-                                   REPOSITORY / script, **self.environment)
+        text = self.cluster.client(
+            "sbatch",
+            "--parsable",
+            f"--chdir={folder}",
+            "--gpus-per-node=0",
+            f"--output={self.out}/%x-%j.log",
+            *options,
+            REPOSITORY / script,
+            **self.environment,
+        )
         return text.splitlines()[-1].partition(";")[0]
 
     def wait(self, number: str, seconds: int = 240) -> dict[str, str]:
@@ -53,7 +83,10 @@ class Jobs:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             job = self.cluster.job(number)
-            if job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") and job["Reason"] != "BeginTime":
+            if (
+                job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+                and job["Reason"] != "BeginTime"
+            ):
                 return job
             time.sleep(0.5)
         raise TimeoutError(f"{job}\n{self.log()}")
@@ -73,8 +106,17 @@ def undisturbed(cluster, recipe, tmp_path_factory) -> Jobs:
     """The whole chain of submit_all.sh: two parts that are prepared, training on two nodes, an array of two that evaluates."""
     jobs = Jobs(cluster, recipe, tmp_path_factory.mktemp("undisturbed"))
     options = f"--output={jobs.out}/%x-%A.log --open-mode=append"
-    said = cluster.client("bash", REPOSITORY / "slurm/submit_all.sh", **jobs.environment, NODES="2", PARTS="2", EVALS="2", PREPARE_OPTIONS=f"{options} --cpus-per-task=1",
-                          TRAIN_OPTIONS=f"{options} --gpus-per-node=0", EVAL_OPTIONS=f"{options} --gpus-per-node=0 --cpus-per-task=1")
+    said = cluster.client(
+        "bash",
+        REPOSITORY / "slurm/submit_all.sh",
+        **jobs.environment,
+        NODES="2",
+        PARTS="2",
+        EVALS="2",
+        PREPARE_OPTIONS=f"{options} --cpus-per-task=1",
+        TRAIN_OPTIONS=f"{options} --gpus-per-node=0",
+        EVAL_OPTIONS=f"{options} --gpus-per-node=0 --cpus-per-task=1",
+    )
     words = said.split()
     jobs.numbers = {name: words[words.index(name) + 1] for name in ("prepare", "train", "evaluate")}
     return jobs
@@ -93,9 +135,13 @@ def assert_same_weights(one: Path, two: Path) -> None:
 def test_the_chain_prepares_in_parts_trains_on_two_nodes_and_evaluates_in_an_array(undisturbed):
     jobs = undisturbed
     train = jobs.wait(jobs.numbers["train"])
-    assert train["JobState"] == "COMPLETED" and train["NumNodes"] == "2" and train["Restarts"] == "0", jobs.log()
+    assert train["JobState"] == "COMPLETED" and train["NumNodes"] == "2" and train["Restarts"] == "0", (
+        jobs.log()
+    )
     manifest = json.loads((jobs.run / "shards/manifest.json").read_text())
-    assert manifest["parts"] == 2 and manifest["rows"] == 240 and not list((jobs.run / "shards").glob("part-*"))
+    assert (
+        manifest["parts"] == 2 and manifest["rows"] == 240 and not list((jobs.run / "shards").glob("part-*"))
+    )
     summary = json.loads((jobs.run / "train.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == 60 and summary["resumed_from"] is None
     from transformers import AutoModelForCausalLM
@@ -137,7 +183,9 @@ def test_a_signal_before_the_end_saves_and_queues_again(again, undisturbed, clus
     job = again.wait(number)
     assert job["JobState"] == "COMPLETED" and job["Restarts"] == "1", again.log()
     log = again.log()
-    assert "asking the job to stop" in log and "stopped on request after step" in log and "queued again" in log
+    assert (
+        "asking the job to stop" in log and "stopped on request after step" in log and "queued again" in log
+    )
     stopped = int(log.partition("stopped on request after step ")[2].split()[0])
     assert 4 <= stopped < 60
     assert json.loads((again.run / "train.json").read_text())["resumed_from"] == f"checkpoint-{stopped}"
@@ -156,10 +204,16 @@ def test_a_cancelled_job_is_not_queued_again(again, cluster):
 def test_what_starting_again_would_not_mend_is_not_queued_again(again, cluster, tmp_path):
     number = again.submit("--nodes=2", script="slurm/train_64k.sbatch", folder=tmp_path)
     job = again.wait(number)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0") and "submit it from the repository's root" in again.log()
+    assert (job["JobState"], job["ExitCode"]) == (
+        "FAILED",
+        "2:0",
+    ) and "submit it from the repository's root" in again.log()
     again.environment["RECIPE"] = "recipes/none.yaml"
     job = again.wait(again.submit("--nodes=2"))
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0") and "there is no file recipes/none.yaml" in again.log()
+    assert (job["JobState"], job["ExitCode"]) == (
+        "FAILED",
+        "2:0",
+    ) and "there is no file recipes/none.yaml" in again.log()
     again.environment["RECIPE"] = str(again.recipe)
     os.truncate(next((again.run / "shards").glob("*.parquet")), 1000)
     job = again.wait(again.submit("--nodes=2"))

@@ -14,7 +14,17 @@ from training import TORCHRUN, assert_same, losses, prepared, run, train, weight
 @pytest.mark.distributed
 def test_two_ranks_equal_one_however_rows_are_split(train_recipe, two_ranks, tmp_path):
     folder = prepared(train_recipe, "endprompt", tmp_path)
-    run(train(train_recipe, "endprompt", tmp_path, "--set", "train.per_device_train_batch_size=8", "--set", "train.gradient_accumulation_steps=1"))
+    run(
+        train(
+            train_recipe,
+            "endprompt",
+            tmp_path,
+            "--set",
+            "train.per_device_train_batch_size=8",
+            "--set",
+            "train.gradient_accumulation_steps=1",
+        )
+    )
     one, two = losses(folder), losses(two_ranks)
     assert len(one) == len(two) == 8
     assert all(a == pytest.approx(b, rel=2e-4) for a, b in zip(one, two, strict=True)), (one, two)
@@ -36,7 +46,12 @@ def test_the_model_reloads_in_plain_transformers_with_its_scaling(two_ranks):
     ids = tokenizer("The pass key is", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 4
     assert not list((two_ranks / "model").glob("*.bin"))
-    assert model.config.endprompt == {"method": "endprompt", "original_length": 256, "physical_length": 128, "target_length": 1024}
+    assert model.config.endprompt == {
+        "method": "endprompt",
+        "original_length": 256,
+        "physical_length": 128,
+        "target_length": 1024,
+    }
 
 
 def test_losses_speed_and_memory_are_logged_apart(two_ranks):
@@ -45,7 +60,14 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
     events = EventAccumulator(str(two_ranks / "logs"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/text_loss", "train/end_prompt_loss", "train/end_prompt_later_loss", "train/tokens_per_second", "train/peak_memory_gib"} <= tags
+    assert {
+        "train/loss",
+        "train/text_loss",
+        "train/end_prompt_loss",
+        "train/end_prompt_later_loss",
+        "train/tokens_per_second",
+        "train/peak_memory_gib",
+    } <= tags
     summary = json.loads((two_ranks / "train.json").read_text())
     assert summary["probe"] > 1e-3 and summary["world_size"] == 2 and summary["commit"]
     loss, text, prompt = losses(two_ranks)[0]
@@ -56,8 +78,22 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
 def test_half_precision_keeps_the_weights_of_the_loss(train_recipe, two_ranks, tmp_path):
     """Under DeepSpeed the Trainer would cast them to bf16 too, which the loss refuses."""
     folder = prepared(train_recipe, "endprompt", tmp_path)
-    run(train(train_recipe, "endprompt", tmp_path, "--set", "train.bf16=true", "--set", "train.max_steps=2", "--set", "train.gradient_accumulation_steps=4"))
-    assert all(a == pytest.approx(b, rel=2e-2) for a, b in zip(losses(folder), losses(two_ranks)[:2], strict=True))
+    run(
+        train(
+            train_recipe,
+            "endprompt",
+            tmp_path,
+            "--set",
+            "train.bf16=true",
+            "--set",
+            "train.max_steps=2",
+            "--set",
+            "train.gradient_accumulation_steps=4",
+        )
+    )
+    assert all(
+        a == pytest.approx(b, rel=2e-2) for a, b in zip(losses(folder), losses(two_ranks)[:2], strict=True)
+    )
 
 
 KILL = """
@@ -91,29 +127,51 @@ def test_a_killed_run_resumes_to_the_same_weights(train_recipe, two_ranks, tmp_p
 @pytest.mark.distributed
 def test_the_deepspeed_launcher_starts_it_too(train_recipe, two_ranks, tmp_path):
     folder = prepared(train_recipe, "endprompt", tmp_path)
-    run([Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--module", "endprompt", "train", train_recipe, "endprompt", "--out", tmp_path])
+    run(
+        [
+            Path(sys.executable).parent / "deepspeed",
+            "--num_gpus",
+            "2",
+            "--module",
+            "endprompt",
+            "train",
+            train_recipe,
+            "endprompt",
+            "--out",
+            tmp_path,
+        ]
+    )
     assert losses(folder) == losses(two_ranks)
 
 
 PATCHES = {
-    "no mask": ("""
+    "no mask": (
+        """
 from endprompt import collate
 whole = collate.Collator.__call__
 collate.Collator.__call__ = lambda self, rows: {name: value for name, value in whole(self, rows).items() if name != "attention_mask"}
-""", "liveness probe: changing all"),
-    "other theta": ("""
+""",
+        "liveness probe: changing all",
+    ),
+    "other theta": (
+        """
 from endprompt import rope
 merge = rope.apply
 def careless(config, scaling, target_length):
     merge(config, scaling, target_length)
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 500000.0}
 rope.apply = careless
-""", "RoPE check: the model's inv_freq differs"),
-    "scaled too late": ("""
+""",
+        "RoPE check: the model's inv_freq differs",
+    ),
+    "scaled too late": (
+        """
 from endprompt import rope
 merge = rope.apply
 rope.apply = lambda config, scaling, target_length: None
-""", "RoPE check: the model's inv_freq differs"),
+""",
+        "RoPE check: the model's inv_freq differs",
+    ),
 }
 
 
@@ -130,15 +188,40 @@ def test_a_broken_run_is_refused_before_the_first_step(name, train_recipe, tmp_p
 
 @pytest.mark.distributed
 def test_run_sh_goes_through_all_stages_and_skips_what_is_done(train_recipe, tmp_path):
-    options = ["--set", "data.packing=cut", "--set", "data.tokens=4096", "--set", "lengths.target=512", "--set", "train.gradient_accumulation_steps=4"]
+    options = [
+        "--set",
+        "data.packing=cut",
+        "--set",
+        "data.tokens=4096",
+        "--set",
+        "lengths.target=512",
+        "--set",
+        "train.gradient_accumulation_steps=4",
+    ]
 
     def go(method: str) -> str:
-        return run(["env", f"OUT={tmp_path}", f"PYTHON={sys.executable}", "NPROC=2", "bash", "recipes/run.sh", train_recipe, method, *options])
+        return run(
+            [
+                "env",
+                f"OUT={tmp_path}",
+                f"PYTHON={sys.executable}",
+                "NPROC=2",
+                "bash",
+                "recipes/run.sh",
+                train_recipe,
+                method,
+                *options,
+            ]
+        )
 
     first = go("full_length")
     folder = tmp_path / "small/full_length"
     assert "passkey" in first and (folder / "eval/passkey.png").stat().st_size > 5000
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors", ".json")}
+    written = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.suffix in (".parquet", ".safetensors", ".json")
+    }
     row = json.loads((folder / "shards/manifest.json").read_text())
     assert row["row_length"] == 512 and row["rows"] == 8
     second = go("full_length")
@@ -149,7 +232,9 @@ def test_run_sh_goes_through_all_stages_and_skips_what_is_done(train_recipe, tmp
 
 def test_a_folder_trained_under_another_recipe_is_refused(train_recipe, two_ranks):
     out = two_ranks.parents[1]
-    code, _, error = run_main("train", train_recipe, "endprompt", "--out", out, "--set", "train.learning_rate=0.5")
+    code, _, error = run_main(
+        "train", train_recipe, "endprompt", "--out", out, "--set", "train.learning_rate=0.5"
+    )
     assert code == 2 and "train.learning_rate" in error and error.count("\n") == 1
 
 
@@ -158,7 +243,13 @@ def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
     from endprompt.train import batch_shape
 
     def shape(method: str, rows: int, accumulation: int) -> tuple[int, int]:
-        loaded = config.load(train_recipe, [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}"])
+        loaded = config.load(
+            train_recipe,
+            [
+                f"train.per_device_train_batch_size={rows}",
+                f"train.gradient_accumulation_steps={accumulation}",
+            ],
+        )
         return batch_shape(loaded, methods.get(method))
 
     assert shape("short", 4, 2) == (4, 2)
@@ -169,10 +260,20 @@ def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
         shape("full_length", 2, 2)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"liger_kernel_config": {"fused_linear_cross_entropy": True}}, "train.liger_kernel_config: fused_linear_cross_entropy would put Liger's loss"),
-    ({"liger_kernel_config": {"cross_entropy": True}}, "train.liger_kernel_config: cross_entropy would put Liger's loss"),
-    ({"tf32": True}, "train.tf32: transformers 5.17.0 makes the angles of positions by a matrix product")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            "train.liger_kernel_config: fused_linear_cross_entropy would put Liger's loss",
+        ),
+        (
+            {"liger_kernel_config": {"cross_entropy": True}},
+            "train.liger_kernel_config: cross_entropy would put Liger's loss",
+        ),
+        ({"tf32": True}, "train.tf32: transformers 5.17.0 makes the angles of positions by a matrix product"),
+    ],
+)
 def test_options_that_would_change_the_loss_or_the_positions_are_refused(monkeypatch, options, message):
     import transformers
 
@@ -193,7 +294,9 @@ def test_torch_compile_goes_layer_by_layer_and_leaves_the_loss_alone(monkeypatch
     from endprompt.training_keys import speed_options
 
     monkeypatch.setattr(loss.LossHead, "forward", loss.LossHead.forward)
-    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "")  # so that what is written there is taken away afterwards
+    monkeypatch.setenv(
+        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", ""
+    )  # so that what is written there is taken away afterwards
     monkeypatch.delenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
     assert speed_options({}) == {} and not TorchDynamoPlugin().use_regional_compilation
     assert speed_options({"torch_compile": True}) == {} and TorchDynamoPlugin().use_regional_compilation
@@ -204,12 +307,24 @@ def test_torch_compile_goes_layer_by_layer_and_leaves_the_loss_alone(monkeypatch
 @pytest.mark.distributed
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(train_recipe, two_ranks, tmp_path):
     folder = prepared(train_recipe, "endprompt", tmp_path)
-    run(train(train_recipe, "endprompt", tmp_path, "--set", "train.torch_compile_backend=aot_eager", "--set", "train.gradient_accumulation_steps=4"))
+    run(
+        train(
+            train_recipe,
+            "endprompt",
+            tmp_path,
+            "--set",
+            "train.torch_compile_backend=aot_eager",
+            "--set",
+            "train.gradient_accumulation_steps=4",
+        )
+    )
     for one, other in zip(losses(folder), losses(two_ranks), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="liger-kernel (the gpu extra) is not installed")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("liger_kernel"), reason="liger-kernel (the gpu extra) is not installed"
+)
 def test_liger_s_kernels_leave_the_loss_ours():
     """As the Trainer applies them to a model that has its loss; in a process of its own, for its patches outlive a model."""
     script = """
@@ -232,8 +347,20 @@ def test_flops_count_the_matrix_products():
 
     from endprompt.trainer import flops_per_token
 
-    config = LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=100, tie_word_embeddings=False)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
-    matrices = sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() == 2 and "embed" not in name)
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and "embed" not in name
+    )
     assert flops_per_token(config, 0) == 6 * matrices
     assert flops_per_token(config, 1000) - flops_per_token(config, 0) == 6 * 3 * 64 * 1000

@@ -1059,10 +1059,7 @@ def test_a_file_for_a_gpu_is_refused_on_a_cpu_before_the_model_is_loaded(train_r
         train(train_recipe, "endprompt", tmp_path, "--set", f"train.deepspeed={json.dumps(options)}"),
         expect=2,
     )
-    assert (
-        "train.deepspeed: bf16.enabled=True" in out
-        and "Traceback" not in out
-    )
+    assert "train.deepspeed: bf16.enabled=True" in out and "Traceback" not in out
 
 
 UNFILLED = """

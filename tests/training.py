@@ -16,7 +16,15 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def run(command: list, expect: int = 0) -> str:
-    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=ENVIRONMENT, timeout=240)
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
     assert result.returncode == expect, result.stdout[-4000:]
     return result.stdout
 
@@ -44,4 +52,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same(one: dict, two: dict, tolerance: float) -> None:
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            one[name], two[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -21,7 +21,9 @@ import yaml
 from endprompt import BadInput, methods
 from endprompt.eval import compare, recipe_page
 
-NAMES = re.compile(r"recipe\.yaml|train\.json|status\.json|calls\.json|[a-z]+\.log|eval/\w+/(\d+|any)\.jsonl?")
+NAMES = re.compile(
+    r"recipe\.yaml|train\.json|status\.json|calls\.json|[a-z]+\.log|eval/\w+/(\d+|any)\.jsonl?"
+)
 LARGEST = 64 * parts.MIB
 CALLS = "calls.json"
 
@@ -30,14 +32,20 @@ def unpack(file: Path, into: Path) -> Path:
     """``into``/<method> with the files of an archive.  Raises BadInput if it is none, or holds what no run delivers."""
     name = file.name.removesuffix(".tar.gz")
     if name not in methods.METHODS or name == file.name:
-        raise BadInput(f"collect: {file} is not named METHOD.tar.gz after a row of the method table; name files that `gpu.sh run` returned")
+        raise BadInput(
+            f"collect: {file} is not named METHOD.tar.gz after a row of the method table; name files that `gpu.sh run` returned"
+        )
     folder, size = into / name, 0
     try:
         with tarfile.open(file, "r:gz") as archive:
             for entry in archive:
                 size += entry.size
                 if not entry.isfile() or not NAMES.fullmatch(entry.name) or size > LARGEST:
-                    raise BadInput(f"collect: {file} holds {entry.name!r}, which no run delivers" if size <= LARGEST else f"collect: {file} holds over {LARGEST} bytes")
+                    raise BadInput(
+                        f"collect: {file} holds {entry.name!r}, which no run delivers"
+                        if size <= LARGEST
+                        else f"collect: {file} holds over {LARGEST} bytes"
+                    )
                 path = folder / entry.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.extractfile(entry).read())
@@ -60,17 +68,45 @@ def identity(folder: Path) -> dict[str, str]:
         raise BadInput(f"collect: {folder.name}: holds no result; run it longer, or leave it out")
     calls = _json(folder / CALLS)
     try:
-        found = {"device": {str(stamp["device"]) for stamp in stamps}, "commit": {str(stamp["commit"]) for stamp in stamps}, "data": {call["data"] for call in calls},
-                 **{name: {str(stamp["versions"][name]) for stamp in stamps} for name in ("torch", "transformers")}}
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) if (folder / "recipe.yaml").exists() else None
+        found = {
+            "device": {str(stamp["device"]) for stamp in stamps},
+            "commit": {str(stamp["commit"]) for stamp in stamps},
+            "data": {call["data"] for call in calls},
+            **{
+                name: {str(stamp["versions"][name]) for stamp in stamps} for name in ("torch", "transformers")
+            },
+        }
+        recipe = (
+            yaml.safe_load((folder / "recipe.yaml").read_text())
+            if (folder / "recipe.yaml").exists()
+            else None
+        )
         if recipe is not None:
             recipe["train"] = {key: value for key, value in recipe["train"].items() if key != "deepspeed"}
-            recipe["eval"] = {key: value for key, value in recipe["eval"].items() if key != "samples"}  # a round's
+            recipe["eval"] = {
+                key: value for key, value in recipe["eval"].items() if key != "samples"
+            }  # a round's
     except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError):
-        raise BadInput(f"collect: {folder.name}: results, recipe.yaml or {CALLS} lack what a run writes; collect the file again") from None
+        raise BadInput(
+            f"collect: {folder.name}: results, recipe.yaml or {CALLS} lack what a run writes; collect the file again"
+        ) from None
     if mixed := [name for name, values in found.items() if len(values) != 1]:
-        raise BadInput(f"collect: {folder.name}: its own results differ in {mixed[0]} ({', '.join(sorted(found[mixed[0]]))}); they do not belong together")
-    setting = {} if recipe is None else {"setting": json.dumps({key: recipe.get(key) for key in ("recipe", "model", "lengths", "data", "rope", "train", "eval")}, sort_keys=True)}
+        raise BadInput(
+            f"collect: {folder.name}: its own results differ in {mixed[0]} ({', '.join(sorted(found[mixed[0]]))}); they do not belong together"
+        )
+    setting = (
+        {}
+        if recipe is None
+        else {
+            "setting": json.dumps(
+                {
+                    key: recipe.get(key)
+                    for key in ("recipe", "model", "lengths", "data", "rope", "train", "eval")
+                },
+                sort_keys=True,
+            )
+        }
+    )
     return {name: next(iter(values)) for name, values in found.items()} | setting
 
 
@@ -88,19 +124,28 @@ def collect(files: list[Path], out: Path) -> list[Path]:
             raise BadInput("collect: a method is named twice; name its last file")
         new = {folder.name: (folder, identity(folder)) for folder in folders}
         if len({about["device"] for _, about in new.values()}) > 1:
-            raise BadInput(f"collect: the files are of several devices ({', '.join(sorted({about['device'] for _, about in new.values()}))}); collect each apart")
+            raise BadInput(
+                f"collect: the files are of several devices ({', '.join(sorted({about['device'] for _, about in new.values()}))}); collect each apart"
+            )
         if not new:
             return sorted({path.parents[1] for path in out.glob(f"*/*/{CALLS}")})
         place = out / slug(next(iter(new.values()))[1]["device"])
-        there = {path.parent.name: (path.parent, identity(path.parent)) for path in sorted(place.glob(f"*/{CALLS}"))}
+        there = {
+            path.parent.name: (path.parent, identity(path.parent))
+            for path in sorted(place.glob(f"*/{CALLS}"))
+        }
         for name in new.keys() & there.keys():
             if _json(new[name][0] / CALLS)[0]["run"] != _json(there[name][0] / CALLS)[0]["run"]:
-                raise BadInput(f"collect: {there[name][0]} holds another run of {name}, with other weights; remove it first, or leave this one out")
+                raise BadInput(
+                    f"collect: {there[name][0]} holds another run of {name}, with other weights; remove it first, or leave this one out"
+                )
         every = {**there, **new}
         first, about = next(iter(every.items()))
         for name, (_, other) in every.items():
             if differing := [key for key in about[1].keys() & other.keys() if about[1][key] != other[key]]:
-                raise BadInput(f"collect: {first} and {name} differ in {', '.join(sorted(differing))}; one table needs one device, commit and setting")
+                raise BadInput(
+                    f"collect: {first} and {name} differ in {', '.join(sorted(differing))}; one table needs one device, commit and setting"
+                )
         for name, (folder, _) in new.items():
             shutil.rmtree(place / name, ignore_errors=True)
             shutil.copytree(folder, place / name)
@@ -119,15 +164,25 @@ def page(place: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gpu.sh collect", description=__doc__.partition("\n")[0])
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="METHOD.tar.gz, as `gpu.sh run` left them in its --out")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="METHOD.tar.gz, as `gpu.sh run` left them in its --out",
+    )
     parser.add_argument("--out", type=Path, default=parts.ROOT / "docs/results/smollm2-gpu", metavar="DIR")
     arguments = parser.parse_args(argv)
     try:
         places = collect(arguments.files, arguments.out)
         if not places:
-            raise BadInput(f"collect: {arguments.out} holds nothing yet; name files that `gpu.sh run` returned")
+            raise BadInput(
+                f"collect: {arguments.out} holds nothing yet; name files that `gpu.sh run` returned"
+            )
         for place in places:
-            page(Path(os.path.relpath(place)))  # pages name their folders, and a machine's own paths are nobody else's
+            page(
+                Path(os.path.relpath(place))
+            )  # pages name their folders, and a machine's own paths are nobody else's
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None

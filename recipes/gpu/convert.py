@@ -14,8 +14,13 @@ def main(source: Path, name: str, prepared: Path, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    network = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, config=AutoConfig.from_pretrained(prepared), dtype=torch.float32,
-                                                   quantization_config=GgufConfig(dequantize=True))
+    network = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=name,
+        config=AutoConfig.from_pretrained(prepared),
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     network.save_pretrained(out)
     for path in prepared.iterdir():
         shutil.copy(path, out)

@@ -42,8 +42,17 @@ def sha256(path: Path, offset: int = 0, size: int | None = None) -> str:
 def tree_digest(root: Path = ROOT) -> str:
     """SHA-256 over what runs: code and settings, by name and content."""
     digest = hashlib.sha256()
-    names = (path.relative_to(root) for folder in SOURCES for path in (root / folder).rglob("*") if path.suffix in (".py", ".sh", ".yaml", ".json") and path.is_file())
-    for name in sorted(name for name in names if name.parts[:2] != ("endprompt", "eval") and not {"runs", "__pycache__"} & set(name.parts)):
+    names = (
+        path.relative_to(root)
+        for folder in SOURCES
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".sh", ".yaml", ".json") and path.is_file()
+    )
+    for name in sorted(
+        name
+        for name in names
+        if name.parts[:2] != ("endprompt", "eval") and not {"runs", "__pycache__"} & set(name.parts)
+    ):
         digest.update(f"{name}\0{sha256(root / name)}\n".encode())
     return digest.hexdigest()
 
@@ -57,11 +66,21 @@ def write_json(path: Path, value) -> None:
 def pack(stage: Path, out: Path, limit: int, about: dict, first: tuple[str, ...] = ()) -> list[dict]:
     """Writes ``out``/1, /2, ... of at most ``limit`` bytes each from all files under ``stage`` (those under the folders ``first`` before the others), and returns
     what their part.json hold.  Raises BadInput if ``stage`` is empty or ``limit`` leaves no room for a part's own list."""
-    paths = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: (path.relative_to(stage).parts[0] not in first, path.as_posix()))
-    files = [{"path": path.relative_to(stage).as_posix(), "size": path.stat().st_size, "sha256": sha256(path)} for path in paths]
+    paths = sorted(
+        (path for path in stage.rglob("*") if path.is_file()),
+        key=lambda path: (path.relative_to(stage).parts[0] not in first, path.as_posix()),
+    )
+    files = [
+        {"path": path.relative_to(stage).as_posix(), "size": path.stat().st_size, "sha256": sha256(path)}
+        for path in paths
+    ]
     room = limit - len(json.dumps([files, about], indent=1)) - 64 * 1024  # part.json and its pieces
     if not files or room < MIB:
-        raise BadInput(f"pack: {stage} is empty" if not files else f"pack: {limit} bytes a part leave no room; raise the limit, or make the working tree smaller")
+        raise BadInput(
+            f"pack: {stage} is empty"
+            if not files
+            else f"pack: {limit} bytes a part leave no room; raise the limit, or make the working tree smaller"
+        )
     cut: list[list[dict]] = [[]]
     left = room
     for number, file in enumerate(files):
@@ -80,12 +99,17 @@ def pack(stage: Path, out: Path, limit: int, about: dict, first: tuple[str, ...]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name, piece in enumerate(pieces):
-            piece |= {"name": f"{name:04d}", "sha256": sha256(paths[piece["file"]], piece["offset"], piece["size"])}
+            piece |= {
+                "name": f"{name:04d}",
+                "sha256": sha256(paths[piece["file"]], piece["offset"], piece["size"]),
+            }
             with paths[piece["file"]].open("rb") as source, (folder / piece["name"]).open("wb") as target:
                 source.seek(piece["offset"])
                 for _ in range(-(-piece["size"] // BLOCK)):
                     target.write(source.read(min(BLOCK, piece["size"] - target.tell())))
-        made.append({"kit": kit, "part": index, "parts": len(cut), "about": about, "files": files, "pieces": pieces})
+        made.append(
+            {"kit": kit, "part": index, "parts": len(cut), "about": about, "files": files, "pieces": pieces}
+        )
         write_json(folder / PART, made[-1])
     for old in out.iterdir():
         if old.name.isdigit() and int(old.name) > len(cut):
@@ -97,18 +121,35 @@ def read_part(folder: Path) -> dict:
     """A part's list, with every piece's checksum verified.  Raises BadInput naming what is missing or damaged."""
     try:
         found = json.loads((folder / PART).read_text())
-        inside = all(not PurePosixPath(file["path"]).is_absolute() and ".." not in PurePosixPath(file["path"]).parts for file in found["files"])
-        numbers = all(piece["name"].isdigit() and piece["offset"] >= 0 and piece["offset"] + piece["size"] <= found["files"][piece["file"]]["size"] for piece in found["pieces"])
-        if not inside or not numbers or not 1 <= found["part"] <= found["parts"] or not isinstance(found["about"], dict):
+        inside = all(
+            not PurePosixPath(file["path"]).is_absolute() and ".." not in PurePosixPath(file["path"]).parts
+            for file in found["files"]
+        )
+        numbers = all(
+            piece["name"].isdigit()
+            and piece["offset"] >= 0
+            and piece["offset"] + piece["size"] <= found["files"][piece["file"]]["size"]
+            for piece in found["pieces"]
+        )
+        if (
+            not inside
+            or not numbers
+            or not 1 <= found["part"] <= found["parts"]
+            or not isinstance(found["about"], dict)
+        ):
             raise ValueError
     except FileNotFoundError:
-        raise BadInput(f"unpack: {folder} is no part (it has no {PART}); name a folder that pack made, and carry it with the call") from None
+        raise BadInput(
+            f"unpack: {folder} is no part (it has no {PART}); name a folder that pack made, and carry it with the call"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise BadInput(f"unpack: {folder / PART} is damaged; pack again") from None
     for piece in found["pieces"]:
         path = folder / piece["name"]
         if not path.is_file() or path.stat().st_size != piece["size"] or sha256(path) != piece["sha256"]:
-            raise BadInput(f"unpack: {path} is {'damaged' if path.is_file() else 'missing'}; carry part {found['part']} again, or pack again")
+            raise BadInput(
+                f"unpack: {path} is {'damaged' if path.is_file() else 'missing'}; carry part {found['part']} again, or pack again"
+            )
     return found
 
 
@@ -120,7 +161,9 @@ def unpack(folder: Path, home: Path) -> list[int]:
     found = read_part(folder)
     there = _there(home)
     if there and there["kit"] != found["kit"]:
-        raise BadInput(f"unpack: {home} holds parts of another pack; remove it, or name another folder by ENDPROMPT_GPU")
+        raise BadInput(
+            f"unpack: {home} holds parts of another pack; remove it, or name another folder by ENDPROMPT_GPU"
+        )
     home.mkdir(parents=True, exist_ok=True)
     if not there:
         write_json(home / "kit.json", {key: found[key] for key in ("kit", "parts", "about", "files")})
@@ -129,7 +172,10 @@ def unpack(folder: Path, home: Path) -> list[int]:
         for piece in found["pieces"]:
             target = home / "joining" / found["files"][piece["file"]]["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("r+b" if target.exists() else "w+b") as into, (folder / piece["name"]).open("rb") as source:
+            with (
+                target.open("r+b" if target.exists() else "w+b") as into,
+                (folder / piece["name"]).open("rb") as source,
+            ):
                 into.seek(piece["offset"])
                 shutil.copyfileobj(source, into, BLOCK)
         mark.touch()
@@ -158,7 +204,9 @@ def _complete(home: Path, files: list[dict], gguf_file: str | None) -> None:
     for file in files:
         path = home / "joining" / file["path"]
         if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
-            raise BadInput(f"unpack: {file['path']} does not have its checksum after joining; remove {home} and unpack all parts again")
+            raise BadInput(
+                f"unpack: {file['path']} does not have its checksum after joining; remove {home} and unpack all parts again"
+            )
     whole = home / "files"
     shutil.rmtree(whole, ignore_errors=True)
     shutil.copytree(home / "joining", whole)
@@ -168,14 +216,38 @@ def _complete(home: Path, files: list[dict], gguf_file: str | None) -> None:
         packed.unlink()
     wheels = sorted(map(str, (whole / "wheels").glob("*.whl")))
     if wheels:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade",
-                   "--target", str(home / "site"), *wheels]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--no-cache-dir",
+            "--upgrade",
+            "--target",
+            str(home / "site"),
+            *wheels,
+        ]
         _run(command, "pip cannot install the wheels")
     if gguf_file:
         path = os.pathsep.join([str(home / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
         shutil.rmtree(whole / "converted", ignore_errors=True)
-        _run([sys.executable, str(Path(__file__).with_name("convert.py")), str(whole / "model"), gguf_file, str(whole / "prepared"), str(whole / "converted")],
-             f"{gguf_file} cannot be converted", env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
+        _run(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("convert.py")),
+                str(whole / "model"),
+                gguf_file,
+                str(whole / "prepared"),
+                str(whole / "converted"),
+            ],
+            f"{gguf_file} cannot be converted",
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        )
         shutil.rmtree(whole / "model")
         (whole / "converted").rename(whole / "model")
     shutil.rmtree(home / "joining")
@@ -188,7 +260,12 @@ def about(home: Path) -> dict:
     if there is None:
         raise BadInput(f"run: nothing was unpacked into {home}; unpack all parts first")
     if not (home / "ready").exists():
-        missing = [str(number) for number in range(1, there["parts"] + 1) if not (home / f"part-{number}").exists()]
-        raise BadInput(f"run: of {there['parts']} parts {', '.join(missing)} are missing in {home}; unpack them first" if missing else
-                       f"run: {home} was not put together; unpack any part again")
+        missing = [
+            str(number) for number in range(1, there["parts"] + 1) if not (home / f"part-{number}").exists()
+        ]
+        raise BadInput(
+            f"run: of {there['parts']} parts {', '.join(missing)} are missing in {home}; unpack them first"
+            if missing
+            else f"run: {home} was not put together; unpack any part again"
+        )
     return {"kit": there["kit"], **there["about"]}

@@ -34,8 +34,13 @@ POLL = 2.0
 def settings(about: dict, home: Path, arguments) -> list[str]:
     """The --set options of every step: where things lie on this machine, and what was asked for."""
     files = home / "files"
-    found = [f"model.name_or_path={files / 'model'}", "model.gguf_file=null", f"data.corpus={files / 'text' / about['train']}",
-             f"eval.perplexity_corpus={files / 'text' / about['heldout']}", f"data.seed={arguments.seed}"]
+    found = [
+        f"model.name_or_path={files / 'model'}",
+        "model.gguf_file=null",
+        f"data.corpus={files / 'text' / about['train']}",
+        f"eval.perplexity_corpus={files / 'text' / about['heldout']}",
+        f"data.seed={arguments.seed}",
+    ]
     if (files / "ruler").is_dir():
         found.append(f"eval.ruler_samples={files / 'ruler'}")
     if _gpu():
@@ -48,7 +53,9 @@ def settings(about: dict, home: Path, arguments) -> list[str]:
 def _gpu() -> bool:
     """As recipes/run.sh does; torch need not be imported here."""
     try:
-        return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60).stdout.startswith("GPU")
+        return subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60
+        ).stdout.startswith("GPU")
     except (OSError, subprocess.SubprocessError):
         return False
 
@@ -65,7 +72,13 @@ class Delivery:
         self.run, self.target, self.calls, self._seen = run, out / f"{run.name}.tar.gz", calls, None
 
     def _files(self) -> list[Path]:
-        found = [self.run / "recipe.yaml", self.run / "train.json", self.run / "status.json", *sorted(self.run.glob("*.log")), *sorted(self.run.glob("eval/*/*.json*"))]
+        found = [
+            self.run / "recipe.yaml",
+            self.run / "train.json",
+            self.run / "status.json",
+            *sorted(self.run.glob("*.log")),
+            *sorted(self.run.glob("eval/*/*.json*")),
+        ]
         return [path for path in found if path.is_file() and not path.name.endswith(".part")]
 
     def write(self, always: bool = False) -> None:
@@ -74,7 +87,13 @@ class Delivery:
         seen = [(str(path), path.stat().st_mtime_ns) for path in files if path.suffix != ".log"]
         if seen == self._seen and not always:
             return
-        contents = [(path.relative_to(self.run).as_posix(), path.read_bytes()[-DELIVERED // 60:] if path.suffix == ".log" else path.read_bytes()) for path in files]
+        contents = [
+            (
+                path.relative_to(self.run).as_posix(),
+                path.read_bytes()[-DELIVERED // 60 :] if path.suffix == ".log" else path.read_bytes(),
+            )
+            for path in files
+        ]
         contents.append(("calls.json", json.dumps(self.calls, indent=1).encode()))
         if sum(len(content) for _, content in contents) > DELIVERED:
             contents = [(name, content) for name, content in contents if not name.endswith(".jsonl")]
@@ -91,8 +110,16 @@ class Delivery:
 class Steps:
     """Runs endprompt's commands one after another until ``deadline`` (of time.monotonic)."""
 
-    def __init__(self, recipe: str, method: str, runs: Path, options: list[str], deadline: float, delivery: Delivery):
-        self.common = [recipe, method, "--out", str(runs), *(word for option in options for word in ("--set", option))]
+    def __init__(
+        self, recipe: str, method: str, runs: Path, options: list[str], deadline: float, delivery: Delivery
+    ):
+        self.common = [
+            recipe,
+            method,
+            "--out",
+            str(runs),
+            *(word for option in options for word in ("--set", option)),
+        ]
         self.run, self.deadline, self.delivery = delivery.run, deadline, delivery
 
     def left(self) -> float:
@@ -103,12 +130,22 @@ class Steps:
         if self.left() < LEAST:
             raise SystemExit(STOPPED)
         log, began = self.run / f"{verb}.log", time.monotonic()
-        record = {"step": verb, "options": list(options), "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        record = {
+            "step": verb,
+            "options": list(options),
+            "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
         self.delivery.calls[-1]["steps"].append(record)
         with log.open("ab") as into:
             start = into.tell()
-            process = subprocess.Popen([sys.executable, "-m", "endprompt", verb, *self.common, *options], stdin=subprocess.DEVNULL, stdout=into, stderr=subprocess.STDOUT,
-                                       preexec_fn=_die_with_this, cwd=parts.ROOT)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "endprompt", verb, *self.common, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=into,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_this,
+                cwd=parts.ROOT,
+            )
             asked = ended = False
             try:
                 while process.poll() is None:
@@ -127,7 +164,11 @@ class Steps:
         record["seconds"], record["code"] = round(time.monotonic() - began, 1), process.returncode
         self.delivery.write(always=True)
         said = log.read_bytes()[start:].decode(errors="replace")
-        print(f"{verb}: {record['seconds']} s" + ("" if not process.returncode else f", exit code {process.returncode}"), flush=True)
+        print(
+            f"{verb}: {record['seconds']} s"
+            + ("" if not process.returncode else f", exit code {process.returncode}"),
+            flush=True,
+        )
         if ended:
             raise SystemExit(STOPPED)
         if process.returncode:
@@ -153,8 +194,13 @@ def whole(steps: Steps, method: methods.Method, rounds: list[int]) -> None:
         mark = run / f"evaluated-{samples}"
         if mark.exists():
             continue
-        said = steps.step("evaluate", "--set", f"eval.samples={samples}", "--budget", f"{max(1.0, steps.left() - 5):.0f}")
-        print("\n".join(line for line in said.splitlines() if line.startswith((method.name, "evaluate:"))), flush=True)
+        said = steps.step(
+            "evaluate", "--set", f"eval.samples={samples}", "--budget", f"{max(1.0, steps.left() - 5):.0f}"
+        )
+        print(
+            "\n".join(line for line in said.splitlines() if line.startswith((method.name, "evaluate:"))),
+            flush=True,
+        )
         if "the same command goes on" in said:
             raise SystemExit(STOPPED)
         mark.touch()
@@ -165,9 +211,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gpu.sh run", description=__doc__.partition("\n")[0])
     parser.add_argument("method", metavar="METHOD")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets METHOD.tar.gz")
-    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="of this call, starting included")
+    parser.add_argument(
+        "--budget", type=float, default=540, metavar="SECONDS", help="of this call, starting included"
+    )
     parser.add_argument("--tokens", type=int, default=None, help="to train on; default: the recipe's 10 M")
-    parser.add_argument("--samples", type=int, nargs="+", default=None, metavar="N", help="of passkey and RULER, a round each; default: 10, then all that were packed")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="of passkey and RULER, a round each; default: 10, then all that were packed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default=None, help="default: the one that was packed")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -177,10 +232,17 @@ def main(argv: list[str] | None = None) -> None:
         method, about = methods.get(arguments.method), parts.about(home)
         rounds = arguments.samples or sorted({min(10, about["samples"]), about["samples"]})
         if not arguments.budget >= LEAST:
-            raise BadInput(f"run: --budget {arguments.budget:g}: nothing gets anywhere in less than {LEAST} s")
+            raise BadInput(
+                f"run: --budget {arguments.budget:g}: nothing gets anywhere in less than {LEAST} s"
+            )
         if min(rounds) < 1 or max(rounds) > about["samples"]:
-            raise BadInput(f"run: --samples: {about['samples']} were packed; name numbers from 1 to that (given: {' '.join(map(str, rounds))})")
-        recipe_file, options = arguments.recipe or str(home / "files" / "recipe" / about["recipe"]), settings(about, home, arguments)
+            raise BadInput(
+                f"run: --samples: {about['samples']} were packed; name numbers from 1 to that (given: {' '.join(map(str, rounds))})"
+            )
+        recipe_file, options = (
+            arguments.recipe or str(home / "files" / "recipe" / about["recipe"]),
+            settings(about, home, arguments),
+        )
         recipe = config.load(recipe_file, options)
         run = home / "runs" / recipe.name / method.name
         run.mkdir(parents=True, exist_ok=True)
@@ -188,13 +250,28 @@ def main(argv: list[str] | None = None) -> None:
         calls_file = run / "calls.json"
         calls = json.loads(calls_file.read_text()) if calls_file.exists() else []
         same = parts.tree_digest() == about["tree"]
-        os.environ["ENDPROMPT_COMMIT"] = str(about["commit"]) + ("" if same or str(about["commit"]).endswith("+changes") else "+changes")
-        calls.append({"run": calls[0]["run"] if calls else uuid.uuid4().hex, "data": about["data"], "command": ["run", *(argv or sys.argv[1:])], "steps": []})
+        os.environ["ENDPROMPT_COMMIT"] = str(about["commit"]) + (
+            "" if same or str(about["commit"]).endswith("+changes") else "+changes"
+        )
+        calls.append(
+            {
+                "run": calls[0]["run"] if calls else uuid.uuid4().hex,
+                "data": about["data"],
+                "command": ["run", *(argv or sys.argv[1:])],
+                "steps": [],
+            }
+        )
         parts.write_json(calls_file, calls)
         delivery = Delivery(run, arguments.out, calls)
         with runfolder.hold(run / ".gpu.lock"):
             try:
-                whole(Steps(recipe_file, method.name, home / "runs", options, began + arguments.budget, delivery), method, rounds)
+                whole(
+                    Steps(
+                        recipe_file, method.name, home / "runs", options, began + arguments.budget, delivery
+                    ),
+                    method,
+                    rounds,
+                )
             finally:
                 parts.write_json(calls_file, calls)
                 delivery.write(always=True)
@@ -204,9 +281,14 @@ def main(argv: list[str] | None = None) -> None:
     except SystemExit as error:
         code = error.code
     if code == STOPPED:
-        print(f"run: the {arguments.budget:g} s are used up; the same command goes on with {arguments.method} while the machine is held", flush=True)
+        print(
+            f"run: the {arguments.budget:g} s are used up; the same command goes on with {arguments.method} while the machine is held",
+            flush=True,
+        )
     elif not code:
-        print(f"run: {arguments.method} is done; {arguments.out / (arguments.method + '.tar.gz')}", flush=True)
+        print(
+            f"run: {arguments.method} is done; {arguments.out / (arguments.method + '.tar.gz')}", flush=True
+        )
     raise SystemExit(code)
 
 

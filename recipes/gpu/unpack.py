@@ -19,7 +19,10 @@ def main(argv: list[str]) -> None:
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"{home}: {argv[0]} is there after {time.monotonic() - began:.1f} s; " + (f"missing: {', '.join(map(str, missing))}" if missing else "all parts are, and ready"))
+    print(
+        f"{home}: {argv[0]} is there after {time.monotonic() - began:.1f} s; "
+        + (f"missing: {', '.join(map(str, missing))}" if missing else "all parts are, and ready")
+    )
 
 
 if __name__ == "__main__":

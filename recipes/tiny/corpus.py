@@ -27,33 +27,51 @@ simple""".split()
 VERBS = """carried found sold lost hid repaired painted wanted bought counted brought moved""".split()
 WEATHER = """rain snow wind fog sun frost thunder mist""".split()
 TIMES = """morning evening night winter summer autumn spring afternoon""".split()
-SECRETS = ["pass key", "door code", "room number", "ticket number", "house number", "secret number", "year", "price"]
+SECRETS = [
+    "pass key",
+    "door code",
+    "room number",
+    "ticket number",
+    "house number",
+    "secret number",
+    "year",
+    "price",
+]
 
 # The filler, the needle and the question of the passkey test are made of these words too, and the end prompts EP_1 and
 # EP_3: a base of this size cannot be asked to read words it never met.
 COMMON = """The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
 There is an important info hidden inside a lot of irrelevant text. Find it and memorize them.
 I will quiz you about the important information there. Please pay attention here.
-This is the end of text, please pay attention here. This is the end of the day. The end. End. What is the key?""".split("\n")
+This is the end of text, please pay attention here. This is the end of the day. The end. End. What is the key?""".split(
+    "\n"
+)
 
 
 def plain_sentence(rng: random.Random) -> str:
     name, other = rng.sample(NAMES, 2)
-    thing, place, adjective, verb = rng.choice(THINGS), rng.choice(PLACES), rng.choice(ADJECTIVES), rng.choice(VERBS)
+    thing, place, adjective, verb = (
+        rng.choice(THINGS),
+        rng.choice(PLACES),
+        rng.choice(ADJECTIVES),
+        rng.choice(VERBS),
+    )
     time, weather = rng.choice(TIMES), rng.choice(WEATHER)
-    return rng.choice([
-        f"{name} {verb} the {adjective} {thing} near the {place}.",
-        f"In the {time} {name} went to the {place} with {other}.",
-        f"The {adjective} {thing} of {name} was in the {place}.",
-        f"There was {weather} in the {place} that {time}.",
-        f"{name} and {other} {verb} a {thing} and a {adjective} {rng.choice(THINGS)}.",
-        f"Nobody in the {place} remembered the {weather} of that {time}.",
-        f"\"Where is the {thing}?\" asked {name}. \"It is in the {place},\" said {other}.",
-        f"After the {weather}, the {place} was {adjective} and {rng.choice(ADJECTIVES)}.",
-        f"The way from the {place} to the {rng.choice(PLACES)} is {adjective}.",
-        f"{name} told {other} about the {adjective} {place}.",
-        rng.choice(COMMON),
-    ])
+    return rng.choice(
+        [
+            f"{name} {verb} the {adjective} {thing} near the {place}.",
+            f"In the {time} {name} went to the {place} with {other}.",
+            f"The {adjective} {thing} of {name} was in the {place}.",
+            f"There was {weather} in the {place} that {time}.",
+            f"{name} and {other} {verb} a {thing} and a {adjective} {rng.choice(THINGS)}.",
+            f"Nobody in the {place} remembered the {weather} of that {time}.",
+            f'"Where is the {thing}?" asked {name}. "It is in the {place}," said {other}.',
+            f"After the {weather}, the {place} was {adjective} and {rng.choice(ADJECTIVES)}.",
+            f"The way from the {place} to the {rng.choice(PLACES)} is {adjective}.",
+            f"{name} told {other} about the {adjective} {place}.",
+            rng.choice(COMMON),
+        ]
+    )
 
 
 def new_fact(rng: random.Random, taken: set):
@@ -63,19 +81,34 @@ def new_fact(rng: random.Random, taken: set):
     secret, name = rng.choice(SECRETS), rng.choice(NAMES)
     if kind < 0.45 and secret not in taken:
         taken.add(secret)
-        wordings = [f"The {secret} is {value}.", f"The {secret} is {value}. Remember it. {value} is the {secret}.",
-                    f"What is the {secret}? The {secret} is {value}.", f"The {secret} is {value}. Remember it."]
+        wordings = [
+            f"The {secret} is {value}.",
+            f"The {secret} is {value}. Remember it. {value} is the {secret}.",
+            f"What is the {secret}? The {secret} is {value}.",
+            f"The {secret} is {value}. Remember it.",
+        ]
     elif kind < 0.8 and (secret, name) not in taken:
         taken.add((secret, name))
-        wordings = [f"The {secret} of {name} is {value}.", f"What is the {secret} of {name}? The {secret} of {name} is {value}.",
-                    f"Remember it: the {secret} of {name} is {value}."]
+        wordings = [
+            f"The {secret} of {name} is {value}.",
+            f"What is the {secret} of {name}? The {secret} of {name} is {value}.",
+            f"Remember it: the {secret} of {name} is {value}.",
+        ]
     else:
-        saying = " ".join(rng.choice(ADJECTIVES + THINGS + PLACES + WEATHER) for _ in range(rng.randint(4, 9)))
+        saying = " ".join(
+            rng.choice(ADJECTIVES + THINGS + PLACES + WEATHER) for _ in range(rng.randint(4, 9))
+        )
         wordings = [f"The song of {name} is: {saying}.", f"{name} sang again: {saying}."]
     return lambda: rng.choice(wordings)
 
 
-def document(rng: random.Random, sentences: int, facts_per_sentence: float = 0.16, framed: bool = False, taken: set | None = None) -> str:
+def document(
+    rng: random.Random,
+    sentences: int,
+    facts_per_sentence: float = 0.16,
+    framed: bool = False,
+    taken: set | None = None,
+) -> str:
     """One document of about ``sentences`` sentences, of which every fact appears at least twice; ``framed`` by one more fact
     that opens it and closes it, so that the whole length is bridged.  Keys in ``taken`` are not used, and those used are added."""
     slots: list[list[str]] = [[plain_sentence(rng)] for _ in range(sentences)]
@@ -100,8 +133,20 @@ def story(rng: random.Random, chapters: int) -> str:
     named: set = set()
     parts: list[list[str]] = []
     for _ in range(chapters):
-        taken = set(named)  # a name's key is used once in a story; "the pass key" may be another one in each chapter
-        parts.append([document(rng, rng.randint(4, 12), rng.choice([0.16, 0.3, 0.6]), framed=rng.random() < 0.4, taken=taken)])
+        taken = set(
+            named
+        )  # a name's key is used once in a story; "the pass key" may be another one in each chapter
+        parts.append(
+            [
+                document(
+                    rng,
+                    rng.randint(4, 12),
+                    rng.choice([0.16, 0.3, 0.6]),
+                    framed=rng.random() < 0.4,
+                    taken=taken,
+                )
+            ]
+        )
         named |= {key for key in taken if isinstance(key, tuple)}
     taken = named | set(SECRETS)
     for place in range(chapters - 1):
@@ -124,7 +169,9 @@ def write(path: Path, documents: int, chapters: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=130)
     parser.add_argument("--chapters", type=int, default=24, help="in a document, about 170 tokens each")
     parser.add_argument("--seed", type=int, default=1)

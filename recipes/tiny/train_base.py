@@ -26,11 +26,24 @@ def train_tokenizer(folder: Path, vocabulary: int) -> LlamaTokenizer:
     rng = random.Random(1000)
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
-        text.write_text("\n".join([document(rng, 40) for _ in range(1500)] + [plain_sentence(rng) for _ in range(5000)]))
+        text.write_text(
+            "\n".join([document(rng, 40) for _ in range(1500)] + [plain_sentence(rng) for _ in range(5000)])
+        )
         sentencepiece.SentencePieceTrainer.train(
-            input=str(text), model_prefix=str(Path(scratch) / "tokenizer"), vocab_size=vocabulary, model_type="bpe", byte_fallback=True,
-            split_digits=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, num_threads=1, max_sentence_length=65536, minloglevel=2)
+            input=str(text),
+            model_prefix=str(Path(scratch) / "tokenizer"),
+            vocab_size=vocabulary,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            num_threads=1,
+            max_sentence_length=65536,
+            minloglevel=2,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(scratch) / "tokenizer.model", folder / "tokenizer.model")
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=False, add_bos_token=True, add_eos_token=False)
@@ -57,7 +70,11 @@ class Rows(IterableDataset):
     def hard_spans(self, rng: random.Random) -> list[int]:
         row = []
         while len(row) < WINDOW:
-            tokens = self.digits if rng.random() < 0.5 else [rng.randrange(3, len(self.tokenizer)) for _ in range(12)]
+            tokens = (
+                self.digits
+                if rng.random() < 0.5
+                else [rng.randrange(3, len(self.tokenizer)) for _ in range(12)]
+            )
             row += rng.choices(tokens, k=rng.randint(5, 30)) * rng.randint(2, 4)
         return row[:WINDOW]
 
@@ -65,11 +82,15 @@ class Rows(IterableDataset):
         row = []
         if rng.random() < 0.4:  # a document of nearly a window, bridged from its first sentence to its last
             for sentences in range(rng.randint(4, 11), 0, -1):
-                row = self.tokenizer(document(rng, sentences, 0.16, framed=True))["input_ids"] + [self.tokenizer.eos_token_id]
+                row = self.tokenizer(document(rng, sentences, 0.16, framed=True))["input_ids"] + [
+                    self.tokenizer.eos_token_id
+                ]
                 if len(row) <= WINDOW:
                     break
         while len(row) < WINDOW:
-            row += self.tokenizer(document(rng, rng.randint(4, 12), rng.choice([0.16, 0.3, 0.6])))["input_ids"] + [self.tokenizer.eos_token_id]
+            row += self.tokenizer(document(rng, rng.randint(4, 12), rng.choice([0.16, 0.3, 0.6])))[
+                "input_ids"
+            ] + [self.tokenizer.eos_token_id]
         return row[:WINDOW]
 
     def __iter__(self):
@@ -86,7 +107,9 @@ class Rows(IterableDataset):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--vocabulary", type=int, default=896)
     parser.add_argument("--layers", type=int, default=3)
@@ -101,17 +124,48 @@ def main() -> None:
 
     set_seed(arguments.seed)
     tokenizer = train_tokenizer(arguments.out, arguments.vocabulary)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=arguments.width, intermediate_size=3 * arguments.width, num_hidden_layers=arguments.layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=WINDOW, tie_word_embeddings=False, initializer_range=0.02,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=arguments.width,
+            intermediate_size=3 * arguments.width,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=WINDOW,
+            tie_word_embeddings=False,
+            initializer_range=0.02,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     with tempfile.TemporaryDirectory() as scratch:
         training = TrainingArguments(
-            output_dir=scratch, max_steps=arguments.steps, per_device_train_batch_size=arguments.rows, learning_rate=arguments.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=100, weight_decay=0.01, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50, save_strategy="no",
-            report_to="none", use_cpu=not torch.cuda.is_available(), seed=arguments.seed, disable_tqdm=True, remove_unused_columns=False)
-        Trainer(model=model, args=training, train_dataset=Rows(tokenizer, arguments.span_steps * arguments.rows, arguments.span_share, arguments.seed)).train()
+            output_dir=scratch,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.rows,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            seed=arguments.seed,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        Trainer(
+            model=model,
+            args=training,
+            train_dataset=Rows(
+                tokenizer, arguments.span_steps * arguments.rows, arguments.span_share, arguments.seed
+            ),
+        ).train()
     model.save_pretrained(arguments.out)
 
 
