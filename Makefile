@@ -64,6 +64,7 @@ bench: $(VENV)/.installed $(VENV)/.smollm2
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck -x $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 clean:

@@ -1,6 +1,8 @@
-"""Puts result files of one machine into its one file: those of endprompt.eval.efficiency by their shape, those of the benchmarks here by their name.
+"""Puts result files of one machine into its one file: those of endprompt.eval.efficiency by their shape,
+those of the benchmarks here by their name.
 
-    python benchmarks/gather.py benchmarks/results/MACHINE.json RESULT.json ...      # a GPU's: all that benchmarks/gpu.sh left in its folder
+    # a GPU's: all that benchmarks/gpu.sh left in its folder
+    python benchmarks/gather.py benchmarks/results/MACHINE.json RESULT.json ...
 
 What is there already under the same name is replaced; the files must come from one kind of device.
 """
@@ -25,7 +27,9 @@ def devices(found: dict) -> set[str]:
 
 
 def collected(there: dict, results: dict[str, dict]) -> dict:
-    """``there`` with ``results`` (by file name) put into it.  Raises BadInput for a file of another kind, or of another device."""
+    """``there`` with ``results`` (by file name) put into it.  Raises BadInput for a file of another kind, or
+    of another device.
+    """
     found = {**there, "efficiency": dict(there.get("efficiency") or {})}
     for name, result in results.items():
         if "entries" in result and "shape" in result:
@@ -36,7 +40,8 @@ def collected(there: dict, results: dict[str, dict]) -> dict:
             raise BadInput(f"gather: {name} is no result of a benchmark")
         if len(kinds := devices(found)) > 1:
             raise BadInput(
-                f"gather: {name} is of another device than what is there ({' and '.join(sorted(kinds))}); one file a machine"
+                f"gather: {name} is of another device than what is there ({' and '.join(sorted(kinds))}); one"
+                " file a machine"
             )
     return found
 

@@ -1,11 +1,15 @@
-"""The whole cost evidence of one GPU, most important first, inside a time budget; the same command goes on with what is missing.
+"""The whole cost evidence of one GPU, most important first, inside a time budget; the same command goes on
+with what is missing.
 
-    python benchmarks/gpu.py --out FOLDER --budget 540        # benchmarks/gpu.sh installs carried wheels first
+    # benchmarks/gpu.sh installs carried wheels first
+    python benchmarks/gpu.py --out FOLDER --budget 540
 
-FOLDER gets a file a stage, each written after every setting: machine.json (what the device does at best, which kernel attention takes), llama-3.2-1b.json
-(targets 16K to 1M), loss.json (8192 x 128,256 x 2048), llama-3-8b-8-layers.json (a whole 8B with its optimizer states, 16 bytes a parameter, is 128 GB and
-fits no GPU here), train.json (DeepSpeed ZeRO-3, SmolLM2-135M's shape with random weights), and summary.json.  A stage that fails says so there, and the next
-goes on.  The fastest options are looked for with endprompt at 64K and then used for everything else.
+FOLDER gets a file a stage, each written after every setting: machine.json (what the device does at best,
+which kernel attention takes), llama-3.2-1b.json (targets 16K to 1M), loss.json (8192 x 128,256 x 2048),
+llama-3-8b-8-layers.json (a whole 8B with its optimizer states, 16 bytes a parameter, is 128 GB and fits no
+GPU here), train.json (DeepSpeed ZeRO-3, SmolLM2-135M's shape with random weights), and summary.json.  A stage
+that fails says so there, and the next goes on.  The fastest options are looked for with endprompt at 64K and
+then used for everything else.
 """
 
 import argparse
@@ -29,8 +33,10 @@ STEP_SECONDS = 60  # the longest that one setting's steps may take
 
 
 def machine() -> dict:
-    """Measured ceilings of the device (bfloat16 product of 8192 x 8192 on random data, FLOP/s; device-to-device copy, bytes read and written a second), and
-    what scaled_dot_product_attention chooses for rows of each shape."""
+    """Measured ceilings of the device (bfloat16 product of 8192 x 8192 on random data, FLOP/s;
+    device-to-device copy, bytes read and written a second), and what scaled_dot_product_attention chooses for
+    rows of each shape.
+    """
     import torch
 
     def seconds(function, repeats: int = 20) -> float:
@@ -109,7 +115,9 @@ def steps_of(
     rows: tuple[int, ...],
     **limits,
 ) -> dict:
-    """The settings of one shape, in the order of what they are worth; the options are those found fastest at the target ``middle``."""
+    """The settings of one shape, in the order of what they are worth; the options are those found fastest at
+    the target ``middle``.
+    """
 
     def go(settings: list[dict]) -> list[dict]:
         return efficiency.measure_all(
@@ -176,7 +184,9 @@ def loss(out: Path, deadline: float, shape: tuple[int, int, int]) -> dict:
 
 
 def train(out: Path, deadline: float, shape: str, steps: int) -> dict:
-    """A few steps of ``endprompt train`` under DeepSpeed ZeRO-3, from random weights and random words (``benchmarks/train.py``)."""
+    """A few steps of ``endprompt train`` under DeepSpeed ZeRO-3, from random weights and random words
+    (``benchmarks/train.py``).
+    """
     return _run(
         [
             sys.executable,
@@ -326,12 +336,14 @@ def _stage(stage: str, arguments, deadline: float) -> dict:
         "left": len(found["left"]),
         "measured": len(fitting),
         "best": {
-            method: entry
-            and {
-                **{name: entry[name] for name in efficiency.SETTING},
-                "mfu": entry["mfu"],
-                "tokens_per_second": entry["tokens_per_second"],
-            }
+            method: (
+                entry
+                and {
+                    **{name: entry[name] for name in efficiency.SETTING},
+                    "mfu": entry["mfu"],
+                    "tokens_per_second": entry["tokens_per_second"],
+                }
+            )
             for method, entry in fastest_of.items()
         },
     }

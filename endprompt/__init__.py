@@ -8,4 +8,6 @@ class BadInput(Exception):
 
 
 class Failure(RuntimeError):
-    """A run that a guard stops, or that lost a rank: the command line prints its one line and exits with code 1."""
+    """A run that a guard stops, or that lost a rank: the command line prints its one line and exits with code
+    1.
+    """

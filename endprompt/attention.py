@@ -9,8 +9,10 @@ from endprompt import Failure, loss
 
 @contextlib.contextmanager
 def same_draws(device: torch.device):
-    """Inside, torch draws the same random numbers every time, on the CPU and on ``device``; afterwards it goes on as if nothing had
-    been drawn.  Dropout, in modules, functions and kernels alike, then hits the same places, and two passes differ in their input alone."""
+    """Inside, torch draws the same random numbers every time, on the CPU and on ``device``; afterwards it
+    goes on as if nothing had been drawn.  Dropout, in modules, functions and kernels alike, then hits the
+    same places, and two passes differ in their input alone.
+    """
     cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if cuda else []):
         torch.default_generator.manual_seed(0)
@@ -24,12 +26,13 @@ def same_draws(device: torch.device):
 def probe(model, batch: dict[str, torch.Tensor]) -> float:
     """Replaces the first part of a row by other tokens and measures how far the last part's logits move.
 
-    The first part is everything before the last jump in ``position_ids`` (the text before an end prompt), or the first half of
-    a row without a jump (with shifted sparse attention, where one half of the heads has a border the other has none, so some token
-    beyond the middle sees across it in every layer).  batch: one collator output; only its first row is used, at the batch's device.  Under ZeRO-3 all ranks
-    must call it together.  Dropout stays on, alike in both passes.  Returns the largest change in units of the logits' standard
-    deviation (0.0 exactly when cut off).
-    Raises Failure if it is below 1e-3: the run would train segments that cannot see each other.
+    The first part is everything before the last jump in ``position_ids`` (the text before an end prompt), or
+    the first half of a row without a jump (with shifted sparse attention, where one half of the heads has a
+    border the other has none, so some token beyond the middle sees across it in every layer).  batch: one
+    collator output; only its first row is used, at the batch's device.  Under ZeRO-3 all ranks must call it
+    together.  Dropout stays on, alike in both passes.  Returns the largest change in units of the logits'
+    standard deviation (0.0 exactly when cut off). Raises Failure if it is below 1e-3: the run would train
+    segments that cannot see each other.
     """
     inputs = {
         name: batch[name][:1] for name in ("input_ids", "position_ids", "attention_mask") if name in batch
@@ -43,7 +46,8 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     ).flatten()
     boundary = int(jumps[-1]) + 1 if len(jumps) else used // 2
     changed = ids.clone()
-    # + 1 modulo the vocabulary changes every token, without a random generator that would disturb the run's own.
+    # + 1 modulo the vocabulary changes every token, without a random generator that would disturb the run's
+    # own.
     changed[:, :boundary] = (changed[:, :boundary] + 1) % model.config.vocab_size
     at = slice(boundary, used)
 
@@ -56,7 +60,9 @@ def probe(model, batch: dict[str, torch.Tensor]) -> float:
     moved = float((after - before).abs().max() / before.std().clamp_min(1e-12))
     if not moved >= 1e-3:
         raise Failure(
-            f"liveness probe: changing all {boundary} tokens of the first segment moves the logits of the other {used - boundary} by {moved:.1e} standard "
-            f"deviations, so the segments cannot see each other (attention {model.config._attn_implementation!r}); is attention_mask missing from the batch?"
+            f"liveness probe: changing all {boundary} tokens of the first segment moves the logits of the"
+            f" other {used - boundary} by {moved:.1e} standard deviations, so the segments cannot see each"
+            f" other (attention {model.config._attn_implementation!r}); is attention_mask missing from the"
+            " batch?"
         )
     return moved

@@ -19,15 +19,19 @@ def barrier() -> None:
 
 
 def flush(folder: Path) -> None:
-    """Asks the disk to have every file below ``folder``: a marker must not outlive what it vouches for when a node loses power."""
+    """Asks the disk to have every file below ``folder``: a marker must not outlive what it vouches for when a
+    node loses power.
+    """
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 class MarkComplete(TrainerCallback):
-    """Writes a marker with the size of every file into a checkpoint once all ranks have written their parts (what has none was cut
-    short), then removes the oldest beyond ``keep``: the Trainer's own rotation would do so before the marker is there."""
+    """Writes a marker with the size of every file into a checkpoint once all ranks have written their parts
+    (what has none was cut short), then removes the oldest beyond ``keep``: the Trainer's own rotation would
+    do so before the marker is there.
+    """
 
     def __init__(self, keep: int | None, about: dict):
         self.keep, self.about, self.saved = keep, about, 0
@@ -59,9 +63,11 @@ class MarkComplete(TrainerCallback):
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Inside, torch.load runs no code of a file: it builds tensors, plain containers, and the two classes that DeepSpeed's ZeRO files hold.
+    """Inside, torch.load runs no code of a file: it builds tensors, plain containers, and the two classes
+    that DeepSpeed's ZeRO files hold.
 
-    DeepSpeed asks torch for the opposite (``weights_only=False``); torch's own environment variable has the last word.
+    DeepSpeed asks torch for the opposite (``weights_only=False``); torch's own environment variable has the
+    last word.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -89,12 +95,13 @@ def save_final(
     sharpness: float,
     finish: Callable[[float | None], None],
 ) -> None:
-    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens its attention by ``sharpness``,
-    and only then gives it its name.
+    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens
+    its attention by ``sharpness``, and only then gives it its name.
 
-    adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are merged, and the saved
-    model must give the adapter model's logits on that batch.  finish: called on the first rank with how far they differ (see
-    lora.verify_merged; None without adapters) before the folder gets its name, which says that nothing is left to do.
+    adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are
+    merged, and the saved model must give the adapter model's logits on that batch.  finish: called on the
+    first rank with how far they differ (see lora.verify_merged; None without adapters) before the folder gets
+    its name, which says that nothing is left to do.
     """
     difference = None
     if adapted is not None:
@@ -156,15 +163,17 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
     ]
     if wrong:
         raise Failure(
-            f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first {wrong[:3]}"
+            f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first"
+            f" {wrong[:3]}"
         )
 
 
 class SeparateSteps(TrainerCallback):
     """Gives every group of parameters a step count of its own after a universal checkpoint was loaded.
 
-    DeepSpeed 0.19 (zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3) hands one tensor to all of them, which torch's
-    Adam then increments once a group: with two groups, bias correction runs at twice the pace and the run drifts from the undisturbed one.
+    DeepSpeed 0.19 (zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3) hands one tensor to
+    all of them, which torch's Adam then increments once a group: with two groups, bias correction runs at
+    twice the pace and the run drifts from the undisturbed one.
     """
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):

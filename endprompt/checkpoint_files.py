@@ -1,4 +1,6 @@
-"""Checkpoints as files: which of them are whole, and which of their files may be unpickled.  No torch here: ``endprompt status`` is quick."""
+"""Checkpoints as files: which of them are whole, and which of their files may be unpickled.  No torch here:
+``endprompt status`` is quick.
+"""
 
 import json
 import os
@@ -38,7 +40,9 @@ def marker(folder: Path) -> dict | None:
 
 
 def fault(folder: Path) -> str | None:
-    """Why the checkpoint cannot be resumed from, None if it can: no marker, or a file that is gone or of another size than was written."""
+    """Why the checkpoint cannot be resumed from, None if it can: no marker, or a file that is gone or of
+    another size than was written.
+    """
     found = marker(folder)
     if found is None:
         return "is half-written"
@@ -75,7 +79,8 @@ def newest(folder: Path, log=None) -> Path | None:
 def to_resume(folder: Path, log=None) -> Path | None:
     """``newest``, None before the first.
 
-    Raises BadInput if checkpoints were whole once and none is now: starting anew would throw the training away unasked.
+    Raises BadInput if checkpoints were whole once and none is now: starting anew would throw the training
+    away unasked.
     """
     found = newest(folder, log)
     damaged = [
@@ -83,14 +88,17 @@ def to_resume(folder: Path, log=None) -> Path | None:
     ]
     if damaged:
         raise BadInput(
-            f"checkpoints: {folder} holds none that is whole ({'; '.join(damaged)}); restore one from a copy, or delete the folder to start anew"
+            f"checkpoints: {folder} holds none that is whole ({'; '.join(damaged)}); restore one from a copy,"
+            " or delete the folder to start anew"
         )
     return found
 
 
 def set_aside(folder: Path, resumed: Path | None) -> None:
-    """Removes half-written checkpoints above the one that is ``resumed`` and renames damaged ones to damaged-<step>, so that they are
-    neither mixed with what is written now nor counted among the ones to keep."""
+    """Removes half-written checkpoints above the one that is ``resumed`` and renames damaged ones to
+    damaged-<step>, so that they are neither mixed with what is written now nor counted among the ones to
+    keep.
+    """
     for path in by_step(folder):
         if path == resumed:
             return
@@ -103,7 +111,9 @@ def set_aside(folder: Path, resumed: Path | None) -> None:
 
 
 def keep_newest(folder: Path, count: int | None) -> None:
-    """Removes all but the ``count`` newest whole checkpoints (None: all stay).  Only once the newest is marked, so that a kill leaves one."""
+    """Removes all but the ``count`` newest whole checkpoints (None: all stay).  Only once the newest is
+    marked, so that a kill leaves one.
+    """
     if count is None:
         return
     for path in [path for path in by_step(folder) if marker(path) is not None][max(1, count) :]:
@@ -112,8 +122,9 @@ def keep_newest(folder: Path, count: int | None) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises BadInput unless every pickle in the checkpoint is one that a run of this user wrote: by its name, by the marker that lists
-    it, by its owner, as a plain file that not everybody may write."""
+    """Raises BadInput unless every pickle in the checkpoint is one that a run of this user wrote: by its
+    name, by the marker that lists it, by its owner, as a plain file that not everybody may write.
+    """
     listed = (marker(folder) or {}).get("files")
     for path in sorted(folder.rglob("*")):
         if path.suffix not in PICKLED and not path.is_symlink():
@@ -132,5 +143,6 @@ def refuse_foreign(folder: Path) -> None:
         else:
             continue
         raise BadInput(
-            f"checkpoints: {path} {why}; it would be unpickled, so resume only from checkpoints of your own run, or delete this one"
+            f"checkpoints: {path} {why}; it would be unpickled, so resume only from checkpoints of your own"
+            " run, or delete this one"
         )

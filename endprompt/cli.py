@@ -1,8 +1,8 @@
-"""The command line: ``endprompt prepare|train|evaluate|inspect|plan RECIPE METHOD``, ``endprompt status RUN``, and what scripts ask:
-``endprompt path RECIPE [METHOD]`` and ``endprompt gpus``.
+"""The command line: ``endprompt prepare|train|evaluate|inspect|plan RECIPE METHOD``, ``endprompt status
+RUN``, and what scripts ask: ``endprompt path RECIPE [METHOD]`` and ``endprompt gpus``.
 
-Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 2 bad input (one line says what, where and how to mend
-it), 1 failure while running.
+Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 2 bad input (one line says
+what, where and how to mend it), 1 failure while running.
 """
 
 import argparse
@@ -33,7 +33,10 @@ def parser() -> argparse.ArgumentParser:
         "train": "train on the shards (start it with torchrun or deepspeed for several ranks)",
         "evaluate": "score the method's model, or any other with --model",
         "plan": "say what training will take: memory a GPU under each ZeRO file, FLOPs, hours",
-        "inspect": "print a row of the shards with its positions, and verify their checksums; or see which distances are supervised",
+        "inspect": (
+            "print a row of the shards with its positions, and verify their checksums; or see which distances"
+            " are supervised"
+        ),
     }.items():
         command = commands.add_parser(
             name,
@@ -68,8 +71,10 @@ def parser() -> argparse.ArgumentParser:
                 "--part",
                 default=None,
                 metavar="I/N",
-                help="make only the I-th of N parts of the shards; they may be made at the same time, and "
-                "prepare without --part then joins them",
+                help=(
+                    "make only the I-th of N parts of the shards; they may be made at the same time, and "
+                    "prepare without --part then joins them"
+                ),
             )
             command.add_argument(
                 "--workers",
@@ -106,8 +111,10 @@ def parser() -> argparse.ArgumentParser:
                 type=float,
                 default=None,
                 metavar="SECONDS",
-                help="begin no other pair when these are over, or less is left than the longest "
-                "took; the same command goes on",
+                help=(
+                    "begin no other pair when these are over, or less is left than the longest "
+                    "took; the same command goes on"
+                ),
             )
             command.add_argument(
                 "--list",
@@ -119,8 +126,11 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--coverage",
                 action="store_true",
-                help="print instead which query-key distances are supervised and how often, of the shards or, "
-                "without any, of sampled rows, and draw all methods that train into coverage.png in the run's folder",
+                help=(
+                    "print instead which query-key distances are supervised and how often, of the shards or,"
+                    " without any, of sampled rows, and draw all methods that train into coverage.png in the"
+                    " run's folder"
+                ),
             )
     status = commands.add_parser(
         "status",
@@ -157,8 +167,9 @@ def parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _claim(recipe, method, run: Path):
-    """Keeps the resolved recipe in the run's folder, unless what is done in this context is refused; refuses a folder whose
-    training belongs to another recipe."""
+    """Keeps the resolved recipe in the run's folder, unless what is done in this context is refused; refuses
+    a folder whose training belongs to another recipe.
+    """
     import yaml
 
     from endprompt import config, settings_file, shards
@@ -202,7 +213,8 @@ def _claim(recipe, method, run: Path):
         )
         if differing:
             raise BadInput(
-                f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or delete the folder"
+                f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or"
+                " delete the folder"
             )
     run.mkdir(parents=True, exist_ok=True)
     shards.write_atomically(path, text.encode())
@@ -236,7 +248,8 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
         return
     if arguments.workers is not None and not 1 <= arguments.workers <= MOST_WORKERS:
         raise BadInput(
-            f"--workers {arguments.workers}: at least one process is needed, and at most {MOST_WORKERS} are started; one a core is enough"
+            f"--workers {arguments.workers}: at least one process is needed, and at most {MOST_WORKERS} are"
+            " started; one a core is enough"
         )
     part = _part(arguments.part) if arguments.part is not None else None
     base = model.load_config(recipe)
@@ -264,11 +277,14 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
         )
     if part:
         print(
-            f"{run / 'shards'}: part {part[0]} of {part[1]}: {sum(shard['rows'] for shard in manifest['shards'])} rows; prepare without --part joins the parts"
+            f"{run / 'shards'}: part {part[0]} of {part[1]}:"
+            f" {sum(shard['rows'] for shard in manifest['shards'])} rows; prepare without --part joins the"
+            " parts"
         )
         return
     print(
-        f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens ({manifest['prompt_tokens']} of end prompts) in {len(manifest['shards'])} shards"
+        f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens ({manifest['prompt_tokens']}"
+        f" of end prompts) in {len(manifest['shards'])} shards"
     )
 
 
@@ -304,15 +320,19 @@ def _train(arguments, recipe, method, run: Path) -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends the process at once.  Communication threads of gloo and DeepSpeed that are still running when the interpreter tears down its
-    statics abort it ("terminate called without an active exception") after everything was saved.  All files are closed by now."""
+    """Ends the process at once.  Communication threads of gloo and DeepSpeed that are still running when the
+    interpreter tears down its statics abort it ("terminate called without an active exception") after
+    everything was saved.  All files are closed by now.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _check_names(arguments) -> None:
-    """Raises BadInput naming an argument that is no UTF-8: results, and what is said of them, could not be written down."""
+    """Raises BadInput naming an argument that is no UTF-8: results, and what is said of them, could not be
+    written down.
+    """
     for key, value in vars(arguments).items():
         for given in value if isinstance(value, list) else [value]:
             try:
@@ -376,18 +396,22 @@ def _inspect(arguments, recipe, method, run: Path) -> None:
     tokenizer = model.load_tokenizer(recipe)
     if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
         raise BadInput(
-            f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own"
+            f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them"
+            " under their own"
         )
     shards.verify(folder, manifest)
     shards.check_rows(folder, manifest)
     print(
-        f"{folder}: {len(manifest['shards'])} shards, {manifest['rows']} rows, {manifest['tokens']} tokens; all checksums hold"
+        f"{folder}: {len(manifest['shards'])} shards, {manifest['rows']} rows, {manifest['tokens']} tokens;"
+        " all checksums hold"
     )
     print(inspection.describe(folder, manifest, tokenizer, arguments.row))
 
 
 def _check_out(out: Path, run: Path, writes: bool) -> None:
-    """Raises BadInput unless ``run`` is a folder or can become one and, if the command ``writes``, takes files; leaves nothing."""
+    """Raises BadInput unless ``run`` is a folder or can become one and, if the command ``writes``, takes
+    files; leaves nothing.
+    """
     for above in [run, *run.parents]:
         try:
             if os.path.lexists(above) and not above.is_dir():
@@ -398,7 +422,8 @@ def _check_out(out: Path, run: Path, writes: bool) -> None:
                 return
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"--out: nothing can be written to {str(out)[:200]} ({getattr(error, 'strerror', None) or error}); choose another folder"
+                f"--out: nothing can be written to {str(out)[:200]}"
+                f" ({getattr(error, 'strerror', None) or error}); choose another folder"
             ) from None
 
 
@@ -477,7 +502,8 @@ def main(argv: list[str] | None = None) -> None:
         # Full disk, missing permission: the file and the reason say it all.
         if speaks:
             print(
-                f"endprompt: {error.filename or arguments.out}: {error.strerror}; nothing half-written was kept",
+                f"endprompt: {error.filename or arguments.out}: {error.strerror}; nothing half-written was"
+                " kept",
                 file=sys.stderr,
             )
         raise SystemExit(1) from None

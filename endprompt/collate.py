@@ -1,7 +1,8 @@
 """Batches with an explicit mask.
 
-Without a mask, transformers (4.53 to 5.23 at least) reads the jump in ``position_ids`` as a boundary between packed
-documents and hides the text from the end prompt; the loss still falls.  A mask of ones keeps the row whole.
+Without a mask, transformers (4.53 to 5.23 at least) reads the jump in ``position_ids`` as a boundary between
+packed documents and hides the text from the end prompt; the loss still falls.  A mask of ones keeps the row
+whole.
 """
 
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from endprompt import positions
 class Collator:
     """Rows of the shard schema -> tensors [batch, length], padded on the right.
 
-    input_ids, position_ids int64; attention_mask int64, 1 for tokens and 0 for padding; already shifted, so that column t
-    speaks of token t + 1: shift_labels int64 (-100: no target), shift_weights float32, shift_prompt bool (an end-prompt token);
-    row_numbers int64 [batch, 1] ([batch, length] sharded): the rows' numbers in the shards, for messages.
-    A row marked ``filler`` (endprompt/dealing.py) has no targets, no weights and no prompt.
-    sharded: for sequence parallelism, which takes no mask: none is sent, and DeepSpeed's data loader gets the ``labels`` that it
-    shifts into the same shift_labels.
-    Raises ValueError if a row's positions do not increase strictly inside [0, target_length), or, sharded, jump or need padding.
+    input_ids, position_ids int64; attention_mask int64, 1 for tokens and 0 for padding; already shifted, so
+    that column t speaks of token t + 1: shift_labels int64 (-100: no target), shift_weights float32,
+    shift_prompt bool (an end-prompt token); row_numbers int64 [batch, 1] ([batch, length] sharded): the rows'
+    numbers in the shards, for messages. A row marked ``filler`` (endprompt/dealing.py) has no targets, no
+    weights and no prompt.
+    sharded: for sequence parallelism, which takes no mask: none is sent, and DeepSpeed's data loader gets the
+        ``labels`` that it shifts into the same shift_labels. Raises ValueError if a row's positions do not
+        increase strictly inside [0, target_length), or, sharded, jump or need padding.
     """
 
     pad_token_id: int
@@ -56,7 +58,8 @@ class Collator:
         if self.sharded:
             if not batch.pop("attention_mask").all() or (np.diff(batch["position_ids"], axis=1) != 1).any():
                 raise ValueError(
-                    "sequence parallelism: a row has padding or a jump in its positions, which only a mask could mend"
+                    "sequence parallelism: a row has padding or a jump in its positions, which only a mask"
+                    " could mend"
                 )
             batch["row_numbers"] = np.repeat(
                 batch["row_numbers"], length, axis=1

@@ -1,4 +1,6 @@
-"""The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its results."""
+"""The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its
+results.
+"""
 
 import json
 import reprlib
@@ -46,8 +48,8 @@ class LengthsSection(Section):
     def ordered(self):
         if self.physical > self.target:
             raise ValueError(
-                f"lengths.physical {self.physical} is greater than lengths.target {self.target}; rows cannot be longer than "
-                "the positions they span, so lower physical or raise target"
+                f"lengths.physical {self.physical} is greater than lengths.target {self.target}; rows cannot"
+                " be longer than the positions they span, so lower physical or raise target"
             )
         return self
 
@@ -102,15 +104,17 @@ class DataSection(Section):
     def spans_within_documents(self):
         if self.pose_text == "later_span" and self.packing == "cut":
             raise ValueError(
-                "data.pose_text: later_span takes chunks from later in the same document, but with data.packing: cut a row has no "
-                "document of its own and the text between would be lost; set data.packing=document, or data.pose_text=contiguous"
+                "data.pose_text: later_span takes chunks from later in the same document, but with"
+                " data.packing: cut a row has no document of its own and the text between would be lost; set"
+                " data.packing=document, or data.pose_text=contiguous"
             )
         return self
 
 
 class RopeSection(Section):
     type: Literal[TYPES] | None = None
-    # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null: as the method says.
+    # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
+    # as the method says.
     sharpen: float | None = Field(None, ge=0, le=4)
 
     @field_validator("type", mode="before")
@@ -158,7 +162,8 @@ class EvalSection(Section):
     def has_corpus(self):
         if "perplexity" in self.tasks and not self.perplexity_corpus:
             raise ValueError(
-                "eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from eval.tasks"
+                "eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from"
+                " eval.tasks"
             )
         return self
 
@@ -197,13 +202,16 @@ class Recipe(Section):
         )
 
     def lora(self, method: methods.Method) -> Lora | None:
-        """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also from null, trains all weights."""
+        """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also
+        from null, trains all weights.
+        """
         given = self.train.get("lora", method.lora)
         return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
 
     def sharpen(self, method: methods.Method) -> float:
-        """The power of ln L / ln C by which attention is sharpened after training, or, if nothing is trained, as the model is built to be scored;
-        0 leaves it."""
+        """The power of ln L / ln C by which attention is sharpened after training, or, if nothing is trained,
+        as the model is built to be scored; 0 leaves it.
+        """
         return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
 
     @property
@@ -241,7 +249,8 @@ def _override(tree: dict, assignment: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > settings_file.DEPTH:
         raise BadInput(
-            f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set lengths.target=32768"
+            f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set"
+            " lengths.target=32768"
         )
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
@@ -268,9 +277,11 @@ def _message(error: ValidationError) -> str:
             found.append(
                 f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})"
                 if item["type"] != "value_error"
-                else item["msg"].removeprefix("Value error, ")
-                if key in ("lengths", "data", "eval")
-                else f"{key}: {item['msg'].removeprefix('Value error, ')}"
+                else (
+                    item["msg"].removeprefix("Value error, ")
+                    if key in ("lengths", "data", "eval")
+                    else f"{key}: {item['msg'].removeprefix('Value error, ')}"
+                )
             )
     return "; ".join(found)
 
@@ -300,13 +311,15 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         found = recipe.path(deepspeed)
         if found is None or not found.is_file():
             raise BadInput(
-                f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json, zero3_offload.json and zero2.json"
+                f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json,"
+                " zero3_offload.json and zero2.json"
             )
         try:
             options = json.loads(settings_file.read(found))
         except (OSError, ValueError, RecursionError) as error:
             raise BadInput(
-                f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of ds_configs/"
+                f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of"
+                " ds_configs/"
             ) from None
         zero_file.check(recipe.train, options, f"{path}: train.deepspeed: {found}")
         recipe.train["deepspeed"] = str(found)

@@ -1,4 +1,6 @@
-"""Reading a corpus: local jsonl / parquet / txt (plain, .gz, .zst; files or folders) or a dataset on the hub, streamed."""
+"""Reading a corpus: local jsonl / parquet / txt (plain, .gz, .zst; files or folders) or a dataset on the hub,
+streamed.
+"""
 
 import gzip
 import hashlib
@@ -29,7 +31,8 @@ HELD_OUT = (
 
 @dataclass(frozen=True)
 class File:
-    """A file of the corpus: its number in reading order, its place below what data.corpus names, and what document ids call it.
+    """A file of the corpus: its number in reading order, its place below what data.corpus names, and what
+    document ids call it.
 
     ``inside`` and ``name`` are printable; neither depends on where the corpus lies.
     """
@@ -41,7 +44,9 @@ class File:
 
 
 def printable(text: str) -> str:
-    """``text`` with what cannot be printed escaped, as are the bytes of a file's name that is no UTF-8, and backslashes."""
+    """``text`` with what cannot be printed escaped, as are the bytes of a file's name that is no UTF-8, and
+    backslashes.
+    """
 
     def shown(character: str) -> str:
         if 0xDC80 <= ord(character) <= 0xDCFF:  # what os.fsdecode makes of a byte
@@ -56,7 +61,9 @@ def printable(text: str) -> str:
 
 
 def _told_apart(found: list[File]) -> list[File]:
-    """``found`` under names: a file's own, and as much of its place before it as no other file's name is the same."""
+    """``found`` under names: a file's own, and as much of its place before it as no other file's name is the
+    same.
+    """
     places = [Path(os.path.abspath(file.path)).parts for file in found]
 
     def name(number: int, level: int) -> str:
@@ -93,8 +100,9 @@ def kind(path: Path) -> str | None:
 def local_files(
     recipe: Recipe, splits: tuple[str, ...] | None = None, key: str = "data.corpus"
 ) -> list[File] | None:
-    """The corpus' files in reading order; None if ``data.corpus`` is a hub id.  A file that is named is read; of a folder, what
-    ``datasets.load_dataset`` takes for the first split of ``splits`` (``data.split``) that is there.
+    """The corpus' files in reading order; None if ``data.corpus`` is a hub id.  A file that is named is read;
+    of a folder, what ``datasets.load_dataset`` takes for the first split of ``splits`` (``data.split``) that
+    is there.
 
     Raises BadInput beginning with ``key`` if there is nothing to read.
     """
@@ -110,7 +118,8 @@ def local_files(
             if len(corpus) == 1 and re.fullmatch(DATASET_ID, entry) and kind(Path(entry)) is None:
                 return None
             raise BadInput(
-                f"{key}: there is no file or folder {entry!r}; give an existing path, or the id of a dataset on the hub"
+                f"{key}: there is no file or folder {entry!r}; give an existing path, or the id of a dataset"
+                " on the hub"
             )
         inside = _inside(path, splits or (recipe.data.split,), key) if path.is_dir() else [path]
         if not inside:
@@ -120,7 +129,8 @@ def local_files(
         for file in inside:
             if kind(file) is None:
                 raise BadInput(
-                    f"{key}: {file} is of no known kind; use {', '.join(KINDS)}, plain or packed as .gz or .zst"
+                    f"{key}: {file} is of no known kind; use {', '.join(KINDS)}, plain or packed as .gz or"
+                    " .zst"
                 )
             if not file.is_file():
                 why = "a link to nothing" if not file.exists() else "no regular file, and would be waited for"
@@ -131,14 +141,17 @@ def local_files(
 
 
 def _inside(folder: Path, splits: tuple[str, ...], key: str) -> list[Path]:
-    """What ``folder`` and its folders hold of a split under the names of corpus files, sorted; what is passed over is named on stderr."""
+    """What ``folder`` and its folders hold of a split under the names of corpus files, sorted; what is passed
+    over is named on stderr.
+    """
     from endprompt import corpus_folder
 
     paths = {}
     for path in folder.rglob("*"):
         if path.is_symlink() and path.is_dir():
             print(
-                f"warning: {key}: {path} is a link to a folder and passed over; name the folder itself in {key}",
+                f"warning: {key}: {path} is a link to a folder and passed over; name the folder itself in"
+                f" {key}",
                 file=sys.stderr,
             )
         elif not path.is_dir():
@@ -189,10 +202,11 @@ def _prefix_fault(path: Path, expected: dict[int, str]) -> bool:
 
 
 class Ledger:
-    """What was read of a corpus: ``records``, [place, bytes, bytes that were read, their SHA-256] of each file, as far as ``settle`` was told.
+    """What was read of a corpus: ``records``, [place, bytes, bytes that were read, their SHA-256] of each
+    file, as far as ``settle`` was told.
 
-    Documents are read ahead of the rows that are made of them.  What is recorded depends on the documents that were used alone,
-    not on the number of workers, so that the same rows come with the same record.
+    Documents are read ahead of the rows that are made of them.  What is recorded depends on the documents
+    that were used alone, not on the number of workers, so that the same rows come with the same record.
     """
 
     def __init__(self, files: list[File] | None, records: list[list] | None = None):
@@ -213,7 +227,9 @@ class Ledger:
             yield document
 
     def settle(self, used: int | None) -> None:
-        """Records what was read for the first ``used`` documents of those followed, None for all there are."""
+        """Records what was read for the first ``used`` documents of those followed, None for all there
+        are.
+        """
         while self._changes and (used is None or self._changes[0][0] < used):
             _, index, count, digest = self._changes.popleft()
             if count > self.records[index][2]:  # a run that goes on reads again what was recorded
@@ -234,7 +250,9 @@ def are_records(value: Any) -> bool:
 
 
 def changed(files: list[File], records: list[list], *others: list[list]) -> str:
-    """What of ``files`` is not as ``records``, and ``others`` of the same corpus, say it was; "" if all is."""
+    """What of ``files`` is not as ``records``, and ``others`` of the same corpus, say it was; "" if all
+    is.
+    """
     now = [[file.inside, file.path.stat().st_size] for file in files]
     then = [record[:2] for record in records]
     if now != then:
@@ -264,7 +282,9 @@ def changed(files: list[File], records: list[list], *others: list[list]) -> str:
 
 
 class _Zstd(io.RawIOBase):
-    """The bytes in a .zst file of any number of frames.  zstandard's own reader takes a file that was cut short for a whole one."""
+    """The bytes in a .zst file of any number of frames.  zstandard's own reader takes a file that was cut
+    short for a whole one.
+    """
 
     def __init__(self, packed: io.RawIOBase):
         self._pieces, self._piece = self._decompressed(packed), memoryview(b"")
@@ -298,10 +318,11 @@ class _Zstd(io.RawIOBase):
 
 
 def open_text(path: Path, source: Source | None = None) -> io.TextIOBase:
-    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst, without the mark of UTF-8 (BOM) that may stand before it.
+    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst, without the mark of UTF-8 (BOM) that
+    may stand before it.
 
-    source: what its bytes are read from, in place of ``path``.  What gzip, zstd and UTF-8 raise comes through.
-    Raises BadInput for a pipe, a socket or a device.
+    source: what its bytes are read from, in place of ``path``.  What gzip, zstd and UTF-8 raise comes
+    through. Raises BadInput for a pipe, a socket or a device.
     """
     if path.exists() and not path.is_dir() and not path.is_file():
         raise BadInput(f"{path} is no regular file, and would be waited for; put a file there")
@@ -326,7 +347,9 @@ def _lines(file: io.TextIOBase, where: Path) -> Iterator[str]:
 
 
 def json_lines(lines: Iterable[str], where: Path | str) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, what stands in it) of every line that is not blank.  Raises BadInput naming a line of ``where`` that is no JSON."""
+    """(line number from 1, what stands in it) of every line that is not blank.  Raises BadInput naming a line
+    of ``where`` that is no JSON.
+    """
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -358,7 +381,8 @@ def _text(row, column: str, where: str) -> str:
         row[column].encode()
     except UnicodeEncodeError:  # JSON can escape one half of a UTF-16 pair; no tokenizer reads it
         raise BadInput(
-            f"{where}: {column!r} holds half of a UTF-16 surrogate pair, which is no text; mend or drop that row"
+            f"{where}: {column!r} holds half of a UTF-16 surrogate pair, which is no text; mend or drop"
+            " that row"
         ) from None
     return row[column]
 
@@ -407,9 +431,11 @@ def _file_texts(path: Path, source: Source, column: str) -> Iterator[str]:
 def documents(
     recipe: Recipe, files: list[File] | None, ledger: Ledger | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(document id, text) in the corpus' own order; the id names the file and the number of the document in it.
+    """(document id, text) in the corpus' own order; the id names the file and the number of the document in
+    it.
 
-    ledger: where it is noted what was read.  Documents without any text are passed over.  Raises BadInput naming file and line where something cannot be read.
+    ledger: where it is noted what was read.  Documents without any text are passed over.  Raises BadInput
+    naming file and line where something cannot be read.
     """
     column = recipe.data.text_column
     if files is None:
@@ -424,8 +450,9 @@ def documents(
                     yield f"{name}#{number}", text
         except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(
-                f"data.corpus: {name!r} is no local path and cannot be streamed from the hub "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the id, the network and data.split"
+                f"data.corpus: {name!r} is no local path and cannot be streamed from the hub"
+                f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the"
+                " id, the network and data.split"
             ) from None
         return
     for file in files:
@@ -442,6 +469,7 @@ def documents(
             raise
         except Exception as error:  # gzip, zstd, Arrow and UTF-8 each raise their own
             raise BadInput(
-                f"data.corpus: {file.path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-                "it may be damaged, or not be what its name says"
+                f"data.corpus: {file.path} cannot be read:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}; it may be damaged,"
+                " or not be what its name says"
             ) from None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from endprompt import BadInput
 
-# Suffixes of files that hold data.  What is named otherwise (a script train.py, say) does not decide what splits there are.
+# Suffixes of files that hold data.  What is named otherwise (a script train.py, say) does not decide what
+# splits there are.
 DATA = {".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".xml", ".zip", ".tar"}
 
 
@@ -26,7 +27,9 @@ def _asked_for(name: str, pattern: str) -> bool:
 
 
 def _matching(names: list[str]) -> Callable[[str], list[str]]:
-    """``datasets.data_files.resolve_pattern`` over ``names``, without walking through the folder for every pattern."""
+    """``datasets.data_files.resolve_pattern`` over ``names``, without walking through the folder for every
+    pattern.
+    """
     from datasets import data_files
     from fsspec.utils import glob_translate
 
@@ -48,7 +51,9 @@ def _matching(names: list[str]) -> Callable[[str], list[str]]:
 
 
 def _described(folder: Path) -> dict:
-    """What the header of ``folder``/README.md says of the set that is loaded by default; empty if it says nothing."""
+    """What the header of ``folder``/README.md says of the set that is loaded by default; empty if it says
+    nothing.
+    """
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
@@ -66,13 +71,15 @@ def _described(folder: Path) -> dict:
         return {}
     if configs and default is None and len(configs) > 1:
         raise BadInput(
-            f"data.corpus: {path} describes several sets ({', '.join(map(str, configs))}); name the files or the folder of one"
+            f"data.corpus: {path} describes several sets ({', '.join(map(str, configs))}); name the files or"
+            " the folder of one"
         )
     return configs[default if default in configs else next(iter(configs))] if configs else {}
 
 
 def splits(folder: Path, names: list[str]) -> dict[str, set[str]]:
-    """{split: its files} of ``names``, paths of files below ``folder`` with slashes; a file may be of none, or of several.
+    """{split: its files} of ``names``, paths of files below ``folder`` with slashes; a file may be of none,
+    or of several.
 
     Raises BadInput where the folder's README.md names files that are not there, or several sets.
     """
@@ -113,7 +120,8 @@ def splits(folder: Path, names: list[str]) -> dict[str, set[str]]:
 def choose(
     folder: Path, names: list[str], readable: Callable[[str], bool], wanted: tuple[str, ...], key: str
 ) -> tuple[list[str], str]:
-    """(files of the first split of ``wanted`` that there is, what else could have been read and why it was not; "" if nothing).
+    """(files of the first split of ``wanted`` that there is, what else could have been read and why it was
+    not; "" if nothing).
 
     A split is named as in ``datasets``: also "all", and several joined by "+".
     Raises BadInput beginning with ``key`` if no split of ``wanted`` is there.
@@ -132,8 +140,9 @@ def choose(
     if parts is None and there:
         held = ", ".join(f"{split} ({len(files)} files)" for split, files in there.items())
         raise BadInput(
-            f"{key}: the folder {folder} has no files of the split {wanted[0]!r}; as datasets.load_dataset reads names, its files are of {held}; "
-            "set data.split to one that is there, or name the files themselves"
+            f"{key}: the folder {folder} has no files of the split {wanted[0]!r}; as datasets.load_dataset"
+            f" reads names, its files are of {held}; set data.split to one that is there, or name the files"
+            " themselves"
         )
     of_split = set().union(*(there[split] for split in parts or ()))
     chosen = [name for name in names if name in of_split and readable(name)]
@@ -156,7 +165,8 @@ def choose(
     )
     if not chosen and of_split:
         raise BadInput(
-            f"{key}: the folder {folder} has of the split {'+'.join(sorted(parts))} only files of no known kind ({min(of_split)}); "
-            f"use .jsonl, .json, .parquet or .txt{f'; besides, there are {told}' if told else ''}"
+            f"{key}: the folder {folder} has of the split {'+'.join(sorted(parts))} only files of no known"
+            f" kind ({min(of_split)}); use .jsonl, .json, .parquet or"
+            f" .txt{f'; besides, there are {told}' if told else ''}"
         )
     return chosen, told

@@ -1,8 +1,9 @@
 """Which relative distances rows supervise, and how often (paper Eq. 8-9).
 
-A distance is query position minus key position, both in one row, key not after query.  Every such pair counts, as in the paper, although
-the last token of a row predicts nothing.  A row is described by its segments: its maximal runs of consecutive positions, as inclusive
-(first, last) pairs (``positions.segments``).  L = target_length; distances are 0..L-1.
+A distance is query position minus key position, both in one row, key not after query.  Every such pair
+counts, as in the paper, although the last token of a row predicts nothing.  A row is described by its
+segments: its maximal runs of consecutive positions, as inclusive (first, last) pairs
+(``positions.segments``).  L = target_length; distances are 0..L-1.
 """
 
 import io
@@ -17,10 +18,11 @@ Span = tuple[int, int]  # both ends belong to it
 
 
 def pair_counts(rows: Iterable[Sequence[Span]], L: int) -> np.ndarray:
-    """Int64 [L]: how many query-key pairs of all ``rows`` (their segments) stand at each distance.  Raises ValueError if a row spans more than L.
+    """Int64 [L]: how many query-key pairs of all ``rows`` (their segments) stand at each distance.  Raises
+    ValueError if a row spans more than L.
 
-    Between two segments the count is a trapezoid over the distance, within one a falling line.  Second differences of either are a few
-    steps, so a row costs its pairs of segments, not of tokens.
+    Between two segments the count is a trapezoid over the distance, within one a falling line.  Second
+    differences of either are a few steps, so a row costs its pairs of segments, not of tokens.
     """
     steps = np.zeros(L + 2, np.int64)
     for parts, times in Counter(tuple(parts) for parts in rows).items():
@@ -48,10 +50,11 @@ def observed_distances(position_ids: np.ndarray) -> np.ndarray:
 
 
 def contributions(parts: Sequence[Span]) -> list[tuple[Span, Span, Span]]:
-    """(queries' segment, keys' segment, distances between them) for every pair of a row's segments, in closed form.
+    """(queries' segment, keys' segment, distances between them) for every pair of a row's segments, in closed
+    form.
 
-    A segment [p, q] shows 0..q-p to itself; two segments [p, q] and [r, s] with q < r show r-q..s-p.  For text 0..a-1 and a prompt
-    L-b..L-1 these are the three parts of the paper's D_obs (Eq. 8).
+    A segment [p, q] shows 0..q-p to itself; two segments [p, q] and [r, s] with q < r show r-q..s-p.  For
+    text 0..a-1 and a prompt L-b..L-1 these are the three parts of the paper's D_obs (Eq. 8).
     """
     return [
         ((r, s), (p, q), (0, s - r) if i == j else (r - q, s - p))
@@ -89,7 +92,9 @@ def counted(counts: np.ndarray) -> list[Span]:
 
 
 def picture(panels: Sequence[tuple[str, np.ndarray, int]], title: str) -> bytes:
-    """A PNG with one panel for each (name, counts [L], tokens counted): pairs per million tokens by distance, gaps in grey."""
+    """A PNG with one panel for each (name, counts [L], tokens counted): pairs per million tokens by distance,
+    gaps in grey.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

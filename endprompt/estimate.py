@@ -1,7 +1,8 @@
 """What a run will take, before it is submitted: memory a GPU under each ZeRO file, FLOPs, hours.
 
-Activations are counted, not guessed: one decoder layer is run on tensors without data at the real row length, and the bytes that autograd
-keeps are added up.  The rest is arithmetic: ZeRO's partitions (arXiv 1910.02054), what ZeRO-3 gathers at a time, the loss' buffers, buckets.
+Activations are counted, not guessed: one decoder layer is run on tensors without data at the real row length,
+and the bytes that autograd keeps are added up.  The rest is arithmetic: ZeRO's partitions (arXiv 1910.02054),
+what ZeRO-3 gathers at a time, the loss' buffers, buckets.
 """
 
 import json
@@ -41,7 +42,9 @@ SHAPES = {
 
 
 def shape(recipe: Recipe):
-    """What of the model's config the costs depend on: from its files where they are local, from ``SHAPES`` or the hub's cache, else None."""
+    """What of the model's config the costs depend on: from its files where they are local, from ``SHAPES`` or
+    the hub's cache, else None.
+    """
     name = recipe.model.name_or_path
     if name.startswith("package:") or recipe.path(name):
         return model.load_config(recipe)
@@ -54,7 +57,9 @@ def shape(recipe: Recipe):
 
 
 class Kept:
-    """Counts, inside, the bytes that autograd keeps for the backward pass: each storage once, those of ``network``'s parameters not at all."""
+    """Counts, inside, the bytes that autograd keeps for the backward pass: each storage once, those of
+    ``network``'s parameters not at all.
+    """
 
     def __init__(self, network):
         self.parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
@@ -82,7 +87,9 @@ class Kept:
 
 
 def _attention():
-    """A name under which transformers finds attention that keeps what FlashAttention keeps (queries, keys, values, output, one float32 a query), on any device."""
+    """A name under which transformers finds attention that keeps what FlashAttention keeps (queries, keys,
+    values, output, one float32 a query), on any device.
+    """
     import torch
     from transformers import AttentionInterface
 
@@ -108,9 +115,11 @@ def _attention():
 
 
 def activations(about, rows: int, length: int, dtype, autocast: bool = False) -> tuple[int, int]:
-    """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does), for ``rows`` of ``length`` tokens.
+    """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does),
+    for ``rows`` of ``length`` tokens.
 
-    dtype: of the weights; autocast: from float32 weights to bfloat16.  The copies of weights that it makes are left out.
+    dtype: of the weights; autocast: from float32 weights to bfloat16.  The copies of weights that it makes
+    are left out.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -153,9 +162,10 @@ def activations(about, rows: int, length: int, dtype, autocast: bool = False) ->
 def _projected(about) -> tuple[int, int]:
     """(width of all query heads, width of all key heads)"""
     head_dim = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
-    return about.num_attention_heads * head_dim, (
-        about.num_key_value_heads or about.num_attention_heads
-    ) * head_dim
+    return (
+        about.num_attention_heads * head_dim,
+        (about.num_key_value_heads or about.num_attention_heads) * head_dim,
+    )
 
 
 def parameter_count(about) -> int:
@@ -227,10 +237,10 @@ def memory(
 ) -> Memory:
     """Of one GPU in training.
 
-    zero: a DeepSpeed file's ``zero_optimization``; rows: of ``length`` tokens a micro-batch; element: bytes of what matrix products
-    take (2: bfloat16; 4: float32).  From stage 1 on weights are of that type, with float32 copies in the optimizer; at stage 0, or
-    without DeepSpeed, what is trained is float32 itself, and autocast makes copies.  summed: bytes in which ZeRO sums gradients,
-    ``element`` unless given.
+    zero: a DeepSpeed file's ``zero_optimization``; rows: of ``length`` tokens a micro-batch; element: bytes
+    of what matrix products take (2: bfloat16; 4: float32).  From stage 1 on weights are of that type, with
+    float32 copies in the optimizer; at stage 0, or without DeepSpeed, what is trained is float32 itself, and
+    autocast makes copies.  summed: bytes in which ZeRO sums gradients, ``element`` unless given.
     """
     import torch
 
@@ -268,7 +278,8 @@ def memory(
         element * trained if stage == 0 and element == 2 else 0.0
     )  # autocast's copies live as long as the step's graph
     if stage == 3:
-        # Layers stay gathered as long as they are reused soon, up to this many; the output layer or embedding comes on top, and its gradient is whole before it is reduced.
+        # Layers stay gathered as long as they are reused soon, up to this many; the output layer or embedding
+        # comes on top, and its gradient is whole before it is reduced.
         live = min(count - head, number("stage3_max_live_parameters", 1e9, 1e9))
         gathered = element * (live + head + head * (share == 1.0))
     bucket = number("reduce_bucket_size", width * width, 5e8)
@@ -300,9 +311,9 @@ def memory(
     head_trained = share == 1.0 or (
         adapters is not None and adapters.train_embed_norm and about.tie_word_embeddings
     )
-    if (
-        element == 2
-    ):  # a GPU's form: logits in place; the weight's gradient, in float32 too for many chunks, and scaled in the backward pass
+    # A GPU's form: logits in place; the weight's gradient, in float32 too for many chunks, and scaled in the
+    # backward pass.
+    if element == 2:
         chunk = losses._chunk(about.vocab_size, True)
         held, scaled = element * min(chunk, tokens) * about.vocab_size, element * head * head_trained
         loss = (
@@ -328,7 +339,9 @@ def zero_options(recipe: Recipe) -> tuple[str, dict]:
 
 
 def candidates(recipe: Recipe) -> dict[str, dict]:
-    """DeepSpeed's options by name: the recipe's own file first ({} without one), then those that come with this program."""
+    """DeepSpeed's options by name: the recipe's own file first ({} without one), then those that come with
+    this program.
+    """
     name, _ = zero_options(recipe)
     found = {name: recipe.deepspeed or {}}
     for path in sorted((SHIPPED / "ds_configs").glob("*.json")):
@@ -339,7 +352,8 @@ def candidates(recipe: Recipe) -> dict[str, dict]:
 def training_memory(
     recipe: Recipe, method: Method, about, gpus: int, options: dict | None = None, rows: int | None = None
 ) -> Memory:
-    """``memory`` of a recipe's run.  options: DeepSpeed's in place of the recipe's, {} for none; rows: in place of those of its micro-batch.
+    """``memory`` of a recipe's run.  options: DeepSpeed's in place of the recipe's, {} for none; rows: in
+    place of those of its micro-batch.
 
     Raises BadInput if its step cannot be split into micro-batches.
     """
@@ -366,7 +380,9 @@ def training_memory(
 
 
 def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: str, mfu: float) -> str:
-    """The page that ``endprompt plan`` prints.  gpu_memory: GB (1e9 bytes) a GPU; gpu: a name of trainer.PEAK_FLOPS.  Raises BadInput."""
+    """The page that ``endprompt plan`` prints.  gpu_memory: GB (1e9 bytes) a GPU; gpu: a name of
+    trainer.PEAK_FLOPS.  Raises BadInput.
+    """
     from endprompt.train import DEFAULTS, batch_shape
     from endprompt.trainer import PEAK_FLOPS, flops_per_token
 
@@ -377,12 +393,14 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
         raise BadInput(f"--gpu {gpu}: its peak is not known; use one of {', '.join(PEAK_FLOPS)}")
     if gpus < 1 or not gpu_memory > 0 or not 0 < mfu <= 1:
         raise BadInput(
-            f"plan: --gpus {gpus}, --gpu-memory {gpu_memory:g} and --mfu {mfu:g} must be at least 1, above 0, and above 0 and at most 1"
+            f"plan: --gpus {gpus}, --gpu-memory {gpu_memory:g} and --mfu {mfu:g} must be at least 1, above 0,"
+            " and above 0 and at most 1"
         )
     about = shape(recipe)
     if about is None:
         raise BadInput(
-            f"plan: the shape of {recipe.model.name_or_path} is not known here; name a local folder, or download its config.json"
+            f"plan: the shape of {recipe.model.name_or_path} is not known here; name a local folder, or"
+            " download its config.json"
         )
     if recipe.sequence_parallel > 1:
         raise BadInput("plan: train.sequence_parallel is not counted; remove it to see one row a GPU")
@@ -400,9 +418,15 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
     )
     gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"
     lines = [
-        f"{recipe.model.name_or_path}: {parameter_count(about) / 1e9:.3g} B parameters, {trained_share(about, adapters):.2%} trained; {method.name}: rows of {length} tokens",
-        f"{gpus} GPUs x {rows} rows x {accumulation} = {gpus * rows * accumulation} rows, {gpus * rows * accumulation * length} tokens a step; "
-        f"activation checkpointing {'on' if checkpointing else 'off'}",
+        (
+            f"{recipe.model.name_or_path}: {parameter_count(about) / 1e9:.3g} B parameters,"
+            f" {trained_share(about, adapters):.2%} trained; {method.name}: rows of {length} tokens"
+        ),
+        (
+            f"{gpus} GPUs x {rows} rows x {accumulation} = {gpus * rows * accumulation} rows,"
+            f" {gpus * rows * accumulation * length} tokens a step; activation checkpointing"
+            f" {'on' if checkpointing else 'off'}"
+        ),
         "",
         f"{'GB a GPU':34}" + "".join(f"{name:>16}" for name in found),
     ]
@@ -432,7 +456,10 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
     else:
         # Of those that fit, what offloads least.
         better = sorted((name for name, fit in fits.items() if fit), key=lambda name: found[name].host)
-        mend = "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation checkpointing; no ZeRO file here makes it fit"
+        mend = (
+            "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation"
+            " checkpointing; no ZeRO file here makes it fit"
+        )
         lines.append(
             f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}"
         )
@@ -442,7 +469,7 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
     hours = flops * tokens / (peak * gpus * mfu) / 3600
     step = gpus * rows * accumulation * length
     lines.append(
-        f"{flops / 1e9:.1f} GFLOP a token, {flops * step / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g} B tokens at {mfu:.0%} MFU of {gpus} x {gpu}: "
-        f"{hours:.1f} h, {hours * gpus:.0f} GPU-hours"
+        f"{flops / 1e9:.1f} GFLOP a token, {flops * step / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g} B"
+        f" tokens at {mfu:.0%} MFU of {gpus} x {gpu}: {hours:.1f} h, {hours * gpus:.0f} GPU-hours"
     )
     return "\n".join(lines)

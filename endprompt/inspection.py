@@ -1,4 +1,6 @@
-"""What a prepared row looks like to a person: decoded text, positions, and the distances that rows supervise."""
+"""What a prepared row looks like to a person: decoded text, positions, and the distances that rows
+supervise.
+"""
 
 from collections.abc import Sequence
 from itertools import islice, pairwise, repeat
@@ -43,7 +45,10 @@ def describe(folder: Path, manifest: dict, tokenizer, number: int) -> str:
         f"positions:  {_listed(parts)} of 0..{L - 1}",
         f"distances:  {np.count_nonzero(counts)} of {L} supervised ({np.mean(counts > 0):.1%})"
         + (f"; never seen: {_listed(missing)}" if missing else ""),
-        f"loss:       {sum(weight > 0 for weight in row['loss_weights'])} targets, weights {sorted(set(round(weight, 6) for weight in row['loss_weights']))}",
+        (
+            f"loss:       {sum(weight > 0 for weight in row['loss_weights'])} targets, weights"
+            f" {sorted(set(round(weight, 6) for weight in row['loss_weights']))}"
+        ),
         f"closed form (paper Eq. 9): gap {_listed(coverage.gap(coverage.observed([parts]), L))}",
     ]
     return "\n".join(lines)
@@ -52,17 +57,20 @@ def describe(folder: Path, manifest: dict, tokenizer, number: int) -> str:
 def _rows(
     recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool
 ) -> tuple[list[list[Span]], str]:
-    """(segments of each row, where they come from): the shards in ``folder``, or the rows that ``prepare`` would begin with.
+    """(segments of each row, where they come from): the shards in ``folder``, or the rows that ``prepare``
+    would begin with.
 
     The plan asks nothing of the text but its length, so rows are sampled from a corpus of one endless blank.
-    Raises BadInput if shards are there and damaged, or another setting's; unless ``strict``, rows are then sampled.
+    Raises BadInput if shards are there and damaged, or another setting's; unless ``strict``, rows are then
+    sampled.
     """
     if (folder / shards.MANIFEST).exists():
         try:
             manifest = shards.read_manifest(folder)
             if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
                 raise BadInput(
-                    f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them under their own"
+                    f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)});"
+                    " inspect them under their own"
                 )
             shards.verify(folder, manifest)
             shards.check_rows(folder, manifest)
@@ -84,13 +92,16 @@ def _rows(
 
 
 def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, number: int) -> str:
-    """Which distances ``method`` supervises, and how often, as text: its shards below ``out`` if prepared, else sampled rows.
+    """Which distances ``method`` supervises, and how often, as text: its shards below ``out`` if prepared,
+    else sampled rows.
 
-    Raises BadInput for a method without training, a row ``number`` that is not there, or shards of another setting.
+    Raises BadInput for a method without training, a row ``number`` that is not there, or shards of another
+    setting.
     """
     if not method.trained:
         raise BadInput(
-            f"--coverage: {method.name} trains nothing, so there are no distances to count; choose a method that trains"
+            f"--coverage: {method.name} trains nothing, so there are no distances to count; choose a method"
+            " that trains"
         )
     rows, source = _rows(recipe, method, tokenizer, out / recipe.name / method.name / "shards", strict=True)
     if not 0 <= number < len(rows):
@@ -99,7 +110,10 @@ def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, numb
     counts = coverage.pair_counts(rows, L)
     lines = [
         f"coverage of {method.name}: {source}",
-        f"never seen: {np.count_nonzero(counts == 0)} of the distances 0..{L - 1} ({np.mean(counts == 0):.2%})",
+        (
+            f"never seen: {np.count_nonzero(counts == 0)} of the distances 0..{L - 1}"
+            f" ({np.mean(counts == 0):.2%})"
+        ),
         "",
         f"row {number}: positions {_listed(row)}",
         *(
@@ -122,13 +136,15 @@ def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, numb
     for low, high in pairwise(edges):
         part = counts[low:high]
         lines.append(
-            f"{f'{low}..{high - 1}':<18} {part.sum():>16} {part.sum() / counts.sum():>14.3%} {np.mean(part == 0):>12.1%}"
+            f"{f'{low}..{high - 1}':<18} {part.sum():>16} {part.sum() / counts.sum():>14.3%}"
+            f" {np.mean(part == 0):>12.1%}"
         )
     return "\n".join(lines)
 
 
 def draw_coverage(recipe: Recipe, tokenizer, out: Path) -> bytes:
-    """A PNG of how often every method that trains supervises each distance; its shards below ``out`` if prepared, else sampled rows.
+    """A PNG of how often every method that trains supervises each distance; its shards below ``out`` if
+    prepared, else sampled rows.
 
     Raises BadInput if the recipe cannot make rows for one of them.
     """
@@ -143,5 +159,6 @@ def draw_coverage(recipe: Recipe, tokenizer, out: Path) -> bytes:
         )
     return coverage.picture(
         panels,
-        f"{recipe.name}: distances supervised with rows of {recipe.lengths.physical} tokens and a window of {L}",
+        f"{recipe.name}: distances supervised with rows of {recipe.lengths.physical} tokens and a window"
+        f" of {L}",
     )

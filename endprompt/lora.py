@@ -1,8 +1,9 @@
 """LoRA by PEFT: what is trained, and a merged model that is known to compute what the adapters computed.
 
-Under ZeRO-3 every parameter is in pieces, so merging reads and writes gathered ones; an adapter read without gathering is empty,
-and a merge with it would silently save the base model.  Hence two comparisons with the saved model: of its logits, and, since
-rounding to bf16 moves logits about as far as a lightly trained adapter does, of every merged matrix on one vector.
+Under ZeRO-3 every parameter is in pieces, so merging reads and writes gathered ones; an adapter read without
+gathering is empty, and a merge with it would silently save the base model.  Hence two comparisons with the
+saved model: of its logits, and, since rounding to bf16 moves logits about as far as a lightly trained adapter
+does, of every merged matrix on one vector.
 """
 
 import contextlib
@@ -15,9 +16,11 @@ from endprompt.training_keys import Lora
 
 
 def inject(model, lora: Lora, seed: int) -> None:
-    """Puts adapters into ``model`` in place, freezes what ``lora`` does not train, and starts A from ``seed``.
+    """Puts adapters into ``model`` in place, freezes what ``lora`` does not train, and starts A from
+    ``seed``.
 
-    The model keeps its class and methods, so that the loss head, the probe and the Trainer see what they see without LoRA.
+    The model keeps its class and methods, so that the loss head, the probe and the Trainer see what they see
+    without LoRA.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -45,7 +48,9 @@ def _layers(model) -> dict[str, torch.nn.Module]:
 
 @contextlib.contextmanager
 def _gathered(parameters: list, write: bool):
-    """The whole parameters inside, whether ZeRO-3 holds them in pieces or not; with ``write``, rank 0's values are kept."""
+    """The whole parameters inside, whether ZeRO-3 holds them in pieces or not; with ``write``, rank 0's
+    values are kept.
+    """
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 
@@ -57,20 +62,25 @@ def _gathered(parameters: list, write: bool):
 
 @dataclass(frozen=True)
 class Trace:
-    """What a merged matrix must do to ``_direction(in)``: weight [out] is W x, adapter [out] is alpha / r x B A x, both float64 on the CPU."""
+    """What a merged matrix must do to ``_direction(in)``: weight [out] is W x, adapter [out] is alpha / r x B
+    A x, both float64 on the CPU.
+    """
 
     weight: torch.Tensor
     adapter: torch.Tensor
 
     def fraction(self, merged: torch.Tensor) -> tuple[float, float]:
-        """(how much of the adapter is in ``merged`` [out, in], least squares: 1 all, 0 none; its standard error from rounding ``merged``)."""
+        """(how much of the adapter is in ``merged`` [out, in], least squares: 1 all, 0 none; its standard
+        error from rounding ``merged``).
+        """
         x, square = _direction(merged.shape[1]), float(self.adapter.square().sum())
         half_ulp = torch.finfo(merged.dtype).eps / 2
         merged = merged.double()
         found = float((merged @ x - self.weight) @ self.adapter) / square
-        return found, float(
-            (merged.square() @ x.square()) @ self.adapter.square() / 3
-        ) ** 0.5 * half_ulp / square
+        return (
+            found,
+            float((merged.square() @ x.square()) @ self.adapter.square() / 3) ** 0.5 * half_ulp / square,
+        )
 
 
 def _direction(size: int) -> torch.Tensor:
@@ -79,7 +89,8 @@ def _direction(size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def merge(model) -> dict[str, Trace]:
-    """Adds every adapter's alpha / r x B A to its weight, in float32, and takes the adapters out, in place.  All ranks call it together.
+    """Adds every adapter's alpha / r x B A to its weight, in float32, and takes the adapters out, in place.
+    All ranks call it together.
 
     Returns, by the name of the module, what ``verify_merged`` will look for.
     Raises Failure if a gathered adapter has another shape than its weight asks for.
@@ -94,7 +105,8 @@ def merge(model) -> dict[str, Trace]:
         with _gathered([a, b], write=False), _gathered([base.weight], write=True):
             if a.dim() != 2 or b.dim() != 2 or base.weight.shape != (b.shape[0], a.shape[1]):
                 raise Failure(
-                    f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of {tuple(b.shape)} x {tuple(a.shape)}"
+                    f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of"
+                    f" {tuple(b.shape)} x {tuple(a.shape)}"
                 )
             x = _direction(a.shape[1]).to(a.device)
             traces[name] = Trace(
@@ -108,7 +120,9 @@ def merge(model) -> dict[str, Trace]:
 
 @torch.no_grad()
 def logits(model, batch: dict[str, torch.Tensor], device) -> torch.Tensor:
-    """float32 [batch, length, vocabulary] on the CPU, in eval mode.  Under ZeRO-3 all ranks call it together, with the same batch."""
+    """float32 [batch, length, vocabulary] on the CPU, in eval mode.  Under ZeRO-3 all ranks call it together,
+    with the same batch.
+    """
     training = model.training
     inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "attention_mask")}
     found = model.eval()(**inputs, use_cache=False).logits.float().cpu()
@@ -120,12 +134,14 @@ def logits(model, batch: dict[str, torch.Tensor], device) -> torch.Tensor:
 def verify_merged(
     folder, batch: dict[str, torch.Tensor], expected: torch.Tensor, traces: dict[str, Trace], device
 ) -> float:
-    """Reloads the merged model in ``folder`` and compares it with the adapter model: ``expected`` are that one's logits on ``batch``.
+    """Reloads the merged model in ``folder`` and compares it with the adapter model: ``expected`` are that
+    one's logits on ``batch``.
 
-    Returns the root mean square difference of the logits in units of their standard deviation.  Raises Failure if it is above
-    1e-3 in float32 or 0.1 in half precision, where every merged weight is rounded once more (SmolLM2-135M in bf16: 0.03); or if
-    the part of an adapter that is in its matrix is not 1 within 0.1 and six standard errors of that rounding.
-    The logits are computed where the adapter model ran if twice the model's size is free there, else on the CPU.
+    Returns the root mean square difference of the logits in units of their standard deviation.  Raises
+    Failure if it is above 1e-3 in float32 or 0.1 in half precision, where every merged weight is rounded once
+    more (SmolLM2-135M in bf16: 0.03); or if the part of an adapter that is in its matrix is not 1 within 0.1
+    and six standard errors of that rounding. The logits are computed where the adapter model ran if twice the
+    model's size is free there, else on the CPU.
     """
     from transformers import AutoModelForCausalLM
 
@@ -138,7 +154,8 @@ def verify_merged(
             fraction, error = trace.fraction(model.get_submodule(name).weight)
             if not abs(fraction - 1) <= 0.1 + 6 * error:
                 raise Failure(
-                    f"merged model: {fraction:.0%} of the adapter of {name} is in {folder}; was it gathered?  The checkpoints are kept"
+                    f"merged model: {fraction:.0%} of the adapter of {name} is in {folder}; was it gathered? "
+                    " The checkpoints are kept"
                 )
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if torch.device(device).type != "cuda" or torch.cuda.mem_get_info(device)[0] < 2 * size:
@@ -147,8 +164,9 @@ def verify_merged(
     difference = float((found - expected)[used].pow(2).mean().sqrt() / expected[used].std())
     if not difference <= (1e-3 if model.dtype == torch.float32 else 0.1):
         raise Failure(
-            f"merged model: {folder} gives other logits than the adapters it was merged from, by {difference:.2g} standard deviations; "
-            "is what was trained beside the adapters in it?  The checkpoints are kept"
+            f"merged model: {folder} gives other logits than the adapters it was merged from, by"
+            f" {difference:.2g} standard deviations; is what was trained beside the adapters in it?  The"
+            " checkpoints are kept"
         )
     return difference
 

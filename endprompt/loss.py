@@ -1,17 +1,20 @@
 """Weighted next-token loss (paper Eq. 11) that never builds the full logits matrix.
 
-The output layer keeps its class, name and weight; while training it can also return the loss of hidden states, chunk by
-chunk over tokens.  The gradient of a chunk is formed right after its logits, in the forward pass, so three matrix products
-serve where recomputation would need four (the idea of Liger-Kernel's fused linear cross-entropy, in plain PyTorch).
+The output layer keeps its class, name and weight; while training it can also return the loss of hidden
+states, chunk by chunk over tokens.  The gradient of a chunk is formed right after its logits, in the forward
+pass, so three matrix products serve where recomputation would need four (the idea of Liger-Kernel's fused
+linear cross-entropy, in plain PyTorch).
 
-What that holds, counted above hidden states, weight and the gradients of both, for N tokens, V entries, D wide, in bfloat16:
-full logits  12 N V bytes: the log-probabilities that cross entropy keeps, their gradient and the logits', in float32 each
-on a GPU     2 chunk V, the logits, which a Triton kernel turns into their gradient in place; 4 V D more with over ``ROUNDINGS`` chunks; 2 V D in the
-             backward pass, while the weight's gradient is scaled
-elsewhere    about 14 chunk V, for logits in both types, logsumexp and the gradient; 4 V D, the weight's gradient summed in float32
-At 8192 x 128,256 x 2048 that is 12.6 GB, 0.53 GB (4.2 %) in 4 chunks and 1.3 GB (10 %) in 63.  The sum over chunks moves 4 V D bytes a chunk in the weight's
-type and 12 V D in float32, 66 GB in 63 chunks, which is why a GPU takes few.  Blocks of the vocabulary over all tokens would need neither sum nor buffer,
-but a fourth matrix product; on a CPU they took 0.90 of the time in float32 and 1.20 in bfloat16 (4096 x 32,000 x 128), so tokens are what is cut.
+What that holds, counted above hidden states, weight and the gradients of both, for N tokens, V entries, D
+wide, in bfloat16: full logits  12 N V bytes: the log-probabilities that cross entropy keeps, their gradient
+and the logits', in float32 each on a GPU     2 chunk V, the logits, which a Triton kernel turns into their
+gradient in place; 4 V D more with over ``ROUNDINGS`` chunks; 2 V D in the backward pass, while the weight's
+gradient is scaled elsewhere    about 14 chunk V, for logits in both types, logsumexp and the gradient; 4 V D,
+the weight's gradient summed in float32 At 8192 x 128,256 x 2048 that is 12.6 GB, 0.53 GB (4.2 %) in 4 chunks
+and 1.3 GB (10 %) in 63.  The sum over chunks moves 4 V D bytes a chunk in the weight's type and 12 V D in
+float32, 66 GB in 63 chunks, which is why a GPU takes few.  Blocks of the vocabulary over all tokens would
+need neither sum nor buffer, but a fourth matrix product; on a CPU they took 0.90 of the time in float32 and
+1.20 in bfloat16 (4096 x 32,000 x 128), so tokens are what is cut.
 """
 
 import functools
@@ -25,7 +28,8 @@ from endprompt import Failure
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time; 64 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**28  # 512 MiB in bfloat16
-# As many chunks may sum the weight's gradient in its own type: each product sums in float32 and rounds once, and so few roundings are lost in that of the logits.
+# As many chunks may sum the weight's gradient in its own type: each product sums in float32 and rounds once,
+# and so few roundings are lost in that of the logits.
 ROUNDINGS = 8
 
 
@@ -44,7 +48,9 @@ def _rows(logits, labels, token_weights, needs_gradient):
 
 
 def row_kernel(hidden):
-    """``loss_kernel.rows`` where it can run (a GPU with Triton, which comes with torch there) and gives what plain operations give, else None: then those do it."""
+    """``loss_kernel.rows`` where it can run (a GPU with Triton, which comes with torch there) and gives what
+    plain operations give, else None: then those do it.
+    """
     if not hidden.is_cuda:
         return None
     try:
@@ -56,7 +62,9 @@ def row_kernel(hidden):
 
 @functools.cache
 def agrees(kernel, device, dtype) -> bool:
-    """Whether ``kernel`` gives the cross entropy and gradients of ``_rows`` on a small random batch; once a process, as compilers and devices differ."""
+    """Whether ``kernel`` gives the cross entropy and gradients of ``_rows`` on a small random batch; once a
+    process, as compilers and devices differ.
+    """
     generator = torch.Generator(device).manual_seed(0)
     logits = 4 * torch.randn(17, 20011, generator=generator, device=device)
     labels = torch.randint(-1, logits.shape[1], (17,), generator=generator, device=device)
@@ -69,7 +77,8 @@ def agrees(kernel, device, dtype) -> bool:
     ):
         return True
     print(
-        "warning: the loss' Triton kernel gives other values than plain operations on this device; those are used, which is slower",
+        "warning: the loss' Triton kernel gives other values than plain operations on this device; those are"
+        " used, which is slower",
         file=sys.stderr,
     )
     return False
@@ -84,17 +93,21 @@ def _chunk(vocabulary: int, kernel) -> int:
 def _scaled(gradient, scale):
     """gradient x scale (float32, no dimensions) in the gradient's type, each product rounded once.
 
-    A scale that is rounded to bf16 first is wrong by up to 0.39 %, everywhere alike.  What remains is the rounding of bf16 products,
-    which has a mean of its own (0.2 % at most) only for scales within 0.4 % of a power of two.
+    A scale that is rounded to bf16 first is wrong by up to 0.39 %, everywhere alike.  What remains is the
+    rounding of bf16 products, which has a mean of its own (0.2 % at most) only for scales within 0.4 % of a
+    power of two.
     """
     if gradient.dtype == scale.dtype:
         return gradient * scale
-    # torch takes a number's type from the other operand; with one dimension it counts as float32, and a GPU makes no copy.
+    # torch takes a number's type from the other operand; with one dimension it counts as float32, and a GPU
+    # makes no copy.
     return torch.mul(gradient, scale[None], out=torch.empty_like(gradient))
 
 
 def _as_autocast(*tensors):
-    """The tensors (or None) in autocast's type where it is on: weights are float32 masters then, and products would mix types."""
+    """The tensors (or None) in autocast's type where it is on: weights are float32 masters then, and products
+    would mix types.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -156,8 +169,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=None, chunk=None):
     """Sum over tokens of token_weights * cross entropy of ``hidden @ weight.T + bias`` against ``labels``.
 
-    hidden [N, D]; weight [V, D]; bias [V] or None; labels int64 [N], negative where there is no target; token_weights float32 [N].
-    Returns (sum, float32 scalar with gradient; cross entropy float32 [N] without gradient, 0 where there is no target), both in nats.
+    hidden [N, D]; weight [V, D]; bias [V] or None; labels int64 [N], negative where there is no target;
+    token_weights float32 [N]. Returns (sum, float32 scalar with gradient; cross entropy float32 [N] without
+    gradient, 0 where there is no target), both in nats.
     """
     hidden, weight, bias = _as_autocast(hidden, weight, bias)
     kernel = row_kernel(hidden)
@@ -168,7 +182,9 @@ def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=Non
 
 
 def liger_kernel(hidden):
-    """Liger's fused linear cross-entropy where it can run (a GPU, and the package of the ``gpu`` extra), else None."""
+    """Liger's fused linear cross-entropy where it can run (a GPU, and the package of the ``gpu`` extra), else
+    None.
+    """
     if not hidden.is_cuda:
         return None
     try:
@@ -182,7 +198,8 @@ class LossHead(nn.Linear):
     """An output layer that also computes the loss.
 
     The loss has to live inside this module's forward: under ZeRO-3 the weight is whole only there.
-    uniform: every target has weight 1.  Then Liger's kernel, which knows no weights a token, gives the same sum and is used on a GPU.
+    uniform: every target has weight 1.  Then Liger's kernel, which knows no weights a token, gives the same
+        sum and is used on a GPU.
     """
 
     uniform = False
@@ -191,7 +208,8 @@ class LossHead(nn.Linear):
         if shift_labels is None:
             return super().forward(hidden)
         if self.uniform and (kernel := liger_kernel(hidden)):
-            # ignore_index -100, no z-loss, no smoothing, summed; weight gradients of the chunks accumulate in float32, as ours do.
+            # ignore_index -100, no z-loss, no smoothing, summed; weight gradients of the chunks accumulate in
+            # float32, as ours do.
             hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
             total = kernel(
                 hidden.flatten(0, 1),
@@ -215,9 +233,11 @@ class LossHead(nn.Linear):
 
 
 def seen_by_all(attention_mask):
-    """A mask of ones for rows that are padded on the right alone, as the collator's are: causal attention hides that padding from every token anyway.
+    """A mask of ones for rows that are padded on the right alone, as the collator's are: causal attention
+    hides that padding from every token anyway.
 
-    With a zero in it, transformers builds the square [length, length] of the mask, which keeps scaled_dot_product_attention from its flash kernels.
+    With a zero in it, transformers builds the square [length, length] of the mask, which keeps
+    scaled_dot_product_attention from its flash kernels.
     """
     return torch.ones_like(attention_mask)
 
@@ -245,11 +265,13 @@ def _forward_with_loss(
 
 
 def attach(model, uniform: bool = False) -> None:
-    """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and shift_weights.
+    """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and
+    shift_weights.
 
     Padding must stand on the right, and the model be causal (see seen_by_all).
-    uniform: promise that every target's weight is 1 (see LossHead); nll is None where Liger's kernel made the sum.
-    Parameters, their names and the state dict stay as they are.  Raises Failure if the output layer is not a plain nn.Linear.
+    uniform: promise that every target's weight is 1 (see LossHead); nll is None where Liger's kernel made the
+        sum. Parameters, their names and the state dict stay as they are.  Raises Failure if the output layer
+        is not a plain nn.Linear.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

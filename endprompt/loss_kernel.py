@@ -1,4 +1,6 @@
-"""Cross entropy and its gradient in one pass a row, for GPUs: a Triton kernel, imported only where it can run."""
+"""Cross entropy and its gradient in one pass a row, for GPUs: a Triton kernel, imported only where it can
+run.
+"""
 
 import torch
 import triton
@@ -36,10 +38,11 @@ def _row(logits, stride, labels, weights, nll, vocabulary, GRADIENT: tl.constexp
 def rows(
     logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor, needs_gradient: bool
 ) -> torch.Tensor:
-    """Cross entropy float32 [n] of ``logits`` [n, V] against ``labels`` int64 [n] (negative: none, 0 is given), in nats.
+    """Cross entropy float32 [n] of ``logits`` [n, V] against ``labels`` int64 [n] (negative: none, 0 is
+    given), in nats.
 
-    needs_gradient: ``logits`` is overwritten by the gradient of the sum over rows of token_weights (float32 [n]) x cross entropy.
-    The arithmetic is in float32.
+    needs_gradient: ``logits`` is overwritten by the gradient of the sum over rows of token_weights (float32
+    [n]) x cross entropy. The arithmetic is in float32.
     """
     nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):

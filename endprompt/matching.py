@@ -1,8 +1,9 @@
 """Pieces of a stretch of text, brought together by what they repeat.
 
-Facts, names and phrases come back far from where they first stood, which a row of a window's length seldom holds.  Rows of a few pieces that share
-n-grams do: what is late in such a row can be foretold from what is early in it, across the jump of positions between them.  Every token of the
-stretch stays in one row, in its order.
+Facts, names and phrases come back far from where they first stood, which a row of a window's length seldom
+holds.  Rows of a few pieces that share n-grams do: what is late in such a row can be foretold from what is
+early in it, across the jump of positions between them.  Every token of the stretch stays in one row, in its
+order.
 """
 
 import numpy as np
@@ -26,14 +27,16 @@ def grams(pieces: np.ndarray, n: int) -> np.ndarray:
 
 
 def groups(pieces: np.ndarray, together: int, n: int, rng: np.random.Generator) -> list[list[int]]:
-    """The numbers of ``pieces`` [p, size] in groups of ``together``, each ascending, all in the order of their first piece.
+    """The numbers of ``pieces`` [p, size] in groups of ``together``, each ascending, all in the order of
+    their first piece.
 
-    Greedily: the two pieces that share most n-grams first, among equals at random; then pairs of pairs alike, until a group is full.  Raises ValueError
-    unless ``together`` is a power of two and p a multiple of it.
+    Greedily: the two pieces that share most n-grams first, among equals at random; then pairs of pairs alike,
+    until a group is full.  Raises ValueError unless ``together`` is a power of two and p a multiple of it.
     """
     if together < 1 or together & (together - 1) or len(pieces) % together:
         raise ValueError(
-            f"{len(pieces)} pieces do not make groups of {together}; a power of two that divides them is wanted"
+            f"{len(pieces)} pieces do not make groups of {together}; a power of two that divides them is"
+            " wanted"
         )
     held, found = grams(pieces, n).astype(np.float32), [[number] for number in range(len(pieces))]
     while len(found[0]) < together:

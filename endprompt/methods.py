@@ -1,7 +1,8 @@
 """The method table: every way of extending a window that can be compared here is one row.
 
-A method is segment plan x RoPE scaling x row length, and what is done to the trained model (paper section 3; the baselines from their own papers).  A recipe is a
-setting; the method is chosen beside it, so two methods of one recipe differ in their row of this table and in nothing else.
+A method is segment plan x RoPE scaling x row length, and what is done to the trained model (paper section 3;
+the baselines from their own papers).  A recipe is a setting; the method is chosen beside it, so two methods
+of one recipe differ in their row of this table and in nothing else.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,27 @@ Plan = Callable[[int | np.ndarray, int | np.ndarray, int, np.random.Generator], 
 class Method:
     """One row of the table.
 
-    plan: (text_length a, prompt_length b, target_length L, generator) -> int64 positions [a + b]; None: nothing is trained.
+    plan: (text_length a, prompt_length b, target_length L, generator) -> int64 positions [a + b]; None:
+        nothing is trained.
     end_prompt: whether a row ends in a prompt (b > 0).
-    recall: whether a row ends in spans that repeat its own text, as ``data.recall_*`` say; the plan then gets their int64 lengths [m] in the
-        place of b.
-    chunked: whether the text is cut at random as ``data.pose_chunks`` and ``data.pose_text`` say; the plan then gets the int64 lengths
-        [k] of the chunks in the place of a.
+    recall: whether a row ends in spans that repeat its own text, as ``data.recall_*`` say; the plan then gets
+        their int64 lengths [m] in the place of b.
+    chunked: whether the text is cut at random as ``data.pose_chunks`` and ``data.pose_text`` say; the plan
+        then gets the int64 lengths [k] of the chunks in the place of a.
     row_length: "physical" or "target", the recipe's length that a training row fills.
-    rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own frequencies.
-    whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same wherever L is a multiple of C.
-    matched: a row is ``data.match_pieces`` pieces of a stretch of L tokens that repeat something of each other (endprompt/matching.py).
-    sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved (endprompt/sharpen.py), unless the
-        recipe's ``rope.sharpen`` names another power; 0 leaves them.  Where nothing is trained, the built model's are, before it is scored.
-    attention: attention in training; None is the model's own, "s2" shifted sparse attention (endprompt/s2.py).
-    lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's ``train.lora`` goes; None: all weights.
+    rope: scaling used unless the recipe's ``rope.type`` names another; None keeps the model's own
+        frequencies.
+    whole_factor: L / C is rounded up to a whole number first, as the code of the baseline does; the same
+        wherever L is a multiple of C.
+    matched: a row is ``data.match_pieces`` pieces of a stretch of L tokens that repeat something of each
+        other (endprompt/matching.py).
+    sharpen: attention scores of the trained model are multiplied by (ln L / ln C) ** sharpen as it is saved
+        (endprompt/sharpen.py), unless the recipe's ``rope.sharpen`` names another power; 0 leaves them.
+        Where nothing is trained, the built model's are, before it is scored.
+    attention: attention in training; None is the model's own, "s2" shifted sparse attention
+        (endprompt/s2.py).
+    lora: settings of endprompt.training_keys.Lora that the method trains with, over which the recipe's
+        ``train.lora`` goes; None: all weights.
     """
 
     name: str
@@ -111,8 +119,9 @@ register(
         row_length="target",
     )
 )
-# LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names "LCEG" without saying
-# which it means.  NTK with the frequencies of L held is the default here; rope.type linear or yarn, both at L / C, are the others.
+# LCEG's protocol (github.com/Leooyii/LCEG) compares several scalings of full-length training; the paper names
+# "LCEG" without saying which it means.  NTK with the frequencies of L held is the default here; rope.type
+# linear or yarn, both at L / C, are the others.
 register(
     Method(
         "lceg",
@@ -162,7 +171,8 @@ register(
 register(
     Method(
         "pose_matched",
-        "pose_sharp, whose rows are pieces of text that repeat something of each other, from all over L tokens",
+        "pose_sharp, whose rows are pieces of text that repeat something of each other, from all over L"
+        " tokens",
         positions.skipwise,
         chunked=True,
         matched=True,

@@ -36,8 +36,12 @@ WINDOW_KEYS = (
 GENERATION_KEYS = ("max_length", "max_cache_len")  # tokens of a prompt with its answer
 TOKENIZER_KEYS = ("max_length", "max_len")  # besides model_max_length
 MEND = "mend its files, or name another model"
-CONVERT = "convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
-# What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types, cut safetensors and GGUF files.
+CONVERT = (
+    "convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(OLD,"
+    " use_safetensors=False).save_pretrained(NEW)"
+)
+# What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types,
+# cut safetensors and GGUF files.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -53,7 +57,8 @@ UNREADABLE = (
 
 
 def locate(recipe: Recipe) -> dict:
-    """The arguments that find the model for ``from_pretrained``: a local folder, ``package:NAME`` (an installed Python package), or a hub id.
+    """The arguments that find the model for ``from_pretrained``: a local folder, ``package:NAME`` (an
+    installed Python package), or a hub id.
 
     Raises BadInput if there is nothing of that name, or in a folder what ``check_folder`` refuses.
     """
@@ -63,18 +68,21 @@ def locate(recipe: Recipe) -> dict:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise BadInput(
-                f"model.name_or_path: the Python package {package!r} is not installed; pip install {package.replace('_', '-')}, or name a folder or hub id"
+                f"model.name_or_path: the Python package {package!r} is not installed; pip install"
+                f" {package.replace('_', '-')}, or name a folder or hub id"
             )
         if recipe.model.gguf_file and Path(recipe.model.gguf_file).name != recipe.model.gguf_file:
             raise BadInput(
-                f"model.gguf_file: {recipe.model.gguf_file!r} is a path; with package:{package} give the file's name alone"
+                f"model.gguf_file: {recipe.model.gguf_file!r} is a path; with package:{package} give the"
+                " file's name alone"
             )
         # A data file may sit anywhere in the package: take the folder that holds the one asked for.
         root = Path(next(iter(spec.submodule_search_locations)))
         found = next(iter(sorted(root.rglob(recipe.model.gguf_file or "config.json"))), None)
         if found is None:
             raise BadInput(
-                f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'}; set model.gguf_file to one it has"
+                f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'}; set"
+                " model.gguf_file to one it has"
             )
         path = str(found.parent)
     else:
@@ -82,7 +90,8 @@ def locate(recipe: Recipe) -> dict:
         path = str(local) if local else name
         if local is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
             raise BadInput(
-                f"model.name_or_path: there is no folder {name}; give a folder with config.json, package:NAME, or a hub id"
+                f"model.name_or_path: there is no folder {name}; give a folder with config.json,"
+                " package:NAME, or a hub id"
             )
         if local is not None and not local.is_dir():
             raise BadInput(
@@ -101,7 +110,8 @@ def locate(recipe: Recipe) -> dict:
 
 
 def check_folder(folder: Path, key: str, gguf: bool = False) -> None:
-    """Raises BadInput beginning with ``key`` if the model in ``folder`` is an adapter, has its weights in pickles alone, or holds what is no file.
+    """Raises BadInput beginning with ``key`` if the model in ``folder`` is an adapter, has its weights in
+    pickles alone, or holds what is no file.
 
     A pickle is a program that runs when it is read; a pipe is waited for without end.
     """
@@ -114,14 +124,16 @@ def check_folder(folder: Path, key: str, gguf: bool = False) -> None:
         return
     if (folder / "adapter_config.json").exists():
         raise BadInput(
-            f"{key}: {folder} is an adapter, not a whole model; merge it into its base once (peft: merge_and_unload), save that, and name its folder"
+            f"{key}: {folder} is an adapter, not a whole model; merge it into its base once (peft:"
+            " merge_and_unload), save that, and name its folder"
         )
     pickles = sorted(
         path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
     )
     if pickles and not any(folder.glob("*.safetensors")):
         raise BadInput(
-            f"{key}: {folder} has its weights in {pickles[0]} alone; weights must be safetensors, which cannot run code: {CONVERT}"
+            f"{key}: {folder} has its weights in {pickles[0]} alone; weights must be safetensors, which"
+            f" cannot run code: {CONVERT}"
         )
 
 
@@ -129,7 +141,10 @@ def reason(error: Exception) -> str:
     """Why transformers could not load something, in one line and in this program's own terms."""
     text = str(error).strip()
     if "trust_remote_code" in text or "custom code" in text:
-        return "it wants to run Python code of its own, which is not done unasked; read that code, and if you trust it set model.trust_remote_code=true"
+        return (
+            "it wants to run Python code of its own, which is not done unasked; read that code, and if you"
+            " trust it set model.trust_remote_code=true"
+        )
     if "use_safetensors" in text:
         return f"weights must be safetensors; {CONVERT}"
     return text.splitlines()[0] if text else type(error).__name__
@@ -160,14 +175,17 @@ def _loading(what: str, recipe: Recipe, function):
         raise
     except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
         raise BadInput(
-            f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)}; {MEND}"
+            f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)};"
+            f" {MEND}"
         ) from None
 
 
 def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
-    """(file, its full name there) of the tensor ``name`` in the safetensors that transformers would read of ``folder``; None: no such.
+    """(file, its full name there) of the tensor ``name`` in the safetensors that transformers would read of
+    ``folder``; None: no such.
 
-    Some files leave out what ``name`` begins with: its last two parts count.  Raises what JSON and safetensors raise on damaged files.
+    Some files leave out what ``name`` begins with: its last two parts count.  Raises what JSON and
+    safetensors raise on damaged files.
     """
     from safetensors import safe_open
 
@@ -190,11 +208,13 @@ def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
 
 
 def refuse_untied(where: str, source: str, config, revision: str | None = None) -> None:
-    """Raises BadInput beginning with ``where`` if ``config`` says that input and output embeddings are one matrix, and the safetensors of
-    ``source`` (a folder, or a hub id as far as it was fetched) hold two that differ.
+    """Raises BadInput beginning with ``where`` if ``config`` says that input and output embeddings are one
+    matrix, and the safetensors of ``source`` (a folder, or a hub id as far as it was fetched) hold two that
+    differ.
 
-    transformers trains both, with a warning; the harness, and engines that go by config.json, use the input's for both.  Two equal copies are
-    one matrix.  A GGUF file says nothing of its own about it: its config is read off the tensors that are there.
+    transformers trains both, with a warning; the harness, and engines that go by config.json, use the input's
+    for both.  Two equal copies are one matrix.  A GGUF file says nothing of its own about it: its config is
+    read off the tensors that are there.
     """
     import torch
     from safetensors import safe_open
@@ -222,14 +242,16 @@ def refuse_untied(where: str, source: str, config, revision: str | None = None) 
             return
         if not same:
             raise BadInput(
-                f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but {places[1][1]} in "
-                f"{places[1][0].name} is another than {places[0][1]}; set tie_word_embeddings to false in config.json, or take "
-                f"{places[1][1]} out of the files"
+                f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but"
+                f" {places[1][1]} in {places[1][0].name} is another than {places[0][1]}; set"
+                f" tie_word_embeddings to false in config.json, or take {places[1][1]} out of the files"
             )
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
-    """The folder of ``name``: itself, or where the hub's client keeps what it fetched of it; None if nothing is there."""
+    """The folder of ``name``: itself, or where the hub's client keeps what it fetched of it; None if nothing
+    is there.
+    """
     from transformers.utils import cached_file
 
     if os.path.isdir(name):
@@ -241,10 +263,12 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
 
 
 def load_weights(where: str, **arguments):
-    """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from the files.
+    """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from
+    the files.
 
-    Raises BadInput beginning with ``where`` if files are unusable, if weights are missing from them or have another shape than config.json says,
-    which transformers would fill with random values, or if what ``refuse_untied`` refuses.
+    Raises BadInput beginning with ``where`` if files are unusable, if weights are missing from them or have
+    another shape than config.json says, which transformers would fill with random values, or if what
+    ``refuse_untied`` refuses.
     """
     from transformers import AutoModelForCausalLM
 
@@ -276,17 +300,19 @@ def load_weights(where: str, **arguments):
     if found["mismatched_keys"]:
         name, there, wanted = sorted(found["mismatched_keys"])[0]
         raise BadInput(
-            f"{where} do not fit config.json: {name} is {list(there)} in the files, and {list(wanted)} by config.json "
-            f"({len(found['mismatched_keys'])} such); mend the folder"
+            f"{where} do not fit config.json: {name} is {list(there)} in the files, and {list(wanted)} by"
+            f" config.json ({len(found['mismatched_keys'])} such); mend the folder"
         )
     if found["missing_keys"]:
         raise BadInput(
-            f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place; {MEND}"
+            f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place;"
+            f" {MEND}"
         )
     if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
         print(
-            f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a {network.config.model_type} model and are left out, "
-            f"first {sorted(found['unexpected_keys'])[:3]}",
+            f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a"
+            f" {network.config.model_type} model and are left out, first"
+            f" {sorted(found['unexpected_keys'])[:3]}",
             file=sys.stderr,
         )
     if "gguf_file" not in arguments:
@@ -297,11 +323,14 @@ def load_weights(where: str, **arguments):
 
 
 def refuse_kernels(config, key: str) -> None:
-    """Raises BadInput beginning with ``key`` if config.json names attention on the hub, which transformers would fetch and run whatever it is told to use."""
+    """Raises BadInput beginning with ``key`` if config.json names attention on the hub, which transformers
+    would fetch and run whatever it is told to use.
+    """
     found = getattr(config, "_attn_implementation", None)
     if found is not None and (not isinstance(found, str) or "/" in found):
         raise BadInput(
-            f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers; take attn_implementation out of it"
+            f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers;"
+            " take attn_implementation out of it"
         )
 
 
@@ -436,7 +465,8 @@ def load_config(recipe: Recipe):
     """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, attention that is
     not plain, what contradicts itself, or a target that extends nothing.
 
-    transformers fills a missing window or rope_theta with a default of its own: the window is then an error, the theta a warning.
+    transformers fills a missing window or rope_theta with a default of its own: the window is then an error,
+    the theta a warning.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -445,7 +475,8 @@ def load_config(recipe: Recipe):
     refuse_kernels(config, "model")
     if config.model_type not in SUPPORTED:
         raise BadInput(
-            f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)} models is"
+            f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)}"
+            " models is"
         )
     rope.refuse_scaled(config)
     written: dict = {}
@@ -457,11 +488,13 @@ def load_config(recipe: Recipe):
         )
         if "max_position_embeddings" not in written and recipe.model.original_length is None:
             raise BadInput(
-                "model: its config.json has no max_position_embeddings, the window to extend; set model.original_length"
+                "model: its config.json has no max_position_embeddings, the window to extend; set"
+                " model.original_length"
             )
         if "rope_theta" not in {**written, **(written.get("rope_parameters") or {})}:
             print(
-                f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is assumed, the default of {config.model_type}",
+                f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is"
+                f" assumed, the default of {config.model_type}",
                 file=sys.stderr,
             )
     theta = (config.rope_parameters or {}).get("rope_theta")
@@ -476,20 +509,23 @@ def load_config(recipe: Recipe):
         )
     if windowed and windowed < recipe.lengths.target:
         raise BadInput(
-            f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row; use a base model without one"
+            f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row;"
+            " use a base model without one"
         )
     original = original_length(recipe, config)
     if type(original) is not int or original < 1:
         raise BadInput(
-            f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of tokens; mend it, or set model.original_length"
+            f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of"
+            " tokens; mend it, or set model.original_length"
         )
     refuse_foreign_keys(config, written, windowed)
     refuse_contradictions(config, written, original)
     sharpen.inherited(config)
     if recipe.lengths.target <= original:
         raise BadInput(
-            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original}; raise it "
-            "(or set model.original_length, if config.json overstates the window it was trained on)"
+            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original};"
+            " raise it (or set model.original_length, if config.json overstates the window it was"
+            " trained on)"
         )
     return config
 
@@ -499,32 +535,37 @@ def original_length(recipe: Recipe, config) -> int:
 
 
 def load_tokenizer(recipe: Recipe):
-    """The model's own fast tokenizer.  Raises BadInput if there is none, or if it has no end-of-sequence token."""
+    """The model's own fast tokenizer.  Raises BadInput if there is none, or if it has no end-of-sequence
+    token.
+    """
     from transformers import AutoTokenizer
 
     where = locate(recipe)
     tokenizer = _loading("tokenizer", recipe, lambda: AutoTokenizer.from_pretrained(**where))
     if not tokenizer.is_fast:
         raise BadInput(
-            f"model: {recipe.model.name_or_path!r} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it"
+            f"model: {recipe.model.name_or_path!r} has no fast tokenizer (tokenizer.json); convert it once"
+            " with transformers and save it"
         )
     if tokenizer.eos_token_id is None:
         raise BadInput(
-            f"model: the tokenizer of {recipe.model.name_or_path!r} has no end-of-sequence token, which joins documents; set eos_token"
+            f"model: the tokenizer of {recipe.model.name_or_path!r} has no end-of-sequence token, which joins"
+            " documents; set eos_token"
         )
     return tokenizer
 
 
 def check_vocabulary(tokenizer, config, where: str) -> None:
-    """Raises BadInput beginning with ``where`` if ``tokenizer`` writes ids that a model of ``config`` has no embedding for.
+    """Raises BadInput beginning with ``where`` if ``tokenizer`` writes ids that a model of ``config`` has no
+    embedding for.
 
     Tokens added to it later may have none: ``check_ids`` refuses texts that hold them.
     """
     greatest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
     if greatest >= config.vocab_size:
         raise BadInput(
-            f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to {config.vocab_size - 1} alone; "
-            "give it its own tokenizer"
+            f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to"
+            f" {config.vocab_size - 1} alone; give it its own tokenizer"
         )
 
 
@@ -604,21 +645,24 @@ def stated_lengths(folder: Path) -> dict[str, int | None]:
 
 
 def check_ids(ids, tokenizer, embeddings: int, where: str) -> None:
-    """Raises BadInput naming the first of ``ids`` (numbers, or an array of them) that a model with ``embeddings`` rows has no embedding for.
+    """Raises BadInput naming the first of ``ids`` (numbers, or an array of them) that a model with
+    ``embeddings`` rows has no embedding for.
 
     Tokens that were added to a tokenizer and not to its model do no harm until a text holds them.
     """
     if len(ids) and (max(ids) if isinstance(ids, list) else ids.max()) >= embeddings:
         token = next(int(token) for token in ids if token >= embeddings)
         raise BadInput(
-            f"{where} holds the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), and the model has embeddings for 0 to "
-            f"{embeddings - 1} alone; take it out of the text, or use a model whose "
-            "embeddings were resized for its tokenizer"
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), and the model has"
+            f" embeddings for 0 to {embeddings - 1} alone; take it out of the text, or use a model whose"
+            " embeddings were resized for its tokenizer"
         )
 
 
 def pad_token_id(tokenizer, embeddings: int = 2**31) -> int:
-    """What rows are filled up with: the tokenizer's own padding where the model has an embedding for it, else the end of a document."""
+    """What rows are filled up with: the tokenizer's own padding where the model has an embedding for it, else
+    the end of a document.
+    """
     padding = tokenizer.pad_token_id
     return tokenizer.eos_token_id if padding is None or padding >= embeddings else padding
 
@@ -630,7 +674,8 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
     wanted = recipe.model.attn_implementation
     if wanted == "flash_attention_2" and not (cuda and is_flash_attn_2_available()):
         raise BadInput(
-            "model.attn_implementation: flash_attention_2 needs a GPU and the package flash-attn; use sdpa, or null to choose automatically"
+            "model.attn_implementation: flash_attention_2 needs a GPU and the package flash-attn; use sdpa,"
+            " or null to choose automatically"
         )
     return wanted or ("flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa")
 
@@ -653,7 +698,8 @@ def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
 
 
 def sharpness(recipe: Recipe, method: Method, config) -> float:
-    """What attention scores are multiplied by after training, or, where a method trains nothing, before the model is scored; 1 leaves them.
+    """What attention scores are multiplied by after training, or, where a method trains nothing, before the
+    model is scored; 1 leaves them.
 
     config: the base's own, before ``rope.apply`` gave it another window.
     A base that is sharpened already gets what its own factor lacks of the method's, both counted from the
@@ -670,9 +716,10 @@ def sharpness(recipe: Recipe, method: Method, config) -> float:
 def build(recipe: Recipe, method: Method, dtype, cuda: bool):
     """The base model with the method's RoPE in place before it is built and its inv_freq checked afterwards.
 
-    dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file) parameters load partitioned,
-    except a GGUF file's, which every rank holds whole until DeepSpeed starts.
-    Raises BadInput on unusable files and on weights that are missing from them; Failure if the frequencies are not the expected ones.
+    dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file)
+    parameters load partitioned, except a GGUF file's, which every rank holds whole until DeepSpeed starts.
+    Raises BadInput on unusable files and on weights that are missing from them; Failure if the frequencies
+    are not the expected ones.
     """
     config = load_config(recipe)
     theta = (config.rope_parameters or {}).get("rope_theta")
@@ -692,7 +739,8 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
         dtype=dtype,
         attn_implementation=attention,
     )
-    # transformers takes config.json's pad_token_id for it, and torch gives that row no gradient; it may be the separator of documents.
+    # transformers takes config.json's pad_token_id for it, and torch gives that row no gradient; it may be
+    # the separator of documents.
     model.get_input_embeddings().padding_idx = None
     rope.verify(model.get_decoder().rotary_emb, model.config, chosen, theta)
     return model

@@ -1,8 +1,9 @@
 """Segment plans: which position index each token of a row gets.
 
-Symbols as in the paper: a = text tokens, b = end-prompt tokens, L = target_length; where a method cuts its text into chunks, their lengths
-stand in the place of a, and where it repeats spans of its text, their lengths in the place of b.  Every plan returns a strictly increasing
-int64 array of a + b positions inside [0, L - 1]; ``check`` is the guard that ``prepare`` and the collator share.
+Symbols as in the paper: a = text tokens, b = end-prompt tokens, L = target_length; where a method cuts its
+text into chunks, their lengths stand in the place of a, and where it repeats spans of its text, their lengths
+in the place of b.  Every plan returns a strictly increasing int64 array of a + b positions inside [0, L - 1];
+``check`` is the guard that ``prepare`` and the collator share.
 """
 
 import numpy as np
@@ -18,14 +19,17 @@ def contiguous(a: int, b: int, L: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def text_then_end_prompt(a: int, b: int, L: int, rng: np.random.Generator) -> np.ndarray:
-    """Text at 0..a-1, prompt at L-b..L-1 (paper Eq. 5).  Raises ValueError if a or b is not positive or a + b > L."""
+    """Text at 0..a-1, prompt at L-b..L-1 (paper Eq. 5).  Raises ValueError if a or b is not positive or a + b
+    > L.
+    """
     if a < 1 or b < 1 or a + b > L:
         raise ValueError(f"text of {a} and prompt of {b} tokens do not fit into {L} positions")
     return np.concatenate([np.arange(a, dtype=np.int64), np.arange(L - b, L, dtype=np.int64)])
 
 
 def text_then_random_prompt(a: int, b: int, L: int, rng: np.random.Generator) -> np.ndarray:
-    """Text at 0..a-1, prompt at e-b..e-1 with e an integer uniform in [a + b, L] (the paper's random-position variant).
+    """Text at 0..a-1, prompt at e-b..e-1 with e an integer uniform in [a + b, L] (the paper's random-position
+    variant).
 
     Raises ValueError if a or b is not positive or a + b > L.
     """
@@ -37,9 +41,10 @@ def text_then_random_prompt(a: int, b: int, L: int, rng: np.random.Generator) ->
 def chunk_lengths(a: int, chunks: int, rng: np.random.Generator) -> np.ndarray:
     """Int64 lengths of the ``chunks`` parts into which PoSE cuts ``a`` tokens; their sum is a.
 
-    Two chunks: the first is uniform in 1..(a+1)//2, as in the code of github.com/dwzhu-pku/PoSE (so that one token leaves the second
-    empty).  k chunks, of which PoSE's code has no example: k-1 distinct cuts, sorted, uniform in 1..(k-1)(a+1)//k, which is the same for
-    k = 2; fewer where a row is too short for that many.  Raises ValueError if a or chunks is not positive.
+    Two chunks: the first is uniform in 1..(a+1)//2, as in the code of github.com/dwzhu-pku/PoSE (so that one
+    token leaves the second empty).  k chunks, of which PoSE's code has no example: k-1 distinct cuts, sorted,
+    uniform in 1..(k-1)(a+1)//k, which is the same for k = 2; fewer where a row is too short for that many.
+    Raises ValueError if a or chunks is not positive.
     """
     if a < 1 or chunks < 1:
         raise ValueError(f"{a} tokens cannot be cut into {chunks} chunks")
@@ -49,10 +54,12 @@ def chunk_lengths(a: int, chunks: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def spread(chunks: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Int64 indices of consecutive ``chunks`` [k] (lengths in tokens) laid out in [0, length - 1]: the first begins at 0.
+    """Int64 indices of consecutive ``chunks`` [k] (lengths in tokens) laid out in [0, length - 1]: the first
+    begins at 0.
 
-    Each later one is shifted by a skip uniform in [skip before, length - all tokens] (PoSE, arXiv 2309.10400, Eq. 4 for positions and
-    Eq. 5 for the text that a chunk takes).  Raises ValueError if the chunks do not fit.
+    Each later one is shifted by a skip uniform in [skip before, length - all tokens] (PoSE, arXiv 2309.10400,
+    Eq. 4 for positions and Eq. 5 for the text that a chunk takes).  Raises ValueError if the chunks do not
+    fit.
     """
     n, skips = int(np.sum(chunks)), [0]
     if not 0 < n <= length:
@@ -63,14 +70,18 @@ def spread(chunks: np.ndarray, length: int, rng: np.random.Generator) -> np.ndar
 
 
 def skipwise(chunks: np.ndarray, b: int, L: int, rng: np.random.Generator) -> np.ndarray:
-    """Text in ``chunks`` [k] spread over 0..L-1 (PoSE).  ``b`` must be 0.  Raises ValueError if the row does not fit into L."""
+    """Text in ``chunks`` [k] spread over 0..L-1 (PoSE).  ``b`` must be 0.  Raises ValueError if the row does
+    not fit into L.
+    """
     if b:
         raise ValueError("a skip-wise row has no end prompt")
     return spread(chunks, L, rng)
 
 
 def skipwise_then_end_prompt(chunks: np.ndarray, b: int, L: int, rng: np.random.Generator) -> np.ndarray:
-    """Text in ``chunks`` [k] spread over 0..L-b-1, prompt at L-b..L-1 (the paper's ET(PoSE)).  Raises ValueError as the other plans do."""
+    """Text in ``chunks`` [k] spread over 0..L-b-1, prompt at L-b..L-1 (the paper's ET(PoSE)).  Raises
+    ValueError as the other plans do.
+    """
     if b < 1:
         raise ValueError(f"a prompt of {b} tokens does not fit: it needs at least one")
     return np.concatenate([spread(chunks, L - b, rng), np.arange(L - b, L, dtype=np.int64)])
@@ -79,11 +90,12 @@ def skipwise_then_end_prompt(chunks: np.ndarray, b: int, L: int, rng: np.random.
 def skipwise_then_recall(
     chunks: np.ndarray, spans: np.ndarray, L: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Text in ``chunks`` [k], then ``spans`` [m] of tokens that repeat some of it, the first chunk at 0 and the rest scattered over 0..L-1.
+    """Text in ``chunks`` [k], then ``spans`` [m] of tokens that repeat some of it, the first chunk at 0 and
+    the rest scattered over 0..L-1.
 
-    Each of the k + m - 1 later segments is shifted by a skip; the skips are uniform in [0, L - all tokens], in order, so that all of the
-    far positions are reached by every segment and not, as with PoSE's nested draws, by the last ones most of all.  Raises ValueError if
-    the segments do not fit.
+    Each of the k + m - 1 later segments is shifted by a skip; the skips are uniform in [0, L - all tokens],
+    in order, so that all of the far positions are reached by every segment and not, as with PoSE's nested
+    draws, by the last ones most of all.  Raises ValueError if the segments do not fit.
     """
     lengths = np.concatenate([chunks, spans]).astype(np.int64)
     n = int(lengths.sum())

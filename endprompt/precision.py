@@ -1,8 +1,10 @@
-"""The types that weights are loaded, trained and saved in.  What is trained has float32 masters, whoever keeps them.
+"""The types that weights are loaded, trained and saved in.  What is trained has float32 masters, whoever
+keeps them.
 
-An update smaller than half the spacing of bfloat16 (2^-9 to 2^-8 of a weight) is lost when it is added to a bfloat16 weight.
-DeepSpeed keeps float32 masters of bfloat16 weights and steps those.  Without DeepSpeed the weights themselves are float32, and
-autocast casts them for the matrix products; what is frozen may stay bfloat16.
+An update smaller than half the spacing of bfloat16 (2^-9 to 2^-8 of a weight) is lost when it is added to a
+bfloat16 weight. DeepSpeed keeps float32 masters of bfloat16 weights and steps those.  Without DeepSpeed the
+weights themselves are float32, and autocast casts them for the matrix products; what is frozen may stay
+bfloat16.
 """
 
 import torch
@@ -17,8 +19,9 @@ def saved(arguments) -> torch.dtype:
 
 
 def loaded(arguments, adapters: bool) -> torch.dtype:
-    """The type to load the base in.  DeepSpeed takes what its engine computes with and makes the masters; without it, the weights
-    are the masters, unless they are frozen under ``adapters``."""
+    """The type to load the base in.  DeepSpeed takes what its engine computes with and makes the masters;
+    without it, the weights are the masters, unless they are frozen under ``adapters``.
+    """
     if arguments.deepspeed:
         return torch.bfloat16 if arguments.hf_deepspeed_config.dtype() == torch.bfloat16 else torch.float32
     return saved(arguments) if adapters else torch.float32
@@ -32,17 +35,20 @@ def raise_trained(network) -> None:
 
 
 def lower(network, dtype: torch.dtype) -> None:
-    """Without DeepSpeed, once trained: turns every parameter into ``dtype``, in place, as the model is saved."""
+    """Without DeepSpeed, once trained: turns every parameter into ``dtype``, in place, as the model is
+    saved.
+    """
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def deepspeed_options(options: dict, accumulation: int) -> dict:
-    """DeepSpeed's ``options`` with what they leave unsaid: half precision as the recipe has it, and gradients of ``accumulation``
-    micro-batches summed in float32.
+    """DeepSpeed's ``options`` with what they leave unsaid: half precision as the recipe has it, and gradients
+    of ``accumulation`` micro-batches summed in float32.
 
-    Without a ``bf16`` section DeepSpeed 0.19 computes in float32 whatever TrainingArguments say.  Without ``grad_accum_dtype`` it
-    sums gradients in the weights' type.  Raises BadInput if they ask for masters that are not float32.
+    Without a ``bf16`` section DeepSpeed 0.19 computes in float32 whatever TrainingArguments say.  Without
+    ``grad_accum_dtype`` it sums gradients in the weights' type.  Raises BadInput if they ask for masters that
+    are not float32.
     """
     for section, key in (
         ("bf16", "bf16_master_weights_and_grads"),
@@ -51,8 +57,8 @@ def deepspeed_options(options: dict, accumulation: int) -> dict:
     ):
         if isinstance(options.get(section), dict) and options[section].get(key):
             raise BadInput(
-                f"train.deepspeed: {section}.{key} keeps {section} in place of float32 masters, which loses small updates; "
-                "take it out of the file"
+                f"train.deepspeed: {section}.{key} keeps {section} in place of float32 masters, which loses"
+                " small updates; take it out of the file"
             )
     if not any(name in options for name in ("fp16", "bfloat16", "amp", "torch_autocast")):
         options = {**options, "bf16": {"enabled": "auto", **(options.get("bf16") or {})}}
@@ -62,10 +68,11 @@ def deepspeed_options(options: dict, accumulation: int) -> dict:
 
 
 def check(arguments) -> None:
-    """Raises BadInput if DeepSpeed's options and the recipe name different types (or other settings), or half precision at stage 0.
+    """Raises BadInput if DeepSpeed's options and the recipe name different types (or other settings), or half
+    precision at stage 0.
 
-    There DeepSpeed 0.19 (fp16/fused_optimizer.py) sums gradients in half precision, and takes a step of Adam with gradients of zero
-    before the first, which makes the first true update 0.74 of its size.
+    There DeepSpeed 0.19 (fp16/fused_optimizer.py) sums gradients in half precision, and takes a step of Adam
+    with gradients of zero before the first, which makes the first true update 0.74 of its size.
     """
     if not arguments.deepspeed:
         return
@@ -79,8 +86,8 @@ def check(arguments) -> None:
         )
     if settings.dtype() != torch.float32 and (settings.get_value("zero_optimization.stage") or 0) == 0:
         raise BadInput(
-            "train.deepspeed: ZeRO stage 0 sums half-precision gradients in half precision and miscounts Adam's steps; "
-            "use stage 1 or above, or train.deepspeed=null"
+            "train.deepspeed: ZeRO stage 0 sums half-precision gradients in half precision and miscounts"
+            " Adam's steps; use stage 1 or above, or train.deepspeed=null"
         )
 
 
@@ -99,7 +106,8 @@ def _master(parameter, stepped: set[int]) -> torch.dtype | None:
 
 
 def verify(network, optimizer, whole: bool) -> None:
-    """Raises Failure on all ranks unless ``optimizer`` steps float32 values of every trained parameter; all ranks call it together.
+    """Raises Failure on all ranks unless ``optimizer`` steps float32 values of every trained parameter; all
+    ranks call it together.
 
     network: as training uses it, under DeepSpeed too; whole: every parameter of ``network`` must be trained.
     """
@@ -107,8 +115,8 @@ def verify(network, optimizer, whole: bool) -> None:
         frozen := [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
     ):
         raise Failure(
-            f"precision: {len(frozen)} parameters of the base are frozen, first {frozen[0]}, and the recipe trains all; "
-            "set train.lora to train adapters alone"
+            f"precision: {len(frozen)} parameters of the base are frozen, first {frozen[0]}, and the recipe"
+            " trains all; set train.lora to train adapters alone"
         )
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -128,8 +136,8 @@ def verify(network, optimizer, whole: bool) -> None:
     if wrong:
         name, kind = wrong[0]
         raise Failure(
-            f"precision: {len(wrong)} of {len(trained)} trained parameters have no float32 master, first {name} "
-            f"({'not in the optimizer' if kind is None else kind}); small updates would be lost"
+            f"precision: {len(wrong)} of {len(trained)} trained parameters have no float32 master, first"
+            f" {name} ({'not in the optimizer' if kind is None else kind}); small updates would be lost"
         )
 
 

@@ -1,7 +1,8 @@
 """Rows -> Parquet shards and a manifest.
 
-Every shard remembers where in the corpus the next one begins, so a killed run goes on from its last whole shard to the same bytes.
-Parts of the corpus can be prepared at the same time, each by a process of its own, and are joined into one manifest.
+Every shard remembers where in the corpus the next one begins, so a killed run goes on from its last whole
+shard to the same bytes. Parts of the corpus can be prepared at the same time, each by a process of its own,
+and are joined into one manifest.
 """
 
 import contextlib
@@ -95,7 +96,8 @@ def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
             raise ValueError
         if "corpus_files" not in state:
             raise BadInput(
-                f"shards: {path} is of an earlier version, which did not note what the corpus was; delete the folder and prepare again"
+                f"shards: {path} is of an earlier version, which did not note what the corpus was; delete the"
+                " folder and prepare again"
             )
         if not corpus.are_records(state["corpus_files"]):
             raise ValueError
@@ -105,7 +107,8 @@ def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
         raise BadInput(f"shards: {path} cannot be read; delete the folder and prepare again") from None
     if differing:
         raise BadInput(
-            f"shards: {folder} holds a started preparation of another setting ({'; '.join(differing)}); delete the folder or choose another --out"
+            f"shards: {folder} holds a started preparation of another setting ({'; '.join(differing)});"
+            " delete the folder or choose another --out"
         )
     kept = {shard["file"] for shard in state["shards"]}
     # Only its own: other parts may be at work beside it.
@@ -118,13 +121,16 @@ def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
     for shard in state["shards"]:
         if not (folder / shard["file"]).is_file() or shards.sha256(folder / shard["file"]) != shard["sha256"]:
             raise BadInput(
-                f"shards: {folder / shard['file']} of a started preparation is damaged or missing; delete the folder and prepare again"
+                f"shards: {folder / shard['file']} of a started preparation is damaged or missing; delete the"
+                " folder and prepare again"
             )
     return state
 
 
 def _finished(path: Path) -> dict:
-    """What a finished part says of itself.  Raises BadInput if it cannot be read, or is not what this module writes."""
+    """What a finished part says of itself.  Raises BadInput if it cannot be read, or is not what this module
+    writes.
+    """
     try:
         found = shards.read_json(path)
         if not (
@@ -144,13 +150,16 @@ def _finished(path: Path) -> dict:
 def _refuse_other_corpus(
     files: list[corpus.File] | None, records: list | None, where: str, *others: list
 ) -> None:
-    """Raises BadInput beginning with ``where`` if the corpus is not what ``records``, and ``others`` of the same files, say was read."""
+    """Raises BadInput beginning with ``where`` if the corpus is not what ``records``, and ``others`` of the
+    same files, say was read.
+    """
     if (files is None) != (records is None) or (
         records is not None and (fault := corpus.changed(files, records, *others))
     ):
         what = fault if files is not None and records is not None else "it was on the hub, or is now"
         raise BadInput(
-            f"shards: the corpus changed since {where} ({what}); restore it, or delete the folder and prepare again"
+            f"shards: the corpus changed since {where} ({what}); restore it, or delete the folder and prepare"
+            " again"
         )
 
 
@@ -171,7 +180,8 @@ def _refuse_finished_of_other_corpus(recipe: Recipe, folder: Path, manifest: dic
         [file.path.name, file.path.stat().st_size] for file in files
     ]:  # as earlier versions noted it
         raise BadInput(
-            f"shards: the corpus changed since {folder} was made (names or sizes of its files); restore it, or delete the folder and prepare again"
+            f"shards: the corpus changed since {folder} was made (names or sizes of its files); restore it,"
+            " or delete the folder and prepare again"
         )
 
 
@@ -182,7 +192,8 @@ def _share(wanted: int, part: tuple[int, int] | None) -> tuple[int, int]:
     number, count = part
     if count > wanted:
         raise BadInput(
-            f"--part {number}/{count}: data.tokens asks for {wanted} rows, which are not enough for {count} parts; make fewer"
+            f"--part {number}/{count}: data.tokens asks for {wanted} rows, which are not enough for {count}"
+            " parts; make fewer"
         )
     whole, more = divmod(wanted, count)
     return whole * (number - 1) + min(number - 1, more), whole + (number <= more)
@@ -218,20 +229,24 @@ def _joined(recipe: Recipe, folder: Path, parts: list[list | None]) -> list | No
     for found in zip(*parts, strict=True):
         if len({digest for _, _, _, digest in found}) > len({count for _, _, count, _ in found}):
             raise BadInput(
-                f"{told} ({found[0][0]} held other text of the same length); delete the folder and prepare again"
+                f"{told} ({found[0][0]} held other text of the same length); delete the folder and prepare"
+                " again"
             )
     if (files := _here(recipe)) is not None:
         _refuse_other_corpus(files, parts[0], f"the parts in {folder} were made", *parts[1:])
     elif any(len({count for _, _, count, _ in found if count}) > 1 for found in zip(*parts, strict=True)):
         print(
-            "warning: the corpus is not here; that all parts read the same text was compared by names and sizes",
+            "warning: the corpus is not here; that all parts read the same text was compared by names and"
+            " sizes",
             file=sys.stderr,
         )
     return [max(found, key=lambda record: record[2]) for found in zip(*parts, strict=True)]
 
 
 def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
-    """Writes the manifest of finished parts.  Raises BadInput if they are not all of one set, one is not finished, or a shard is damaged."""
+    """Writes the manifest of finished parts.  Raises BadInput if they are not all of one set, one is not
+    finished, or a shard is damaged.
+    """
     found = sorted(
         path.name
         for path in folder.iterdir()
@@ -240,7 +255,8 @@ def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
     counts = sorted({int(name[-10:-5]) for name in found})
     if len(counts) > 1:
         raise BadInput(
-            f"shards: {folder} holds parts of {' and of '.join(map(str, counts))}; delete the folder and prepare again with one number of parts"
+            f"shards: {folder} holds parts of {' and of '.join(map(str, counts))}; delete the folder and"
+            " prepare again with one number of parts"
         )
     done = [
         path
@@ -254,14 +270,16 @@ def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
     ]
     if missing:
         raise BadInput(
-            f"shards: {folder} holds {len(done)} of {counts[0]} finished parts; run `endprompt prepare ... --part I/{counts[0]}` for {', '.join(missing[:20])}, "
-            "or delete the folder to prepare without parts"
+            f"shards: {folder} holds {len(done)} of {counts[0]} finished parts; run `endprompt prepare ..."
+            f" --part I/{counts[0]}` for {', '.join(missing[:20])}, or delete the folder to prepare without"
+            " parts"
         )
     parts = [_finished(path) for path in done]
     for path, state in zip(done, parts, strict=True):
         if differing := shards.disagreements(state, expected):
             raise BadInput(
-                f"shards: {path} is of another setting ({'; '.join(differing)}); delete the folder or choose another --out"
+                f"shards: {path} is of another setting ({'; '.join(differing)}); delete the folder or choose"
+                " another --out"
             )
     records = _joined(recipe, folder, [state["corpus_files"] for state in parts])
     summed = {key: sum(state[key] for state in parts) for key in COUNTS}
@@ -294,12 +312,15 @@ def prepare(
     part: tuple[int, int] | None = None,
     embeddings: int = 2**31,
 ) -> dict:
-    """Writes the shards of ``method`` into ``folder`` and returns their manifest; goes on where a killed run stopped.
+    """Writes the shards of ``method`` into ``folder`` and returns their manifest; goes on where a killed run
+    stopped.
 
-    part: (i, n), from 1 on: only the i-th of n parts, which may be made at the same time; without it, finished parts are joined.
-    embeddings: those of the model.  A row's randomness comes from its number among all; which text it holds depends on n, as rows do not cross from part to part.
-    Raises BadInput if the corpus cannot be read, holds not one row, or holds a token without an embedding, or if ``folder`` holds shards of another
-    setting or another corpus.
+    part: (i, n), from 1 on: only the i-th of n parts, which may be made at the same time; without it,
+        finished parts are joined.
+    embeddings: those of the model.  A row's randomness comes from its number among all; which text it holds
+        depends on n, as rows do not cross from part to part. Raises BadInput if the corpus cannot be read,
+        holds not one row, or holds a token without an embedding, or if ``folder`` holds shards of another
+        setting or another corpus.
     """
     expected = settings(recipe, method, tokenizer)
     for prompt in expected["end_prompts"]:
@@ -308,7 +329,8 @@ def prepare(
         manifest = shards.read_manifest(folder)
         if differing := shards.disagreements(manifest, expected):
             raise BadInput(
-                f"shards: {folder} holds those of another setting ({'; '.join(differing)}); delete the folder or choose another --out"
+                f"shards: {folder} holds those of another setting ({'; '.join(differing)}); delete the folder"
+                " or choose another --out"
             )
         _refuse_finished_of_other_corpus(recipe, folder, manifest)
         shards.verify(folder, manifest)
@@ -318,13 +340,15 @@ def prepare(
     if part is not None:
         if (folder / PROGRESS).exists():
             raise BadInput(
-                f"shards: {folder} holds a started preparation without parts; go on without --part, or delete the folder"
+                f"shards: {folder} holds a started preparation without parts; go on without --part, or delete"
+                " the folder"
             )
         if (folder / _names(part)[1]).exists():
             state = _finished(folder / _names(part)[1])
             if differing := shards.disagreements(state, expected):
                 raise BadInput(
-                    f"shards: part {part[0]} in {folder} is of another setting ({'; '.join(differing)}); delete the folder or choose another --out"
+                    f"shards: part {part[0]} in {folder} is of another setting ({'; '.join(differing)});"
+                    " delete the folder or choose another --out"
                 )
             _refuse_finished_of_other_corpus(recipe, folder, state)
             return state
@@ -347,7 +371,8 @@ def _make(
     asked = recipe.data.tokens // recipe.row_length(method)
     if asked == 0:
         raise BadInput(
-            f"data.tokens: {recipe.data.tokens} tokens are less than one row of {recipe.row_length(method)}; raise it"
+            f"data.tokens: {recipe.data.tokens} tokens are less than one row of {recipe.row_length(method)};"
+            " raise it"
         )
     first, wanted = _share(asked, part)
     progress, finished, shard = _names(part)
@@ -426,12 +451,14 @@ def _make(
         folder.rmdir()
         rows = "one row" if at_once == 1 else f"the {at_once} rows that {method.name} makes of one stretch,"
         raise BadInput(
-            f"data.corpus: it holds fewer tokens than {rows} of {recipe.row_length(method)}; give more text or lower the length"
+            f"data.corpus: it holds fewer tokens than {rows} of {recipe.row_length(method)}; give more text"
+            " or lower the length"
         )
     if number < wanted:
         ledger.settle(None)
         print(
-            f"warning: the corpus{' of this part' if part else ''} ended after {number} of {wanted} rows; data.tokens asks for more text than there is",
+            f"warning: the corpus{' of this part' if part else ''} ended after {number} of {wanted} rows;"
+            " data.tokens asks for more text than there is",
             file=sys.stderr,
         )
     manifest = {

@@ -1,13 +1,14 @@
-"""RoPE scalings: their frequencies, and how they are written into a Hugging Face config without losing rope_theta.
+"""RoPE scalings: their frequencies, and how they are written into a Hugging Face config without losing
+rope_theta.
 
-On transformers 5, assigning ``config.rope_scaling`` after loading wipes rope_theta, and setting it on a built model does
-nothing at all.  So the scaling is merged into ``config.rope_parameters`` before the model is built, and the built model's
-frequencies are compared with those computed here, independently, in float64.
+On transformers 5, assigning ``config.rope_scaling`` after loading wipes rope_theta, and setting it on a built
+model does nothing at all.  So the scaling is merged into ``config.rope_parameters`` before the model is
+built, and the built model's frequencies are compared with those computed here, independently, in float64.
 
-Every scheme has one set of frequencies for rows of every length, so that a model is scored as it was trained.  It gives:
-``inv_freq`` [head_dim / 2] float64, radians a position; ``attention_factor``, by which cos and sin are multiplied;
-``hf_parameters``, its part of ``config.rope_parameters``, of type ``hf_type``; and ``window``, what
-``config.max_position_embeddings`` must say (None: leave it alone).
+Every scheme has one set of frequencies for rows of every length, so that a model is scored as it was trained.
+It gives: ``inv_freq`` [head_dim / 2] float64, radians a position; ``attention_factor``, by which cos and sin
+are multiplied; ``hf_parameters``, its part of ``config.rope_parameters``, of type ``hf_type``; and
+``window``, what ``config.max_position_embeddings`` must say (None: leave it alone).
 """
 
 import math
@@ -37,7 +38,9 @@ class Default:
 
 @dataclass(frozen=True)
 class Linear:
-    """Position interpolation: every angle is p / s, so every inverse frequency is divided by s (paper Eq. 2)."""
+    """Position interpolation: every angle is p / s, so every inverse frequency is divided by s (paper Eq.
+    2).
+    """
 
     factor: float
     name = hf_type = "linear"
@@ -55,12 +58,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Ntk:
-    """NTK scaling held for every length: theta' = theta x stretch^(d / (d - 2)), with stretch = factor x L / C - (factor - 1).
+    """NTK scaling held for every length: theta' = theta x stretch^(d / (d - 2)), with stretch = factor x L /
+    C - (factor - 1).
 
-    Dynamic NTK has these frequencies in a row that ends at the target length L, and others in every shorter row.  Rows of L tokens
-    train L's frequencies alone, so a model that was trained on them must keep them for every length.  What is saved is an unscaled
-    RoPE with theta', which every engine reads.  Source: bloc97 and emozilla for the formula; github.com/Leooyii/LCEG for holding it
-    (its models/llama_ntk_32k and llama_ntk_64k) and for the factor, L / C / 2 rounded up.
+    Dynamic NTK has these frequencies in a row that ends at the target length L, and others in every shorter
+    row.  Rows of L tokens train L's frequencies alone, so a model that was trained on them must keep them for
+    every length.  What is saved is an unscaled RoPE with theta', which every engine reads.  Source: bloc97
+    and emozilla for the formula; github.com/Leooyii/LCEG for holding it (its models/llama_ntk_32k and
+    llama_ntk_64k) and for the factor, L / C / 2 rounded up.
     """
 
     factor: float
@@ -87,8 +92,10 @@ class Ntk:
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (arXiv 2309.00071, section 3): frequencies that turn more than 32 times within C stay, those that turn less than once are
-    divided by s, a linear ramp over the dimensions joins them; attention is sharpened by 0.1 ln(s) + 1 on both query and key."""
+    """YaRN (arXiv 2309.00071, section 3): frequencies that turn more than 32 times within C stay, those that
+    turn less than once are divided by s, a linear ramp over the dimensions joins them; attention is sharpened
+    by 0.1 ln(s) + 1 on both query and key.
+    """
 
     factor: float
     original_length: int
@@ -133,8 +140,8 @@ def scaling_for(
 ) -> Scaling:
     """The scaling from ``original_length`` C to ``target_length`` L.
 
-    The factor is L / C, or ceil(L / C) if ``whole``; that of ``ntk`` is ceil(L / C / 2), as in LCEG's code.  Raises BadInput on an
-    unknown type.
+    The factor is L / C, or ceil(L / C) if ``whole``; that of ``ntk`` is ceil(L / C / 2), as in LCEG's code.
+    Raises BadInput on an unknown type.
     """
     ratio = target_length / original_length
     factor = math.ceil(ratio) if whole else ratio
@@ -148,14 +155,17 @@ def scaling_for(
         case "yarn":
             return Yarn(factor, original_length)
     raise BadInput(
-        f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the method's own"
+        f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the"
+        " method's own"
     )
 
 
 def forget(model) -> None:
-    """Takes the dynamic RoPE of a ``model`` that was made elsewhere back to where it was before it met a long row.
+    """Takes the dynamic RoPE of a ``model`` that was made elsewhere back to where it was before it met a long
+    row.
 
-    transformers keeps the frequencies of the longest row so far, so that what a shorter row gets depends on what came before it.
+    transformers keeps the frequencies of the longest row so far, so that what a shorter row gets depends on
+    what came before it.
     """
     import torch
 
@@ -170,16 +180,20 @@ def head_dimension(config) -> int:
 
 
 def refuse_scaled(config) -> None:
-    """Raises BadInput if the config's RoPE is scaled already: a second scaling on top would be silently wrong."""
+    """Raises BadInput if the config's RoPE is scaled already: a second scaling on top would be silently
+    wrong.
+    """
     current = getattr(config, "rope_parameters", None) or {}
     if current.get("rope_type", "default") != "default":
         raise BadInput(
-            f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled base model"
+            f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled"
+            " base model"
         )
 
 
 def apply(config, scaling: Scaling, target_length: int) -> None:
-    """Merges ``scaling`` into ``config.rope_parameters`` in place and sets max_position_embeddings to its window.
+    """Merges ``scaling`` into ``config.rope_parameters`` in place and sets max_position_embeddings to its
+    window.
 
     rope_theta stays, except under ``ntk``, which is a greater one.
 
@@ -200,11 +214,13 @@ def apply(config, scaling: Scaling, target_length: int) -> None:
 
 
 def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
-    """Compares a built rotary module with ``scaling``; returns the largest relative error of its frequencies (about 1e-7).
+    """Compares a built rotary module with ``scaling``; returns the largest relative error of its frequencies
+    (about 1e-7).
 
-    rotary: the decoder's ``rotary_emb``, whose buffer ``inv_freq`` is compared.  rope_theta: the base model's own.
-    Raises Failure if the model computes another scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta,
-    frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's attention factor.
+    rotary: the decoder's ``rotary_emb``, whose buffer ``inv_freq`` is compared.  rope_theta: the base model's
+    own. Raises Failure if the model computes another scheme, if they differ by more than 1e-5 (wrong factor,
+    wrong or lost theta, frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's
+    attention factor.
     """
     expected = scaling.inv_freq(rope_theta, head_dimension(config))
     if rotary.rope_type != scaling.hf_type:
@@ -224,7 +240,7 @@ def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
     error = float(np.max(np.abs(built - expected) / expected))
     if not error < 1e-5:
         raise Failure(
-            f"RoPE check: the model's inv_freq differs from {scaling} with rope_theta {rope_theta:g} by {error:.2g} "
-            f"(relative); built {built[:2]}..., expected {expected[:2]}..."
+            f"RoPE check: the model's inv_freq differs from {scaling} with rope_theta {rope_theta:g} by"
+            f" {error:.2g} (relative); built {built[:2]}..., expected {expected[:2]}..."
         )
     return error

@@ -1,6 +1,7 @@
 """Corpus -> tokenized stream -> rows with explicit positions.
 
-Everything random about a row comes from (seed, row number), so the rows do not depend on the number of workers.
+Everything random about a row comes from (seed, row number), so the rows do not depend on the number of
+workers.
 """
 
 import re
@@ -22,18 +23,22 @@ class EndPrompt:
 
 
 def end_prompts(recipe: Recipe, tokenizer) -> list[EndPrompt]:
-    """The recipe's prompts, tokenized.  Raises BadInput if one is a special token that the tokenizer lacks, or unreadable to it."""
+    """The recipe's prompts, tokenized.  Raises BadInput if one is a special token that the tokenizer lacks,
+    or unreadable to it.
+    """
     result = []
     for name in recipe.data.end_prompts:
         text = END_PROMPTS.get(name, name)
         if re.fullmatch(r"EP_\w+", text):
             raise BadInput(
-                f"data.end_prompts: there is no prompt {name}; use {', '.join(END_PROMPTS)}, or write the text itself"
+                f"data.end_prompts: there is no prompt {name}; use {', '.join(END_PROMPTS)}, or write the"
+                " text itself"
             )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if re.fullmatch(r"<\S+>", text) and len(ids) != 1:
             raise BadInput(
-                f"data.end_prompts: this tokenizer has no special token {text} (it would become {len(ids)} pieces); choose another prompt"
+                f"data.end_prompts: this tokenizer has no special token {text} (it would become {len(ids)}"
+                " pieces); choose another prompt"
             )
         if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
             raise BadInput(f"data.end_prompts: this tokenizer cannot write {text!r}; choose another prompt")
@@ -42,7 +47,9 @@ def end_prompts(recipe: Recipe, tokenizer) -> list[EndPrompt]:
 
 
 class Cursor:
-    """The corpus as one stream of tokens that remembers where it stands: (documents finished, tokens taken of the next)."""
+    """The corpus as one stream of tokens that remembers where it stands: (documents finished, tokens taken of
+    the next).
+    """
 
     def __init__(self, stream: Iterator[tuple[str, np.ndarray]], document: int, offset: int):
         self._stream, self.document, self.offset = stream, document, offset
@@ -59,7 +66,9 @@ class Cursor:
             self._current, self.document, self.offset = None, self.document + 1, 0
 
     def take(self, count: int) -> tuple[np.ndarray, list[str]] | None:
-        """The next ``count`` tokens and the ids of the documents they come from; None if the corpus ends before."""
+        """The next ``count`` tokens and the ids of the documents they come from; None if the corpus ends
+        before.
+        """
         parts, names, missing = [], [], count
         while missing:
             if not self._load():
@@ -82,7 +91,8 @@ class Cursor:
 
 
 def recall_spans(recipe: Recipe, length: int) -> np.ndarray:
-    """Int64 lengths [m] of the spans that end a row of ``length`` tokens: as many as ``data.recall_share`` has room for, at least one.
+    """Int64 lengths [m] of the spans that end a row of ``length`` tokens: as many as ``data.recall_share``
+    has room for, at least one.
 
     Raises BadInput if they leave less text than one of them repeats.
     """
@@ -90,8 +100,8 @@ def recall_spans(recipe: Recipe, length: int) -> np.ndarray:
     count = max(1, int(recipe.data.recall_share * length) // span)
     if (count + 1) * span > length:
         raise BadInput(
-            f"lengths.physical: rows of {length} tokens leave too little text beside {count} repeated spans of {span} tokens "
-            "(data.recall_cue + data.recall_tokens); raise it, or make the spans shorter"
+            f"lengths.physical: rows of {length} tokens leave too little text beside {count} repeated spans"
+            f" of {span} tokens (data.recall_cue + data.recall_tokens); raise it, or make the spans shorter"
         )
     return np.full(count, span, np.int64)
 
@@ -99,8 +109,10 @@ def recall_spans(recipe: Recipe, length: int) -> np.ndarray:
 def recall(
     text: np.ndarray, spans: np.ndarray, cue: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [sum of spans] that repeat ``text`` [a], one span from each of places drawn uniformly; their float32 loss weights, 0 for the first
-    ``cue`` tokens of a span, which nothing predicts, and 1 for the rest, which follow from them and the text)."""
+    """(ids [sum of spans] that repeat ``text`` [a], one span from each of places drawn uniformly; their
+    float32 loss weights, 0 for the first ``cue`` tokens of a span, which nothing predicts, and 1 for the
+    rest, which follow from them and the text).
+    """
     starts = [int(rng.integers(0, len(text) - span, endpoint=True)) for span in spans]
     weights = [np.arange(span) >= cue for span in spans]
     return np.concatenate(
@@ -109,14 +121,18 @@ def recall(
 
 
 def rows_at_once(recipe: Recipe, method: Method) -> int:
-    """How many rows are made of one stretch of the corpus; between them the cursor stands behind all of it."""
+    """How many rows are made of one stretch of the corpus; between them the cursor stands behind all of
+    it.
+    """
     return max(1, recipe.lengths.target // recipe.row_length(method)) if method.matched else 1
 
 
 def _matched_rows(
     recipe: Recipe, length: int, count: int, cursor: Cursor, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, list[str]]]:
-    """(ids [length], ids of the documents) of the ``count`` rows that the next tokens make; none at the end of the corpus."""
+    """(ids [length], ids of the documents) of the ``count`` rows that the next tokens make; none at the end
+    of the corpus.
+    """
     together = recipe.data.match_pieces
     taken = [cursor.take(length // together) for _ in range(count * together)]
     if taken[-1] is None:
@@ -136,8 +152,8 @@ def row_maker(
 ) -> Callable[[int, Cursor], dict | None]:
     """A function (row number, cursor) -> row of the shard schema, None at the end of the corpus.
 
-    With ``data.pose_text: later_span`` the chunks of a chunked row are spread over the first target_length tokens of its document, as
-    github.com/dwzhu-pku/PoSE does; the positions are those of contiguous text.
+    With ``data.pose_text: later_span`` the chunks of a chunked row are spread over the first target_length
+    tokens of its document, as github.com/dwzhu-pku/PoSE does; the positions are those of contiguous text.
     """
     length, target = recipe.row_length(method), recipe.lengths.target
     later = method.chunked and not method.matched and recipe.data.pose_text == "later_span"
@@ -145,17 +161,20 @@ def row_maker(
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if longest >= length:
         raise BadInput(
-            f"lengths.physical: rows of {length} tokens leave no room for text beside an end prompt of {longest}; raise it"
+            f"lengths.physical: rows of {length} tokens leave no room for text beside an end prompt of"
+            f" {longest}; raise it"
         )
 
     at_once, waiting = rows_at_once(recipe, method), []
     if method.matched and recipe.data.packing != "cut":
         raise BadInput(
-            f"data.packing: {method.name} takes stretches of {at_once * length} tokens apart, whatever documents they are of; set data.packing=cut"
+            f"data.packing: {method.name} takes stretches of {at_once * length} tokens apart, whatever"
+            " documents they are of; set data.packing=cut"
         )
     if method.matched and length % recipe.data.match_pieces:
         raise BadInput(
-            f"data.match_pieces: rows of {length} tokens (lengths.physical) cannot be cut into {recipe.data.match_pieces} equal pieces; change one of them"
+            f"data.match_pieces: rows of {length} tokens (lengths.physical) cannot be cut into"
+            f" {recipe.data.match_pieces} equal pieces; change one of them"
         )
 
     def make(number: int, cursor: Cursor) -> dict | None:

@@ -1,4 +1,6 @@
-"""A run's folder while something works in it: who holds it, how far it has come, and the wish that it stop."""
+"""A run's folder while something works in it: who holds it, how far it has come, and the wish that it
+stop.
+"""
 
 import contextlib
 import datetime
@@ -24,12 +26,16 @@ def prepare_lock(part: tuple[int, int] | None = None) -> str:
 
 def _holder() -> str:
     job = os.environ.get("SLURM_JOB_ID")
-    return f"{socket.gethostname()} pid {os.getpid()}{f' Slurm job {job}' if job else ''} since {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}"
+    return (
+        f"{socket.gethostname()} pid {os.getpid()}{f' Slurm job {job}' if job else ''} since"
+        f" {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}"
+    )
 
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Keeps every other process out of what the lock file ``path`` stands for; the kernel lets go when this process ends, however it ends.
+    """Keeps every other process out of what the lock file ``path`` stands for; the kernel lets go when this
+    process ends, however it ends.
 
     A POSIX record lock: NFS knows it, and processes forked from this one do not inherit it.
     Raises BadInput naming the holder if another process has it.
@@ -48,11 +54,13 @@ def hold(path: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             file.close()
             raise BadInput(
-                f"{path.parent} is in use by {holder} ({path.name}); wait until it has ended, or choose another --out"
+                f"{path.parent} is in use by {holder} ({path.name}); wait until it has ended, or choose"
+                " another --out"
             ) from None
         except OSError as error:
             print(
-                f"warning: {path}: this file system has no locks ({error.strerror}); nothing keeps two runs out of one folder",
+                f"warning: {path}: this file system has no locks ({error.strerror}); nothing keeps two runs"
+                " out of one folder",
                 file=sys.stderr,
             )
         # Whoever held it before may have removed the file between our opening and our locking it.
@@ -115,12 +123,15 @@ def _ago(seconds: float) -> str:
 
 
 def summary(run: Path) -> dict:
-    """What ``endprompt status`` prints of a run's folder, as a dictionary.  Raises BadInput if ``run`` is no run's folder."""
+    """What ``endprompt status`` prints of a run's folder, as a dictionary.  Raises BadInput if ``run`` is no
+    run's folder.
+    """
     if not (run / "recipe.yaml").is_file() and not any(
         (run / name).exists() for name in ("shards", "checkpoints", "model", STATUS)
     ):
         raise BadInput(
-            f"status: {run} is no run's folder; name one that `endprompt prepare` or `train` wrote, OUT/<recipe>/<method>"
+            f"status: {run} is no run's folder; name one that `endprompt prepare` or `train` wrote,"
+            " OUT/<recipe>/<method>"
         )
     found: dict = {"run": str(run)}
     with contextlib.suppress(BadInput):

@@ -1,11 +1,13 @@
 """Shifted sparse attention (LongLoRA, arXiv 2309.12307, section 3.2) in the form that cannot see the future.
 
-A row is cut into groups of g tokens and attention stays inside a group.  The first half of the heads (rounded up) have their
-borders at g, 2g, ...; for the others they are moved by half a group, to g/2, 3g/2, ...  Cut at borders, every group is a stretch of
-the row, so causal inside a group is causal in the row.  (The original rolls the row by g/2 instead, which puts its end and its
-beginning into one group, and under a causal mask over the rolled order the beginning then sees the end.)
+A row is cut into groups of g tokens and attention stays inside a group.  The first half of the heads (rounded
+up) have their borders at g, 2g, ...; for the others they are moved by half a group, to g/2, 3g/2, ...  Cut at
+borders, every group is a stretch of the row, so causal inside a group is causal in the row.  (The original
+rolls the row by g/2 instead, which puts its end and its beginning into one group, and under a causal mask
+over the rolled order the beginning then sees the end.)
 
-It is for training only: a module in eval mode attends in full, and ``uninstall`` gives the model its own attention back.
+It is for training only: a module in eval mode attends in full, and ``uninstall`` gives the model its own
+attention back.
 """
 
 import torch
@@ -15,12 +17,15 @@ NAME = "endprompt_s2"
 
 
 def borders(length: int, group: int, shifted: bool) -> list[int]:
-    """Where the groups of a row of ``length`` tokens start: [0, g, 2g, ...], or shifted [0, g/2, 3g/2, ...] with g/2 rounded down."""
+    """Where the groups of a row of ``length`` tokens start: [0, g, 2g, ...], or shifted [0, g/2, 3g/2, ...]
+    with g/2 rounded down.
+    """
     return [0, *range(group // 2 if shifted else group, length, group)]
 
 
 def _cut(x: torch.Tensor, first: int, group: int) -> torch.Tensor:
-    """[batch, ..., length, width] with groups that start at 0, first, first + group, ... -> [batch, groups, ..., group, width].
+    """[batch, ..., length, width] with groups that start at 0, first, first + group, ... -> [batch, groups,
+    ..., group, width].
 
     Groups that are too short are filled with zeros at their end, where a causal mask hides them.
     """
@@ -43,10 +48,11 @@ def shifted_sparse_attention(
 ) -> torch.Tensor:
     """Causal attention within groups; half of the heads have their borders moved by half a group.
 
-    query [batch, heads, length, head_dim]; key and value the same, or with fewer heads that divide those of query; padding: bool
-    [batch, length], True for tokens, or None.  Returns [batch, heads, length, head_dim]; what stands at padding has no meaning.
-    No row or batchmate changes the borders, so that a row's result does not depend on the batch it is in.  One group spans a row,
-    and this is full attention, where length <= group // 2.  Memory: rows, not squares; with padding on the left, group x length.
+    query [batch, heads, length, head_dim]; key and value the same, or with fewer heads that divide those of
+    query; padding: bool [batch, length], True for tokens, or None.  Returns [batch, heads, length, head_dim];
+    what stands at padding has no meaning. No row or batchmate changes the borders, so that a row's result
+    does not depend on the batch it is in.  One group spans a row, and this is full attention, where length <=
+    group // 2.  Memory: rows, not squares; with padding on the left, group x length.
     """
     heads, length = query.shape[1:3]
     # Before the heads are halved: with grouped queries, the halves need not hold whole groups of heads.
@@ -77,16 +83,22 @@ def shifted_sparse_attention(
 
 
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention interface: query [batch, heads, length, head_dim] -> ([batch, length, heads, head_dim], None).
+    """transformers' attention interface: query [batch, heads, length, head_dim] -> ([batch, length, heads,
+    head_dim], None).
 
     attention_mask: bool [batch, keys] or None, as transformers' mask function for FlashAttention leaves it.
     """
     if module.training:
         if query.shape[2] != key.shape[2]:
             raise RuntimeError("shifted sparse attention trains on whole rows, without a key-value cache")
-        return shifted_sparse_attention(
-            query, key, value, module.s2_group_size, attention_mask, scaling, dropout
-        ).transpose(1, 2).contiguous(), None
+        return (
+            shifted_sparse_attention(
+                query, key, value, module.s2_group_size, attention_mask, scaling, dropout
+            )
+            .transpose(1, 2)
+            .contiguous(),
+            None,
+        )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     queries, keys = query.shape[2], key.shape[2]
@@ -103,9 +115,11 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
 
 
 def install(model, group_size: int) -> str:
-    """Switches ``model`` to shifted sparse attention with groups of ``group_size`` tokens; returns the attention it had, for ``uninstall``.
+    """Switches ``model`` to shifted sparse attention with groups of ``group_size`` tokens; returns the
+    attention it had, for ``uninstall``.
 
-    The size is kept on the modules, not in the config, which is saved.  Raises ValueError if a group is less than two tokens.
+    The size is kept on the modules, not in the config, which is saved.  Raises ValueError if a group is less
+    than two tokens.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask

@@ -1,12 +1,14 @@
-"""Sequence parallelism: a row's tokens spread over N ranks, by DeepSpeed's Ulysses (ALST) as the HF Trainer and accelerate drive it.
+"""Sequence parallelism: a row's tokens spread over N ranks, by DeepSpeed's Ulysses (ALST) as the HF Trainer
+and accelerate drive it.
 
-Around attention, all-to-all exchanges swap a share of the tokens for a share of the heads, so that every rank attends over whole
-rows with some of the heads.  Ulysses drops the attention mask, so rows must be contiguous, equally long and without padding.
+Around attention, all-to-all exchanges swap a share of the tokens for a share of the heads, so that every rank
+attends over whole rows with some of the heads.  Ulysses drops the attention mask, so rows must be contiguous,
+equally long and without padding.
 
-DeepSpeed's data loader deals every rank its own micro-batch, then lets the N ranks of a group work through their N micro-batches.  With
-several groups, N consecutive steps therefore hold the rows that they would hold without, but in another order, unless
-gradient_accumulation_steps is a multiple of N.
-Sources: arXiv:2309.14509, arXiv:2506.13996; deepspeed/runtime/sequence_parallel/ulysses_sp.py.
+DeepSpeed's data loader deals every rank its own micro-batch, then lets the N ranks of a group work through
+their N micro-batches.  With several groups, N consecutive steps therefore hold the rows that they would hold
+without, but in another order, unless gradient_accumulation_steps is a multiple of N. Sources:
+arXiv:2309.14509, arXiv:2506.13996; deepspeed/runtime/sequence_parallel/ulysses_sp.py.
 """
 
 import itertools
@@ -20,7 +22,8 @@ from endprompt.methods import Method
 
 
 def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, manifest: dict) -> None:
-    """Raises BadInput naming ``train.sequence_parallel`` unless ``method``, the model, the shards and the ranks allow it.
+    """Raises BadInput naming ``train.sequence_parallel`` unless ``method``, the model, the shards and the
+    ranks allow it.
 
     attention: the implementation that will train; ranks: of the whole world; manifest: of the shards.
     """
@@ -29,12 +32,14 @@ def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, ma
         return
     if not recipe.train.get("deepspeed"):
         raise BadInput(
-            f"{key}: it is DeepSpeed's; set train.deepspeed, for example to ds_configs/zero3.json, or remove the key"
+            f"{key}: it is DeepSpeed's; set train.deepspeed, for example to ds_configs/zero3.json, or remove"
+            " the key"
         )
     if method.plan is not positions.contiguous or method.end_prompt or method.attention:
         why = "shifts its own attention" if method.attention else "has jumps in its positions"
         raise BadInput(
-            f"{key}: {method.name} {why}, and Ulysses attends without a mask; it serves full_length, lceg and short, so remove the key"
+            f"{key}: {method.name} {why}, and Ulysses attends without a mask; it serves full_length, lceg and"
+            " short, so remove the key"
         )
     if ranks % n:
         raise BadInput(
@@ -43,7 +48,8 @@ def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, ma
     heads, kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if heads % n or (kv % n and n % kv):
         raise BadInput(
-            f"{key}: {n} does not divide the model's {heads} attention heads ({kv} of keys and values); choose a number that does"
+            f"{key}: {n} does not divide the model's {heads} attention heads ({kv} of keys and values);"
+            " choose a number that does"
         )
     if attention == "eager":
         raise BadInput(
@@ -51,11 +57,13 @@ def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, ma
         )
     if recipe.row_length(method) % n:
         raise BadInput(
-            f"{key}: {n} does not divide rows of {recipe.row_length(method)} tokens; choose a number that does"
+            f"{key}: {n} does not divide rows of {recipe.row_length(method)} tokens; choose a number that"
+            " does"
         )
     if manifest["tokens"] != manifest["rows"] * recipe.row_length(method):
         raise BadInput(
-            f"{key}: rows of different lengths would need padding, which Ulysses does not mask; set data.packing to cut"
+            f"{key}: rows of different lengths would need padding, which Ulysses does not mask; set"
+            " data.packing to cut"
         )
 
 
@@ -78,9 +86,10 @@ def parallelism(n: int, attention: str, ranks: int):
 def averaged_ranks(arguments, n: int) -> int:
     """By how many ranks DeepSpeed divides the sum of all ranks' gradients when ``n`` share a row.
 
-    ZeRO-3's reduce_scatter divides by all of them (reduce_scatter_coalesced), the other stages by those that do not share rows
-    (world_size / sequence_parallel_size); DeepSpeed 0.19.  tests/test_sequence_parallel.py measures both.
-    Raises BadInput for ZeRO-3 without reduce_scatter, where the divisor depends on a tensor's size.
+    ZeRO-3's reduce_scatter divides by all of them (reduce_scatter_coalesced), the other stages by those that
+    do not share rows (world_size / sequence_parallel_size); DeepSpeed 0.19.  tests/test_sequence_parallel.py
+    measures both. Raises BadInput for ZeRO-3 without reduce_scatter, where the divisor depends on a tensor's
+    size.
     """
     if n == 1:
         return arguments.world_size
@@ -89,13 +98,16 @@ def averaged_ranks(arguments, n: int) -> int:
         return arguments.world_size // n
     if not zero.get("reduce_scatter", True):
         raise BadInput(
-            "train.sequence_parallel: it needs ZeRO-3's reduce_scatter; take \"reduce_scatter\": false out of train.deepspeed's file"
+            'train.sequence_parallel: it needs ZeRO-3\'s reduce_scatter; take "reduce_scatter": false out of'
+            " train.deepspeed's file"
         )
     return arguments.world_size
 
 
 def skip_first_batches(dataloader, count: int = 0):
-    """What accelerate's function of this name does, for DeepSpeed's data loader too, which it cannot skip in: those batches are read and dropped."""
+    """What accelerate's function of this name does, for DeepSpeed's data loader too, which it cannot skip in:
+    those batches are read and dropped.
+    """
     from accelerate import skip_first_batches as skip
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
 
@@ -109,8 +121,8 @@ def skip_first_batches(dataloader, count: int = 0):
 class NewEpoch(TrainerCallback):
     """Starts DeepSpeed's data loader afresh, in the epoch's order.
 
-    It hides ``set_epoch`` from the Trainer, and, since the Trainer asks for no more batches than an epoch has, it would begin every
-    later epoch with the end of the one before: no batch at all.
+    It hides ``set_epoch`` from the Trainer, and, since the Trainer asks for no more batches than an epoch
+    has, it would begin every later epoch with the end of the one before: no batch at all.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -121,12 +133,14 @@ class NewEpoch(TrainerCallback):
 
 @torch.no_grad()
 def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
-    """Replaces the tokens of the first rank's shard by others and measures how far the logits of every other rank's shard move.
+    """Replaces the tokens of the first rank's shard by others and measures how far the logits of every other
+    rank's shard move.
 
-    batch: whole rows, the same on all ranks of a group, as many as a micro-batch has.  All ranks must call it together, the model in
-    training mode (outside it, DeepSpeed attends within a shard).  Returns the largest change of the last ``last`` tokens of the first
-    row's shard, in units of the logits' standard deviation, on the rank where it is least (0.0 exactly when cut off).
-    Raises Failure on all ranks if that is below 1e-3: the run would train shards that cannot see each other.
+    batch: whole rows, the same on all ranks of a group, as many as a micro-batch has.  All ranks must call it
+    together, the model in training mode (outside it, DeepSpeed attends within a shard).  Returns the largest
+    change of the last ``last`` tokens of the first row's shard, in units of the logits' standard deviation,
+    on the rank where it is least (0.0 exactly when cut off). Raises Failure on all ranks if that is below
+    1e-3: the run would train shards that cannot see each other.
     """
     from deepspeed.utils import groups
 
@@ -158,7 +172,8 @@ def probe(model, batch: dict[str, torch.Tensor], last: int = 64) -> float:
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
     if not float(least) >= 1e-3:
         raise Failure(
-            f"liveness probe: changing all {part} tokens of the first rank's shard moves the logits of another rank's by {float(least):.1e} standard "
-            f"deviations, so the shards cannot see each other (attention {model.config._attn_implementation!r}, train.sequence_parallel {n})"
+            f"liveness probe: changing all {part} tokens of the first rank's shard moves the logits of"
+            f" another rank's by {float(least):.1e} standard deviations, so the shards cannot see each other"
+            f" (attention {model.config._attn_implementation!r}, train.sequence_parallel {n})"
         )
     return float(least)

@@ -1,4 +1,6 @@
-"""Files of settings that anyone may have written: read up to a size, parsed as plain YAML without surprises."""
+"""Files of settings that anyone may have written: read up to a size, parsed as plain YAML without
+surprises.
+"""
 
 import os
 import re
@@ -10,7 +12,8 @@ import yaml
 
 from endprompt import BadInput
 
-# No recipe comes near them.  YAML's aliases let a page of text stand for a terabyte, which the count of values catches.
+# No recipe comes near them.  YAML's aliases let a page of text stand for a terabyte, which the count of
+# values catches.
 FILE_BYTES = 2**20
 VALUES, DEPTH = 100_000, 32
 NAME_BYTES = 200
@@ -22,7 +25,8 @@ SHIPPED = _HERE if (_HERE / "recipes").is_dir() else _HERE.parent
 
 
 def read(path: Path, most: int = FILE_BYTES) -> str:
-    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a pipe would be waited for), or above ``most`` bytes.
+    """The text of a settings file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a
+    pipe would be waited for), or above ``most`` bytes.
 
     The mark of UTF-8 (BOM) that editors on Windows put first is no part of it.
     """
@@ -65,14 +69,17 @@ Loader.add_implicit_resolver(
 
 
 def _plain(tree: Any) -> None:
-    """Raises BadInput unless ``tree`` is text, numbers, booleans, null, and lists and mappings of them, of a size that a person writes."""
+    """Raises BadInput unless ``tree`` is text, numbers, booleans, null, and lists and mappings of them, of a
+    size that a person writes.
+    """
     waiting, values = [(tree, 0)], 0
     while waiting:
         value, depth = waiting.pop()
         values += 1
         if depth > DEPTH or values > VALUES:
             raise BadInput(
-                f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself; write it out, and shorter"
+                f"it holds more than {VALUES} values, is nested more than {DEPTH} deep, or refers to itself;"
+                " write it out, and shorter"
             )
         if isinstance(value, dict | list):
             waiting += (
@@ -88,12 +95,15 @@ def _plain(tree: Any) -> None:
                 ) from None
         elif not isinstance(value, bool | int | float | None):
             raise BadInput(
-                f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it is text"
+                f"{reprlib.repr(value)} is read as {type(value).__name__}, which no key takes; quote it if it"
+                " is text"
             )
 
 
 def parse(text: str, where: str) -> Any:
-    """What stands in ``text``.  Raises BadInput beginning with ``where`` if it is not YAML, gives a key twice, or holds other than plain values."""
+    """What stands in ``text``.  Raises BadInput beginning with ``where`` if it is not YAML, gives a key
+    twice, or holds other than plain values.
+    """
     try:
         tree = yaml.load(text, Loader)
         _plain(tree)
@@ -128,8 +138,8 @@ def _name(name: Any, source: str) -> str:
         or len(name.encode(errors="replace")) > NAME_BYTES
     ):
         raise BadInput(
-            f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters, digits, dots and dashes "
-            f"(no slash, no dot or dash first, at most {NAME_BYTES} bytes)"
+            f"{source} {reprlib.repr(name)} cannot name the folder of results; use a plain name of letters,"
+            f" digits, dots and dashes (no slash, no dot or dash first, at most {NAME_BYTES} bytes)"
         )
     return name
 
@@ -159,7 +169,8 @@ def recipe(path: str | Path) -> tuple[str, dict]:
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise BadInput(
-            f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not {type(tree).__name__}"
+            f"{path}: a recipe is a mapping of sections (model, lengths, data, ...), not"
+            f" {type(tree).__name__}"
         )
     # A resolved copy names its recipe and method: it loads again under the same name.
     copied = "method" in tree and "recipe" in tree

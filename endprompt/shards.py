@@ -56,7 +56,9 @@ def _lists(arrays: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
 
 
 def encode(rows: list[dict]) -> bytes:
-    """Parquet bytes of ``rows`` (dictionaries with the columns of SCHEMA, the lists as numpy arrays); same rows, same bytes."""
+    """Parquet bytes of ``rows`` (dictionaries with the columns of SCHEMA, the lists as numpy arrays); same
+    rows, same bytes.
+    """
     table = pa.table(
         [
             _lists([row["input_ids"] for row in rows], pa.int32()),
@@ -88,7 +90,9 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What stands in a manifest or the like.  Raises OSError, or ValueError if it is not JSON in UTF-8, no regular file, or larger than MANIFEST_BYTES."""
+    """What stands in a manifest or the like.  Raises OSError, or ValueError if it is not JSON in UTF-8, no
+    regular file, or larger than MANIFEST_BYTES.
+    """
     try:
         return json.loads(settings_file.read(path, MANIFEST_BYTES))
     except RecursionError:
@@ -101,7 +105,9 @@ def whole(value: Any, least: int) -> bool:
 
 
 def listed(entries: Any) -> bool:
-    """Whether ``entries`` are a list of shards as a manifest has it: files inside the folder, each once, with their rows and checksums."""
+    """Whether ``entries`` are a list of shards as a manifest has it: files inside the folder, each once, with
+    their rows and checksums.
+    """
     return (
         isinstance(entries, list)
         and all(
@@ -119,7 +125,9 @@ def listed(entries: Any) -> bool:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a shard folder.  Raises BadInput if it is missing, not JSON, of another schema version, or at odds with itself."""
+    """The manifest of a shard folder.  Raises BadInput if it is missing, not JSON, of another schema version,
+    or at odds with itself.
+    """
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
@@ -143,15 +151,18 @@ def read_manifest(folder: Path) -> dict:
         or not listed(manifest["shards"])
     ):
         raise BadInput(
-            f"shards: {path} does not list its shards, each once with a file name, rows and sha256; delete the folder and prepare again"
+            f"shards: {path} does not list its shards, each once with a file name, rows and sha256; delete"
+            " the folder and prepare again"
         )
     if wrong := [key for key in ("rows", "tokens", "target_length") if not whole(manifest.get(key), 1)]:
         raise BadInput(
-            f"shards: {path}: {wrong[0]} is {manifest.get(wrong[0])!r:.60}, no positive whole number; delete the folder and prepare again"
+            f"shards: {path}: {wrong[0]} is {manifest.get(wrong[0])!r:.60}, no positive whole number; delete"
+            " the folder and prepare again"
         )
     if manifest["rows"] != (there := sum(shard["rows"] for shard in manifest["shards"])):
         raise BadInput(
-            f"shards: {path}: rows is {manifest['rows']}, but its shards have {there}; delete the folder and prepare again"
+            f"shards: {path}: rows is {manifest['rows']}, but its shards have {there}; delete the folder and"
+            " prepare again"
         )
     return manifest
 
@@ -165,19 +176,23 @@ def _types(schema: pa.Schema) -> list[tuple[str, str]]:
 
 
 def verify(folder: Path, manifest: dict) -> None:
-    """Raises BadInput naming the first shard that is missing or a link, or whose SHA-256, columns or number of rows are not the manifest's."""
+    """Raises BadInput naming the first shard that is missing or a link, or whose SHA-256, columns or number
+    of rows are not the manifest's.
+    """
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if path.is_symlink():
             raise BadInput(
-                f"shards: {path} is a link, and shards are files; put the file itself there, or link the whole folder"
+                f"shards: {path} is a link, and shards are files; put the file itself there, or link the"
+                " whole folder"
             )
         if not path.is_file():
             raise BadInput(f"shards: {path} is missing; delete the folder and prepare again")
         found = sha256(path)
         if found != shard["sha256"]:
             raise BadInput(
-                f"shards: {path} is damaged (sha256 {found[:12]}..., the manifest says {shard['sha256'][:12]}...); delete the folder and prepare again"
+                f"shards: {path} is damaged (sha256 {found[:12]}..., the manifest says"
+                f" {shard['sha256'][:12]}...); delete the folder and prepare again"
             )
         try:
             file = pq.ParquetFile(path)
@@ -192,11 +207,13 @@ def verify(folder: Path, manifest: dict) -> None:
                 + (Counter(_types(SCHEMA)) - Counter(_types(columns)))
             )
             raise BadInput(
-                f"shards: {path} has other columns than schema version {SCHEMA_VERSION} ({differing[0][0]!r}); delete the folder and prepare again"
+                f"shards: {path} has other columns than schema version {SCHEMA_VERSION}"
+                f" ({differing[0][0]!r}); delete the folder and prepare again"
             )
         if count != shard["rows"]:
             raise BadInput(
-                f"shards: {path} holds {count} rows, the manifest says {shard['rows']}; delete the folder and prepare again"
+                f"shards: {path} holds {count} rows, the manifest says {shard['rows']}; delete the folder and"
+                " prepare again"
             )
 
 
@@ -205,7 +222,9 @@ def _line(error: BaseException) -> str:
 
 
 def _row_fault(batch: pa.RecordBatch, target: int, embeddings: int) -> tuple[int, str] | None:
-    """(index, what is wrong) of a row of ``batch`` that cannot be trained on, or None: the checks of ``positions.check`` and more, on all rows at once."""
+    """(index, what is wrong) of a row of ``batch`` that cannot be trained on, or None: the checks of
+    ``positions.check`` and more, on all rows at once.
+    """
     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
     for name, column in columns.items():
         if column.null_count or (pa.types.is_list(column.type) and column.values.null_count):
@@ -255,11 +274,12 @@ def _row_fault(batch: pa.RecordBatch, target: int, embeddings: int) -> tuple[int
 
 
 def check_rows(folder: Path, manifest: dict, embeddings: int = 2**31) -> None:
-    """Raises BadInput naming the first row that cannot be trained on: unequal lists, nulls, positions that fall or leave the target length,
-    token ids from ``embeddings`` on.
+    """Raises BadInput naming the first row that cannot be trained on: unequal lists, nulls, positions that
+    fall or leave the target length, token ids from ``embeddings`` on.
 
-    Files of this program's own making pass; a checksum says only that a file is the one that was listed.  Reading all columns takes some
-    fifteen times as long as the checksum, so training does it once for a set of shards.
+    Files of this program's own making pass; a checksum says only that a file is the one that was listed.
+    Reading all columns takes some fifteen times as long as the checksum, so training does it once for a set
+    of shards.
     """
     number = tokens = 0
     for path in files(folder, manifest):
@@ -270,7 +290,8 @@ def check_rows(folder: Path, manifest: dict, embeddings: int = 2**31) -> None:
                 batch.validate(full=True)  # offsets inside their arrays, text in UTF-8
                 if len(batch) and (fault := _row_fault(batch, manifest["target_length"], embeddings)):
                     raise BadInput(
-                        f"shards: {path}: row {number + fault[0]}: {fault[1]}; delete the folder and prepare again"
+                        f"shards: {path}: row {number + fault[0]}: {fault[1]}; delete the folder and prepare"
+                        " again"
                     )
                 number += len(batch)
                 tokens += sum(
@@ -283,8 +304,8 @@ def check_rows(folder: Path, manifest: dict, embeddings: int = 2**31) -> None:
             ) from None
     if (number, tokens) != (manifest["rows"], manifest["tokens"]):
         raise BadInput(
-            f"shards: {folder} holds {number} rows and {tokens} tokens, the manifest says {manifest['rows']} and {manifest['tokens']}; "
-            "delete the folder and prepare again"
+            f"shards: {folder} holds {number} rows and {tokens} tokens, the manifest says {manifest['rows']}"
+            f" and {manifest['tokens']}; delete the folder and prepare again"
         )
 
 

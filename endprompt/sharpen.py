@@ -29,7 +29,9 @@ QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 
 
 def factor(power: float, original_length: int, target_length: int) -> float:
-    """(ln L / ln C) ** power.  A score that outweighs n equal ones must exceed them by ln n, so that 1 keeps at L the weight that it has at C."""
+    """(ln L / ln C) ** power.  A score that outweighs n equal ones must exceed them by ln n, so that 1 keeps
+    at L the weight that it has at C.
+    """
     return (
         math.log(target_length) / math.log(max(2, original_length))
     ) ** power  # a window of 1 is no window, but no reason to divide by 0
@@ -65,8 +67,8 @@ def inherited(config) -> dict[str, float | int]:
 
 
 def sharpen_network(network, t: float) -> None:
-    """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole weights: what a method that trains nothing
-    is scored with.
+    """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole
+    weights: what a method that trains nothing is scored with.
 
     Raises Failure if it has not one query projection a layer.
     """
@@ -80,7 +82,8 @@ def sharpen_network(network, t: float) -> None:
                 found += name.endswith("weight")
     if found != network.config.num_hidden_layers:
         raise Failure(
-            f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers; which scores would be sharpened is not known"
+            f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers;"
+            " which scores would be sharpened is not known"
         )
 
 
@@ -105,7 +108,8 @@ def sharpen(folder: Path, t: float) -> None:
             found += sum(name.endswith("weight") for name in names)
     if found != config["num_hidden_layers"]:
         raise Failure(
-            f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which scores would be sharpened is not known"
+            f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which"
+            " scores would be sharpened is not known"
         )
     note = config.get("endprompt", {})
     config["endprompt"] = {**note, "sharpened": note.get("sharpened", 1.0) * t}

@@ -1,7 +1,8 @@
 """Text -> token ids, as fast as an exact tokenizer can be had.
 
-The ids are those of the Rust library tokenizers.  Where the package fastokens is installed and is certain to write the same ids (``fast_texts``), it
-writes them some twenty times as fast.  Whole documents, and a piece of every batch, are written by both, and a difference ends the run.
+The ids are those of the Rust library tokenizers.  Where the package fastokens is installed and is certain to
+write the same ids (``fast_texts``), it writes them some twenty times as fast.  Whole documents, and a piece
+of every batch, are written by both, and a difference ends the run.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ MOST_APART = 5000  # strings that are looked for in every text
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 over the fast tokenizer's whole definition and its end token; truncation and padding settings left out."""
+    """SHA-256 over the fast tokenizer's whole definition and its end token; truncation and padding settings
+    left out.
+    """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition["truncation"] = definition["padding"] = None
     definition["eos"] = tokenizer.eos_token_id
@@ -42,10 +45,12 @@ def _parts(part: dict | None) -> list[dict]:
 
 
 def fast_texts(definition: str) -> re.Pattern | bool:
-    """Which texts fastokens writes as tokenizers does: True for all, False for none, else those that the pattern is not found in.
+    """Which texts fastokens writes as tokenizers does: True for all, False for none, else those that the
+    pattern is not found in.
 
-    All for byte-level tokenizers.  With bytes as a last resort, as Llama-2 has them, it takes a written ``<0x41>``, or another entry of the vocabulary that
-    no merges lead to, for that entry, if a letter beside it is not in the vocabulary.  Where bytes are missing, it joins unknown letters otherwise.
+    All for byte-level tokenizers.  With bytes as a last resort, as Llama-2 has them, it takes a written
+    ``<0x41>``, or another entry of the vocabulary that no merges lead to, for that entry, if a letter beside
+    it is not in the vocabulary.  Where bytes are missing, it joins unknown letters otherwise.
     """
     from tokenizers import Tokenizer
 
@@ -85,10 +90,12 @@ def fast_texts(definition: str) -> re.Pattern | bool:
 
 
 class Encoder:
-    """Ids of texts by the tokenizer of ``definition`` (the text of a tokenizer.json), never cut and never padded.
+    """Ids of texts by the tokenizer of ``definition`` (the text of a tokenizer.json), never cut and never
+    padded.
 
-    special_tokens: whether the tokenizer's own (BOS, as a rule) are put around each text.  split_special_tokens: whether the names of special tokens in a
-    text are ordinary text.  ``fast``: whether fastokens is used.
+    special_tokens: whether the tokenizer's own (BOS, as a rule) are put around each text.
+    split_special_tokens: whether the names of special tokens in a text are ordinary text.  ``fast``: whether
+    fastokens is used.
     """
 
     def __init__(self, definition: str, special_tokens: bool = True, split_special_tokens: bool = False):
@@ -154,12 +161,14 @@ class Encoder:
             count = min(len(ids), len(found))
             at = next(iter(np.flatnonzero(ids[:count] != found[:count])), count)
             raise Failure(
-                f"fastokens writes other ids than tokenizers from token {at} of the text {text[:40]!r}... on; uninstall fastokens, delete what was "
-                "prepared with it, and start again"
+                f"fastokens writes other ids than tokenizers from token {at} of the text {text[:40]!r}... on;"
+                " uninstall fastokens, delete what was prepared with it, and start again"
             )
 
     def _compare(self, texts: list[str], ids: list[np.ndarray]) -> None:
-        """Of ``texts``, of which fastokens wrote ``ids``: a piece of one, and whole ones until they are a share of all that there was."""
+        """Of ``texts``, of which fastokens wrote ``ids``: a piece of one, and whole ones until they are a
+        share of all that there was.
+        """
         text = texts[self._calls % len(texts)]
         start = self._calls * 7919 % max(1, len(text) - COMPARED_CHARACTERS)
         piece = text[start : start + COMPARED_CHARACTERS]
@@ -172,7 +181,9 @@ class Encoder:
             self._seen += len(text)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Int32 ids of each of ``texts``.  Raises Failure if fastokens and tokenizers differ on some of them."""
+        """Int32 ids of each of ``texts``.  Raises Failure if fastokens and tokenizers differ on some of
+        them.
+        """
         certain = [self._fast is not None and self._certain(text) for text in texts]
         quick = [text for text, fast in zip(texts, certain, strict=True) if fast]
         exact = iter(self._exactly([text for text, fast in zip(texts, certain, strict=True) if not fast]))
@@ -214,7 +225,8 @@ def _start_worker(definition: str, eos: int) -> None:
         # A killed parent cannot end its pool, whose workers would wait for ever.
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _worker
-    # The Rust tokenizer alone: the same ids as the Python one around it, without importing transformers in each worker.
+    # The Rust tokenizer alone: the same ids as the Python one around it, without importing transformers in
+    # each worker.
     _worker = Encoder(definition), eos
 
 
@@ -225,7 +237,9 @@ def _work(texts: list[str]) -> list[np.ndarray]:
 def tokenized(
     documents: Iterable[tuple[str, str]], tokenizer, workers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(document id, int32 ids ending in EOS) in order: fastokens on ``workers`` threads, else that many processes with a bounded number of batches in flight."""
+    """(document id, int32 ids ending in EOS) in order: fastokens on ``workers`` threads, else that many
+    processes with a bounded number of batches in flight.
+    """
     definition, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
     encoder = Encoder(definition)

@@ -1,4 +1,6 @@
-"""Training: the HF Trainer on DeepSpeed, with a weighted loss and the guards that run before the first step."""
+"""Training: the HF Trainer on DeepSpeed, with a weighted loss and the guards that run before the first
+step.
+"""
 
 import contextlib
 import datetime
@@ -47,19 +49,20 @@ from endprompt.methods import Method
 from endprompt.trainer import Probe, WeightedTrainer, flops_per_token
 from endprompt.training_keys import DEFAULTS
 
-CHECKED = (
-    "checked-rows"  # the checksums of shards whose rows were looked at once, and the number of embeddings
+CHECKED = (  # the checksums of shards whose rows were looked at once, and the number of embeddings
+    "checked-rows"
 )
 
 CHECKPOINTS_KEPT = 2
 
 
 def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
-    """(per_device_train_batch_size, gradient_accumulation_steps) that keep the recipe's tokens a step when rows are longer or shared.
+    """(per_device_train_batch_size, gradient_accumulation_steps) that keep the recipe's tokens a step when
+    rows are longer or shared.
 
-    The recipe counts rows of ``physical_length`` a device; a method with rows of ``target_length`` takes fewer of them, and N devices
-    that share rows (sequence parallelism) take N times as many together.
-    Raises BadInput if the recipe's step holds less than one such row for each of those that share it.
+    The recipe counts rows of ``physical_length`` a device; a method with rows of ``target_length`` takes
+    fewer of them, and N devices that share rows (sequence parallelism) take N times as many together. Raises
+    BadInput if the recipe's step holds less than one such row for each of those that share it.
     """
     rows, accumulation = (
         recipe.train.get("per_device_train_batch_size", 1),
@@ -71,29 +74,34 @@ def batch_shape(recipe: Recipe, method: Method) -> tuple[int, int]:
     total = rows * accumulation / ratio
     if total.denominator != 1:
         raise BadInput(
-            f"train: {rows} x {accumulation} rows of {recipe.lengths.physical} tokens are {float(total):g} rows of {recipe.row_length(method)}, which "
-            f"{method.name} trains on; make per_device_train_batch_size x gradient_accumulation_steps a multiple of {ratio.numerator}"
+            f"train: {rows} x {accumulation} rows of {recipe.lengths.physical} tokens are {float(total):g}"
+            f" rows of {recipe.row_length(method)}, which {method.name} trains on; make"
+            f" per_device_train_batch_size x gradient_accumulation_steps a multiple of {ratio.numerator}"
         )
     wide = math.gcd(int(total), max(1, int(rows / ratio)))
     return wide, int(total) // wide
 
 
 def resumed_shape(shape: tuple[int, int], world_size: int, before: dict) -> tuple[int, int]:
-    """``batch_shape`` on another number of ranks than the checkpoint's: as many rows a step as ``before`` (its marker), so that the steps
-    hold the same rows.  Raises BadInput if the ranks do not divide them."""
+    """``batch_shape`` on another number of ranks than the checkpoint's: as many rows a step as ``before``
+    (its marker), so that the steps hold the same rows.  Raises BadInput if the ranks do not divide them.
+    """
     wanted = before.get("rows_per_step")
     if wanted is None or before["world_size"] == world_size:
         return shape
     if wanted % world_size:
         raise BadInput(
-            f"train: the run's steps hold {wanted} rows, which {world_size} ranks do not divide; start a number of ranks that does, such as {before['world_size']}"
+            f"train: the run's steps hold {wanted} rows, which {world_size} ranks do not divide; start a"
+            f" number of ranks that does, such as {before['world_size']}"
         )
     wide = math.gcd(wanted // world_size, shape[0])
     return wide, wanted // world_size // wide
 
 
 def set_up_environment() -> bool:
-    """Decides GPU or CPU and tells DeepSpeed, which reads its environment on import; returns whether there is a GPU."""
+    """Decides GPU or CPU and tells DeepSpeed, which reads its environment on import; returns whether there is
+    a GPU.
+    """
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -124,7 +132,9 @@ def loading_universal(options: dict) -> dict:
 def training_arguments(
     recipe: Recipe, shape: tuple[int, int], run: Path, cuda: bool, universal: bool
 ) -> TrainingArguments:
-    """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal checkpoint."""
+    """shape: (rows, accumulation) of ``batch_shape``; universal: what is resumed from is a universal
+    checkpoint.
+    """
     rows, accumulation = shape
     given = {
         key: value
@@ -183,12 +193,14 @@ def training_arguments(
 def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: bool, embeddings: int = 2**31):
     """The shards as a memory-mapped dataset.
 
-    Raises BadInput where they are missing, damaged, of another recipe or tokenizer, or hold token ids from ``embeddings`` on.
+    Raises BadInput where they are missing, damaged, of another recipe or tokenizer, or hold token ids from
+    ``embeddings`` on.
     """
     manifest = shards.read_manifest(folder)
     if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
         raise BadInput(
-            f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); prepare them again, or mend the recipe"
+            f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); prepare them"
+            " again, or mend the recipe"
         )
     if verify:
         shards.verify(folder, manifest)
@@ -214,7 +226,9 @@ def load_rows(recipe: Recipe, method: Method, tokenizer, folder: Path, verify: b
 
 
 def sample(dataset, collator: Collator, ends: int = 64) -> dict[str, torch.Tensor]:
-    """The first row's first and last ``ends`` tokens at their positions, as a batch; the same on every rank."""
+    """The first row's first and last ``ends`` tokens at their positions, as a batch; the same on every
+    rank.
+    """
     row = dict(dataset[0])
     kept = sorted({*range(len(row["input_ids"]))[:ends], *range(len(row["input_ids"]))[-ends:]})
     return collator(
@@ -231,7 +245,9 @@ def sample(dataset, collator: Collator, ends: int = 64) -> dict[str, torch.Tenso
 
 
 def agree(run: Path, newest: Path | None) -> None:
-    """Raises BadInput on every rank unless all of them see the same ``run`` folder and would resume from the same checkpoint."""
+    """Raises BadInput on every rank unless all of them see the same ``run`` folder and would resume from the
+    same checkpoint.
+    """
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return
     main, name = torch.distributed.get_rank() == 0, [f".shared-{uuid.uuid4().hex}"]
@@ -246,11 +262,13 @@ def agree(run: Path, newest: Path | None) -> None:
         token.unlink()
     if blind := [str(rank) for rank, (there, _) in enumerate(seen) if not there]:
         raise BadInput(
-            f"--out: {run} is not the same folder on all nodes (rank {', '.join(blind)} does not see what rank 0 wrote); put --out on storage that the nodes share"
+            f"--out: {run} is not the same folder on all nodes (rank {', '.join(blind)} does not see what"
+            " rank 0 wrote); put --out on storage that the nodes share"
         )
     if len({name for _, name in seen}) > 1:
         raise BadInput(
-            f"checkpoints: the ranks would resume from different ones ({sorted({str(name) for _, name in seen})}); put --out on storage that the nodes share"
+            "checkpoints: the ranks would resume from different ones"
+            f" ({sorted({str(name) for _, name in seen})}); put --out on storage that the nodes share"
         )
 
 
@@ -271,17 +289,19 @@ def make_universal(newest: Path) -> None:
         if result.returncode:
             last = (result.stdout.strip().splitlines() or ["no output"])[-1]
             raise Failure(
-                f"train: {newest} could not be converted for another number of ranks: {last}; start as many ranks as before"
+                f"train: {newest} could not be converted for another number of ranks: {last}; start as many"
+                " ranks as before"
             )
     checkpoint.barrier()
 
 
 def train(recipe: Recipe, method: Method, run: Path) -> None:
-    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model`` and a summary in ``run/train.json``, or, if it
-    was asked to stop before the end (see watch.StopRequest), a checkpoint.
+    """Trains ``method`` on the shards in ``run`` and leaves a plain HF model in ``run/model`` and a summary
+    in ``run/train.json``, or, if it was asked to stop before the end (see watch.StopRequest), a checkpoint.
 
-    Goes on from the newest whole checkpoint, on any number of ranks that divides its rows a step.  Raises BadInput on unusable input,
-    Failure when a guard ends the run, another rank is lost, or a file cannot be written.
+    Goes on from the newest whole checkpoint, on any number of ranks that divides its rows a step.  Raises
+    BadInput on unusable input, Failure when a guard ends the run, another rank is lost, or a file cannot be
+    written.
     """
     request = watch.StopRequest(run)
     cuda = set_up_environment()
@@ -297,7 +317,8 @@ def train(recipe: Recipe, method: Method, run: Path) -> None:
         raise
     except Exception as error:
         timeout = recipe.train.get("ddp_timeout", 1800)
-        # A file that cannot be written ends one rank; what the others see is that it is gone, and theirs is not the reason to keep.
+        # A file that cannot be written ends one rank; what the others see is that it is gone, and theirs is
+        # not the reason to keep.
         unwritable = watch.unwritable(error)
         reason = unwritable or watch.lost_rank(error, timeout)
         if unwritable or isinstance(error, Failure):
@@ -313,7 +334,8 @@ def train(recipe: Recipe, method: Method, run: Path) -> None:
             raise
         newest = checkpoint_files.newest(run / "checkpoints")
         failure = Failure(
-            f"train: rank {rank}: {reason}; the last good checkpoint is {newest or 'none, the base model'}; the same command goes on from it"
+            f"train: rank {rank}: {reason}; the last good checkpoint is {newest or 'none, the base model'};"
+            " the same command goes on from it"
         )
         failure.everywhere = True
         raise failure from error
@@ -335,7 +357,8 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         checkpoint_files.refuse_foreign(newest)
     if resized and shared > 1:
         raise BadInput(
-            f"train.sequence_parallel: {newest} is of {before['world_size']} ranks, and a run that shares rows cannot go on with {world_size}; start as many as before"
+            f"train.sequence_parallel: {newest} is of {before['world_size']} ranks, and a run that shares"
+            f" rows cannot go on with {world_size}; start as many as before"
         )
     shape = resumed_shape(batch_shape(recipe, method), world_size, before)
     universal = resized and bool(recipe.train.get("deepspeed"))
@@ -344,9 +367,11 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
         import deepspeed
 
         if not cuda:
-            # DeepSpeed would compile a C++ all-reduce over shared memory first; gloo does it, and the first run starts a minute earlier.
+            # DeepSpeed would compile a C++ all-reduce over shared memory first; gloo does it, and the first
+            # run starts a minute earlier.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Partitioned loading below asks DeepSpeed for the number of ranks; on CPU accelerate has not told it yet.
+        # Partitioned loading below asks DeepSpeed for the number of ranks; on CPU accelerate has not told it
+        # yet.
         deepspeed.init_distributed(
             "nccl" if cuda else "gloo",
             auto_mpi_discovery=False,
@@ -423,7 +448,8 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
             request.file.unlink(missing_ok=True)
             runfolder.write_status(run, state="stopped on request", step=trainer.state.global_step)
             print(
-                f"train: stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint; the same command goes on",
+                f"train: stopped on request after step {trainer.state.global_step} of"
+                f" {trainer.state.max_steps} with a checkpoint; the same command goes on",
                 flush=True,
             )
         return

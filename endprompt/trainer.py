@@ -23,11 +23,12 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config, attended: int, layers_frozen: bool = False, head_frozen: bool = False) -> float:
-    """Training FLOPs a token: 6 per weight of every matrix product (the output layer's too, the embedding look-up none), and causal
-    attention's 6 x layers x heads x head_dim x attended (QK^T and AV, forward and backward, half of the square).
+    """Training FLOPs a token: 6 per weight of every matrix product (the output layer's too, the embedding
+    look-up none), and causal attention's 6 x layers x heads x head_dim x attended (QK^T and AV, forward and
+    backward, half of the square).
 
-    attended: the row's length, or the group's in shifted sparse attention.  A frozen weight costs 4, having no gradient of its own;
-    the adapters' share, some r / hidden_size of it, is left out.
+    attended: the row's length, or the group's in shifted sparse attention.  A frozen weight costs 4, having
+    no gradient of its own; the adapters' share, some r / hidden_size of it, is left out.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv = (
@@ -42,7 +43,9 @@ def flops_per_token(config, attended: int, layers_frozen: bool = False, head_fro
 
 
 def kinds(target: torch.Tensor, is_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Masks [rows, columns] of the targets of text, of the prompt, and of the prompt without its first token in a row."""
+    """Masks [rows, columns] of the targets of text, of the prompt, and of the prompt without its first token
+    in a row.
+    """
     later = is_prompt.clone()
     later[:, 1:] &= is_prompt[:, :-1]
     later[:, 0] = False
@@ -55,9 +58,11 @@ def is_over(state) -> bool:
 
 
 class WeightedTrainer(Trainer):
-    """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is the same however rows
-    are split over ranks and accumulation.  Text loss and end-prompt loss are logged apart (mean nats a token, unweighted), and of the latter also
-    the mean without the prompt's first token: where the text ends cannot be foretold, what follows the first token can."""
+    """The HF Trainer with the loss of Eq. 11, divided by the weights of the whole global batch: the step is
+    the same however rows are split over ranks and accumulation.  Text loss and end-prompt loss are logged
+    apart (mean nats a token, unweighted), and of the latter also the mean without the prompt's first token:
+    where the text ends cannot be foretold, what follows the first token can.
+    """
 
     def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
@@ -65,7 +70,8 @@ class WeightedTrainer(Trainer):
         self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
         self.loss_is_scaled_for_ga = True
         self.last_metrics: dict[str, float] = {}
-        # Nats and targets of text, prompt, prompt without its first token, and all tokens of rows; this rank, since the last log.
+        # Nats and targets of text, prompt, prompt without its first token, and all tokens of rows; this rank,
+        # since the last log.
         self._sums = torch.zeros(7, dtype=torch.float64)
         self._since = time.perf_counter()
         self.micro_batches: list[
@@ -103,7 +109,8 @@ class WeightedTrainer(Trainer):
         return batches, self.accelerator.reduce(weights, "sum")
 
     def _prepare_input(self, data):
-        # Under DeepSpeed the Trainer casts floats to the model's dtype: in bf16 the loss would refuse the weights, and 0.1 be another number than in the divisor.
+        # Under DeepSpeed the Trainer casts floats to the model's dtype: in bf16 the loss would refuse the
+        # weights, and 0.1 be another number than in the divisor.
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -160,7 +167,9 @@ class WeightedTrainer(Trainer):
 
 
 class Probe(TrainerCallback):
-    """Runs the liveness probe on every rank, on the wrapped model and a batch of the collator, before the first step."""
+    """Runs the liveness probe on every rank, on the wrapped model and a batch of the collator, before the
+    first step.
+    """
 
     def __init__(self, dataset, collator, sequence_parallel: int):
         self.dataset, self.collator, self.sequence_parallel, self.moved = (

@@ -390,8 +390,10 @@ def _together(train: dict[str, Any]) -> None:
         (
             "optim",
             deepspeed is not None and not plain,
-            f"DeepSpeed hands {optim} flat pieces of weights, and converts AdamW's states alone for other "
-            "numbers of ranks; take adamw_torch, or train.deepspeed=null",
+            (
+                f"DeepSpeed hands {optim} flat pieces of weights, and converts AdamW's states alone for other"
+                " numbers of ranks; take adamw_torch, or train.deepspeed=null"
+            ),
         ),
         *(
             (key, not plain, f"{optim} does not read it; remove it")

@@ -1,4 +1,5 @@
-"""A ZeRO checkpoint of N ranks in the form that any number of ranks can load: DeepSpeed's universal checkpoint (arXiv 2406.18820).
+"""A ZeRO checkpoint of N ranks in the form that any number of ranks can load: DeepSpeed's universal
+checkpoint (arXiv 2406.18820).
 
     python -m endprompt.universal CHECKPOINT     # a process of its own: the converter keeps much in memory
 

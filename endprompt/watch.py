@@ -18,8 +18,9 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 class StopRequest:
     """Set by SIGUSR1, by SIGTERM, or by a file ``stop`` in the run's folder.
 
-    Slurm's ``--signal``, a preemption, torchrun (which passes SIGTERM on and waits 30 s) and its death all end here: the step under way is
-    finished, a checkpoint written, and the command ends.  Before the first step nothing is there to save, and the signals end the process.
+    Slurm's ``--signal``, a preemption, torchrun (which passes SIGTERM on and waits 30 s) and its death all
+    end here: the step under way is finished, a checkpoint written, and the command ends.  Before the first
+    step nothing is there to save, and the signals end the process.
     """
 
     def __init__(self, run: Path):
@@ -41,10 +42,12 @@ def _distributed() -> bool:
 
 
 class Watch(TrainerCallback):
-    """After every step, all ranks together: stops the run where any rank was asked to, and ends it where a loss or gradient is not finite.
+    """After every step, all ranks together: stops the run where any rank was asked to, and ends it where a
+    loss or gradient is not finite.
 
-    trainer is set once it is built; it keeps ``micro_batches``, [(row numbers [batch, 1 or more], summed loss)] of the step on this rank.
-    Raises Failure on all ranks, naming step, rank, rows and the newest whole checkpoint, before anything of that step is saved.
+    trainer is set once it is built; it keeps ``micro_batches``, [(row numbers [batch, 1 or more], summed
+    loss)] of the step on this rank. Raises Failure on all ranks, naming step, rank, rows and the newest whole
+    checkpoint, before anything of that step is saved.
     """
 
     def __init__(self, request: StopRequest, run: Path):
@@ -52,20 +55,23 @@ class Watch(TrainerCallback):
         self._plain_gradients_finite = True
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a signal that Python handles.
+        # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a
+        # signal that Python handles.
         self.request.listen()
         state.compute_steps(
             args, state.max_steps
         )  # the checkpoint's state says how often it was logged and saved before
         if _distributed():
-            # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was given.
+            # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was
+            # given.
             for group in list(torch.distributed.distributed_c10d._world.pg_map):
                 torch.distributed.distributed_c10d._set_pg_timeout(
                     datetime.timedelta(seconds=args.ddp_timeout), group
                 )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        # Without DeepSpeed, gradients are where everybody expects them; with it, it knows their norm afterwards.
+        # Without DeepSpeed, gradients are where everybody expects them; with it, it knows their norm
+        # afterwards.
         sums = [parameter.grad.sum() for parameter in model.parameters() if parameter.grad is not None]
         self._plain_gradients_finite = not sums or bool(torch.stack(sums).isfinite().all())
 
@@ -93,7 +99,8 @@ class Watch(TrainerCallback):
 
     def _not_finite(self, args, state, norm) -> str:
         mine = [
-            f"rank {args.process_index} micro-batch {number}, loss {float(loss):g}, rows {', '.join(map(str, rows[:, 0].tolist()))}"
+            f"rank {args.process_index} micro-batch {number}, loss {float(loss):g}, rows"
+            f" {', '.join(map(str, rows[:, 0].tolist()))}"
             for number, (rows, loss) in enumerate(self.trainer.micro_batches)
             if not math.isfinite(float(loss))
         ]
@@ -107,8 +114,9 @@ class Watch(TrainerCallback):
         )
         newest = checkpoint_files.newest(self.run / "checkpoints")
         return (
-            f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last good checkpoint is {newest or 'none, the base model'}; "
-            f"look at those rows with `endprompt inspect --row N`, or lower train.learning_rate, then start again"
+            f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last"
+            f" good checkpoint is {newest or 'none, the base model'}; look at those rows with `endprompt"
+            " inspect --row N`, or lower train.learning_rate, then start again"
         )
 
 
@@ -138,7 +146,14 @@ class Report(TrainerCallback):
                 key: value
                 for key, value in logs.items()
                 if key
-                in ("loss", "text_loss", "end_prompt_loss", "tokens_per_second", "peak_memory_gib", "mfu")
+                in (
+                    "loss",
+                    "text_loss",
+                    "end_prompt_loss",
+                    "tokens_per_second",
+                    "peak_memory_gib",
+                    "mfu",
+                )
             }
             write_status(self.run, step=state.global_step, max_steps=state.max_steps, **kept)
 
@@ -148,12 +163,17 @@ class Report(TrainerCallback):
 
 
 def lost_rank(error: BaseException, timeout: float) -> str | None:
-    """One line for what gloo and NCCL raise when another rank has ended or does not answer; None for any other error."""
+    """One line for what gloo and NCCL raise when another rank has ended or does not answer; None for any
+    other error.
+    """
     text = str(error).lower()
     if not isinstance(error, RuntimeError) or isinstance(error, Failure):
         return None
     if "timed out" in text or "timeout" in text:
-        return f"another rank did not answer for {timeout:g} s (train.ddp_timeout): it hangs, or its node is gone"
+        return (
+            f"another rank did not answer for {timeout:g} s (train.ddp_timeout): it hangs, or its node is"
+            " gone"
+        )
     if any(
         words in text
         for words in (
@@ -170,7 +190,9 @@ def lost_rank(error: BaseException, timeout: float) -> str | None:
 
 
 def unwritable(error: BaseException) -> str | None:
-    """One line for what torch.save and safetensors raise when a file cannot be written to its end; None for any other error."""
+    """One line for what torch.save and safetensors raise when a file cannot be written to its end; None for
+    any other error.
+    """
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return f"{error.filename or 'a file'} could not be written: {error.strerror}"
@@ -186,5 +208,8 @@ def unwritable(error: BaseException) -> str | None:
             "File too large",
         )
     ):
-        return f"a checkpoint or model file could not be written to its end ({text.strip().splitlines()[0][:120]}); the disk may be full, or a quota reached"
+        return (
+            "a checkpoint or model file could not be written to its end"
+            f" ({text.strip().splitlines()[0][:120]}); the disk may be full, or a quota reached"
+        )
     return None

@@ -27,8 +27,9 @@ TASKS = {
     "perplexity": (float("inf"), "{:.2f}"),
 }
 NOTE = (
-    "Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or that of one seed's own samples "
-    "(Wilson for keys) where there is one seed, or where all seeds agree exactly."
+    "Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or"
+    " that of one seed's own samples (Wilson for keys) where there is one seed, or where all seeds agree"
+    " exactly."
 )
 
 
@@ -62,7 +63,9 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
 
 
 def check(folders: list[Path]) -> None:
-    """Raises BadInput if two folders are the same, a seed comes twice, or their runs differ in more than the seed."""
+    """Raises BadInput if two folders are the same, a seed comes twice, or their runs differ in more than the
+    seed.
+    """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("a folder is named twice; a seed counts once")
     for name in methods.METHODS:
@@ -75,13 +78,15 @@ def check(folders: list[Path]) -> None:
             if setting and methods.METHODS[name].trained:
                 if seed in seeds:
                     raise BadInput(
-                        f"{seeds[seed]} and {folder / name} both have data.seed {seed}; name one folder a seed"
+                        f"{seeds[seed]} and {folder / name} both have data.seed {seed}; name one folder a"
+                        " seed"
                     )
                 seeds[seed] = folder / name
             if setting and first and setting != first[0]:
                 differing = [key for key in setting if setting[key] != first[0][key]]
                 raise BadInput(
-                    f"{first[1]} and {folder / name} differ in more than the seed ({', '.join(differing)}); compare runs of one setting"
+                    f"{first[1]} and {folder / name} differ in more than the seed ({', '.join(differing)});"
+                    " compare runs of one setting"
                 )
             first = first or ((setting, folder / name) if setting else None)
             for task in TASKS:
@@ -95,13 +100,15 @@ def check(folders: list[Path]) -> None:
                             )
                         )
                         raise BadInput(
-                            f"{before[1] / name} and {folder / name} were asked different questions ({task} at {row['scores']['length']}: {unlike}); "
-                            "evaluate them alike"
+                            f"{before[1] / name} and {folder / name} were asked different questions ({task}"
+                            f" at {row['scores']['length']}: {unlike}); evaluate them alike"
                         )
 
 
 def summary(folders: list[Path]) -> dict[str, dict]:
-    """{method: {task: {length: cell of ``intervals.over_seeds``}, "training": {key: mean}}} of the methods that were evaluated."""
+    """{method: {task: {length: cell of ``intervals.over_seeds``}, "training": {key: mean}}} of the methods
+    that were evaluated.
+    """
     result = {}
     for name in methods.METHODS:
         runs = [folder / name for folder in folders if (folder / name / "eval").is_dir()]
@@ -158,8 +165,10 @@ def table(*folders: Path) -> str:
 
 
 def compare(folders: list[Path], out: Path | None = None, title: str | None = None) -> None:
-    """Writes comparison.md, comparison.json and the pictures into ``out`` (one folder: itself; several: comparison-<recipe> in the folder
-    above them all) and prints the table.  Raises BadInput if nothing was evaluated or the folders do not belong together."""
+    """Writes comparison.md, comparison.json and the pictures into ``out`` (one folder: itself; several:
+    comparison-<recipe> in the folder above them all) and prints the table.  Raises BadInput if nothing was
+    evaluated or the folders do not belong together.
+    """
     for folder in folders:
         if not any((folder / name / "eval").is_dir() for name in methods.METHODS):
             raise BadInput(f"{folder} holds no evaluated method; run `endprompt evaluate` first")

@@ -1,16 +1,23 @@
-"""What a training step costs: time, memory and MFU by method and target length, on one device, from a model's shape with random weights.
+r"""What a training step costs: time, memory and MFU by method and target length, on one device, from a
+model's shape with random weights.
 
-    python -m endprompt.eval.efficiency --shape small --methods endprompt full_length --targets 2048 4096 8192 --out FILE
-    python -m endprompt.eval.efficiency --shape llama-3.2-1b --rows 1 2 4 --checkpointing none full --out FILE        # on a GPU; benchmarks/gpu.sh does more
+    python -m endprompt.eval.efficiency --shape small --methods endprompt full_length --targets 2048 4096 \
+        8192 --out FILE
+    # on a GPU; benchmarks/gpu.sh does more
+    python -m endprompt.eval.efficiency --shape llama-3.2-1b --rows 1 2 4 --checkpointing none full --out \
+        FILE
     python -m endprompt.eval.efficiency --picture FILE --out PICTURE
 
-Each setting is a step of ``eval/step.py`` in a process without a past (one process serves until a setting fails or wants other kernels).  A step is data (rows to
-tensors on the device), forward with the loss, backward, optimizer, each timed on the device; the figures are medians over the steps after warm-up.
-FILE is written after each setting, and a second call goes on with what it lacks; --budget SECONDS ends before what would take longer.
+Each setting is a step of ``eval/step.py`` in a process without a past (one process serves until a setting
+fails or wants other kernels).  A step is data (rows to tensors on the device), forward with the loss,
+backward, optimizer, each timed on the device; the figures are medians over the steps after warm-up. FILE is
+written after each setting, and a second call goes on with what it lacks; --budget SECONDS ends before what
+would take longer.
 
-MFU = tokens/s x ``flops_per_token`` / peak: 6 FLOPs a weight of every matrix product, attention counted causally (half of the square), nothing for recomputation.
-Memory above the states: on a GPU, the allocator's peak less what lies there between two steps.  On a CPU, the bytes of what autograd keeps for the backward pass, without
-parameters; no peak of anything else is known there.
+MFU = tokens/s x ``flops_per_token`` / peak: 6 FLOPs a weight of every matrix product, attention counted
+causally (half of the square), nothing for recomputation. Memory above the states: on a GPU, the allocator's
+peak less what lies there between two steps.  On a CPU, the bytes of what autograd keeps for the backward
+pass, without parameters; no peak of anything else is known there.
 """
 
 import argparse
@@ -71,7 +78,9 @@ class Worker:
             self.process = None
 
     def run(self, settings: dict, timeout: float | None = None) -> dict:
-        """What ``step.measure`` found, with "fits"; {"fits": False} where memory ran out, and a "reason" where anything else went wrong."""
+        """What ``step.measure`` found, with "fits"; {"fits": False} where memory ran out, and a "reason"
+        where anything else went wrong.
+        """
         if self.process and self.kernels != settings.get("kernels"):  # Liger's patches outlive a model
             self.end()
         if not self.process:
@@ -114,7 +123,9 @@ def key(entry: dict) -> tuple:
 
 
 def best(entries: list[dict], method: str, target: int, checkpointing: str | None = None) -> dict | None:
-    """The fastest of the settings of a method and target that fit, with one way of checkpointing or with any."""
+    """The fastest of the settings of a method and target that fit, with one way of checkpointing or with
+    any.
+    """
     found = [
         entry
         for entry in entries
@@ -126,8 +137,9 @@ def best(entries: list[dict], method: str, target: int, checkpointing: str | Non
 
 
 def ratios(entries: list[dict]) -> dict:
-    """endprompt against full_length at each target: tokens/s each at its best, memory above the states under the same checkpointing and kernels; and how flat
-    endprompt is from target to target, each at its best."""
+    """endprompt against full_length at each target: tokens/s each at its best, memory above the states under
+    the same checkpointing and kernels; and how flat endprompt is from target to target, each at its best.
+    """
     targets, found = sorted({entry["target"] for entry in entries}), {}
     for target in targets:
         one, other = best(entries, "endprompt", target), best(entries, "full_length", target)
@@ -164,7 +176,8 @@ def earlier(out: Path | None, shape: str, device: str) -> list[dict]:
     there = json.loads(out.read_text())
     if (there.get("shape"), there.get("device")) != (shape, device):
         raise BadInput(
-            f"--out: {out} holds {there.get('shape')} on {there.get('device')}, not {shape} on {device}; name another file"
+            f"--out: {out} holds {there.get('shape')} on {there.get('device')}, not {shape} on {device}; name"
+            " another file"
         )
     return there["entries"]
 
@@ -194,11 +207,12 @@ def measure_all(
     seconds: float | None = None,
     deadline: float | None = None,
 ) -> dict:
-    """All ``settings`` (``SETTING`` with changes) that ``out`` lacks, or that failed there for a reason, in order, each written to ``out`` when it is done.
-    Returns what ``out`` then holds.
+    """All ``settings`` (``SETTING`` with changes) that ``out`` lacks, or that failed there for a reason, in
+    order, each written to ``out`` when it is done. Returns what ``out`` then holds.
 
-    seconds: a setting's steps end after so many.  deadline: on time.monotonic; what is predicted to end after it is named in "left" instead.
-    Raises BadInput on a setting that no method has, or an ``out`` of another shape or device.
+    seconds: a setting's steps end after so many.  deadline: on time.monotonic; what is predicted to end after
+    it is named in "left" instead. Raises BadInput on a setting that no method has, or an ``out`` of another
+    shape or device.
     """
     from endprompt import provenance, shards
 
@@ -261,7 +275,10 @@ def measure_all(
 
 def tell(entry: dict) -> str:
     """An entry in one line."""
-    name = f"{entry['method']:12} target {entry['target']:8} rows {entry['rows']} checkpointing {entry['checkpointing']:4}"
+    name = (
+        f"{entry['method']:12} target {entry['target']:8} rows {entry['rows']} checkpointing"
+        f" {entry['checkpointing']:4}"
+    )
     options = "".join(
         f" {entry[option]}"
         for option in ("kernels", "compiled", "attention")
@@ -279,7 +296,9 @@ def tell(entry: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """The paper's two bars (Figure 4), time and memory, ours beside them, at the longest target that both endprompt and full_length were measured at."""
+    """The paper's two bars (Figure 4), time and memory, ours beside them, at the longest target that both
+    endprompt and full_length were measured at.
+    """
     from endprompt.eval import figures, paper
 
     entries = results["entries"]
@@ -313,7 +332,8 @@ def draw(results: dict, path: Path) -> None:
     figures.costs(
         panels,
         path,
-        f"What training costs: shape {results['shape']} on {results['device'][:40]}, and the paper's Figure 4",
+        f"What training costs: shape {results['shape']} on {results['device'][:40]}, and the paper's"
+        " Figure 4",
     )
 
 

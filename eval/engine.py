@@ -1,11 +1,13 @@
 """What runs the models: lm-evaluation-harness, made safe for long prompts.
 
-The harness' HF backend cuts a prompt that is too long from the left without failing, pads prompts of different length in one batch, and keeps
-float32 logits of whole prompts (a 64K window over 128,256 words is 31 GiB).  ``LongLM`` cuts nothing, keeps the scored logits alone, and reads prompts without padding: those
-of one length together, or, on a GPU, one after another into a common cache, from which they are answered together.
+The harness' HF backend cuts a prompt that is too long from the left without failing, pads prompts of
+different length in one batch, and keeps float32 logits of whole prompts (a 64K window over 128,256 words is
+31 GiB).  ``LongLM`` cuts nothing, keeps the scored logits alone, and reads prompts without padding: those of
+one length together, or, on a GPU, one after another into a common cache, from which they are answered
+together.
 
-Of a model's generation_config.json nothing counts but the tokens that end an answer: a repetition penalty or a forced token in it would make
-"greedy" answers others than the model's own.
+Of a model's generation_config.json nothing counts but the tokens that end an answer: a repetition penalty or
+a forced token in it would make "greedy" answers others than the model's own.
 """
 
 import functools
@@ -24,7 +26,9 @@ from endprompt.eval import prompts
 # Tokens in a batch of generation, and the logits of a batch that is scored in one piece.
 TOKENS_AT_ONCE = 16384
 LOGIT_BYTES = 2**30
-CACHE_SHARE = 0.4  # of a GPU's free memory, for the keys and values of prompts that are answered together; each new token copies a layer's
+# of a GPU's free memory, for the keys and values of prompts that are answered together; each new token copies
+# a layer's
+CACHE_SHARE = 0.4
 NO_LIMIT = 2**31 - 1
 LONGEST_ANSWER = 512  # tokens that the summarization tasks of LongBench generate
 
@@ -58,14 +62,18 @@ def shares_cache(network) -> bool:
 
 
 def ends(generation_config, tokenizer) -> list[int]:
-    """The tokens that end an answer, sorted: those of a model's generation config (None: it has none), and the tokenizer's end of sequence."""
+    """The tokens that end an answer, sorted: those of a model's generation config (None: it has none), and
+    the tokenizer's end of sequence.
+    """
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
 
 
 class Prompting:
-    """The harness' ``tok_encode`` of one text or a list of them, which ends in the text's own last token (endprompt/eval/prompts.py)."""
+    """The harness' ``tok_encode`` of one text or a list of them, which ends in the text's own last token
+    (endprompt/eval/prompts.py).
+    """
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_):
         if not isinstance(string, str):
@@ -79,8 +87,9 @@ class Prompting:
 
 
 class LongLM(Prompting, HFLM):
-    """The harness' HF model that never cuts a prompt, whatever window its config names, and decodes greedily whatever its folder asks for; same
-    scores otherwise.  ``network``'s generation config is replaced."""
+    """The harness' HF model that never cuts a prompt, whatever window its config names, and decodes greedily
+    whatever its folder asks for; same scores otherwise.  ``network``'s generation config is replaced.
+    """
 
     def __init__(self, network, tokenizer):
         super().__init__(pretrained=network, tokenizer=tokenizer, max_length=NO_LIMIT, batch_size=1)
@@ -90,7 +99,8 @@ class LongLM(Prompting, HFLM):
             pad_token_id=given.pad_token_id,
             eos_token_id=ends(given, tokenizer) or None,
         )
-        # Tokens whose keys and values one batch may hold, or 0: batches are read whole.  Dynamic frequencies are those of the longest row, for every row.
+        # Tokens whose keys and values one batch may hold, or 0: batches are read whole.  Dynamic frequencies
+        # are those of the longest row, for every row.
         self.cached_tokens = 0
         self.positions = table(network)
         if self.device.type == "cuda" and shares_cache(network):
@@ -107,7 +117,9 @@ class LongLM(Prompting, HFLM):
     def tok_batch_encode(
         self, strings, padding_side: str = "left", left_truncate_len=None, truncation: bool = False
     ):
-        """(ids, mask), both int64 [texts, longest], as ``tok_encode`` writes each text; ``truncation`` is not done."""
+        """(ids, mask), both int64 [texts, longest], as ``tok_encode`` writes each text; ``truncation`` is not
+        done.
+        """
         rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
         shape = len(rows), max(map(len, rows))
         ids, mask = torch.full(shape, self.tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
@@ -141,7 +153,9 @@ class LongLM(Prompting, HFLM):
         )
 
     def _batches(self, groups: dict[int, list[int]]) -> list[tuple[int, list[int]]]:
-        """(longest length, requests) of what may share batches, longest first: requests of one length, or neighbours by length as far as the cache reaches."""
+        """(longest length, requests) of what may share batches, longest first: requests of one length, or
+        neighbours by length as far as the cache reaches.
+        """
         ordered = sorted(groups.items(), reverse=True)
         if not self.cached_tokens:
             return ordered
@@ -155,7 +169,9 @@ class LongLM(Prompting, HFLM):
 
     @torch.no_grad()
     def _read(self, ids, mask):
-        """The cache after all tokens but the last of each row of ``ids`` [rows, tokens], padded on the left where ``mask`` is 0; each row is read alone, unpadded."""
+        """The cache after all tokens but the last of each row of ``ids`` [rows, tokens], padded on the left
+        where ``mask`` is 0; each row is read alone, unpadded.
+        """
         rows, tokens, layers = len(ids), ids.shape[1] - 1, []
         for row in range(rows):
             own = ids[row : row + 1, int((mask[row] == 0).sum()) : -1]
@@ -242,7 +258,8 @@ class LongLM(Prompting, HFLM):
 
 
 def vllm(source: str, longest: int, trust_remote_code: bool = False):
-    """The harness' vLLM model of the folder or hub id ``source``, for prompts up to ``longest`` tokens with their answers.
+    """The harness' vLLM model of the folder or hub id ``source``, for prompts up to ``longest`` tokens with
+    their answers.
 
     Raises BadInput if vLLM is not installed.
     """
@@ -250,10 +267,12 @@ def vllm(source: str, longest: int, trust_remote_code: bool = False):
         import vllm  # noqa: F401
     except ImportError as error:
         raise BadInput(
-            f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine with a GPU), or use eval.backend=hf"
+            f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine"
+            " with a GPU), or use eval.backend=hf"
         ) from None
 
-    # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for scaled models (docs/footguns.md, 9).
+    # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for
+    # scaled models (docs/footguns.md, 9).
     return _served()(
         pretrained=source,
         trust_remote_code=trust_remote_code,
@@ -298,8 +317,8 @@ def _served():
         def _fits(self, tokens: int) -> None:
             if tokens > self.max_length - 1:
                 raise ValueError(
-                    f"a prompt and its answer are {tokens} tokens, and vLLM was started for {self.max_length - 1}; raise the greatest "
-                    "of eval.lengths, or use eval.backend=hf"
+                    f"a prompt and its answer are {tokens} tokens, and vLLM was started for"
+                    f" {self.max_length - 1}; raise the greatest of eval.lengths, or use eval.backend=hf"
                 )
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -337,9 +356,9 @@ def run(
 ) -> dict[str, list[dict]]:
     """{task or subtask: the harness' samples} of ``task`` on ``lm``, greedy.
 
-    ``metadata`` reaches the task's data function (tokenizer, max_seq_lengths, samples, seed, ...).  ``defaults``: whether ``task`` is one of the
-    harness' own, not of eval/tasks.  ``generation``: what is passed to ``generate`` beyond the task's own settings.  Errors of the data function
-    pass through.
+    ``metadata`` reaches the task's data function (tokenizer, max_seq_lengths, samples, seed, ...).
+    ``defaults``: whether ``task`` is one of the harness' own, not of eval/tasks.  ``generation``: what is
+    passed to ``generate`` beyond the task's own settings.  Errors of the data function pass through.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

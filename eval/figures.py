@@ -1,5 +1,6 @@
-"""Pictures of results: length x depth heatmaps, scores against length, by distance and over steps, clusters of bars, memory and time; the paper's figures
-dashed or hatched beside ours."""
+"""Pictures of results: length x depth heatmaps, scores against length, by distance and over steps, clusters
+of bars, memory and time; the paper's figures dashed or hatched beside ours.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +12,9 @@ PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 
 
 def read(folder: Path) -> list[dict]:
-    """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by length."""
+    """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by
+    length.
+    """
     results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     newest = model_of(max(results, key=lambda result: result["date"])) if results else None
     return sorted(
@@ -64,7 +67,9 @@ def _save(figure, path: Path, title: str | None) -> None:
 
 
 def heatmaps(results: dict[str, list[dict]], path: Path, title: str | None = None) -> None:
-    """Draws accuracy by length (across) and depth of the key (down) for each named list of passkey results, into one PNG."""
+    """Draws accuracy by length (across) and depth of the key (down) for each named list of passkey results,
+    into one PNG.
+    """
     import numpy as np
 
     tall = -(-len(results) // 5)
@@ -124,9 +129,11 @@ def lines(
     limits: tuple[float, float] | None = (-3, 103),
     paper: dict[str, dict[int, float]] | None = None,
 ) -> None:
-    """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against length, into one PNG.
+    """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against
+    length, into one PNG.
 
-    ``limits`` of the vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names, as dashed lines in the same colours.
+    ``limits`` of the vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names,
+    as dashed lines in the same colours.
     """
     plt = _pyplot()
     paper = paper or {}
@@ -169,14 +176,18 @@ def lines(
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
-    figure.legend(handles=drawn, fontsize=8, loc="outside right upper") if crowded else axis.legend(
-        handles=drawn, fontsize=8
+    (
+        figure.legend(handles=drawn, fontsize=8, loc="outside right upper")
+        if crowded
+        else axis.legend(handles=drawn, fontsize=8)
     )
     _save(figure, path, title)
 
 
 def curves(panels: dict[str, dict[str, dict[int, dict]]], path: Path, title: str | None = None) -> None:
-    """Draws, for each heading of ``panels``, the mean of every named {step: {"mean", "low", "high"}} as a line and from low to high as a band, into one PNG."""
+    """Draws, for each heading of ``panels``, the mean of every named {step: {"mean", "low", "high"}} as a
+    line and from low to high as a band, into one PNG.
+    """
     colours = _colours(list(dict.fromkeys(name for series in panels.values() for name in series)))
     figure, axes = _pyplot().subplots(
         1, len(panels), figsize=(2.2 + 4 * len(panels), 4), squeeze=False, layout="constrained"
@@ -207,8 +218,10 @@ def curves(panels: dict[str, dict[str, dict[int, dict]]], path: Path, title: str
 def distances(
     results: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]], path: Path, title: str | None = None
 ) -> None:
-    """Draws, in a panel for each name, the keys found by distance between question and key, {distance: {"mean", "low", "high"}}, and the spans of
-    distances that its training rows never showed in grey, into one PNG."""
+    """Draws, in a panel for each name, the keys found by distance between question and key, {distance:
+    {"mean", "low", "high"}}, and the spans of distances that its training rows never showed in grey, into one
+    PNG.
+    """
     wide = min(4, len(results))
     tall = -(-len(results) // wide)
     figure, axes = _pyplot().subplots(
@@ -258,7 +271,8 @@ def bars(
     paper: dict[str, list[float | None]] | None = None,
     label: str = "score in %",
 ) -> None:
-    """Draws a cluster of bars for each of ``groups``: per name its {"mean", "low", "high"} with the interval, and hatched beside it what ``paper`` prints.
+    """Draws a cluster of bars for each of ``groups``: per name its {"mean", "low", "high"} with the interval,
+    and hatched beside it what ``paper`` prints.
 
     None in a list is a bar that is not there.
     """
@@ -315,7 +329,9 @@ def costs(
     path: Path,
     title: str | None = None,
 ) -> None:
-    """Draws panels, two to a row, each (title, unit, names of the bars, {series: a value a bar or None}), every bar with its value above it."""
+    """Draws panels, two to a row, each (title, unit, names of the bars, {series: a value a bar or None}),
+    every bar with its value above it.
+    """
     rows = -(-len(panels) // 2)
     figure, axes = _pyplot().subplots(
         rows,

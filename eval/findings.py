@@ -1,13 +1,17 @@
-"""What a laboratory of runs says: tables, differences with intervals, curves of the losses, keys found by length and by distance, and every number as JSON.
+r"""What a laboratory of runs says: tables, differences with intervals, curves of the losses, keys found by
+length and by distance, and every number as JSON.
 
     python -m endprompt.eval.findings runs/lab --out docs/findings
-    python -m endprompt.eval.findings docs/findings/findings.json --out docs/findings --page docs/findings.md --page README.md
-    python -m endprompt.eval.findings docs/findings/findings.json runs/lab --out docs/findings    # new runs beside old numbers
+    python -m endprompt.eval.findings docs/findings/findings.json --out docs/findings --page \
+        docs/findings.md --page README.md
+    # new runs beside old numbers
+    python -m endprompt.eval.findings docs/findings/findings.json runs/lab --out docs/findings
 
-A folder holds a folder a setting, and in it OUT of recipes/compare.sh: <setting>/seed<k>/<recipe>/<method>.  The setting ``plain`` is the one
-that the others are told apart from.  A findings.json that was written before gives the same tables and pictures without the runs.  Of several
-sources, what a later one says of a setting and method stands in the place of what an earlier one says.  A page takes those
-tables that it has a place for, between ``<!-- name -->`` and ``<!-- /name -->``.
+A folder holds a folder a setting, and in it OUT of recipes/compare.sh: <setting>/seed<k>/<recipe>/<method>.
+The setting ``plain`` is the one that the others are told apart from.  A findings.json that was written before
+gives the same tables and pictures without the runs.  Of several sources, what a later one says of a setting
+and method stands in the place of what an earlier one says.  A page takes those tables that it has a place
+for, between ``<!-- name -->`` and ``<!-- /name -->``.
 """
 
 import argparse
@@ -27,8 +31,9 @@ LOSSES = {
 
 
 def settings(runs: Path) -> dict[str, list[Path]]:
-    """{setting: folders of its recipe, one a seed} below ``runs``, ``plain`` first.  Raises BadInput if there is no plain one, or the folders of a
-    setting do not belong together."""
+    """{setting: folders of its recipe, one a seed} below ``runs``, ``plain`` first.  Raises BadInput if there
+    is no plain one, or the folders of a setting do not belong together.
+    """
     found: dict[str, list[Path]] = {}
     for folder in sorted(
         {path.parent.parent for path in runs.glob("*/seed*/*/*/eval") if path.parent.name in methods.METHODS}
@@ -36,7 +41,8 @@ def settings(runs: Path) -> dict[str, list[Path]]:
         found.setdefault(folder.parent.parent.name, []).append(folder)
     if PLAIN not in found:
         raise BadInput(
-            f"{runs} holds no evaluated run {PLAIN}/seed<k>/<recipe>/<method>; make them with recipes/lab.sh first"
+            f"{runs} holds no evaluated run {PLAIN}/seed<k>/<recipe>/<method>; make them with recipes/lab.sh"
+            " first"
         )
     for folders in found.values():
         compare.check(folders)
@@ -90,7 +96,9 @@ def _over_seeds(counts: list[tuple[int, int]]) -> dict:
 
 
 def never_seen(run: Path, length: int) -> list[tuple[int, int]] | None:
-    """Spans of distances below ``length`` that no row of ``run``'s shards has; None where there are no shards."""
+    """Spans of distances below ``length`` that no row of ``run``'s shards has; None where there are no
+    shards.
+    """
     if not (run / "shards" / shards.MANIFEST).is_file():
         return None
     manifest = shards.read_manifest(run / "shards")
@@ -101,8 +109,9 @@ def never_seen(run: Path, length: int) -> list[tuple[int, int]] | None:
 
 
 def keys(runs: list[Path], task: str) -> dict:
-    """Keys found over the seeds' ``runs`` by ``task``: {"mean": cell over all lengths, "distances": {distance: cell} at the greatest length, "never":
-    the spans of distances that the first seed's rows lack, "seen", "unseen": {length: cell} of keys at distances that they have or lack}.
+    """Keys found over the seeds' ``runs`` by ``task``: {"mean": cell over all lengths, "distances":
+    {distance: cell} at the greatest length, "never": the spans of distances that the first seed's rows lack,
+    "seen", "unseen": {length: cell} of keys at distances that they have or lack}.
 
     A key at depth d of a text of n tokens is about (1 - d) x n before the question.
     """
@@ -150,7 +159,9 @@ def keys(runs: list[Path], task: str) -> dict:
 
 
 def single(folders: list[Path], method: str) -> dict:
-    """What ``method``'s results say a seed: {"values": {task: {length: {seed's folder: score}}}, "samples": {task: {length: keys a seed}}, "commits", "devices"}."""
+    """What ``method``'s results say a seed: {"values": {task: {length: {seed's folder: score}}}, "samples":
+    {task: {length: keys a seed}}, "commits", "devices"}.
+    """
     found: dict[str, dict[int, dict[str, float]]] = {task: {} for task in compare.TASKS}
     samples, commits, devices = {task: {} for task in passkey.TASKS}, set(), set()
     for folder in folders:
@@ -167,8 +178,9 @@ def single(folders: list[Path], method: str) -> dict:
 
 
 def collect(runs: Path) -> list[dict]:
-    """An entry {"setting", "method", "name", "different", "scores": of ``compare.summary``, what ``single`` says, "passkey", "multikey": of ``keys``,
-    "losses"} for each setting and method below ``runs``."""
+    """An entry {"setting", "method", "name", "different", "scores": of ``compare.summary``, what ``single``
+    says, "passkey", "multikey": of ``keys``, "losses"} for each setting and method below ``runs``.
+    """
     entries, plain = [], None
     for setting, folders in settings(runs).items():
         for method, scores in compare.summary(folders).items():
@@ -210,7 +222,9 @@ def read(path: Path) -> dict:
 
 
 def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]:
-    """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png and sharpened.png, those of which there is something to show."""
+    """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png and
+    sharpened.png, those of which there is something to show.
+    """
     plain, drawn = [entry for entry in entries if entry["setting"] == PLAIN], []
 
     def picture(name: str) -> Path:
@@ -246,10 +260,11 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
 
 
 def joined(sources: list[Path]) -> list[dict]:
-    """The entries of ``sources`` (folders of runs, or findings.json files), later ones in the place of earlier ones.
+    """The entries of ``sources`` (folders of runs, or findings.json files), later ones in the place of
+    earlier ones.
 
-    They are ordered by setting, the plain one first, then by the method table.  Raises BadInput if a source holds no runs, or if one
-    was tested on another number of keys at a length than a source before it.
+    They are ordered by setting, the plain one first, then by the method table.  Raises BadInput if a source
+    holds no runs, or if one was tested on another number of keys at a length than a source before it.
     """
     found, before, order = {}, {}, list(methods.METHODS)
     for source in sources:
@@ -263,8 +278,8 @@ def joined(sources: list[Path]) -> list[dict]:
             if differing := [key for key, number in counted.items() if before.get(key, number) != number]:
                 task, length = differing[0]
                 raise BadInput(
-                    f"{source}: {entry['name']} was tested on {counted[task, length]} keys ({task} at {length}), and what it "
-                    f"would stand beside on {before[task, length]}; evaluate it alike"
+                    f"{source}: {entry['name']} was tested on {counted[task, length]} keys ({task} at"
+                    f" {length}), and what it would stand beside on {before[task, length]}; evaluate it alike"
                 )
             here |= counted
             found[entry["setting"], entry["method"]] = entry
@@ -281,10 +296,11 @@ def joined(sources: list[Path]) -> list[dict]:
 
 
 def findings(sources: list[Path], out: Path, title: str | None = None, pages: list[Path] = ()) -> None:
-    """Writes findings.json, tables.md and the pictures of ``draw`` into ``out``, the tables into ``pages`` too, and prints them.
+    """Writes findings.json, tables.md and the pictures of ``draw`` into ``out``, the tables into ``pages``
+    too, and prints them.
 
-    sources: as ``joined`` takes them; findings.json is left alone where it is the only source.  Raises BadInput if one holds no runs, or a
-    page is missing or has a place twice.
+    sources: as ``joined`` takes them; findings.json is left alone where it is the only source.  Raises
+    BadInput if one holds no runs, or a page is missing or has a place twice.
     """
     titles = [read(source).get("title") for source in sources if source.is_file()]
     entries, title = joined(sources), title or next(iter(titles), None)

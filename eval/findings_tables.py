@@ -7,7 +7,8 @@ from endprompt import BadInput
 from endprompt.eval import intervals, markdown, passkey
 
 STEPS = (8, 16, 32, 64, 128, 192)  # at which the losses of the end prompt are named
-# (one, another): is one better?  By the names of the entries; the questions of docs/findings.md, in their order.
+# (one, another): is one better?  By the names of the entries; the questions of docs/findings.md, in their
+# order.
 CONTRASTS = (
     ("endprompt", "short"),
     ("endprompt", "full_length"),
@@ -131,7 +132,9 @@ def perplexity(entries: list[dict]) -> str:
 
 
 def prompt_losses(entries: list[dict]) -> str:
-    """Losses of the end prompt in nats a token at some steps, mean with least and greatest seed: of all its tokens, and without the first."""
+    """Losses of the end prompt in nats a token at some steps, mean with least and greatest seed: of all its
+    tokens, and without the first.
+    """
     kinds = {"end_prompt_loss": "all", "end_prompt_later_loss": "all but the first"}
     return grid(
         ["method", "tokens", *[f"step {step}" for step in STEPS]],
@@ -145,7 +148,9 @@ def prompt_losses(entries: list[dict]) -> str:
 
 
 def seen(entries: list[dict]) -> str:
-    """Keys found in % at distances that training rows have and at those they lack, for each length where a method has both."""
+    """Keys found in % at distances that training rows have and at those they lack, for each length where a
+    method has both.
+    """
     return grid(
         ["method", "length", "at distances seen", "at distances never seen"],
         [
@@ -157,9 +162,11 @@ def seen(entries: list[dict]) -> str:
 
 
 def paired(one: dict[str, float], other: dict[str, float], samples: int) -> dict | None:
-    """The cell of the differences ``one`` - ``other`` (percent of ``samples`` keys) of the seeds that both have; None if there are none.
+    """The cell of the differences ``one`` - ``other`` (percent of ``samples`` keys) of the seeds that both
+    have; None if there are none.
 
-    Where all of them agree there is no spread to judge by: the interval is then Newcombe's (1998), of two proportions, from all seeds' samples.
+    Where all of them agree there is no spread to judge by: the interval is then Newcombe's (1998), of two
+    proportions, from all seeds' samples.
     """
     common = sorted(one.keys() & other.keys())
     if not common:
@@ -193,7 +200,9 @@ def difference(one: dict, other: dict, task: str, length: int | None) -> dict | 
 
 
 def longer(one: dict, other: dict) -> dict | None:
-    """By how many percent ``one``'s perplexity at the least length is above ``other``'s, over the seeds that both have."""
+    """By how many percent ``one``'s perplexity at the least length is above ``other``'s, over the seeds that
+    both have.
+    """
     lengths = _lengths([one], "perplexity")
     a, b = (entry["values"]["perplexity"].get(lengths[0], {}) if lengths else {} for entry in (one, other))
     common = sorted(a.keys() & b.keys())
@@ -208,7 +217,9 @@ def _apart(one: dict | None, other: dict | None) -> bool:
 
 
 def contrasts(entries: list[dict], pairs: tuple[tuple[str, str], ...] = CONTRASTS) -> str:
-    """Differences in points of two entries' keys found, paired by seed, and of perplexity at the least length in %; bold where their own intervals are apart."""
+    """Differences in points of two entries' keys found, paired by seed, and of perplexity at the least length
+    in %; bold where their own intervals are apart.
+    """
     known = {entry["name"]: entry for entry in entries}
     chosen = [(known[one], known[other]) for one, other in pairs if one in known and other in known]
     lengths, rows = _lengths(entries, "passkey"), []
@@ -278,7 +289,9 @@ def settings(entries: list[dict]) -> str:
 
 
 def evidence(entries: list[dict]) -> str:
-    """The few rows of the README: keys found by length and their mean, multikey's mean, perplexity at the least length."""
+    """The few rows of the README: keys found by length and their mean, multikey's mean, perplexity at the
+    least length.
+    """
     known = {entry["name"]: entry for entry in entries}
     rows, lengths, scored = [], _lengths(entries, "passkey"), _lengths(entries, "perplexity")
     for name in (
@@ -335,13 +348,15 @@ def tables(entries: list[dict]) -> dict[str, str]:
 
 
 def filled(page: Path, found: dict[str, str]) -> str:
-    """The text of ``page`` with those of the tables ``found`` that it has a place for.  Raises BadInput if it cannot be read, has no place, or one
-    twice or without an end."""
+    """The text of ``page`` with those of the tables ``found`` that it has a place for.  Raises BadInput if it
+    cannot be read, has no place, or one twice or without an end.
+    """
     try:
         text = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"--page {page}: it cannot be read ({getattr(error, 'strerror', None) or error}); name a page of this repository"
+            f"--page {page}: it cannot be read ({getattr(error, 'strerror', None) or error}); name a page of"
+            " this repository"
         ) from None
     places = [name for name in found if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text]
     try:
@@ -351,6 +366,7 @@ def filled(page: Path, found: dict[str, str]) -> str:
         raise BadInput(f"--page {page}: {error}") from None
     if not places:
         raise BadInput(
-            f"--page {page}: it has no place for a table; write <!-- passkey --> and <!-- /passkey -->, or another of {', '.join(found)}"
+            f"--page {page}: it has no place for a table; write <!-- passkey --> and <!-- /passkey -->, or"
+            f" another of {', '.join(found)}"
         )
     return text

@@ -15,9 +15,11 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
 def bootstrap(
     values: list[float], weights: list[float] | None = None, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval (Efron, 1979) of the mean of ``values``, weighted by ``weights``, over ``resamples`` draws of samples.
+    """The 95 % percentile interval (Efron, 1979) of the mean of ``values``, weighted by ``weights``, over
+    ``resamples`` draws of samples.
 
-    Samples that are all alike have no spread to draw from; where they are all 0 or all 100 percent the Wilson interval stands in its place.
+    Samples that are all alike have no spread to draw from; where they are all 0 or all 100 percent the Wilson
+    interval stands in its place.
     """
     found, shares = (
         np.asarray(values, float),
@@ -43,9 +45,11 @@ def bootstrap(
 def over_seeds(
     values: list[float], alone: tuple[float, float], floor: float = 0.0, ceiling: float = math.inf
 ) -> dict:
-    """{"mean", "low", "high", "seeds", "interval"} of one value a seed: Student's t over the seeds, cut to [floor, ceiling].
+    """{"mean", "low", "high", "seeds", "interval"} of one value a seed: Student's t over the seeds, cut to
+    [floor, ceiling].
 
-    ``alone``: the interval of a seed's own samples.  It stands, named "samples", for a single seed and for seeds that do not differ at
+    ``alone``: the interval of a seed's own samples.  It stands, named "samples", for a single seed and for
+    seeds that do not differ at
     all: no spread says that the seeds agree, not that the value is known exactly.
     """
     mean = math.fsum(values) / len(values)

@@ -1,10 +1,13 @@
-"""LongBench v1: its prompts, truncation and generation limits as the official scripts have them; its scores are in longbench_scores.py.
+r"""LongBench v1: its prompts, truncation and generation limits as the official scripts have them; its scores
+are in longbench_scores.py.
 
-Source of the facts: THUDM/LongBench at 2e00731, folder LongBench (pred.py, eval.py, metrics.py, config/dataset2prompt.json,
-config/dataset2maxlen.json, task.md).  The benchmark's own wording is read at run time from the installed lm-eval, where six of its 21
-templates lost white space; it is put back, and each template is held against the official one's SHA-256.
+Source of the facts: THUDM/LongBench at 2e00731, folder LongBench (pred.py, eval.py, metrics.py,
+config/dataset2prompt.json, config/dataset2maxlen.json, task.md).  The benchmark's own wording is read at run
+time from the installed lm-eval, where six of its 21 templates lost white space; it is put back, and each
+template is held against the official one's SHA-256.
 
-    lm_eval --include_path eval/tasks --tasks endprompt_longbench --model hf --model_args pretrained=DIR --metadata '{"longbench_data": "FOLDER"}'
+    lm_eval --include_path eval/tasks --tasks endprompt_longbench --model hf --model_args pretrained=DIR \
+        --metadata '{"longbench_data": "FOLDER"}'
 """
 
 import functools
@@ -23,7 +26,9 @@ from endprompt.eval import prompts
 from endprompt.eval.answers import strip_prompt
 from endprompt.eval.longbench_scores import get, score
 
-LENGTH = 32768  # tokens of a prompt beyond which its middle is cut: LCEG's choice; the official one is a number for each model
+# tokens of a prompt beyond which its middle is cut: LCEG's choice; the official one is a number for each
+# model
+LENGTH = 32768
 HUB = "zai-org/LongBench"
 # Where lm-eval's template differs from the official one: what is put in the place of what.
 _LOST = {
@@ -41,14 +46,17 @@ def _templates() -> Path:
     spec = importlib.util.find_spec("lm_eval")  # finds it without importing it
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(
-            "LongBench's prompts are read from the package lm-eval, which is not installed: pip install 'endprompt[eval]'"
+            "LongBench's prompts are read from the package lm-eval, which is not installed: pip install"
+            " 'endprompt[eval]'"
         )
     return Path(spec.submodule_search_locations[0]) / "tasks" / "longbench"
 
 
 @functools.cache
 def template(task: str) -> str:
-    """The official template, with {context} and {input}.  Raises BadInput if the installed lm-eval has other words than the benchmark."""
+    """The official template, with {context} and {input}.  Raises BadInput if the installed lm-eval has other
+    words than the benchmark.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -64,7 +72,8 @@ def template(task: str) -> str:
         )
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{path}: LongBench's prompt cannot be read ({type(error).__name__}: {error}); pip install lm-eval==0.4.13"
+            f"{path}: LongBench's prompt cannot be read ({type(error).__name__}: {error}); pip install"
+            " lm-eval==0.4.13"
         ) from None
     candidates = [raw]
     if task in _LOST:
@@ -76,22 +85,27 @@ def template(task: str) -> str:
         if hashlib.sha256(candidate.encode()).hexdigest() == about.template:
             return candidate
     raise BadInput(
-        f"{path}: the prompt of {task} is not worded as in the official dataset2prompt.json (lm-eval {importlib.metadata.version('lm_eval')}); "
-        "scores would not be LongBench's: pip install lm-eval==0.4.13"
+        f"{path}: the prompt of {task} is not worded as in the official dataset2prompt.json (lm-eval"
+        f" {importlib.metadata.version('lm_eval')}); scores would not be LongBench's: pip install"
+        " lm-eval==0.4.13"
     )
 
 
 def truncate(prompt: str, tokenizer, max_length: int) -> tuple[str, int]:
-    """(prompt without its middle if it has more than ``max_length`` tokens, its tokens as a model will read them).
+    """(prompt without its middle if it has more than ``max_length`` tokens, its tokens as a model will read
+    them).
 
-    As the official pred.py: the whole prompt is tokenized *with* the tokenizer's special tokens, int(max_length / 2) tokens are kept at each
-    end, decoded without special tokens and joined; the model's own tokenizer call then adds them again.  So a beginning-of-sequence token takes
-    one place of the first half, an odd length loses a token, and at the seam tokens may merge or split: the second number can differ from
-    ``max_length`` by a few, either way.  Tokens that a tokenizer appends are left out, as they are where a model is asked.
+    As the official pred.py: the whole prompt is tokenized *with* the tokenizer's special tokens,
+    int(max_length / 2) tokens are kept at each end, decoded without special tokens and joined; the model's
+    own tokenizer call then adds them again.  So a beginning-of-sequence token takes one place of the first
+    half, an odd length loses a token, and at the seam tokens may merge or split: the second number can differ
+    from ``max_length`` by a few, either way.  Tokens that a tokenizer appends are left out, as they are where
+    a model is asked.
     """
     if max_length < 2:
         raise BadInput(
-            f"longbench_length is {max_length}; it counts a prompt's tokens, of which both ends are kept: give 2 or more"
+            f"longbench_length is {max_length}; it counts a prompt's tokens, of which both ends are kept:"
+            " give 2 or more"
         )
     ids = prompts.encode(tokenizer, prompt)
     if len(ids) <= max_length:
@@ -104,11 +118,12 @@ def truncate(prompt: str, tokenizer, max_length: int) -> tuple[str, int]:
 
 
 def generation_kwargs(task: str, tokenizer, backend: str = "hf") -> dict:
-    """What ``model.generate`` (or with ``backend`` vllm, vLLM's SamplingParams) needs besides greedy decoding and ``new_tokens``: nothing, but for
-    samsum, as the official pred.py.
+    """What ``model.generate`` (or with ``backend`` vllm, vLLM's SamplingParams) needs besides greedy decoding
+    and ``new_tokens``: nothing, but for samsum, as the official pred.py.
 
-    There the newline token ends the answer, and cannot be its first token, nor can the end of sequence (min_new_tokens=1 is the original's
-    min_length = prompt + 1).  ``tokenizer.encode("\\n")[-1]`` is the newline alone; tokens that merge it with other characters do not stop it.
+    There the newline token ends the answer, and cannot be its first token, nor can the end of sequence
+    (min_new_tokens=1 is the original's min_length = prompt + 1).  ``tokenizer.encode("\\n")[-1]`` is the
+    newline alone; tokens that merge it with other characters do not stop it.
     """
     if task != "samsum":
         get(task)
@@ -123,7 +138,9 @@ def generation_kwargs(task: str, tokenizer, backend: str = "hf") -> dict:
 
 
 def content(task: str, data: str | Path | None, limit: int | None = None) -> str:
-    """SHA-256 of the first ``limit`` rows of ``task`` that ``samples`` would read, wherever they lie.  Raises BadInput on missing or damaged data."""
+    """SHA-256 of the first ``limit`` rows of ``task`` that ``samples`` would read, wherever they lie.  Raises
+    BadInput on missing or damaged data.
+    """
     digest = hashlib.sha256()
     for _, row in itertools.islice(_task_rows(task, data), limit):
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -140,14 +157,16 @@ def _rows(file, where: str) -> Iterator[tuple[str, dict]]:
         for number, row in corpus.json_lines(file, where):
             if not isinstance(row, dict):
                 raise BadInput(
-                    f"{where} line {number}: {type(row).__name__} in place of an object; LongBench has one object a line"
+                    f"{where} line {number}: {type(row).__name__} in place of an object; LongBench has one"
+                    " object a line"
                 )
             yield f"{where} line {number}", row
     except BadInput:
         raise
     except Exception as error:  # gzip, zstd, zip and UTF-8 each raise their own
         raise BadInput(
-            f"{where}: cannot be read after line {number}: {str(error) or type(error).__name__}; restore the file"
+            f"{where}: cannot be read after line {number}: {str(error) or type(error).__name__}; restore the"
+            " file"
         ) from None
 
 
@@ -159,8 +178,9 @@ def _packed(task: str) -> Iterator[tuple[str, dict]]:
         path = hf_hub_download(HUB, "data.zip", repo_type="dataset")
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"LongBench's data.zip cannot be had from the hub ({type(error).__name__}); where there is no network, unpack it elsewhere "
-            f"and give its folder of {task}.jsonl and the others as longbench_data"
+            f"LongBench's data.zip cannot be had from the hub ({type(error).__name__}); where there is no"
+            f" network, unpack it elsewhere and give its folder of {task}.jsonl and the others as"
+            " longbench_data"
         ) from None
     try:
         with (
@@ -170,7 +190,8 @@ def _packed(task: str) -> Iterator[tuple[str, dict]]:
             yield from _rows(file, f"{path}: {task}.jsonl")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(
-            f"{path}: no data/{task}.jsonl can be read from it ({error}); delete it and let it be fetched again"
+            f"{path}: no data/{task}.jsonl can be read from it ({error}); delete it and let it be fetched"
+            " again"
         ) from None
 
 
@@ -189,7 +210,8 @@ def _local(task: str, data: Path) -> Iterator[tuple[str, dict]]:
     path = next((name for name in names if name.is_file()), None)
     if path is None:
         raise BadInput(
-            f"longbench_data: {data} holds no {task}.jsonl (nor .zst or .gz of it); give the folder that the official data.zip unpacks to"
+            f"longbench_data: {data} holds no {task}.jsonl (nor .zst or .gz of it); give the folder that the"
+            " official data.zip unpacks to"
         )
     with corpus.open_text(path) as file:
         yield from _rows(file, str(path))
@@ -200,7 +222,8 @@ def _field(row: dict, where: str, *names: str):
         if name in row:
             return row[name]
     raise BadInput(
-        f"{where} has no {names[0]!r}; it has {', '.join(map(str, row))}; LongBench's rows have input, context, answers, all_classes and length"
+        f"{where} has no {names[0]!r}; it has {', '.join(map(str, row))}; LongBench's rows have input,"
+        " context, answers, all_classes and length"
     )
 
 
@@ -217,12 +240,13 @@ def samples(
 ) -> list[dict]:
     """The task's prompts in the data's order, cut to ``max_length`` tokens; the first ``limit`` of them.
 
-    ``data``: a folder with ``<task>.jsonl`` (or .zst, .gz) in the official fields, one file of rows that name their ``dataset`` or ``task``, or None
-    for the official data.zip.  Rows may hold a full ``prompt`` (MiniLongBench: ``origin_prompt``, ``gold``) in place of ``input`` and ``context``;
-    its wording is then the file's ("template": "file").
-    Each sample: index, dataset, prompt, tokens (of the prompt, special ones counted), truncated, template, answers, all_classes, length (the data's).
-    Nothing keeps room for the answer, as in the original: ``max_length`` + ``new_tokens`` must fit the model.
-    Raises BadInput on missing or damaged data.
+    ``data``: a folder with ``<task>.jsonl`` (or .zst, .gz) in the official fields, one file of rows that name
+    their ``dataset`` or ``task``, or None for the official data.zip.  Rows may hold a full ``prompt``
+    (MiniLongBench: ``origin_prompt``, ``gold``) in place of ``input`` and ``context``; its wording is then
+    the file's ("template": "file"). Each sample: index, dataset, prompt, tokens (of the prompt, special ones
+    counted), truncated, template, answers, all_classes, length (the data's). Nothing keeps room for the
+    answer, as in the original: ``max_length`` + ``new_tokens`` must fit the model. Raises BadInput on missing
+    or damaged data.
     """
     about = get(task)
     if limit is not None and limit < 1:
@@ -279,15 +303,18 @@ def samples(
 
 
 def dataset(longbench_task: str, **metadata) -> dict:
-    """{"test": datasets.Dataset} of ``samples``.  Keys of ``metadata``, others are ignored: tokenizer (or pretrained, or model: a folder or
-    hub id), longbench_data (folder; default: the hub), longbench_length (tokens, default 32768), samples (default: all)."""
+    """{"test": datasets.Dataset} of ``samples``.  Keys of ``metadata``, others are ignored: tokenizer (or
+    pretrained, or model: a folder or hub id), longbench_data (folder; default: the hub), longbench_length
+    (tokens, default 32768), samples (default: all).
+    """
     import datasets
     from transformers import AutoTokenizer
 
     name = metadata.get("tokenizer") or metadata.get("pretrained") or metadata.get("model")
     if name is None:
         raise BadInput(
-            "LongBench cuts prompts by the model's own tokens; name its folder or hub id as tokenizer or pretrained in lm-eval's metadata"
+            "LongBench cuts prompts by the model's own tokens; name its folder or hub id as tokenizer or"
+            " pretrained in lm-eval's metadata"
         )
     tokenizer = name
     if isinstance(name, str | Path):
@@ -295,7 +322,8 @@ def dataset(longbench_task: str, **metadata) -> dict:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(
-                f"tokenizer: {name} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                f"tokenizer: {name} cannot be loaded:"
+                f" {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             ) from None
     limits = {key: metadata.get(key) for key in ("longbench_length", "samples")}
     for key, value in limits.items():

@@ -1,7 +1,8 @@
 """LongBench's scores as the official eval.py and metrics.py compute them, and the libraries they depend on.
 
-The official scores need ``rouge`` 1.0.1, ``fuzzywuzzy`` 0.18.0 without python-Levenshtein, and ``jieba``: others of these names give other
-numbers without a word (docs/footguns.md, 17).  Each is therefore known by its version and by what it computes before anything is scored.
+The official scores need ``rouge`` 1.0.1, ``fuzzywuzzy`` 0.18.0 without python-Levenshtein, and ``jieba``:
+others of these names give other numbers without a word (docs/footguns.md, 17).  Each is therefore known by
+its version and by what it computes before anything is scored.
 """
 
 import difflib
@@ -34,7 +35,9 @@ class Task:
     chinese: bool = False
 
 
-_PASSAGES = "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb"  # hotpotqa, 2wikimqa and musique share theirs
+_PASSAGES = (  # hotpotqa, 2wikimqa and musique share theirs
+    "9ec4ae308865bd0c62af20b3dc7b12b31f2b447f55684bd88c1aa40f2f636deb"
+)
 TASKS = {
     "narrativeqa": Task(
         "single_doc_qa", "qa_f1", 128, 200, "aada7ed24b06abace5b0045ac3bcfe06fc831a6cf434f0ecfd99fb7b3d299e1c"
@@ -162,7 +165,8 @@ def get(task: str) -> Task:
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, 1)
         raise BadInput(
-            f"LongBench has no task {task!r}{f'; did you mean {near[0]}?' if near else ''}; it has {', '.join(TASKS)}"
+            f"LongBench has no task {task!r}{f'; did you mean {near[0]}?' if near else ''}; it has"
+            f" {', '.join(TASKS)}"
         )
     return TASKS[task]
 
@@ -179,7 +183,9 @@ NEEDS = {
 
 
 def _is_rouge(module: ModuleType) -> bool:
-    """Words are counted once a text and sentences end at full stops: 7/9 with rouge 1.0.1, 3/7 with what rouge-chinese puts in its place."""
+    """Words are counted once a text and sentences end at full stops: 7/9 with rouge 1.0.1, 3/7 with what
+    rouge-chinese puts in its place.
+    """
     texts = (
         "the cat sat on the mat. the cat saw a dog. a dog ran",
         "a dog saw the cat. the cat ran to the mat. the dog sat",
@@ -211,16 +217,24 @@ def _is_jieba(module: ModuleType) -> bool:
 _PROBES = {
     "rouge": (
         _is_rouge,
-        "rouge-chinese installs another module under this name: pip uninstall -y rouge-chinese, then "
-        "pip install --force-reinstall --no-deps rouge==1.0.1",
+        (
+            "rouge-chinese installs another module under this name: pip uninstall -y rouge-chinese, then "
+            "pip install --force-reinstall --no-deps rouge==1.0.1"
+        ),
     ),
     "fuzzywuzzy": (
         _is_fuzzywuzzy,
-        "python-Levenshtein replaces difflib in it: pip uninstall -y python-Levenshtein Levenshtein, and start again",
+        (
+            "python-Levenshtein replaces difflib in it: pip uninstall -y python-Levenshtein Levenshtein, and"
+            " start again"
+        ),
     ),
     "jieba": (
         _is_jieba,
-        "its dictionary was changed: pip install --force-reinstall --no-deps jieba==0.42.1, and load no user dictionary",
+        (
+            "its dictionary was changed: pip install --force-reinstall --no-deps jieba==0.42.1, and load no"
+            " user dictionary"
+        ),
     ),
 }
 
@@ -229,7 +243,8 @@ _PROBES = {
 def library(name: str) -> ModuleType:
     """A scorer's library, known by its version and by what it computes.
 
-    Raises BadInput, with how to mend it, if it is missing, of another version, or does not behave like the one that gives the official scores.
+    Raises BadInput, with how to mend it, if it is missing, of another version, or does not behave like the
+    one that gives the official scores.
     """
     wanted = PINS[name]
     install = f"pip install {name}=={wanted}"
@@ -257,13 +272,16 @@ def library(name: str) -> ModuleType:
         right = False
     if not right:
         raise BadInput(
-            f"{name} {wanted} is installed, but {getattr(module, '__file__', name)} computes other scores: {mend}"
+            f"{name} {wanted} is installed, but {getattr(module, '__file__', name)} computes other scores:"
+            f" {mend}"
         )
     return module
 
 
 def check_environment(*tasks: str) -> None:
-    """Raises BadInput if a library that scores ``tasks`` (all English and code tasks if none is named) is missing or not the right one."""
+    """Raises BadInput if a library that scores ``tasks`` (all English and code tasks if none is named) is
+    missing or not the right one.
+    """
     for task in tasks or ENGLISH:
         for name in NEEDS.get(get(task).metric, ()):
             library(name)
@@ -324,7 +342,9 @@ def _qa_f1_zh(prediction: str, answer: str, _) -> float:
 
 
 def _rouge(prediction: str, answer: str, _) -> float:
-    """F of ROUGE-L.  0 where the library raises, as the original has it: an empty text, or a sentence too long for its recursion."""
+    """F of ROUGE-L.  0 where the library raises, as the original has it: an empty text, or a sentence too
+    long for its recursion.
+    """
     try:
         return (
             library("rouge")
@@ -353,7 +373,8 @@ def _retrieval(prediction: str, answer: str, _, pattern: str = r"Paragraph (\d+)
     found = re.search(pattern, answer)
     if not found:
         raise BadInput(
-            f"a reference of passage retrieval names no paragraph ({pattern}): {answer!r}; is this file of another task?"
+            f"a reference of passage retrieval names no paragraph ({pattern}): {answer!r}; is this file of"
+            " another task?"
         )
     return _share_of_numbers(prediction, found[1])
 
@@ -374,8 +395,10 @@ def _code_sim(prediction: str, answer: str, _) -> float:
 
 
 def _classification(prediction: str, answer: str, classes: list[str] | None) -> float:
-    """1 / (class names found) if the right one is among them.  A found name that is a part of the right one does not count against it, unless
-    it stands just behind another such name in the list: the original removes from the list that it walks through, and so skips one."""
+    """1 / (class names found) if the right one is among them.  A found name that is a part of the right one
+    does not count against it, unless it stands just behind another such name in the list: the original
+    removes from the list that it walks through, and so skips one.
+    """
     found = [name for name in classes or () if name in prediction]
     position = 0
     while position < len(found):
@@ -403,7 +426,8 @@ def _check_rows(
 ) -> None:
     if len(predictions) != len(answers) or not predictions:
         raise BadInput(
-            f"{task}: {len(predictions)} predictions and {len(answers)} lists of references; give one list for each prediction, and at least one"
+            f"{task}: {len(predictions)} predictions and {len(answers)} lists of references; give one list"
+            " for each prediction, and at least one"
         )
     for number, (prediction, references) in enumerate(zip(predictions, answers, strict=True), 1):
         if not isinstance(prediction, str):
@@ -416,7 +440,8 @@ def _check_rows(
         classes and all(isinstance(name, str) for name in classes)
     ):
         raise BadInput(
-            f"{task}: all_classes is missing or no list of names; the official prediction files and data have it in every row"
+            f"{task}: all_classes is missing or no list of names; the official prediction files and data have"
+            " it in every row"
         )
 
 
@@ -437,8 +462,9 @@ def shares(
 ) -> list[float]:
     """Each prediction's score from 0 to 1: the best over its references, and 0 if it has none.
 
-    rouge recurses once a word, so what is too long for it depends on how deep the caller stands; a thread starts with an empty stack, like the
-    official script.  Raises BadInput on lists that do not match, and on libraries that would give another score.
+    rouge recurses once a word, so what is too long for it depends on how deep the caller stands; a thread
+    starts with an empty stack, like the official script.  Raises BadInput on lists that do not match, and on
+    libraries that would give another score.
     """
     check_environment(task)
     _check_rows(task, predictions, answers, all_classes)
@@ -451,7 +477,9 @@ def shares(
 def score(
     task: str, predictions: list[str], answers: list[list[str]], all_classes: list[str] | None = None
 ) -> list[float]:
-    """Each prediction's score in percent.  ``answers`` holds a list of references for each; ``all_classes`` is what trec and lsht choose from."""
+    """Each prediction's score in percent.  ``answers`` holds a list of references for each; ``all_classes``
+    is what trec and lsht choose from.
+    """
     return [100 * share for share in shares(task, predictions, answers, all_classes)]
 
 
@@ -466,10 +494,12 @@ def number(
 
 
 def categories(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """{category: mean of its tasks} for the six English categories, ``mean_16_tasks`` and ``mean_of_categories``; None where a task is missing.
+    """{category: mean of its tasks} for the six English categories, ``mean_16_tasks`` and
+    ``mean_of_categories``; None where a task is missing.
 
-    ``scores`` is {task: percent}; Chinese tasks in it are left alone.  The official script prints no average.  ``mean_16_tasks`` weighs the
-    categories by their tasks (3, 3, 3, 3, 2, 2) and is EndPrompt's "Avg. Score"; ``mean_of_categories`` weighs them alike.
+    ``scores`` is {task: percent}; Chinese tasks in it are left alone.  The official script prints no average.
+    ``mean_16_tasks`` weighs the categories by their tasks (3, 3, 3, 3, 2, 2) and is EndPrompt's "Avg. Score";
+    ``mean_of_categories`` weighs them alike.
     """
     for task in scores:
         get(task)

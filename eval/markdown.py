@@ -15,7 +15,9 @@ def grid(corner: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> 
 
 
 def replaced(page: str, name: str, block: str) -> str:
-    """``page`` with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced.  Raises ValueError if they are not there, once each."""
+    """``page`` with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced.  Raises ValueError
+    if they are not there, once each.
+    """
     made, count = re.subn(
         rf"(<!-- {name} -->\n)(?:.*?\n)??(<!-- /{name} -->)",
         lambda match: f"{match[1]}{block}\n{match[2]}",

@@ -34,8 +34,8 @@ LONGBENCH = (
     "repobench-p",
 )
 LONGBENCH_ZH = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
-# The harness' own tasks: (few-shot examples, metric as the harness names it).  The paper's Table 5 names no variant of GSM8K's metric;
-# strict-match is the one the harness lists first.
+# The harness' own tasks: (few-shot examples, metric as the harness names it).  The paper's Table 5 names no
+# variant of GSM8K's metric; strict-match is the one the harness lists first.
 SHORT_TEXT = {
     "mmlu": (5, "acc,none"),
     "gsm8k": (5, "exact_match,strict-match"),
@@ -53,11 +53,13 @@ TASKS = ("passkey", "multikey", "perplexity", *(task for group in GROUPS.values(
 
 
 def expand(names: list[str]) -> list[str]:
-    """``names`` with each group replaced by its tasks, each once, in order.  Raises ValueError naming what is not known."""
+    """``names`` with each group replaced by its tasks, each once, in order.  Raises ValueError naming what is
+    not known.
+    """
     found = [task for name in names for task in GROUPS.get(name, (name,))]
     if unknown := [name for name in found if name not in TASKS]:
         raise ValueError(
-            f"there is no task {unknown[0]!r}; use passkey, multikey, perplexity, the groups {', '.join(GROUPS)}, or one of their tasks, such as "
-            "ruler_vt, longbench_qasper, mmlu"
+            f"there is no task {unknown[0]!r}; use passkey, multikey, perplexity, the groups"
+            f" {', '.join(GROUPS)}, or one of their tasks, such as ruler_vt, longbench_qasper, mmlu"
         )
     return list(dict.fromkeys(found))

@@ -1,6 +1,8 @@
-"""What the paper prints (paper.yaml), recomputed: its averages from their columns, and the 64K table that it does not print.
+"""What the paper prints (paper.yaml), recomputed: its averages from their columns, and the 64K table that it
+does not print.
 
-All arithmetic is on the printed decimals as fractions, so that "does not follow" cannot be a rounding error of ours.
+All arithmetic is on the printed decimals as fractions, so that "does not follow" cannot be a rounding error
+of ours.
 """
 
 import functools
@@ -13,7 +15,8 @@ import yaml
 from endprompt.eval import longbench_scores, names
 
 SHORT, TARGET = (4096, 8192, 16384, 32768), 65536
-# Half a unit of the last digit for the columns and as much for the average: a greater difference cannot be rounding.
+# Half a unit of the last digit for the columns and as much for the average: a greater difference cannot be
+# rounding.
 ROUNDING = Fraction(1, 100)
 
 # What a printed column is the mean of, as our task names.
@@ -40,7 +43,9 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A model whose results stand beside a printed row: trained by ``method`` under ``recipe`` with ``overrides``, in OUT/<suffix>."""
+    """A model whose results stand beside a printed row: trained by ``method`` under ``recipe`` with
+    ``overrides``, in OUT/<suffix>.
+    """
 
     name: str
     recipe: str
@@ -54,8 +59,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """A printed table or figure.  ``printed``: {row: {column: the figure as it is printed}}; ``rows``: {row: its run};
-    ``lengths``: those of RULER that a cell averages; ``after``: "sft" for models after supervised fine-tuning."""
+    """A printed table or figure.  ``printed``: {row: {column: the figure as it is printed}}; ``rows``: {row:
+    its run}; ``lengths``: those of RULER that a cell averages; ``after``: "sft" for models after supervised
+    fine-tuning.
+    """
 
     name: str
     title: str
@@ -147,7 +154,8 @@ def _derived(found: dict[str, Table]) -> Table:
         }
         for row, cells in whole.printed.items()
     }
-    # The average is over the derived columns: the printed averages give the same within their rounding, which counts ninefold here.
+    # The average is over the derived columns: the printed averages give the same within their rounding, which
+    # counts ninefold here.
     printed = {
         row: {
             column: f"{float(value):.2f}"
@@ -156,9 +164,15 @@ def _derived(found: dict[str, Table]) -> Table:
         for row, cells in exact.items()
     }
     notes = (
-        "Derived, not printed: 5 x Table 1 - (Table 6 + Table 7 + Table 8 + Table 9); rounding of the printed figures moves a cell by up to 0.045.",
-        f"By these averages the order at 64K is {', '.join(sorted(printed, key=lambda row: -float(printed[row]['avg'])))}: "
-        "at its own target length endprompt is last, and it wins Table 1 by 4K to 32K.",
+        (
+            "Derived, not printed: 5 x Table 1 - (Table 6 + Table 7 + Table 8 + Table 9); rounding of the"
+            " printed figures moves a cell by up to 0.045."
+        ),
+        (
+            "By these averages the order at 64K is"
+            f" {', '.join(sorted(printed, key=lambda row: -float(printed[row]['avg'])))}: at its own target"
+            " length endprompt is last, and it wins Table 1 by 4K to 32K."
+        ),
     )
     return Table(
         "table_derived_64k",
@@ -184,7 +198,9 @@ def averages(table: Table) -> list[Average]:
 
 
 def shifted_rows() -> list[tuple[str, str, str, str, str]]:
-    """(table, row, other table, other row, difference) of rows with equal columns, the average aside, that differ by one constant in all of them."""
+    """(table, row, other table, other row, difference) of rows with equal columns, the average aside, that
+    differ by one constant in all of them.
+    """
     every = [
         (table, row, {column: Fraction(value) for column, value in cells.items() if column != "avg"})
         for table in tables().values()
@@ -204,7 +220,9 @@ def shifted_rows() -> list[tuple[str, str, str, str, str]]:
 
 
 def disagreements() -> list[str]:
-    """Printed figures that contradict one another beyond rounding: the same run in two places, derived cells outside [0, 100], speed-ups and hours."""
+    """Printed figures that contradict one another beyond rounding: the same run in two places, derived cells
+    outside [0, 100], speed-ups and hours.
+    """
     found, places = [], tables()
     for row, cells in places["table_derived_64k"].printed.items():
         found += [
@@ -235,7 +253,8 @@ def disagreements() -> list[str]:
                 for column, whole in (("longbench_avg", places["table_2"]), ("ruler_avg", places["table_1"])):
                     if cells[column] != (other := whole.printed["endprompt"]["avg"]):
                         found.append(
-                            f"{places[figure].source}, {row}, {column}: {cells[column]}, but {other} in {whole.source}"
+                            f"{places[figure].source}, {row}, {column}: {cells[column]}, but {other} in"
+                            f" {whole.source}"
                         )
     cost = places["figure_4_64k"].printed
     for row, cells in cost.items():
@@ -243,13 +262,16 @@ def disagreements() -> list[str]:
             Fraction(cells["hours"]) / Fraction(cost["endprompt"]["hours"]) - Fraction(cells["speedup"])
         ) > Fraction(2, 100):
             found.append(
-                f"Figure 4, {row}: {cells['hours']} h read off the plot are not {cells['speedup']} times {cost['endprompt']['hours']} h"
+                f"Figure 4, {row}: {cells['hours']} h read off the plot are not {cells['speedup']} times"
+                f" {cost['endprompt']['hours']} h"
             )
     return found
 
 
 def report() -> str:
-    """Markdown: every printed average beside the recomputed one, and what else the printed figures say about one another."""
+    """Markdown: every printed average beside the recomputed one, and what else the printed figures say about
+    one another.
+    """
     every = [
         average
         for table in tables().values()
@@ -260,14 +282,18 @@ def report() -> str:
     lines = [
         "# The paper's figures, recomputed",
         "",
-        f"{len(every)} printed averages, of which {len(wrong)} do not follow from their columns (more than {float(ROUNDING)} from the mean over the tasks behind them: "
-        "a column that stands for three tasks weighs three).",
+        (
+            f"{len(every)} printed averages, of which {len(wrong)} do not follow from their columns (more"
+            f" than {float(ROUNDING)} from the mean over the tasks behind them: a column that stands for"
+            " three tasks weighs three)."
+        ),
         "",
         "| table | row | printed | recomputed | follows |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {tables()[average.table].source} | {average.row} | {average.printed} | {float(average.recomputed):.3f} | {'yes' if average.follows else '**no**'} |"
+        f"| {tables()[average.table].source} | {average.row} | {average.printed} |"
+        f" {float(average.recomputed):.3f} | {'yes' if average.follows else '**no**'} |"
         for average in every
     ]
     derived = tables()["table_derived_64k"]
@@ -278,7 +304,8 @@ def report() -> str:
         "",
         "## At the target length",
         "",
-        f"The {len(cells)} cells derived for 64K lie between {min(cells):.2f} and {max(cells):.2f}. Averages: "
+        f"The {len(cells)} cells derived for 64K lie between {min(cells):.2f} and {max(cells):.2f}."
+        " Averages: "
         + ", ".join(
             f"{row} {value['avg']}"
             for row, value in sorted(derived.printed.items(), key=lambda item: -float(item[1]["avg"]))

@@ -1,9 +1,11 @@
-"""Passkey retrieval: a five-digit key hidden at a depth of a long filler text, asked for at its end; and the same among several named keys.
+"""Passkey retrieval: a five-digit key hidden at a depth of a long filler text, asked for at its end; and the
+same among several named keys.
 
-The texts are those of Landmark Attention (Mohtashami & Jaggi, 2023), which LongLoRA and PoSE use too.  A prompt is filled,
-sentence by sentence, to the largest number of tokens that leaves room for the answer inside ``length``.  Only newly generated
-tokens are scored: the first number in them must be the key.  ``multikey`` is ours, after RULER's niah_multikey_1: KEYS names with a key
-each, at different depths, one of them asked for.  It is for models that are too small for RULER's words.
+The texts are those of Landmark Attention (Mohtashami & Jaggi, 2023), which LongLoRA and PoSE use too.  A
+prompt is filled, sentence by sentence, to the largest number of tokens that leaves room for the answer inside
+``length``.  Only newly generated tokens are scored: the first number in them must be the key.  ``multikey``
+is ours, after RULER's niah_multikey_1: KEYS names with a key each, at different depths, one of them asked
+for.  It is for models that are too small for RULER's words.
 """
 
 import random
@@ -67,11 +69,14 @@ def prompt(needles: list[Needle], sentences: int, question: str = QUESTION) -> s
 def build(
     tokenizer, length: int, needles: list[Needle], question: str = QUESTION, chat: bool = False
 ) -> tuple[str, int]:
-    """The longest prompt that fits into ``length`` with its answer, and its tokens; with ``chat``, the chat template that will be put around it
-    counts.  Raises ValueError if none fits, or an answer is longer than what is generated."""
+    """The longest prompt that fits into ``length`` with its answer, and its tokens; with ``chat``, the chat
+    template that will be put around it counts.  Raises ValueError if none fits, or an answer is longer than
+    what is generated.
+    """
     if len(tokenizer(" 123456", add_special_tokens=False)["input_ids"]) > NEW_TOKENS:
         raise ValueError(
-            f"the tokenizer writes a number of six digits with more than the {NEW_TOKENS} tokens that are generated"
+            f"the tokenizer writes a number of six digits with more than the {NEW_TOKENS} tokens that are"
+            " generated"
         )
     limit = length - NEW_TOKENS
 
@@ -137,7 +142,8 @@ def documents(
     task: str = "passkey",
     chat: bool = False,
 ) -> list[dict]:
-    """The tests: for each length ``samples`` keys, spread evenly over ``depths`` depths from 0 (start) to 1 (end) of the text.
+    """The tests: for each length ``samples`` keys, spread evenly over ``depths`` depths from 0 (start) to 1
+    (end) of the text.
 
     task: one of TASKS.  chat: whether the model's chat template will be put around a prompt.
 
@@ -158,8 +164,9 @@ def documents(
 
 
 def summary(tests: list[dict], scores: list[float]) -> dict:
-    """{"metric", "score" in percent, "low", "high", "samples", "correct", "cells": [{"depth", "correct", "total"}], "prompt_tokens": [least, most]}
-    of ``tests`` (rows of ``documents``) that scored 0 or 100 each."""
+    """{"metric", "score" in percent, "low", "high", "samples", "correct", "cells": [{"depth", "correct",
+    "total"}], "prompt_tokens": [least, most]} of ``tests`` (rows of ``documents``) that scored 0 or 100 each.
+    """
     cells: dict[float, dict] = {}
     for test, score in zip(tests, scores, strict=True):
         cell = cells.setdefault(test["depth"], {"depth": test["depth"], "correct": 0, "total": 0})

@@ -1,9 +1,11 @@
 """Sliding-window perplexity: the same words scored with more and more context before them.
 
-The text is scored piece by piece, each piece about ``stride`` tokens; at a length of n tokens a piece is read with the n - stride tokens before
-it.  The pieces are the same at every length (they start where the longest window first fits), so a model that uses far context must score
-lower at greater lengths.  Windows are cut between words, for the harness passes text: a word must fall into the same tokens with and without what
-stands before it.  A text without words to cut between, as Chinese is, is cut between tokens, where that leaves the tokens around as they are.
+The text is scored piece by piece, each piece about ``stride`` tokens; at a length of n tokens a piece is read
+with the n - stride tokens before it.  The pieces are the same at every length (they start where the longest
+window first fits), so a model that uses far context must score lower at greater lengths.  Windows are cut
+between words, for the harness passes text: a word must fall into the same tokens with and without what stands
+before it.  A text without words to cut between, as Chinese is, is cut between tokens, where that leaves the
+tokens around as they are.
 """
 
 import bisect
@@ -21,14 +23,17 @@ TRIES = 64  # places that are tried, one after the other
 
 
 class Text:
-    """A document with its tokens' ends and its cuts: the places between two words where windows may begin and end.
+    """A document with its tokens' ends and its cuts: the places between two words where windows may begin and
+    end.
 
-    Where the document has a word for fewer than one in FEW_WORDS of its tokens, the places are those between two tokens; ``between_tokens`` says so.
+    Where the document has a word for fewer than one in FEW_WORDS of its tokens, the places are those between
+    two tokens; ``between_tokens`` says so.
     """
 
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = text, tokenizer
-        # (characters before, tokens before) each place where one space parts two words; the space belongs to the word after it.
+        # (characters before, tokens before) each place where one space parts two words; the space belongs to
+        # the word after it.
         self.spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
             "offset_mapping"
         ]
@@ -67,7 +72,9 @@ class Text:
         return self._stable[index]
 
     def before(self, tokens: int) -> int:
-        """The last cut with at most ``tokens`` tokens before it, as an index into ``cuts``; -1 if there is none."""
+        """The last cut with at most ``tokens`` tokens before it, as an index into ``cuts``; -1 if there is
+        none.
+        """
         last = bisect.bisect_right(self.counts, tokens) - 1
         if not self.between_tokens:
             return last
@@ -76,8 +83,9 @@ class Text:
         )
 
     def fits(self, start: int, first: int, last: int, room: int) -> bool:
-        """Whether the harness, which is given the two texts between the cuts ``start``, ``first`` and ``last``, splits them into these cuts' tokens,
-        ``room`` at most."""
+        """Whether the harness, which is given the two texts between the cuts ``start``, ``first`` and
+        ``last``, splits them into these cuts' tokens, ``room`` at most.
+        """
         (begin, _), (split, before), (stop, after) = (self.cuts[index] for index in (start, first, last))
         context, whole = self.ids(begin, split), self.ids(begin, stop)
         return (
@@ -90,7 +98,8 @@ class Text:
 def held_out(
     source: str, tokenizer, longest: int, stride: int, budget: int, column: str = "text"
 ) -> list[Text]:
-    """As many documents of ``source`` (a path, or a dataset of the hub) as ``budget`` scored tokens in windows up to ``longest`` need, in order.
+    """As many documents of ``source`` (a path, or a dataset of the hub) as ``budget`` scored tokens in
+    windows up to ``longest`` need, in order.
 
     column: the field of a row that holds the text.  Raises BadInput if it cannot be read.
     """
@@ -118,10 +127,12 @@ def held_out(
 def windows(
     texts: Iterable[Text], length: int, longest: int, stride: int, budget: int, special: int = 0
 ) -> list[dict]:
-    """{"context", "continuation", "tokens" of the continuation, "length"} over ``texts``, in order, up to ``budget`` scored tokens.
+    """{"context", "continuation", "tokens" of the continuation, "length"} over ``texts``, in order, up to
+    ``budget`` scored tokens.
 
-    ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  Raises ValueError if no document holds ``longest``
-    tokens, none that does can be cut, or the stride leaves a window without context.
+    ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  Raises ValueError
+    if no document holds ``longest`` tokens, none that does can be cut, or the stride leaves a window without
+    context.
     """
     if stride >= length - special - 1:
         raise ValueError(f"a stride of {stride} leaves no context in windows of {length}")
@@ -163,8 +174,8 @@ def windows(
             scored += after - before
     if not found and held:
         raise ValueError(
-            f"no document that holds {longest} tokens has places where it can be cut without changing its tokens, neither between words "
-            "nor between tokens; give other held-out documents"
+            f"no document that holds {longest} tokens has places where it can be cut without changing its"
+            " tokens, neither between words nor between tokens; give other held-out documents"
         )
     if not found:
         raise ValueError(
@@ -174,8 +185,9 @@ def windows(
 
 
 def summary(pieces: list[dict], nats: list[float]) -> dict:
-    """{"metric", "score": perplexity, "low", "high", "samples": windows, "nats" a token, "tokens"} of pieces that have ``nats`` of negative
-    log-likelihood each; the interval is a bootstrap over windows."""
+    """{"metric", "score": perplexity, "low", "high", "samples": windows, "nats" a token, "tokens"} of pieces
+    that have ``nats`` of negative log-likelihood each; the interval is a bootstrap over windows.
+    """
     tokens = [piece["tokens"] for piece in pieces]
     mean = sum(nats) / sum(tokens)
     low, high = intervals.bootstrap([loss / count for loss, count in zip(nats, tokens, strict=True)], tokens)

@@ -1,11 +1,15 @@
-"""What is to be run for the tables, what of it is there, and how many GPU hours the rest takes; `eval/run_all.sh` follows it.
+r"""What is to be run for the tables, what of it is there, and how many GPU hours the rest takes;
+`eval/run_all.sh` follows it.
 
-    python -m endprompt.eval.plan --recipe recipes/llama3-8b-64k.yaml [--tables all] [--gpu A800 --gpus 8 --mfu 0.4]
+    python -m endprompt.eval.plan --recipe recipes/llama3-8b-64k.yaml [--tables all] [--gpu A800 --gpus 8 \
+        --mfu 0.4]
 
-Hours are FLOPs / (peak x MFU).  Training: ``flops_per_token`` x tokens x epochs.  Evaluation: the prompts' forward pass, a third of
-``flops_per_token`` at that length (causal attention counted as half of the square) x samples; LongBench as if every prompt filled the length it
-is cut to, an upper bound.  Left out: generating answers (bound by memory, and one prompt at a time: with short prompts longer than all that is
-counted), short text, fine-tuning, start-up and data, activation checkpointing's second forward pass (MFU counts the model's FLOPs alone).
+Hours are FLOPs / (peak x MFU).  Training: ``flops_per_token`` x tokens x epochs.  Evaluation: the prompts'
+forward pass, a third of ``flops_per_token`` at that length (causal attention counted as half of the square) x
+samples; LongBench as if every prompt filled the length it is cut to, an upper bound.  Left out: generating
+answers (bound by memory, and one prompt at a time: with short prompts longer than all that is counted), short
+text, fine-tuning, start-up and data, activation checkpointing's second forward pass (MFU counts the model's
+FLOPs alone).
 """
 
 import argparse
@@ -23,13 +27,17 @@ from endprompt.methods import Method
 
 # The paper's, and the two controls: the model as it came, and interpolation trained on plain short rows.
 METHODS = ("base", "short", "endprompt", "pose", "endprompt_pose", "full_length", "lceg", "longlora")
-SEPARATOR = "\x1f"  # between the fields of a step: never in a path or setting, and no white space, so that bash keeps empty fields
+# between the fields of a step: never in a path or setting, and no white space, so that bash keeps empty
+# fields
+SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to do.  kind: "run" (recipes/run.sh: prepare, train, evaluate), "train" (without the last), "sft" (recipes/sft.yaml on the trained
-    model), "evaluate" (a model that is there).  out: OUT of the run, without its recipe and method; model: for "evaluate"."""
+    """One thing to do.  kind: "run" (recipes/run.sh: prepare, train, evaluate), "train" (without the last),
+    "sft" (recipes/sft.yaml on the trained model), "evaluate" (a model that is there).  out: OUT of the run,
+    without its recipe and method; model: for "evaluate".
+    """
 
     kind: str
     recipe: Path
@@ -100,7 +108,9 @@ def prefill_flops(recipe: Recipe, about) -> float:
 
 
 def _answered(recipe: Recipe, folder: Path, scored: Path | None) -> tuple[int, int]:
-    """(results in ``folder`` that `endprompt evaluate` would keep, results it would make) for the model in ``scored``; None: the untrained one."""
+    """(results in ``folder`` that `endprompt evaluate` would keep, results it would make) for the model in
+    ``scored``; None: the untrained one.
+    """
     from endprompt.eval import question, run
 
     pairs, found = run.pairs(recipe), {}
@@ -143,8 +153,9 @@ def _tokenizer(recipe: Recipe, scored: Path | None):
 
 @dataclass(frozen=True)
 class Planned:
-    """A job with its state ("missing", "trained", "evaluated", "k of n results"), GPU hours to go, and bytes a GPU in training; None: not known, or
-    nothing to train."""
+    """A job with its state ("missing", "trained", "evaluated", "k of n results"), GPU hours to go, and bytes
+    a GPU in training; None: not known, or nothing to train.
+    """
 
     job: Job
     state: str
@@ -162,13 +173,16 @@ def training_memory(recipe: Recipe, method: Method, about, gpus: int) -> float |
 
 
 def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
-    """gpus: that train together, for the memory of one.  Raises BadInput if the recipe cannot be run as the job says."""
+    """gpus: that train together, for the memory of one.  Raises BadInput if the recipe cannot be run as the
+    job says.
+    """
     from endprompt.train import batch_shape
 
     recipe, method = config.load(job.recipe, list(job.overrides)), methods.get(job.method)
     if recipe.name != job.recipe.stem:
         raise BadInput(
-            f"--recipe {job.recipe} is the resolved copy of a run of {recipe.name}; name the recipe itself, recipes/{recipe.name}.yaml"
+            f"--recipe {job.recipe} is the resolved copy of a run of {recipe.name}; name the recipe itself,"
+            f" recipes/{recipe.name}.yaml"
         )
     if job.kind == "sft":
         done = any((job.folder / "sft").glob("*.safetensors"))
@@ -200,9 +214,11 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
     evaluate = (
         0.0
         if done or job.kind == "train"
-        else None
-        if not counted
-        else prefill_flops(recipe, about) * ((wanted - there) / wanted) / flops_per_hour
+        else (
+            None
+            if not counted
+            else prefill_flops(recipe, about) * ((wanted - there) / wanted) / flops_per_hour
+        )
     )
     return Planned(
         job, state, done, train, evaluate, None if trained else training_memory(recipe, method, about, gpus)
@@ -217,7 +233,8 @@ def jobs(
     given: dict[str, str],
     every: bool,
 ) -> list[Job]:
-    """The methods of ``recipe``; with ``every``, also what the paper's other tables need.  In order: a model is trained before it is evaluated.
+    """The methods of ``recipe``; with ``every``, also what the paper's other tables need.  In order: a model
+    is trained before it is evaluated.
 
     ``given``: {method: model} to evaluate in the place of training.  Raises BadInput.
     """
@@ -226,7 +243,8 @@ def jobs(
     asked = (*(tree["evaluate"] if recipe.stem in recipes_of_paper else ()), *overrides)
     if absent := [method for method in given if method not in names_of]:
         raise BadInput(
-            f"--model {absent[0]}={given[absent[0]]}: {absent[0]} is not among --methods {' '.join(names_of)}; name it there"
+            f"--model {absent[0]}={given[absent[0]]}: {absent[0]} is not among --methods"
+            f" {' '.join(names_of)}; name it there"
         )
     found = [
         Job(
@@ -243,7 +261,8 @@ def jobs(
         return found
     if recipe.stem != tree["recipe"]:
         raise BadInput(
-            f"--tables all: the paper's other tables belong to the recipe {tree['recipe']}, not to {recipe.stem}; name it with --recipe, or use --tables main"
+            f"--tables all: the paper's other tables belong to the recipe {tree['recipe']}, not to"
+            f" {recipe.stem}; name it with --recipe, or use --tables main"
         )
     known = {(job.recipe.stem, job.method, "") for job in found}
     later, tuned = [], []
@@ -301,13 +320,15 @@ def table(planned: list[Planned], gpu: str, peak: float, gpus: int, mfu: float) 
         return (
             "?"
             if value is None
-            else "-"
-            if value == 0
-            else "<0.01"
-            if value < 0.01
-            else f"{value:,.2f}"
-            if value < 10
-            else f"{value:,.1f}"
+            else (
+                "-"
+                if value == 0
+                else "<0.01"
+                if value < 0.01
+                else f"{value:,.2f}"
+                if value < 10
+                else f"{value:,.1f}"
+            )
         )
 
     rows = [("run", "to do", "state", "GB a GPU", "training, GPU h", "prompts, GPU h")]
@@ -448,7 +469,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps",
         action="store_true",
-        help="print what is to be done for a shell to follow: a line a step, its fields separated by the character 31",
+        help=(
+            "print what is to be done for a shell to follow: a line a step, its fields separated by the"
+            " character 31"
+        ),
     )
     arguments = parser.parse_args(argv)
     try:

@@ -1,4 +1,6 @@
-"""A page for one recipe: every result of its methods by task and length, with pictures.  The paper has no figures for most recipes, so these are ours alone."""
+"""A page for one recipe: every result of its methods by task and length, with pictures.  The paper has no
+figures for most recipes, so these are ours alone.
+"""
 
 import csv
 import io
@@ -20,7 +22,9 @@ def shown(ours: Estimate | Missing) -> str:
 
 @dataclass
 class Page:
-    """All results of recipe ``name`` under ``runs``.  Raises BadInput if there are none, or one cannot be read."""
+    """All results of recipe ``name`` under ``runs``.  Raises BadInput if there are none, or one cannot be
+    read.
+    """
 
     name: str
     runs: Path
@@ -35,10 +39,11 @@ class Page:
                 self.methods[method] = found
         if not self.methods:
             raise BadInput(
-                f"--recipe {self.name}: {folder} holds no evaluated method; run `endprompt evaluate` first, or name one of: "
-                f"{', '.join(results.recipes(self.runs)) or 'none is there'}"
+                f"--recipe {self.name}: {folder} holds no evaluated method; run `endprompt evaluate` first,"
+                f" or name one of: {', '.join(results.recipes(self.runs)) or 'none is there'}"
             )
-        # A model that was named stands in for the trained one, whose training is then not to be shown beside it.
+        # A model that was named stands in for the trained one, whose training is then not to be shown beside
+        # it.
         self.trained = {
             method: record
             for method in methods.METHODS
@@ -187,10 +192,14 @@ class Page:
                 (
                     ""
                     if ruler
-                    else "RULER was not run for this recipe, and these do not replace it: passkey retrieval asks for one number in filler text. "
+                    else (
+                        "RULER was not run for this recipe, and these do not replace it: passkey retrieval"
+                        " asks for one number in filler text. "
+                    )
                 )
-                + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval. Perplexity: of the same held-out tokens at every length; "
-                "it hardly separates methods that retrieve very differently."
+                + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval."
+                " Perplexity: of the same held-out tokens at every length; it hardly separates methods that"
+                " retrieve very differently."
             )
             parts.append(
                 grid(
@@ -226,7 +235,8 @@ class Page:
             parts += ["## RULER", grid("method and task", [str(length) for length in lengths], rows)]
             if absent := [task for task in names.RULER if f"ruler_{task}" not in ruler]:
                 parts.append(
-                    f"No mean over RULER: {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run."
+                    f"No mean over RULER: {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not"
+                    " run."
                 )
         if tasks := self.tasks(names.GROUPS["longbench"] + names.GROUPS["longbench_zh"]):
             rows = [(task.removeprefix("longbench_"), [(task,)]) for task in tasks] + [
@@ -266,12 +276,16 @@ class Page:
                 (
                     method,
                     [
-                        f"{record['final_peak_memory_gib']:.2f}"
-                        if record.get("final_peak_memory_gib") is not None
-                        else "-",
-                        f"resumed from {record['resumed_from']}"
-                        if record.get("resumed_from")
-                        else f"{record['seconds']:.0f}",
+                        (
+                            f"{record['final_peak_memory_gib']:.2f}"
+                            if record.get("final_peak_memory_gib") is not None
+                            else "-"
+                        ),
+                        (
+                            f"resumed from {record['resumed_from']}"
+                            if record.get("resumed_from")
+                            else f"{record['seconds']:.0f}"
+                        ),
                         f"{record.get('tokens', 0):,}",
                         f"{record.get('world_size')} ranks on {record.get('device')}",
                     ],

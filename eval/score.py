@@ -3,8 +3,9 @@
     python eval/score.py ruler vt predictions.jsonl
     python eval/score.py longbench qasper predictions.jsonl.gz
 
-One JSON object a line, in the official fields.  RULER: ``pred`` and ``outputs`` (a list; ``output`` for one).  LongBench: ``pred``, ``answers``,
-``all_classes`` (for trec and lsht).  passkey: ``pred`` and ``key``.  ``pred`` is the continuation alone: a prompt in it would be scored too.
+One JSON object a line, in the official fields.  RULER: ``pred`` and ``outputs`` (a list; ``output`` for one).
+LongBench: ``pred``, ``answers``, ``all_classes`` (for trec and lsht).  passkey: ``pred`` and ``key``.
+``pred`` is the continuation alone: a prompt in it would be scored too.
 """
 
 import argparse
@@ -22,7 +23,9 @@ BENCHMARKS = {
 
 
 def read(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:
-    """The rows of a file of predictions, each with ``fields`` of these types.  Raises BadInput naming file, line and field."""
+    """The rows of a file of predictions, each with ``fields`` of these types.  Raises BadInput naming file,
+    line and field.
+    """
     found = []
     try:
         for number, row in corpus.jsonl(path):
@@ -61,7 +64,9 @@ def read(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:
 
 
 def score(benchmark: str, task: str, path: Path) -> float:
-    """The official number, 0 to 100, of ``path``.  Raises BadInput for an unknown task, a file that cannot be scored, or scorers of other versions."""
+    """The official number, 0 to 100, of ``path``.  Raises BadInput for an unknown task, a file that cannot be
+    scored, or scorers of other versions.
+    """
     if benchmark not in BENCHMARKS:
         raise BadInput(f"there is no benchmark {benchmark!r}; use {', '.join(BENCHMARKS)}")
     if task not in BENCHMARKS[benchmark]:

@@ -1,7 +1,9 @@
-"""One training step of a model's shape with random weights, timed by part: what eval/efficiency.py measures, setting by setting.
+"""One training step of a model's shape with random weights, timed by part: what eval/efficiency.py measures,
+setting by setting.
 
-Rows of the method's own plan go through the repository's collator, RoPE, loss and attention; AdamW runs in float32 over the weights (on a GPU a bfloat16 copy
-of them computes, as under DeepSpeed: 16 bytes a parameter in all).  The options are those that a recipe can set, see docs/speed.md.
+Rows of the method's own plan go through the repository's collator, RoPE, loss and attention; AdamW runs in
+float32 over the weights (on a GPU a bfloat16 copy of them computes, as under DeepSpeed: 16 bytes a parameter
+in all).  The options are those that a recipe can set, see docs/speed.md.
 """
 
 import contextlib
@@ -45,14 +47,17 @@ def config_of(shape: str):
 
 
 def use_kernels(model, kernels: str) -> None:
-    """liger: Liger-Kernel's fused RMSNorm, SwiGLU and RoPE in ``model`` and in every Llama that this process builds later; the loss stays ours."""
+    """liger: Liger-Kernel's fused RMSNorm, SwiGLU and RoPE in ``model`` and in every Llama that this process
+    builds later; the loss stays ours.
+    """
     if kernels == "torch":
         return
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError:
         raise BadInput(
-            "--kernels liger: the package liger-kernel is not installed; pip install liger-kernel, or leave it out"
+            "--kernels liger: the package liger-kernel is not installed; pip install liger-kernel, or leave"
+            " it out"
         ) from None
     apply_liger_kernel_to_llama(
         rope=True,
@@ -65,14 +70,18 @@ def use_kernels(model, kernels: str) -> None:
 
 
 def use_compiler(model, how: str) -> None:
-    """layers: torch.compile for each decoder layer.  What decides about the mask stays outside: compiled, it would always build the square of it."""
+    """layers: torch.compile for each decoder layer.  What decides about the mask stays outside: compiled, it
+    would always build the square of it.
+    """
     if how == "layers":
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=False)
 
 
 def attention_backend(name: str):
-    """A context in which scaled_dot_product_attention may take that kernel alone; auto: torch's own choice."""
+    """A context in which scaled_dot_product_attention may take that kernel alone; auto: torch's own
+    choice.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backends = {
@@ -84,7 +93,9 @@ def attention_backend(name: str):
 
 
 class _Clock:
-    """Points in time on the device (or, on a CPU, here), read at the end of a step, so that none of them holds the step up."""
+    """Points in time on the device (or, on a CPU, here), read at the end of a step, so that none of them
+    holds the step up.
+    """
 
     def __init__(self, cuda: bool):
         self.cuda, self.points = cuda, []
@@ -123,10 +134,12 @@ def measure(
     attention: str = "auto",
     seconds: float | None = None,
 ) -> dict:
-    """One setting, in this process.  Returns seconds a step by part, tokens/s, MFU where the device's peak is known, and memory.
+    """One setting, in this process.  Returns seconds a step by part, tokens/s, MFU where the device's peak is
+    known, and memory.
 
-    seconds: once so many are spent on steps, what is measured ends, after at least one step (and one of warm-up, if there is any).
-    Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where an attention kernel cannot run.
+    seconds: once so many are spent on steps, what is measured ends, after at least one step (and one of
+    warm-up, if there is any). Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where an
+    attention kernel cannot run.
     """
     import numpy as np
     import torch
@@ -218,8 +231,8 @@ def measure(
             with (
                 estimate.Kept(model)
                 if not cuda and step == 0 and compiled == "no"
-                else contextlib.nullcontext() as counting
-            ):
+                else contextlib.nullcontext()
+            ) as counting:
                 total = model(**inputs)["loss_sum"] / divisor
             kept = counting.bytes if counting else kept
             clock.mark()
@@ -274,9 +287,11 @@ def measure(
 
 
 def serve() -> None:
-    """Settings, one JSON object a line on standard input, to results likewise on standard output, until the input ends.
+    """Settings, one JSON object a line on standard input, to results likewise on standard output, until the
+    input ends.
 
-    A setting that does not fit is {"fits": false}; one that cannot run has a "reason" beside it.  Both end this process: what they left behind is not looked for.
+    A setting that does not fit is {"fits": false}; one that cannot run has a "reason" beside it.  Both end
+    this process: what they left behind is not looked for.
     """
     import torch
 
@@ -290,7 +305,9 @@ def serve() -> None:
             if name != "target" or methods.get(settings["method_name"]).row_length == "target"
         }
         if before and shapes != before and "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what was compiled for other rows or attention would count against the number of versions that it keeps
+            # what was compiled for other rows or attention would count against the number of versions that it
+            # keeps
+            torch.compiler.reset()
         before = shapes
         try:
             found = {"fits": True, **measure(**settings)}

@@ -1,8 +1,10 @@
-"""The paper's Tables 1 to 9 and Figures 2 to 4 with our results beside the printed figures, and a page for each recipe that was run.
+"""The paper's Tables 1 to 9 and Figures 2 to 4 with our results beside the printed figures, and a page for
+each recipe that was run.
 
     python -m endprompt.eval.tables --runs runs --out results [--recipe NAME ...] [--model METHOD=DIR ...]
 
-A cell is ours | paper | difference; what was not run says so.  Ours comes from the runs that paper.yaml names, OUT/<recipe>/<method>.
+A cell is ours | paper | difference; what was not run says so.  Ours comes from the runs that paper.yaml
+names, OUT/<recipe>/<method>.
 """
 
 import argparse
@@ -61,7 +63,9 @@ class Cell:
 
 @dataclass
 class Filled:
-    """A table of the paper with our side: ``cells`` {column of the paper: {row of the paper: Cell}}, turned round so that it stays narrow."""
+    """A table of the paper with our side: ``cells`` {column of the paper: {row of the paper: Cell}}, turned
+    round so that it stays narrow.
+    """
 
     about: paper.Table
     cells: dict[str, dict[str, Cell]]
@@ -86,8 +90,10 @@ def markdown(table: Filled) -> str:
     lines = [
         f"# {table.about.title}",
         "",
-        f"{table.about.source[0].upper()}{table.about.source[1:]} of the paper ({paper.load()['paper']}). "
-        f"Cells: ours with its 95 % interval \\| {printed} \\| difference.",
+        (
+            f"{table.about.source[0].upper()}{table.about.source[1:]} of the paper ({paper.load()['paper']})."
+            f" Cells: ours with its 95 % interval \\| {printed} \\| difference."
+        ),
         "",
         "| | " + " | ".join(f"{row}" for row in rows) + " |",
         "|" + "---|" * (len(rows) + 1),
@@ -121,7 +127,9 @@ def as_csv(table: Filled) -> str:
 
 
 class Runs:
-    """The folders of results, each read once.  ``models``: {method: a model that stands in for the trained one in runs without a suffix}."""
+    """The folders of results, each read once.  ``models``: {method: a model that stands in for the trained
+    one in runs without a suffix}.
+    """
 
     def __init__(self, folder: Path, models: dict[str, str]):
         self.folder, self.models = folder, models
@@ -140,7 +148,9 @@ class Runs:
 
 
 def parts(tasks: tuple[str, ...], lengths: tuple[int, ...], found: Results) -> list[tuple[str, int | None]]:
-    """The results that a cell averages: RULER at ``lengths``; LongBench at the one length its prompts were cut to; short text once."""
+    """The results that a cell averages: RULER at ``lengths``; LongBench at the one length its prompts were
+    cut to; short text once.
+    """
     wanted: list[tuple[str, int | None]] = []
     for task in tasks:
         if task.startswith("ruler_"):
@@ -219,7 +229,8 @@ def _provenance(row: str, found: Results, ours: list[Estimate], about: paper.Tab
         text += f"; RULER's generator and scorers: {' / '.join(generators)}"
     metrics = sorted(
         {
-            f"{file['question']['task']} {file['scores']['few_shots']}-shot {file['scores'].get('metric', '')}"
+            f"{file['question']['task']} {file['scores']['few_shots']}-shot"
+            f" {file['scores'].get('metric', '')}"
             for file in files
             if "few_shots" in file["scores"]
         }
@@ -243,7 +254,9 @@ def _provenance(row: str, found: Results, ours: list[Estimate], about: paper.Tab
 
 
 def cost(record: dict | None) -> dict[str, float | None]:
-    """Memory in 10^9 bytes and hours of a train.json.  A run that was resumed knows the hours since then only: none."""
+    """Memory in 10^9 bytes and hours of a train.json.  A run that was resumed knows the hours since then
+    only: none.
+    """
     if record is None:
         return {"memory_gb": None, "hours": None}
     memory = record.get("final_peak_memory_gib")
@@ -278,7 +291,8 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
     for row, record in records.items():
         if record:
             notes.append(
-                f"{row}: {record.get('world_size')} ranks on {record.get('device')}, {record.get('tokens')} tokens, commit {str(record.get('commit'))[:12]}"
+                f"{row}: {record.get('world_size')} ranks on {record.get('device')}, {record.get('tokens')}"
+                f" tokens, commit {str(record.get('commit'))[:12]}"
                 + (
                     "; **on CPU**: resident memory of a process, not of a GPU"
                     if str(record.get("device")).startswith("CPU")
@@ -293,7 +307,8 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
             )
     if not any(records.values()):
         notes.append(
-            f"None of it was run here. It takes the train.json of {'; '.join(str(run.folder(runs.folder)) for run in about.rows.values())}."
+            "None of it was run here. It takes the train.json of"
+            f" {'; '.join(str(run.folder(runs.folder)) for run in about.rows.values())}."
         )
     return Filled(about, cells, [*_about_paper(about), *about.notes, *notes])
 
@@ -389,7 +404,8 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
 
 
 def write(runs: Runs, out: Path, recipes: list[str] | None, command: str) -> list[Path]:
-    """Makes all tables and pictures in ``out``; returns what was written.  Raises BadInput, before anything is written, if a result cannot be read.
+    """Makes all tables and pictures in ``out``; returns what was written.  Raises BadInput, before anything
+    is written, if a result cannot be read.
 
     ``recipes``: those that get a page of their own; None: all that were evaluated.
     """
@@ -441,7 +457,8 @@ def index(filled: dict[str, Filled], pages: list["recipe_page.Page"], stamp: dic
         cells = [cell.ours for column in table.cells.values() for cell in column.values()]
         there = sum(isinstance(ours, Estimate) for ours in cells)
         lines.append(
-            f"| [{table.about.source}]({name}.md) ([CSV]({name}.csv)) | {table.about.title} | {f'{there} of {len(cells)} cells' if there else 'not run'} | "
+            f"| [{table.about.source}]({name}.md) ([CSV]({name}.csv)) | {table.about.title} |"
+            f" {f'{there} of {len(cells)} cells' if there else 'not run'} | "
             + " ".join(f"[{picture}]({picture})" for picture in table.pictures)
             + " |"
         )
@@ -449,7 +466,8 @@ def index(filled: dict[str, Filled], pages: list["recipe_page.Page"], stamp: dic
     if pages:
         lines += ["| recipe | ours | pictures |", "|---|---|---|"]
         lines += [
-            f"| [{page.name}](recipe_{page.name}.md) ([CSV](recipe_{page.name}.csv)) | {', '.join(page.benchmarks())} of {', '.join(page.methods)} | "
+            f"| [{page.name}](recipe_{page.name}.md) ([CSV](recipe_{page.name}.csv)) |"
+            f" {', '.join(page.benchmarks())} of {', '.join(page.methods)} | "
             + " ".join(f"[{picture}]({picture})" for picture in page.pictures)
             + " |"
             for page in pages

@@ -1,14 +1,18 @@
-"""The smoothness of attention scores in distance: the paper's Eq. 3 against scores of a real model, before and after interpolation.
+r"""The smoothness of attention scores in distance: the paper's Eq. 3 against scores of a real model, before
+and after interpolation.
 
-With q and k as complex pairs, the score at distance d is S(d) = sum_i Re(z_i exp(j theta_i d)), z_i = q_i conj(k_i) times the model's scaling:
-a finite trigonometric sum with the RoPE's frequencies.  Bounds on the size of its k-th derivative:
+With q and k as complex pairs, the score at distance d is S(d) = sum_i Re(z_i exp(j theta_i d)), z_i = q_i
+conj(k_i) times the model's scaling: a finite trigonometric sum with the RoPE's frequencies.  Bounds on the
+size of its k-th derivative:
 
     amplitudes  sum_i |z_i| theta_i^k              (triangle inequality; never above the next)
-    bernstein   theta_max^k sum_i |z_i|            (Eq. 3: Bernstein's inequality, with sup |S| over all real distances at most sum_i |z_i|)
+    bernstein   theta_max^k sum_i |z_i|            (Eq. 3: Bernstein's inequality, with sup |S| over all \
+        real distances at most sum_i |z_i|)
     window      theta_max^k max |S| over the distances evaluated
 
-Bernstein's inequality is about the whole real line, so that ``window``, which a reader of Eq. 3 would compute first, is no theorem: how
-often it holds is counted.  Position interpolation divides each theta_i by s, and with it the bounds on S' by s and on S'' by s^2.
+Bernstein's inequality is about the whole real line, so that ``window``, which a reader of Eq. 3 would compute
+first, is no theorem: how often it holds is counted.  Position interpolation divides each theta_i by s, and
+with it the bounds on S' by s and on S'' by s^2.
 
     python -m endprompt.eval.theory [--recipe RECIPE] [--set key=value ...] [--text FILE] [--out DIR]
 """
@@ -32,7 +36,9 @@ ORDERS = {"S": 0, "S'": 1, "S''": 2}
 
 
 def coefficients(query: np.ndarray, key: np.ndarray, scaling: float) -> np.ndarray:
-    """z [..., head_dim / 2], complex128, of vectors [..., head_dim] before RoPE; component i turns with component i + head_dim / 2."""
+    """z [..., head_dim / 2], complex128, of vectors [..., head_dim] before RoPE; component i turns with
+    component i + head_dim / 2.
+    """
     half = query.shape[-1] // 2
     q, k = (vector[..., :half].astype(np.float64) + 1j * vector[..., half:] for vector in (query, key))
     return q * k.conj() * scaling
@@ -41,7 +47,9 @@ def coefficients(query: np.ndarray, key: np.ndarray, scaling: float) -> np.ndarr
 def derivatives(
     z: np.ndarray, frequencies: np.ndarray, distances: np.ndarray, orders=(0,)
 ) -> list[np.ndarray]:
-    """The derivatives of S of ``orders``, each [scores, distances], for z [scores, n] and frequencies [n] in radians a token."""
+    """The derivatives of S of ``orders``, each [scores, distances], for z [scores, n] and frequencies [n] in
+    radians a token.
+    """
     angles = np.outer(distances, frequencies)
     cosines, sines = np.cos(angles), np.sin(angles)
     turned = [(z * (1j * frequencies) ** order).T for order in orders]
@@ -59,7 +67,9 @@ def measure(z: np.ndarray, frequencies: np.ndarray, longest: int, step: float) -
 
 
 def bounds(z: np.ndarray, frequencies: np.ndarray, order: int, measured: np.ndarray) -> dict[str, np.ndarray]:
-    """The bounds on the ``order``-th derivative [scores]; ``measured``: max |S| over the distances evaluated."""
+    """The bounds on the ``order``-th derivative [scores]; ``measured``: max |S| over the distances
+    evaluated.
+    """
     amplitudes, top = np.abs(z), frequencies.max() ** order
     return {
         "amplitudes": amplitudes @ frequencies**order,
@@ -72,8 +82,10 @@ def bounds(z: np.ndarray, frequencies: np.ndarray, order: int, measured: np.ndar
 def vectors(
     network, ids: list[int], heads: int, pairs: int, rng: np.random.Generator
 ) -> tuple[list[dict], np.ndarray, np.ndarray]:
-    """([{"layer", "head", "query", "key"}], q, k [scores, head_dim] before RoPE): ``pairs`` query-key pairs, the key not after its query, of
-    each of ``heads`` (layer, head) pairs drawn by ``rng`` on the token ids of a text."""
+    """([{"layer", "head", "query", "key"}], q, k [scores, head_dim] before RoPE): ``pairs`` query-key pairs,
+    the key not after its query, of each of ``heads`` (layer, head) pairs drawn by ``rng`` on the token ids of
+    a text.
+    """
     layers, head_dim = network.get_decoder().layers, rope.head_dimension(network.config)
     kept: dict[tuple[int, str], torch.Tensor] = {}
     hooks = [
@@ -109,7 +121,9 @@ def vectors(
 
 
 def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
-    """(inv_freq, attention scaling, the RoPE module) that the model gets from the recipe's scaling, checked as ``model.build`` checks it."""
+    """(inv_freq, attention scaling, the RoPE module) that the model gets from the recipe's scaling, checked
+    as ``model.build`` checks it.
+    """
     scaled, method = copy.deepcopy(network.config), methods.get("interpolation")
     theta, scaling = scaled.rope_parameters["rope_theta"], model.scaling(recipe, method, network.config)
     rope.apply(scaled, scaling, recipe.lengths.target)
@@ -119,7 +133,9 @@ def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
 
 
 def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
-    """(text, where it is from): ``path``, else the recipe's held-out text or corpus if it is on this machine, else the licence."""
+    """(text, where it is from): ``path``, else the recipe's held-out text or corpus if it is on this machine,
+    else the licence.
+    """
     if path is not None:
         try:
             return path.read_text(encoding="utf-8-sig"), str(path)
@@ -135,9 +151,10 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
     licence = config.SHIPPED / "LICENSE"
     if licence.is_file():
         return licence.read_text(encoding="utf-8"), "LICENSE"
-    return importlib.metadata.distribution("endprompt").read_text(
-        "licenses/LICENSE"
-    ), "LICENSE"  # installed from a wheel
+    return (
+        importlib.metadata.distribution("endprompt").read_text("licenses/LICENSE"),
+        "LICENSE",
+    )  # installed from a wheel
 
 
 def run(
@@ -149,8 +166,9 @@ def run(
     seed: int = 0,
     step: float = 0.25,
 ) -> dict:
-    """Measures and bounds ``heads`` x ``pairs`` scores.  Raises BadInput on unusable files or a text without two tokens, RuntimeError on a
-    RoPE that is not the expected one."""
+    """Measures and bounds ``heads`` x ``pairs`` scores.  Raises BadInput on unusable files or a text without
+    two tokens, RuntimeError on a RoPE that is not the expected one.
+    """
     network = model.build(recipe, methods.get("base"), torch.float32, False).eval()
     window = model.original_length(recipe, network.config)
     tokenizer = model.load_tokenizer(recipe)
@@ -202,7 +220,9 @@ def exceeded(values: list[float], bound: list[float]) -> int:
 
 
 def shrinkage(result: dict) -> dict[str, dict[str, float]]:
-    """By how much interpolation divides S' and S'': {"S'": {"measured": median over the scores, "bound": of Bernstein's}, ...}."""
+    """By how much interpolation divides S' and S'': {"S'": {"measured": median over the scores, "bound": of
+    Bernstein's}, ...}.
+    """
     before, after = (result["settings"][name] for name in ("before", "after"))
 
     def fall(first: list[float], second: list[float]) -> float:
@@ -218,7 +238,9 @@ def shrinkage(result: dict) -> dict[str, dict[str, float]]:
 
 
 def table(result: dict) -> str:
-    """Markdown: for S' and S'', before and after, the largest measured and bounded, the median share of each bound, and how many exceed it."""
+    """Markdown: for S' and S'', before and after, the largest measured and bounded, the median share of each
+    bound, and how many exceed it.
+    """
     kinds = ("amplitudes", "bernstein", "window")
     head = [
         "RoPE",
@@ -253,14 +275,19 @@ def table(result: dict) -> str:
         [
             *lines,
             "",
-            f"Interpolation by s = {result['factor']:g} divides max |S'| by {first['measured']:.4g} and max |S''| by {second['measured']:.4g} "
-            f"(measured, medians of {len(result['scores'])} scores), their bounds by {first['bound']:.4g} and {second['bound']:.4g}.",
+            (
+                f"Interpolation by s = {result['factor']:g} divides max |S'| by {first['measured']:.4g} and"
+                f" max |S''| by {second['measured']:.4g} (measured, medians of {len(result['scores'])}"
+                f" scores), their bounds by {first['bound']:.4g} and {second['bound']:.4g}."
+            ),
         ]
     )
 
 
 def picture(result: dict, path: Path) -> None:
-    """One PNG: the largest score over distance before and after; each score's measured max |S'| and max |S''| against its bounds."""
+    """One PNG: the largest score over distance before and after; each score's measured max |S'| and max |S''|
+    against its bounds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

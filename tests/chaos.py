@@ -1,11 +1,12 @@
-"""kill -9 at random moments of prepare, train and evaluate, and a comparison of what comes out with an undisturbed run, byte for byte.
+"""kill -9 at random moments of prepare, train and evaluate, and a comparison of what comes out with an
+undisturbed run, byte for byte.
 
     python tests/chaos.py --kills 100 --out docs/results/chaos.json     # make chaos N=100
 
-A trial is a fresh copy of the stage's start, killed one to three times and then left alone.  Training runs on two
-ranks with a checkpoint after every step, so that many kills fall into the writing of one; a third of them waits for
-the last checkpoint and falls between it and model/, for every way in which a run's end can be given.  A kill takes
-all processes at once (a node without power), one rank, or torchrun.
+A trial is a fresh copy of the stage's start, killed one to three times and then left alone.  Training runs on
+two ranks with a checkpoint after every step, so that many kills fall into the writing of one; a third of them
+waits for the last checkpoint and falls between it and model/, for every way in which a run's end can be
+given.  A kill takes all processes at once (a node without power), one rank, or torchrun.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 STAGES = {"prepare": 0.3, "train": 0.5, "evaluate": 0.2}  # shares of the kills
-# How the end of the training is given -> (settings, steps); 600 rows, of which the last step of the first has 24 of 32.
+# How the end of the training is given -> (settings, steps); 600 rows, of which the last step of the first has
+# 24 of 32.
 ENDS = {
     "the_recipe_s_own_end": (["train.per_device_train_batch_size=16"], 19),
     "max_steps": (["train.max_steps=18"], 18),
@@ -120,7 +122,9 @@ def between(run: Path, end: str) -> bool:
 
 
 def tree(root: int) -> list[int]:
-    """``root`` and its descendants: torchrun gives every rank a session of its own, so the process group does not hold them."""
+    """``root`` and its descendants: torchrun gives every rank a session of its own, so the process group does
+    not hold them.
+    """
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -279,7 +283,8 @@ class Chaos:
         elif found != expected:
             counts["differing"] += 1
             self.faults.append(
-                f"{stage} trial {number} ({end}): {[key for key in found if found[key] != expected.get(key)][:5]} differ"
+                f"{stage} trial {number} ({end}):"
+                f" {[key for key in found if found[key] != expected.get(key)][:5]} differ"
             )
         if found == expected:
             shutil.rmtree(out)

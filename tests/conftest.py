@@ -39,7 +39,9 @@ def write_jsonl(path: Path, texts: list, column: str = "text") -> Path:
 
 
 def run_main(*args) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of the command line, in this process; not for a ``train`` that succeeds, which ends the process."""
+    """(exit code, stdout, stderr) of the command line, in this process; not for a ``train`` that succeeds,
+    which ends the process.
+    """
     from endprompt import cli
 
     out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
@@ -76,9 +78,11 @@ def tiny_text() -> list[str]:
 
 @pytest.fixture
 def recipe_file(tmp_path, base, tiny_text):
-    """recipe_file(name="small", data={"tokens": 2000}, rope=...) -> path of a recipe with lengths 64 -> 512 and a few thousand tokens.
+    """recipe_file(name="small", data={"tokens": 2000}, rope=...) -> path of a recipe with lengths 64 -> 512
+    and a few thousand tokens.
 
-    Keywords are sections whose keys replace or extend those here; ``data={"corpus": ...}`` names another corpus.
+    Keywords are sections whose keys replace or extend those here; ``data={"corpus": ...}`` names another
+    corpus.
     """
 
     def write(name: str = "small", **sections) -> Path:
@@ -113,7 +117,9 @@ def recipe_file(tmp_path, base, tiny_text):
 
 @pytest.fixture(scope="session")
 def train_recipe(tmp_path_factory, base) -> Path:
-    """64 rows of 40 to 128 tokens (a document a row: padded batches), 8 steps of 8 rows, a checkpoint every 2 steps."""
+    """64 rows of 40 to 128 tokens (a document a row: padded batches), 8 steps of 8 rows, a checkpoint every 2
+    steps.
+    """
     folder = tmp_path_factory.mktemp("train")
     # Documents of different lengths, so that ranks and micro-batches carry unequal weights.
     texts = [text for sentences in (2, 4, 6, 9) for text in tiny_documents(16, sentences, seed=sentences)]

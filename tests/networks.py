@@ -13,7 +13,9 @@ THETA = 500000.0
 
 
 def configuration(model_type: str = "llama", **changes):
-    """Config of a two-layer model with grouped-query attention; vocabulary 96, window 64, rope_theta 500000."""
+    """Config of a two-layer model with grouped-query attention; vocabulary 96, window 64, rope_theta
+    500000.
+    """
     from transformers import AutoConfig
 
     shape = {

@@ -1,6 +1,8 @@
-"""A Slurm cluster of two nodes on this machine, in a folder of its own: munged, slurmctld and two slurmd's, ended by their process ids.
+"""A Slurm cluster of two nodes on this machine, in a folder of its own: munged, slurmctld and two slurmd's,
+ended by their process ids.
 
-python tests/slurm_cluster.py FOLDER     # starts one, says how to reach it, and ends it with Ctrl-C or SIGTERM
+python tests/slurm_cluster.py FOLDER     # starts one, says how to reach it, and ends it with Ctrl-C or
+SIGTERM
 """
 
 import contextlib
@@ -136,7 +138,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         self._spawn(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """kill -9 of the node's slurmd, its slurmstepd's and every process of a job there: the node is gone from one moment to the next."""
+        """kill -9 of the node's slurmd, its slurmstepd's and every process of a job there: the node is gone
+        from one moment to the next.
+        """
         self._kill([self.processes[node].pid, *self._of(node)])
         self.processes[node].wait()
 
@@ -147,7 +151,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 os.kill(pid, signal.SIGKILL)
 
     def _of(self, node: str) -> list[int]:
-        """The processes of jobs on ``node``, known by what Slurm puts into their environment, and the slurmstepd's above them."""
+        """The processes of jobs on ``node``, known by what Slurm puts into their environment, and the
+        slurmstepd's above them.
+        """
         mine = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
         tasks, parents = [], set()
         for path in Path("/proc").glob("[0-9]*"):

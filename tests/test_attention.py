@@ -156,7 +156,9 @@ def test_sdpa_and_eager_agree(models, batches, kind):
 
 
 def reference(model, ids, positions, inv_freq):
-    """LLaMA for one row in float64, from the papers: whole causal attention, queries and keys turned by position x inv_freq."""
+    """LLaMA for one row in float64, from the papers: whole causal attention, queries and keys turned by
+    position x inv_freq.
+    """
     config = model.config
     heads, dim = config.num_attention_heads, rope.head_dimension(config)
     angles = np.outer(positions, inv_freq)
@@ -246,7 +248,9 @@ def training(model, batch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_gets_a_flag_and_no_square(base, batches, monkeypatch, kind, checkpointing):
-    """What transformers makes is_causal of, with which a GPU takes its flash kernel; padding, on the right, is no reason for a square [length, length]."""
+    """What transformers makes is_causal of, with which a GPU takes its flash kernel; padding, on the right,
+    is no reason for a square [length, length].
+    """
     model = load(base).train()
     loss.attach(model)
     if checkpointing:
@@ -319,8 +323,10 @@ def test_compiled_layers_get_the_flag_and_a_compiled_model_the_square(base, batc
 
 
 def test_flash_attention_does_not_cut_a_row_at_its_jump(batches):
-    """transformers' FlashAttention takes rows whose positions are not 0, 1, 2, ... for packed ones when they come singly, and cuts where the least position recurs:
-    never, as ours only rise.  The mask of ones is taken off before."""
+    """transformers' FlashAttention takes rows whose positions are not 0, 1, 2, ... for packed ones when they
+    come singly, and cuts where the least position recurs: never, as ours only rise.  The mask of ones is
+    taken off before.
+    """
     masking, flash = (
         pytest.importorskip("transformers.masking_utils"),
         pytest.importorskip("transformers.modeling_flash_attention_utils"),

@@ -1,4 +1,6 @@
-"""What a user can get wrong ends in exit code 2 and one line that names it, and leaves nothing half-written behind."""
+"""What a user can get wrong ends in exit code 2 and one line that names it, and leaves nothing half-written
+behind.
+"""
 
 import gzip
 import json
@@ -47,7 +49,7 @@ def out(tmp_path):
     assert files(tmp_path / "out") == []
 
 
-# -- the recipe file ---------------------------------------------------------------------------------------------------
+# -- the recipe file -----------------------------------------------------------------------------------------
 
 MODEL, LENGTHS, DATA = (
     "model: {name_or_path: x}\n",
@@ -214,7 +216,7 @@ def test_recipe_that_is_no_file(tmp_path, out, case):
     refused(run_main("prepare", tmp_path / "r.yaml", "endprompt", "--out", out), "r.yaml", telling)
 
 
-# -- one setting -------------------------------------------------------------------------------------------------------
+# -- one setting ---------------------------------------------------------------------------------------------
 
 SETTINGS = [
     # The form of --set itself.
@@ -417,7 +419,7 @@ def test_zero_file(recipe_file, out, tmp_path, text, telling):
     )
 
 
-# -- the corpus --------------------------------------------------------------------------------------------------------
+# -- the corpus ----------------------------------------------------------------------------------------------
 
 NOISE = b"".join(bytes([number * 37 % 251]) for number in range(4000))
 GOOD = b'{"text": "one two three"}\n'
@@ -709,7 +711,7 @@ def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypa
     }
 
 
-# -- shards ------------------------------------------------------------------------------------------------------------
+# -- shards --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1257,7 +1259,7 @@ def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     )
 
 
-# -- the model folder --------------------------------------------------------------------------------------------------
+# -- the model folder ----------------------------------------------------------------------------------------
 
 
 def edited(name, **values):
@@ -1586,7 +1588,7 @@ def test_weights(recipe_file, model_copy, case, damage):
         model.build(recipe, methods.get("endprompt"), torch.float32, cuda=False)
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+# -- the command line ----------------------------------------------------------------------------------------
 
 
 def test_method_and_recipe_that_are_not_there(recipe_file, out, tmp_path):
@@ -1716,7 +1718,7 @@ def test_out_that_must_not_be_written(recipe_file, tmp_path, command):
     )
 
 
-# -- the environment ---------------------------------------------------------------------------------------------------
+# -- the environment -----------------------------------------------------------------------------------------
 
 ENVIRONMENTS = [
     ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'", "whole number from 1"),
@@ -1835,7 +1837,7 @@ def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
     assert result[2].rstrip("\n").isprintable()
 
 
-# -- the same through real processes, where nothing catches what libraries print ---------------------------------------
+# -- the same through real processes, where nothing catches what libraries print -----------------------------
 
 
 def test_processes(recipe_file, tmp_path, base, model_copy):
@@ -1903,7 +1905,7 @@ def test_processes(recipe_file, tmp_path, base, model_copy):
     assert [name for name in files(out) if "/.cache/" not in name] == before
 
 
-# -- chance ------------------------------------------------------------------------------------------------------------
+# -- chance --------------------------------------------------------------------------------------------------
 
 JUNK = st.recursive(
     st.none()
@@ -2099,7 +2101,9 @@ def read_back(folder):
 
 @pytest.fixture(scope="module")
 def shard_folder(prepared_once, tmp_path_factory):
-    """A copy of the prepared shards to be overwritten, its manifest, and the bytes and the rows of what is in it."""
+    """A copy of the prepared shards to be overwritten, its manifest, and the bytes and the rows of what is in
+    it.
+    """
     folder = shutil.copytree(
         prepared_once / "out/small/endprompt/shards", tmp_path_factory.mktemp("fuzzed") / "shards"
     )
@@ -2172,7 +2176,7 @@ def test_any_damage_of_a_shard_is_refused_or_harmless(shard_folder, data):
         )
 
 
-# -- how many --------------------------------------------------------------------------------------------------------
+# -- how many ------------------------------------------------------------------------------------------------
 
 
 def test_at_least_200_cases():

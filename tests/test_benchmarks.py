@@ -65,7 +65,8 @@ def test_prepare(tmp_path):
         "--out",
         tmp_path / "r.json",
     )
-    # Rows are whole: of the corpus' tokens some remain, and eight times the corpus is eight times the tokens and less than one row.
+    # Rows are whole: of the corpus' tokens some remain, and eight times the corpus is eight times the tokens
+    # and less than one row.
     for kind in ("prepare", "tokenizers"):
         assert (
             found[f"{kind}_first"]["tokens"]

@@ -1,4 +1,6 @@
-"""A few random kills of every stage; `make chaos N=100` does many, and docs/results/chaos.json holds what that gave."""
+"""A few random kills of every stage; `make chaos N=100` does many, and docs/results/chaos.json holds what
+that gave.
+"""
 
 import json
 

@@ -131,7 +131,9 @@ def test_numpy_columns_do_as_well_as_lists():
 
 
 def test_kinds_of_targets():
-    """The prompt's first token is counted apart in every row, wherever the row's padding begins; a row may be prompt from its first target on."""
+    """The prompt's first token is counted apart in every row, wherever the row's padding begins; a row may be
+    prompt from its first target on.
+    """
     prompt = torch.tensor(
         [[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool
     )

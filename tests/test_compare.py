@@ -69,7 +69,9 @@ def setting(folder, seed, **data):
 
 @pytest.fixture
 def seeds(tmp_path):
-    """Three seeds of endprompt with 8, 10 and 12 of 20 keys at 512; base with the first seed only; 1024 with one seed only."""
+    """Three seeds of endprompt with 8, 10 and 12 of 20 keys at 512; base with the first seed only; 1024 with
+    one seed only.
+    """
     folders = [tmp_path / f"runs/seed{seed}/tiny" for seed in range(3)]
     write_result(folders[0], "base", "passkey", 512, model="b", **passkey_scores(1))
     for seed, folder in enumerate(folders):
@@ -245,13 +247,15 @@ def test_different_questions_are_not_averaged(seeds):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs recipes/compare.sh with a Python that only notes what it is asked, asks the real one about the method table, and knows where runs are."""
+    """Runs recipes/compare.sh with a Python that only notes what it is asked, asks the real one about the
+    method table, and knows where runs are.
+    """
     fake = tmp_path / "python"
     fake.write_text(
-        f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
-        'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
-        f'echo "$*" >>{tmp_path}/calls\n'
-        f'case "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";; esac\n'
+        f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\ncase "$3" in gpus) echo 0;'
+        ' exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\necho "$*"'
+        f' >>{tmp_path}/calls\ncase "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";;'
+        " esac\n"
     )
     fake.chmod(0o755)
 
@@ -281,7 +285,8 @@ def test_script_runs_every_method_with_every_seed(script):
     assert all(call[5:9] == ["--out", f"out/seed{call[-1][-1]}", "--set", "data.tokens=9"] for call in asked)
     assert (
         calls[-1]
-        == "-m endprompt.eval.compare out/seed0/tiny out/seed1/tiny out/seed2/tiny --title tiny over seeds 0 1 2"
+        == "-m endprompt.eval.compare out/seed0/tiny out/seed1/tiny out/seed2/tiny --title tiny over seeds"
+        " 0 1 2"
     )
 
 

@@ -1,4 +1,6 @@
-"""The recipe: what YAML may say, overrides, paths, the resolved copy, and the files that come with the repository."""
+"""The recipe: what YAML may say, overrides, paths, the resolved copy, and the files that come with the
+repository.
+"""
 
 import json
 from pathlib import Path

@@ -191,7 +191,8 @@ def test_a_document_of_just_the_greatest_length_is_read(read, tmp_path, monkeypa
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 def test_a_packed_file_cut_short_is_not_taken_for_a_whole_one(read, tmp_path, packing):
-    # Noise, so that there are several blocks; cut at every place where zstandard's own reader would just stop.
+    # Noise, so that there are several blocks; cut at every place where zstandard's own reader would just
+    # stop.
     texts = [random.Random(number).randbytes(40000).hex() for number in range(8)]
     whole = PACKINGS[packing](jsonl(texts))
     path = tmp_path / f"a.jsonl{packing}"

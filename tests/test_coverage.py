@@ -1,4 +1,6 @@
-"""Which distances are supervised: counts against brute force, closed forms against counts (paper Eq. 8-9), and the command that shows them."""
+"""Which distances are supervised: counts against brute force, closed forms against counts (paper Eq. 8-9),
+and the command that shows them.
+"""
 
 from collections import Counter
 
@@ -25,7 +27,9 @@ def numbers(spans):
 
 @given(st.lists(rows(), min_size=1, max_size=4))
 def test_pair_counts(many):
-    """The difference arrays give what counting pair by pair gives, for one row and for several, equal ones too."""
+    """The difference arrays give what counting pair by pair gives, for one row and for several, equal ones
+    too.
+    """
     L = max(L for _, L in many)
     expected = sum((brute_force(row) for row, _ in many), Counter())
     parts = [positions.segments(row) for row, _ in many]
@@ -119,7 +123,7 @@ def test_gap(spans, expected):
     assert gap(spans, 10) == expected
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -157,12 +161,12 @@ def test_numbers_of_the_command(recipe_file, tmp_path, tokenizer):
         assert telling in out
     for whose in ("row 63", "all 64 rows"):
         assert (
-            f"D_obs of {whose}, closed form (paper Eq. 8): 0..{a - 1}, {512 - 63}..511\nD_obs of {whose}, counted: 0..{a - 1}, {512 - 63}..511\n"
-            in out
+            f"D_obs of {whose}, closed form (paper Eq. 8): 0..{a - 1}, {512 - 63}..511\nD_obs of {whose},"
+            f" counted: 0..{a - 1}, {512 - 63}..511\n" in out
         )
         assert (
-            f"D_gap of {whose}, closed form (paper Eq. 9): {a}..{512 - 64}\nD_gap of {whose}, counted: {a}..{512 - 64}\n"
-            in out
+            f"D_gap of {whose}, closed form (paper Eq. 9): {a}..{512 - 64}\nD_gap of {whose}, counted:"
+            f" {a}..{512 - 64}\n" in out
         )
     pairs = [line.split() for line in out.splitlines() if line.endswith("%") and ".." in line.split()[0]]
     assert len(pairs) == 8 and sum(int(fields[1]) for fields in pairs) == 64 * 64 * 65 // 2

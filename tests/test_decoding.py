@@ -1,4 +1,6 @@
-"""What a model is asked, and how it answers: tokenizers that append, chat templates, generation configs, ends of answers, texts without words."""
+"""What a model is asked, and how it answers: tokenizers that append, chat templates, generation configs, ends
+of answers, texts without words.
+"""
 
 import hashlib
 import json
@@ -31,7 +33,10 @@ FRAMES = {
     "none": ["A"],
     "own": None,
 }
-TEMPLATE = "{% for m in messages %}[{{m['role']}}] {{m['content']}}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{m['role']}}] {{m['content']}}\n{% endfor %}{% if add_generation_prompt"
+    " %}[assistant]{% endif %}"
+)
 
 
 def edited(source, target, frame=None, template=None, generation=None):
@@ -42,9 +47,11 @@ def edited(source, target, frame=None, template=None, generation=None):
         tree, ids = json.loads(path.read_text()), {"<s>": 1, "</s>": 2, "<sep>": 0}
         names = {"<sep>": "<unk>"}
         tree["post_processor"]["single"] = [
-            {"Sequence": {"id": "A", "type_id": 0}}
-            if part == "A"
-            else {"SpecialToken": {"id": part, "type_id": 0}}
+            (
+                {"Sequence": {"id": "A", "type_id": 0}}
+                if part == "A"
+                else {"SpecialToken": {"id": part, "type_id": 0}}
+            )
             for part in frame
         ]
         tree["post_processor"]["special_tokens"] = {
@@ -105,7 +112,7 @@ def share(lm, tests):
 def test_a_prompt_ends_in_its_own_last_token(framed, tokenizer, name):
     text, plain = "The sky is blue", tokenizer("The sky is blue", add_special_tokens=False)["input_ids"]
     before = [
-        {"<s>": 1, "<sep>": 0}[part] for part in (FRAMES[name] or ["<s>", "A"]) if part in ("<s>", "<sep>")
+        {"<s>": 1, "<sep>": 0}[part] for part in FRAMES[name] or ["<s>", "A"] if part in ("<s>", "<sep>")
     ]
     before = before[: before.index(0)] if name == "two behind" else before
     assert prompts.frame(framed[name])[0] == before and prompts.encode(framed[name], text) == before + plain
@@ -124,9 +131,9 @@ def test_a_post_processor_that_changes_the_text_is_refused(base, tmp_path):
         def __call__(self, text, add_special_tokens=True, **options):
             found = loaded(text, add_special_tokens=False)
             return {
-                "input_ids": found["input_ids"][::-1] + [5]
-                if add_special_tokens
-                else found["input_ids"] + [6]
+                "input_ids": (
+                    found["input_ids"][::-1] + [5] if add_special_tokens else found["input_ids"] + [6]
+                )
             }
 
     with pytest.raises(BadInput, match="post-processor makes .*mend post_processor in tokenizer.json"):
@@ -153,7 +160,8 @@ def test_answers_and_likelihoods_are_those_of_the_tokenizer_that_appends_nothing
     assert context + continuation == tokenizer("The sky is blue.")["input_ids"] and len(continuation) == len(
         tokenizer(" is blue.", add_special_tokens=False)["input_ids"]
     )
-    # The twin: with what the tokenizer itself writes, the key is not found, and the pair's first token is lost.
+    # The twin: with what the tokenizer itself writes, the key is not found, and the pair's first token is
+    # lost.
     monkeypatch.setattr(prompts, "encode", lambda tokenizer, text: tokenizer(text)["input_ids"])
     assert share(odd, tests) < 0.5 and odd._encode_pair("The sky", " is blue.")[0][-1] == 2
     assert odd.loglikelihood(pairs, disable_tqdm=True)[0] != plain.loglikelihood(pairs, disable_tqdm=True)[0]
@@ -285,10 +293,10 @@ def test_ruler_keeps_room_for_the_template(base, tmp_path):
     )
     tokens = ruler.ruler_package.tokens_to_generate("vt")
     whole = {
-        name: len(
-            loaded(prompts.render(loaded, sample["input"], True), add_special_tokens=False)["input_ids"]
+        name: (
+            len(loaded(prompts.render(loaded, sample["input"], True), add_special_tokens=False)["input_ids"])
+            + tokens
         )
-        + tokens
         for name, sample in (("plain", plain), ("roomy", roomy))
     }
     assert whole["roomy"] <= 1280 < whole["plain"] and roomy["counted"] <= 1280 and roomy["outputs"]
@@ -412,7 +420,9 @@ def test_ends_of_an_answer(tokenizer):
 
 @pytest.fixture
 def newlines(base, tmp_path):
-    """The base's tokenizer with a token that merges a full stop and two newlines, and the ids of it and of the newline alone."""
+    """The base's tokenizer with a token that merges a full stop and two newlines, and the ids of it and of
+    the newline alone.
+    """
     tree = json.loads((base / "tokenizer.json").read_text())
     vocabulary, merges = tree["model"]["vocab"], tree["model"]["merges"]
     left, right = merges.pop()  # whose token is in no other; the last id is then the free one
@@ -479,7 +489,8 @@ def test_samsum_ends_at_the_newline_token_alone(network, newlines, tmp_path, mon
 # vLLM, in whose place stands a module that says what it was asked
 
 STUB = {
-    "__init__.py": """
+    "__init__.py": (
+        """
 class SamplingParams:
     def __init__(self, **options):
         self.__dict__.update(options)
@@ -489,13 +500,19 @@ class LLM:
     def __init__(self, **options):
         self.options, self.asked = options, []
     def generate(self, prompts, sampling_params, **_):
-        self.asked += [(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, sampling_params)]
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        self.asked += list(zip(ids, sampling_params))
         text = type("Text", (), {"text": " 12345"})
-        return [type("Output", (), {"outputs": [text], "prompt_logprobs": [None] + [{token: -1.0} for token in prompt["prompt_token_ids"][1:]]}) for prompt in prompts]
-""",
+        said = [[None] + [{token: -1.0} for token in prompt[1:]] for prompt in ids]
+        return [type("Output", (), {"outputs": [text], "prompt_logprobs": one}) for one in said]
+"""
+    ),
     "lora/__init__.py": "",
     "lora/request.py": "class LoRARequest:\n    pass\n",
-    "tokenizers.py": "from transformers import AutoTokenizer\ndef get_tokenizer(name, **_):\n    return AutoTokenizer.from_pretrained(name)\n",
+    "tokenizers.py": (
+        "from transformers import AutoTokenizer\ndef get_tokenizer(name, **_):\n    return"
+        " AutoTokenizer.from_pretrained(name)\n"
+    ),
 }
 
 
@@ -602,8 +619,9 @@ def byte_level(tiny_text):
 
 WORDLESS = {
     "Chinese": "河边的小镇有一座磨坊一座桥和几条旧船" * 60,
-    "Chinese with a space here and there": "河边的小镇有一座磨坊 一座桥和几条旧船人们去集市买东西晚上才回家因为路很远"
-    * 30,
+    "Chinese with a space here and there": (
+        "河边的小镇有一座磨坊 一座桥和几条旧船人们去集市买东西晚上才回家因为路很远" * 30
+    ),
     "Japanese": "川沿いの町には水車小屋と橋と古い舟があります。人々は市場へ行き、夜遅くに帰ります。" * 30,
     "Thai": "เมืองริมแม่น้ำมีโรงสีและสะพานกับเรือเก่า" * 30,
     "symbols of several characters": "👩‍👩‍👧‍👦🏳️‍🌈e\u0301a\u0308" * 60,
@@ -617,7 +635,9 @@ WORDLESS = {
 @pytest.mark.parametrize("kind", ["tiny", "prepending", "bytes"])
 @pytest.mark.parametrize("name", WORDLESS)
 def test_a_text_without_words_is_cut_between_tokens(base, tokenizer, byte_level, name, kind):
-    """The same pieces at each length, without holes; the harness' two texts are the tokens that are counted, and no more than fit."""
+    """The same pieces at each length, without holes; the harness' two texts are the tokens that are counted,
+    and no more than fit.
+    """
     if kind == "prepending":
         tree = json.loads((base / "tokenizer.json").read_text())
         tree["normalizer"] = {

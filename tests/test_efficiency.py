@@ -35,7 +35,9 @@ def test_a_setting_is_measured(method, length):
 
 
 def test_flops_are_those_of_the_issue():
-    """9.0 and 20.3 GFLOP a token for the 1B at rows of 8K and 64K, attention counted causally; 51.5 for the 8B, as in its recipe."""
+    """9.0 and 20.3 GFLOP a token for the 1B at rows of 8K and 64K, attention counted causally; 51.5 for the
+    8B, as in its recipe.
+    """
     one, eight = (efficiency.config_of(name) for name in ("llama-3.2-1b", "llama-3-8b"))
     assert [
         round(flops_per_token(config, length) / 1e9, 1)
@@ -132,7 +134,10 @@ def test_a_setting_that_fails_is_an_answer_and_ends_its_process(script, timeout,
 
 
 def test_one_process_serves_until_the_kernels_change():
-    echo = "import json, os, sys\nfor line in sys.stdin: print(json.dumps({'fits': True, 'pid': os.getpid()}), flush=True)"
+    echo = (
+        "import json, os, sys\nfor line in sys.stdin: print(json.dumps({'fits': True, 'pid': os.getpid()}),"
+        " flush=True)"
+    )
     with Scripted(echo) as worker:
         first, second, third = (
             worker.run({"kernels": kernels})["pid"] for kernels in ("torch", "torch", "liger")

@@ -81,7 +81,9 @@ def test_activations_grow_with_the_tokens_and_not_with_the_target():
 
 @pytest.mark.distributed
 def test_states_are_those_that_zero_keeps(train_recipe, two_ranks):
-    """The optimizer file of a rank holds its float32 copy and Adam's two moments: 12 bytes a parameter over two ranks."""
+    """The optimizer file of a rank holds its float32 copy and Adam's two moments: 12 bytes a parameter over
+    two ranks.
+    """
     about = LlamaConfig.from_pretrained(two_ranks / "model")
     expected = estimate.memory(
         about, estimate.zero_options(config.load(train_recipe))[1], 2, 2, 128, True, element=4

@@ -56,7 +56,9 @@ def test_wilson_holds_the_share(total, share):
 
 
 def test_bootstrap():
-    """Of many samples of a proportion it is the normal approximation; of samples without spread it does not claim certainty."""
+    """Of many samples of a proportion it is the normal approximation; of samples without spread it does not
+    claim certainty.
+    """
     low, high = intervals.bootstrap([0.0, 100.0] * 500)
     assert (low, high) == pytest.approx((50 - 1.96 * 50 / 1000**0.5, 50 + 1.96 * 50 / 1000**0.5), abs=0.4)
     assert intervals.bootstrap([0.0, 100.0] * 500) == (low, high)
@@ -130,7 +132,9 @@ def test_key_stands_at_its_depth_and_nowhere_else(tokenizer, depth):
 
 
 def test_named_keys(tokenizer):
-    """Four names and keys in the filler, each once; the question names the one whose key is the answer, at the depth that the test says."""
+    """Four names and keys in the filler, each once; the question names the one whose key is the answer, at
+    the depth that the test says.
+    """
     tests, depths = passkey.documents(tokenizer, [400], 40, 5, 1, "multikey"), set()
     for test in tests:
         found = dict(re.findall(r"The pass key of (\w+) is (\d{5})\.", test["prompt"]))
@@ -426,7 +430,8 @@ def test_windows_score_the_same_words_at_each_length(tokenizer, tiny_text):
         for window in windows:
             whole = tokenizer(window["context"] + window["continuation"])["input_ids"]
             context = tokenizer(window["context"])["input_ids"]
-            # The harness splits the pair by these two: the words fall into the same tokens, and as many as are counted.
+            # The harness splits the pair by these two: the words fall into the same tokens, and as many as
+            # are counted.
             assert whole[: len(context)] == context and len(whole) - len(context) == window["tokens"]
             assert length - 12 <= len(whole) <= length
     # One after the other the pieces are the text: nothing is scored twice or left out.
@@ -1033,7 +1038,9 @@ def test_the_tiny_base_retrieves_in_its_window_and_fails_beyond_it(base, lm):
 
 
 def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_path):
-    """As the tasks of a Slurm array do: each asks the recipe's whole question, and the run over all finds nothing left."""
+    """As the tasks of a Slurm array do: each asks the recipe's whole question, and the run over all finds
+    nothing left.
+    """
     path = recipe_file(
         eval={
             "tasks": ["passkey", "perplexity"],

@@ -1,4 +1,6 @@
-"""Each fault is injected and its end looked at: what is said, with which exit code, and what is left to go on from."""
+"""Each fault is injected and its end looked at: what is said, with which exit code, and what is left to go on
+from.
+"""
 
 import json
 import os
@@ -61,7 +63,7 @@ def state(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
 
 
-# -- losses that are no numbers ------------------------------------------------------------------------------------------
+# -- losses that are no numbers ------------------------------------------------------------------------------
 
 POISON = """
 import os, torch
@@ -120,7 +122,8 @@ def test_a_gradient_that_is_no_number_ends_a_run_without_deepspeed_too(train_rec
 from endprompt import watch
 before = watch.Watch.on_pre_optimizer_step
 def spoil(self, args, state, control, model=None, **kwargs):
-    next(parameter for parameter in model.parameters() if parameter.grad is not None).grad.view(-1)[0] = float("inf")
+    gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+    next(gradients).view(-1)[0] = float("inf")
     before(self, args, state, control, model=model, **kwargs)
 watch.Watch.on_pre_optimizer_step = spoil
 """
@@ -145,7 +148,7 @@ watch.Watch.on_pre_optimizer_step = spoil
     assert not list((folder / "checkpoints").glob("checkpoint-*"))
 
 
-# -- disks that are full -------------------------------------------------------------------------------------------------
+# -- disks that are full -------------------------------------------------------------------------------------
 
 FULL = """
 import resource
@@ -224,7 +227,7 @@ def test_a_disk_that_is_really_full(train_recipe, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# -- checkpoints that were damaged ---------------------------------------------------------------------------------------
+# -- checkpoints that were damaged ---------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -282,7 +285,7 @@ def test_only_the_newest_whole_checkpoints_are_kept_and_never_none(tmp_path):
         checkpoint_files.to_resume(tmp_path)
 
 
-# -- pickles -------------------------------------------------------------------------------------------------------------
+# -- pickles -------------------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -351,7 +354,7 @@ def test_a_checkpoint_with_a_foreign_pickle_is_refused(train_recipe, half_way, t
     assert code == 2 and error.count("\n") == 1 and telling in error
 
 
-# -- ranks that hang or die ----------------------------------------------------------------------------------------------
+# -- ranks that hang or die ----------------------------------------------------------------------------------
 
 HANG = """
 import os, time
@@ -439,7 +442,7 @@ if os.environ["RANK"] == "1":
     assert (folder / "checkpoints/checkpoint-4/complete.json").exists()
 
 
-# -- another number of ranks ---------------------------------------------------------------------------------------------
+# -- another number of ranks ---------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
@@ -476,7 +479,10 @@ def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monke
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(
         Failure,
-        match="checkpoint-4 could not be converted for another number of ranks: .*; start as many ranks as before",
+        match=(
+            "checkpoint-4 could not be converted for another number of ranks: .*; start as many ranks as"
+            " before"
+        ),
     ):
         make_universal(checkpoint)
     assert (
@@ -513,7 +519,7 @@ def test_a_step_keeps_its_rows_on_other_ranks():
         resumed_shape((4, 2), 24, before)
 
 
-# -- asked to stop -------------------------------------------------------------------------------------------------------
+# -- asked to stop -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
@@ -524,7 +530,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
     folder = shards_of(tmp_path)
     slow = patched(
         tmp_path,
-        "import time\nfrom endprompt import watch\nwatch.Report.on_step_end = lambda self, args, state, control, **kwargs: time.sleep(0.7)\n",
+        "import time\nfrom endprompt import watch\nwatch.Report.on_step_end = lambda self, args, state,"
+        " control, **kwargs: time.sleep(0.7)\n",
     )
     process = subprocess.Popen(
         [*map(str, TORCHRUN), str(slow), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)],
@@ -598,7 +605,7 @@ def test_run_sh_tells_its_endings_apart(train_recipe, shards_of, tmp_path):
     assert ending(0) == 0
 
 
-# -- two runs in one folder ----------------------------------------------------------------------------------------------
+# -- two runs in one folder ----------------------------------------------------------------------------------
 
 HOLD = """
 import sys, time
@@ -649,7 +656,7 @@ def test_slurm_s_job_number_is_in_the_message(tmp_path, monkeypatch):
         assert "Slurm job 4711" in (tmp_path / "lock").read_text()
 
 
-# -- status --------------------------------------------------------------------------------------------------------------
+# -- status --------------------------------------------------------------------------------------------------
 
 
 def test_status_of_a_run_at_each_stage(train_recipe, two_ranks, half_way, tmp_path):

@@ -39,7 +39,9 @@ def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
 
 @pytest.fixture
 def runs(recipe_file, tmp_path):
-    """Two seeds of endprompt (with shards of 54 + 10 tokens to 512) and short, one of endprompt with weight 1."""
+    """Two seeds of endprompt (with shards of 54 + 10 tokens to 512) and short, one of endprompt with weight
+    1.
+    """
     folder = tmp_path / "runs"
     for setting, seed, weight in (("plain", 0, 0.1), ("plain", 1, 0.1), ("weight-1", 0, 1.0)):
         recipe = folder / f"{setting}/seed{seed}/small"
@@ -197,7 +199,9 @@ def test_tables(runs):
 
 
 def test_contrasts(runs):
-    """endprompt finds 18 and 20 of 30 keys at 512, short one in both seeds: differences 56.67 and 63.33, mean 60, half 12.7062 x 4.714 / sqrt 2 = 42.35."""
+    """endprompt finds 18 and 20 of 30 keys at 512, short one in both seeds: differences 56.67 and 63.33, mean
+    60, half 12.7062 x 4.714 / sqrt 2 = 42.35.
+    """
     found = cells(findings_tables.contrasts(findings.collect(runs)))
     assert found["`endprompt` - `short`"] == {
         "64": "+0 [-6, +6]",
@@ -244,7 +248,9 @@ def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypa
 
 
 def test_seeds_that_agree_have_the_interval_of_two_proportions():
-    """8 of 10 and 6 of 10 keys: Wilson's [0.490, 0.943] and [0.313, 0.832] give 0.2 - 0.387 and 0.2 + 0.321."""
+    """8 of 10 and 6 of 10 keys: Wilson's [0.490, 0.943] and [0.313, 0.832] give 0.2 - 0.387 and 0.2 +
+    0.321.
+    """
     cell = findings_tables.paired({"a": 80.0, "c": 1.0}, {"a": 60.0, "b": 0.0}, 10)
     assert cell == {
         "mean": 20.0,
@@ -294,7 +300,8 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     # The same from the numbers alone, and into a page.
     page = tmp_path / "page.md"
     page.write_text(
-        "# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n<!-- multikey -->\n<!-- /multikey -->\n"
+        "# A page\n\n<!-- passkey -->\nold\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other"
+        " -->\n\n<!-- multikey -->\n<!-- /multikey -->\n"
     )
     code, again, err = run_findings(
         monkeypatch, capsys, tmp_path / "out/findings.json", "--out", tmp_path / "again", "--page", page
@@ -308,9 +315,10 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     for name in pictures:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     tables = findings_tables.tables(findings.collect(runs))
-    assert page.read_text() == (
-        f"# A page\n\n<!-- passkey -->\n{tables['passkey']}\n<!-- /passkey -->\n\n<!-- other -->\nkept\n<!-- /other -->\n\n"
-        f"<!-- multikey -->\n{tables['multikey']}\n<!-- /multikey -->\n"
+    assert (
+        page.read_text()
+        == f"# A page\n\n<!-- passkey -->\n{tables['passkey']}\n<!-- /passkey -->\n\n<!-- other"
+        f" -->\nkept\n<!-- /other -->\n\n<!-- multikey -->\n{tables['multikey']}\n<!-- /multikey -->\n"
     )
 
 
@@ -411,13 +419,15 @@ def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs recipes/lab.sh with a Python that only notes what it is asked, asks the real one about the method table, and knows where runs are."""
+    """Runs recipes/lab.sh with a Python that only notes what it is asked, asks the real one about the method
+    table, and knows where runs are.
+    """
     fake = tmp_path / "python"
     fake.write_text(
-        f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
-        'case "$3" in gpus) echo 0; exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\n'
-        f'echo "$*" >>{tmp_path}/calls\n'
-        'case "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n'
+        f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\ncase "$3" in gpus) echo 0;'
+        ' exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\necho "$*"'
+        f' >>{tmp_path}/calls\ncase "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p'
+        ' "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n'
     )
     fake.chmod(0o755)
 

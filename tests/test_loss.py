@@ -230,7 +230,9 @@ def in_place(logits, labels, token_weights, needs_gradient):
 
 @pytest.mark.parametrize("chunk, sum_type", [(40, torch.bfloat16), (30, torch.float32)])
 def test_few_chunks_sum_in_the_weight_s_type_and_are_as_exact_as_full_logits(monkeypatch, chunk, sum_type):
-    """Up to ``ROUNDINGS`` chunks add their rounding to that of the logits, which full logits have too, and hardly more."""
+    """Up to ``ROUNDINGS`` chunks add their rounding to that of the logits, which full logits have too, and
+    hardly more.
+    """
     assert (loss.ROUNDINGS * chunk >= 300) == (sum_type == torch.bfloat16)
     hidden, weight, labels, token_weights, _ = inputs = example(300, 64, 500, seed=3, dtype=torch.bfloat16)
     exact = gradients(plain, inputs)
@@ -257,7 +259,9 @@ def test_few_chunks_sum_in_the_weight_s_type_and_are_as_exact_as_full_logits(mon
 
 
 def test_a_gpu_takes_few_chunks():
-    """8192 tokens of Llama-3's vocabulary: 4 chunks, 4.2 % of the 12 bytes a logit that full logits need; memory stays bounded for more tokens."""
+    """8192 tokens of Llama-3's vocabulary: 4 chunks, 4.2 % of the 12 bytes a logit that full logits need;
+    memory stays bounded for more tokens.
+    """
     chunk = loss._chunk(128256, in_place)
     assert chunk == 2048 and 2 * chunk / (12 * 8192) < 0.05 and loss._chunk(128256, None) == 130
     assert loss._chunk(10**7, in_place) == 128
@@ -279,7 +283,8 @@ for vocabulary, dtype in ((50, torch.float32), (9000, torch.float32), (70, torch
     torch.testing.assert_close(rows(untouched, labels, weights, False), nll)
     assert torch.equal(untouched, logits)
     torch.testing.assert_close(rows(logits, labels, weights, True), nll)
-    torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(logits, gradient.to(dtype), rtol=tolerance, atol=1e-6)
     assert not logits[2].any()
 print("equal")
 """

@@ -14,7 +14,9 @@ def rng():
 
 
 def test_by_hand():
-    """0 and 3 share 1 2 3, 1 and 2 share 7 8; of 4 and 5, which share nothing, each is the other's only one left."""
+    """0 and 3 share 1 2 3, 1 and 2 share 7 8; of 4 and 5, which share nothing, each is the other's only one
+    left.
+    """
     pieces = np.array(
         [[1, 2, 3, 40], [7, 8, 50, 51], [60, 61, 7, 8], [70, 1, 2, 3], [80, 81, 82, 83], [90, 91, 92, 93]]
     )
@@ -28,7 +30,9 @@ def test_by_hand():
 
 
 def test_pairs_of_pairs():
-    """{0, 2} and {1, 3} are joined by 5 6, which 2 and 3 hold; so are the others by what they do not share with them."""
+    """{0, 2} and {1, 3} are joined by 5 6, which 2 and 3 hold; so are the others by what they do not share
+    with them.
+    """
     pieces = np.array(
         [
             [1, 2, 9, 10],

@@ -513,7 +513,9 @@ def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):
 
 @pytest.fixture
 def bait(base, tmp_path, monkeypatch):
-    """bait(model_type) -> a model folder whose Python files leave a mark where they are run; (folder, mark)."""
+    """bait(model_type) -> a model folder whose Python files leave a mark where they are run; (folder,
+    mark).
+    """
     import transformers.dynamic_module_utils as modules
 
     def asked(*_):
@@ -526,8 +528,10 @@ def bait(base, tmp_path, monkeypatch):
     def make(model_type):
         folder, mark = saved(tmp_path / "model", base), tmp_path / "mark"
         (folder / "bait.py").write_text(
-            f"from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\nopen({str(mark)!r}, 'w').close()\n\n\n"
-            "class C(LlamaConfig):\n    pass\n\n\nclass M(LlamaForCausalLM):\n    pass\n\n\nclass T(PreTrainedTokenizerFast):\n    pass\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM,"
+            f" PreTrainedTokenizerFast\nopen({str(mark)!r}, 'w').close()\n\n\nclass C(LlamaConfig):\n   "
+            " pass\n\n\nclass M(LlamaForCausalLM):\n    pass\n\n\nclass T(PreTrainedTokenizerFast):\n   "
+            " pass\n"
         )
         change_config(
             folder, model_type=model_type, auto_map={"AutoConfig": "bait.C", "AutoModelForCausalLM": "bait.M"}
@@ -612,8 +616,8 @@ def test_tensors_without_a_place_are_told(recipe, base, tmp_path, capsys):
     )
     build(recipe(folder))
     assert (
-        "1 tensors have no place in a llama model and are left out, first ['model.layers.0.self_attn.q_proj.bias']"
-        in capsys.readouterr().err
+        "1 tensors have no place in a llama model and are left out, first"
+        " ['model.layers.0.self_attn.q_proj.bias']" in capsys.readouterr().err
     )
 
 
@@ -651,13 +655,15 @@ def test_smollm2_from_its_package(recipe, tmp_path):
     assert rope.verify(loaded.get_decoder().rotary_emb, loaded.config, rope.Linear(8.0), 100000.0) < 1e-6
     assert not loaded.is_quantized and all(parameter.requires_grad for parameter in loaded.parameters())
     ids = tokenizer(
-        "The capital of France is Paris, and the capital of Italy is Rome. The largest city of the United States is",
+        "The capital of France is Paris, and the capital of Italy is Rome. The largest city of the United"
+        " States is",
         return_tensors="pt",
     )["input_ids"]
     loaded.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        # Positions 8 p under factor 8 are those it was trained on, so it must know English: random weights score 10.8 nats.
+        # Positions 8 p under factor 8 are those it was trained on, so it must know English: random weights
+        # score 10.8 nats.
         found = loaded(
             ids, position_ids=8 * torch.arange(ids.shape[1])[None], attention_mask=torch.ones_like(ids)
         ).logits
@@ -671,7 +677,9 @@ def test_smollm2_from_its_package(recipe, tmp_path):
 
 
 def two_matrices(folder, change=1.0, sharded=False):
-    """Puts an output matrix beside the input matrix of the tied model in ``folder``, which differs by ``change`` in one number."""
+    """Puts an output matrix beside the input matrix of the tied model in ``folder``, which differs by
+    ``change`` in one number.
+    """
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
     weights["lm_head.weight"] = weights[name].clone()
@@ -691,7 +699,10 @@ def two_matrices(folder, change=1.0, sharded=False):
     return folder
 
 
-UNTIED = "says tie_word_embeddings, one matrix for input and output, but lm_head.weight in {} is another than .*set tie_word_embeddings to false"
+UNTIED = (
+    "says tie_word_embeddings, one matrix for input and output, but lm_head.weight in {} is another than"
+    " .*set tie_word_embeddings to false"
+)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

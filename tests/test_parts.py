@@ -87,7 +87,8 @@ def test_joined_parts_hold_every_document_once(kind, recipe_file, many_files, tm
             {name.partition("#")[0] for name in names} <= {f"{i}.jsonl", f"{i + 3}.jsonl"}
             for i, names in enumerate(named)
         ] == [True] * 3
-    # A row's randomness comes from its number among all, so the positions are those of a preparation in one piece.
+    # A row's randomness comes from its number among all, so the positions are those of a preparation in one
+    # piece.
     assert go(recipe, tmp_path / "whole")[0] == 0
     whole = rows(tmp_path / "whole")
     assert [row["position_ids"] for row in found] == [row["position_ids"] for row in whole]

@@ -162,7 +162,9 @@ def test_skipwise_plans_want_the_right_prompt():
 
 
 def test_recall_skips():
-    """Chunks of 2 and 1 and a span of 2 in 8 positions: both skips are in 0..3, in order, each pair of draws as often as another."""
+    """Chunks of 2 and 1 and a span of 2 in 8 positions: both skips are in 0..3, in order, each pair of draws
+    as often as another.
+    """
     rng = np.random.default_rng(2)
     rows = np.array(
         [positions.skipwise_then_recall(np.array([2, 1]), np.array([2]), 8, rng) for _ in range(8000)]
@@ -175,7 +177,9 @@ def test_recall_skips():
 
 
 def test_recall_reaches_everywhere_from_every_segment():
-    """The mean skip of the i-th of m later segments is i / (m + 1) of the room, where PoSE's nested draws would be at 1 - 2^-i."""
+    """The mean skip of the i-th of m later segments is i / (m + 1) of the room, where PoSE's nested draws
+    would be at 1 - 2^-i.
+    """
     rng = np.random.default_rng(4)
     rows = np.array(
         [positions.skipwise_then_recall(np.array([2, 2]), np.array([2, 2]), 1008, rng) for _ in range(4000)]

@@ -1,4 +1,6 @@
-"""Rows and shards: exact tokens, exact positions, the same bytes however the work was done, and nothing damaged gets through."""
+"""Rows and shards: exact tokens, exact positions, the same bytes however the work was done, and nothing
+damaged gets through.
+"""
 
 import copy
 import hashlib
@@ -68,7 +70,9 @@ def without_bos(tokenizer, text):
 
 
 def expected_stream(texts, tokenizer):
-    """(ids, document number of each id) as the Hugging Face tokenizer writes the documents, each ended by EOS."""
+    """(ids, document number of each id) as the Hugging Face tokenizer writes the documents, each ended by
+    EOS.
+    """
     ids, source = [], []
     for number, text in enumerate(texts):
         document = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
@@ -120,7 +124,9 @@ def text_hash(made, tokens):
 
 
 def test_all_methods_of_one_setting_see_the_same_text(make):
-    """In the same order: the streams differ in nothing but where they end, as end prompts take room within the token budget."""
+    """In the same order: the streams differ in nothing but where they end, as end prompts take room within
+    the token budget.
+    """
     options = [f"data.end_prompts={json.dumps(list(PROMPTS))}"]
     made = {method: make(method, options, out=method) for method in IN_ORDER}
     common = min(len(text_stream(one)) for one in made.values())
@@ -134,7 +140,9 @@ def test_all_methods_of_one_setting_see_the_same_text(make):
 
 @pytest.mark.parametrize("together", [2, 4])
 def test_matched_rows(make, tokenizer, tiny_text, together):
-    """Each stretch of eight rows holds the text of the short rows, cut into pieces that stay whole and in order, with what shares n-grams together."""
+    """Each stretch of eight rows holds the text of the short rows, cut into pieces that stay whole and in
+    order, with what shares n-grams together.
+    """
     made = make("pose_matched", [f"data.match_pieces={together}", "data.match_tokens=3"])
     ids, source = expected_stream(tiny_text, tokenizer)
     found, size, apart = rows(made), 64 // together, 0
@@ -198,7 +206,10 @@ def test_matched_rows(make, tokenizer, tiny_text, together):
         ),
         (
             ["data.match_pieces=128"],
-            r"data\.match_pieces: rows of 64 tokens \(lengths\.physical\) cannot be cut into 128 equal pieces",
+            (
+                r"data\.match_pieces: rows of 64 tokens \(lengths\.physical\) cannot be cut into 128 equal"
+                r" pieces"
+            ),
         ),
     ],
 )
@@ -263,7 +274,9 @@ def test_chunked_rows(make, method, chunks):
 
 @pytest.mark.parametrize("method", ["pose", "endprompt_pose"])
 def test_text_of_a_later_span(make, method, tokenizer, tiny_text):
-    """Chunks of one document in order, the first from its start, within its first 512 tokens; positions as with contiguous text."""
+    """Chunks of one document in order, the first from its start, within its first 512 tokens; positions as
+    with contiguous text.
+    """
     long = " ".join(tiny_text[5:10])
     texts, document = ["Short.", *tiny_text[:5], long, "End."], "data.packing=document"
     plain, later = (
@@ -334,7 +347,9 @@ def places(text, span):
     ],
 )
 def test_rows_end_in_spans_of_their_own_text(make, options, count, cue, answer):
-    """A quarter of 256 tokens; every span stands in the text, its cue has no weight, and its positions are apart from the rest."""
+    """A quarter of 256 tokens; every span stands in the text, its cue has no weight, and its positions are
+    apart from the rest.
+    """
     made, span = make("pose_recall", ["lengths.physical=256", "data.tokens=16384", *options]), cue + answer
     found, starts, apart = rows(made), set(), 0
     assert len(found) == 64

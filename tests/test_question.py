@@ -1,4 +1,6 @@
-"""What a score depends on: each input is changed in turn, and the result is scored again; what cannot change it leaves it."""
+"""What a score depends on: each input is changed in turn, and the result is scored again; what cannot change
+it leaves it.
+"""
 
 import gzip
 import json
@@ -27,7 +29,10 @@ from endprompt.eval import (
 )
 from endprompt.tokenizing import tokenizer_fingerprint
 
-TEMPLATE = "{% for m in messages %}[{{m['role']}}] {{m['content']}}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{m['role']}}] {{m['content']}}\n{% endfor %}{% if add_generation_prompt"
+    " %}[assistant]{% endif %}"
+)
 ROW = {
     "input": "What?",
     "context": "The sky is blue.",

@@ -141,7 +141,9 @@ def test_ntk_holds_what_dynamic_has_at_the_target_length(theta, head_dim, factor
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_ntk_gives_dynamics_logits_at_the_target_and_the_same_frequencies_below(model_type):
-    """Rows of the target length train the target's frequencies; a shorter row must be read with them too (LCEG's evaluation)."""
+    """Rows of the target length train the target's frequencies; a shorter row must be read with them too
+    (LCEG's evaluation).
+    """
     config = configuration(model_type)
     rope.apply(config, rope.Ntk(4, 64, 512), 512)
     held, moving = network(config), network(dynamic(4.0, 64, model_type=model_type))
@@ -160,7 +162,8 @@ def test_ntk_and_yarn_by_hand():
     # d = 4, theta = 16, L / C = 8, factor 4: theta grows by 29^(4/2) = 841.
     np.testing.assert_allclose(rope.Ntk(4, 64, 512).inv_freq(16.0, 4), [1.0, (16 * 841) ** -0.5], rtol=1e-14)
     assert rope.Ntk(4, 64, 512).hf_parameters(16.0, 4) == {"rope_type": "default", "rope_theta": 16.0 * 841}
-    # d = 16, C = 64: the wave that turns once within C has index 8 ln(64 / 2 pi) / ln 10^4 = 2.02, so the ramp runs from 0 to 3.
+    # d = 16, C = 64: the wave that turns once within C has index 8 ln(64 / 2 pi) / ln 10^4 = 2.02, so the
+    # ramp runs from 0 to 3.
     kept = rope.Yarn(8.0, 64).inv_freq(1e4, 16) / rope.Default().inv_freq(1e4, 16)
     np.testing.assert_allclose(kept, [1, 1 - 7 / 24, 1 - 14 / 24] + 5 * [1 / 8], rtol=1e-12)
     assert rope.Yarn(8.0, 64).attention_factor == pytest.approx(1.2079441541679836)
@@ -202,7 +205,9 @@ def test_verify_refuses_another_theta_for_every_scheme(scaling):
 
 
 def test_scaling_that_looks_at_the_rows_length_is_refused():
-    """Its frequencies at rest are those of no scaling, and at the target those of ``ntk``: neither passes for the other."""
+    """Its frequencies at rest are those of no scaling, and at the target those of ``ntk``: neither passes for
+    the other.
+    """
     config = dynamic(4.0, 64)
     rotary = LlamaRotaryEmbedding(config)
     rotary(torch.zeros(1), torch.tensor([[511]]))
@@ -252,7 +257,8 @@ def test_lceg_rounds_half_of_the_factor_up():
     assert methods.get("lceg").rope == "ntk" and chosen("lceg", "ntk") == rope.Ntk(4, 8192, 65536)
     assert chosen("lceg", "yarn") == rope.Yarn(8.0, 8192) and chosen("lceg", "linear") == rope.Linear(8.0)
     assert chosen("endprompt", "ntk") == rope.Ntk(4, 8192, 65536)
-    # 100,000 / 8192 is 12.2, of which LCEG's code takes the half and rounds it up; LongLoRA's rounds the whole.
+    # 100,000 / 8192 is 12.2, of which LCEG's code takes the half and rounds it up; LongLoRA's rounds the
+    # whole.
     assert chosen("lceg", "ntk", 100_000) == rope.Ntk(7, 8192, 100_000)
     assert chosen("longlora", "linear", 100_000) == rope.Linear(13.0)
     assert chosen("endprompt", "linear", 100_000) == rope.Linear(100_000 / 8192)

@@ -1,4 +1,6 @@
-"""RULER: the samples are the package's own bytes, the scores its own numbers, and what is wrong ends with a line."""
+"""RULER: the samples are the package's own bytes, the scores its own numbers, and what is wrong ends with a
+line.
+"""
 
 import importlib.metadata
 import json
@@ -209,7 +211,10 @@ def job(folder: Path, base: Path, script: str) -> dict:
     }
 
 
-TRY = "from tqdm import tqdm\nfor i in tqdm(range(3)):\n    while True:\n        try:\n            {body}\n        except:\n            pass"
+TRY = (
+    "from tqdm import tqdm\nfor i in tqdm(range(3)):\n    while True:\n        try:\n            {body}\n    "
+    "    except:\n            pass"
+)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +347,8 @@ def test_every_task_is_the_packages():
 
 # Samples against those of the original generator of October 2024
 
-# Its keys and words came from the word lists of wonderwords 2.2.0; what does not depend on them is the same under any.
+# Its keys and words came from the word lists of wonderwords 2.2.0; what does not depend on them is the same
+# under any.
 SAME_TEXT = {"niah_multikey_3", "fwe", "qa_1", "qa_2"}
 SAME_TEXT_BY_WORDS = {"niah_single_1", "niah_multikey_2", "cwe"}
 
@@ -396,7 +402,8 @@ def test_against_the_original_samples(made, task):
         assert official[0]["outputs"] == made[task][0]["outputs"]
 
 
-# Shortest and longest share of the length, as measured with 500 samples of seed 42, rounded outwards, and 0.01 more where words are drawn.
+# Shortest and longest share of the length, as measured with 500 samples of seed 42, rounded outwards, and
+# 0.01 more where words are drawn.
 FILLED = {
     "niah_single_1": (0.95, 0.99),
     "niah_single_2": (0.86, 0.90),
@@ -607,7 +614,8 @@ def test_overruns_are_said(base, tmp_path, monkeypatch, capsys):
     assert found == {("fwe", 1024): [{"index": 0, "counted": 1000}, {"index": 1, "counted": 1030}]}
     assert (
         capsys.readouterr().err
-        == "ruler_fwe at 1024: 1 of 2 samples are longer, up to 1030 tokens with their answer, as the official generator makes them\n"
+        == "ruler_fwe at 1024: 1 of 2 samples are longer, up to 1030 tokens with their answer, as the"
+        " official generator makes them\n"
     )
 
 
@@ -782,9 +790,10 @@ def evaluate(answer, tasks: list[str], metadata: dict) -> tuple[dict, list]:
     manager = TaskManager(
         include_path=str(REPOSITORY / "eval" / "tasks"), include_defaults=False, metadata=metadata
     )
-    return evaluator.simple_evaluate(Known(), tasks=tasks, task_manager=manager, bootstrap_iters=0)[
-        "results"
-    ], seen
+    return (
+        evaluator.simple_evaluate(Known(), tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"],
+        seen,
+    )
 
 
 ANSWERS = {
@@ -825,13 +834,19 @@ def test_lm_eval_group(made, llama2, cache, name):
         ]  # not a space less
         assert all(
             request.args[1]
-            == {"do_sample": False, "until": [], "max_gen_toks": ruler_package.tokens_to_generate(task)}
+            == {
+                "do_sample": False,
+                "until": [],
+                "max_gen_toks": ruler_package.tokens_to_generate(task),
+            }
             for request in requests
         )
 
 
 def test_lm_eval_several_lengths(base, cache):
-    """Keys of each length, also of one that the task files do not list; the model's own tokenizer under lm-eval's other names."""
+    """Keys of each length, also of one that the task files do not list; the model's own tokenizer under
+    lm-eval's other names.
+    """
     pytest.importorskip("lm_eval")
     results, seen = evaluate(
         lambda request: ANSWERS["oracle"][0](request) if request.doc["max_length"] == 1024 else "",

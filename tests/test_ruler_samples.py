@@ -10,7 +10,9 @@ from endprompt.eval import ruler, ruler_package, ruler_samples
 
 @pytest.fixture
 def folder(tmp_path, base):
-    """vt at 1024 for the tiny base's tokenizer, five samples, seed 42, as a cache file; made by hand, so that nothing of the package is asked."""
+    """vt at 1024 for the tiny base's tokenizer, five samples, seed 42, as a cache file; made by hand, so that
+    nothing of the package is asked.
+    """
     from endprompt.prepare import tokenizer_fingerprint
 
     question = {

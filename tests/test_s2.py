@@ -1,4 +1,6 @@
-"""Shifted sparse attention: against a mask written out, by perturbation, inside models, and gone from what is saved."""
+"""Shifted sparse attention: against a mask written out, by perturbation, inside models, and gone from what is
+saved.
+"""
 
 import json
 
@@ -23,7 +25,9 @@ def tensors(batch, heads, kv_heads, length, dim=8, seed=0, dtype=torch.float64):
 
 
 def allowed(length: int, group: int, heads: int) -> torch.Tensor:
-    """bool [heads, length, length], from the definition: t sees u if u <= t and no border of the head lies in (u, t]."""
+    """bool [heads, length, length], from the definition: t sees u if u <= t and no border of the head lies in
+    (u, t].
+    """
     seen = torch.zeros(heads, length, length, dtype=torch.bool)
     for head in range(heads):
         offset = 0 if head < (heads + 1) // 2 else group - group // 2

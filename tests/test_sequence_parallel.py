@@ -90,7 +90,8 @@ def test_two_ranks_that_share_rows_equal_one(recipe, together, tmp_path):
 def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
     """One rank alone, with steps that feel the gradient's size, and without clipping; and its options.
 
-    Adam without a first moment and with an epsilon far above the gradients' size steps by learning_rate / epsilon times the gradient.
+    Adam without a first moment and with an epsilon far above the gradients' size steps by learning_rate /
+    epsilon times the gradient.
     """
     out = tmp_path_factory.mktemp("alone")
     folder = prepared(recipe, "lceg", out)

@@ -1,4 +1,6 @@
-"""The supervised fine-tuning recipe: TRL reads it, masks what the user said, and the extended model keeps its scaling."""
+"""The supervised fine-tuning recipe: TRL reads it, masks what the user said, and the extended model keeps its
+scaling.
+"""
 
 import json
 import os

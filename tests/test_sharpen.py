@@ -1,4 +1,6 @@
-"""Sharpened attention: the number, the scores of the saved model, what stays as it was, and a run that ends with it."""
+"""Sharpened attention: the number, the scores of the saved model, what stays as it was, and a run that ends
+with it.
+"""
 
 import json
 import shutil
@@ -40,7 +42,9 @@ def test_factor_grows_with_length(power, original, first, second):
 
 
 def test_scores_of_the_saved_model_are_multiplied(base, tmp_path):
-    """In the first layer, whose input is the same, the log-probabilities of attention are those before times t, but for their normalizer."""
+    """In the first layer, whose input is the same, the log-probabilities of attention are those before times
+    t, but for their normalizer.
+    """
     from transformers import AutoModelForCausalLM
 
     folder, ids = shutil.copytree(base, tmp_path / "model"), torch.arange(3, 40)[None]

@@ -1,4 +1,6 @@
-"""The job scripts on a real Slurm: two nodes on this machine, one rank each, nodes that die and signals that come.  See slurm_cluster.py."""
+"""The job scripts on a real Slurm: two nodes on this machine, one rank each, nodes that die and signals that
+come.  See slurm_cluster.py.
+"""
 
 import json
 import os
@@ -103,7 +105,9 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, recipe, tmp_path_factory) -> Jobs:
-    """The whole chain of submit_all.sh: two parts that are prepared, training on two nodes, an array of two that evaluates."""
+    """The whole chain of submit_all.sh: two parts that are prepared, training on two nodes, an array of two
+    that evaluates.
+    """
     jobs = Jobs(cluster, recipe, tmp_path_factory.mktemp("undisturbed"))
     options = f"--output={jobs.out}/%x-%A.log --open-mode=append"
     said = cluster.client(

@@ -1,4 +1,6 @@
-"""The paper's figures as printed, recomputed, and beside ours; the plan of runs; and the one command around it."""
+"""The paper's figures as printed, recomputed, and beside ours; the plan of runs; and the one command around
+it.
+"""
 
 import csv
 import json
@@ -306,7 +308,9 @@ def score_of(task, length):
 
 @pytest.fixture
 def runs(tmp_path):
-    """endprompt whole; lceg without vt at 65536; full_length at 4096 only and with 20 samples; SFT models of endprompt; a tiny recipe."""
+    """endprompt whole; lceg without vt at 65536; full_length at 4096 only and with 20 samples; SFT models of
+    endprompt; a tiny recipe.
+    """
     folder = tmp_path / "runs"
     for task in names.RULER:
         for length in LENGTHS:
@@ -457,12 +461,13 @@ def test_ablations_have_folders_of_their_own(runs):
 def test_notes_say_where_ours_comes_from(runs):
     notes = "\n".join(filled(runs, "table_6").notes)
     assert (
-        f"endprompt: {runs / 'llama3-8b-64k/endprompt/eval'}, 500 samples a task and length; RULER's generator and scorers: 2024, linear search; commit cccccccccccc; "
-        "on a device; at 2026-01-01." in notes
+        f"endprompt: {runs / 'llama3-8b-64k/endprompt/eval'}, 500 samples a task and length; RULER's"
+        " generator and scorers: 2024, linear search; commit cccccccccccc; on a device; at 2026-01-01."
+        in notes
     )
     assert (
-        f"full_length: {runs / 'llama3-8b-64k/full_length/eval'}, 20 samples a task and length, **fewer than 500** in 13 of 13 results"
-        in notes
+        f"full_length: {runs / 'llama3-8b-64k/full_length/eval'}, 20 samples a task and length, **fewer than"
+        " 500** in 13 of 13 results" in notes
     )
     assert "fewer" not in "\n".join(filled(runs, "table_2").notes)
     assert any(
@@ -666,8 +671,8 @@ def test_tiny_has_passkey_and_perplexity_in_place_of_ruler(runs):
     )
     assert "| method | passkey 256 | passkey 512 | perplexity 256 | perplexity 512 |" in text
     assert (
-        "| full_length | 30.00 [28.00, 34.00] | 30.00 [28.00, 34.00] | 6.00 [5.90, 6.20] | 6.00 [5.90, 6.20] |"
-        in text
+        "| full_length | 30.00 [28.00, 34.00] | 30.00 [28.00, 34.00] | 6.00 [5.90, 6.20] | 6.00 [5.90,"
+        " 6.20] |" in text
     )
     assert (
         "(resident, of a process)" in text
@@ -838,9 +843,11 @@ def tiny(tmp_path, recipe_file, tokenizer):
 
 def test_states(tiny):
     job, answer, folder = tiny
-    state = lambda method="endprompt": (lambda item: (item.state, item.done))(
-        plan.inspect(job(method), PER_HOUR)
-    )  # noqa: E731
+
+    def state(method="endprompt"):
+        item = plan.inspect(job(method), PER_HOUR)
+        return item.state, item.done
+
     assert state() == ("missing", False) and state("base") == ("not evaluated", False)
     model = folder / "endprompt/model"
     model.mkdir(parents=True)
@@ -995,7 +1002,9 @@ def test_bad_arguments_of_plan(tmp_path, capsys, arguments, complaint):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs eval/run_all.sh with a Python that notes what it is asked; the plan alone is made by the real one."""
+    """Runs eval/run_all.sh with a Python that notes what it is asked; the plan alone is made by the real
+    one.
+    """
     fake = tmp_path / "python"
     fake.write_text(
         f'#!/bin/bash\nif [ "$2" = endprompt.eval.plan ]; then exec {sys.executable} "$@"; fi\n'
@@ -1067,7 +1076,10 @@ def test_script_trains_evaluates_and_makes_the_tables(script, tmp_path):
         "--out",
         "my results",
         "--command",
-        "bash eval/run_all.sh --methods base short pose --model pose=my\\ model --samples 5 --set data.tokens=9 --out my\\ runs --results my\\ results",
+        (
+            "bash eval/run_all.sh --methods base short pose --model pose=my\\ model --samples 5 --set"
+            " data.tokens=9 --out my\\ runs --results my\\ results"
+        ),
         "--model",
         "pose=my model",
     ]
@@ -1118,8 +1130,8 @@ def test_script_stops_at_a_failure_and_names_its_log(script):
     )
     assert done.returncode == 1 and len(calls) == 1 and "broken" in done.stderr
     assert (
-        "run_all.sh: run short failed; its log is elsewhere/tiny/logs/short.log; the same command goes on from there"
-        in done.stderr
+        "run_all.sh: run short failed; its log is elsewhere/tiny/logs/short.log; the same command goes on"
+        " from there" in done.stderr
     )
 
 
@@ -1179,7 +1191,9 @@ def test_script_passes_on_what_the_plan_refuses(script, tmp_path, arguments):
 
 
 def test_the_plan_says_what_a_gpu_must_hold(tmp_path):
-    """As `endprompt plan` does: rows of 64K take more than rows of 8K, and sixteen GPUs share states that eight did."""
+    """As `endprompt plan` does: rows of 64K take more than rows of 8K, and sixteen GPUs share states that
+    eight did.
+    """
 
     def memory(method, gpus=8, *overrides):
         return plan.inspect(

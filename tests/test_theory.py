@@ -1,4 +1,6 @@
-"""Smoothness: the trigonometric sum is the model's own score, the bounds hold, and a wrong bound would be noticed."""
+"""Smoothness: the trigonometric sum is the model's own score, the bounds hold, and a wrong bound would be
+noticed.
+"""
 
 import importlib.util
 import json
@@ -40,7 +42,9 @@ def sampled(network, tokenizer):
 
 @pytest.mark.parametrize("setting", ["before", "after"])
 def test_the_sum_is_the_models_own_score(network, recipe, sampled, setting):
-    """q.k after transformers' own rotation, for a query that stands d positions after its key, wherever the two stand."""
+    """q.k after transformers' own rotation, for a query that stands d positions after its key, wherever the
+    two stand.
+    """
     _, q, k = sampled
     rotary = (
         network.get_decoder().rotary_emb if setting == "before" else theory.interpolated(network, recipe)[2]
@@ -61,7 +65,9 @@ def test_the_sum_is_the_models_own_score(network, recipe, sampled, setting):
 
 
 def test_the_sum_is_what_attention_computes(network, tokenizer):
-    """Up to the constant of each row that softmax takes away: the model's own attention weights, at its own distances."""
+    """Up to the constant of each row that softmax takes away: the model's own attention weights, at its own
+    distances.
+    """
     ids = tokenizer(TEXT)["input_ids"][:40]
     network.set_attn_implementation("eager")
     with torch.no_grad():

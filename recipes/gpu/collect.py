@@ -1,8 +1,11 @@
-"""Here: unpacks what the machine returned into OUT/<device>/<method>, where the comparison and a page with the heatmaps are made of it.
+"""Here: unpacks what the machine returned into OUT/<device>/<method>, where the comparison and a page with
+the heatmaps are made of it.
 
-    bash recipes/gpu/gpu.sh collect FILE.tar.gz ... [--out docs/results/smollm2-gpu]       # without a file: makes table and pictures again
+    # without a file: makes table and pictures again
+    bash recipes/gpu/gpu.sh collect FILE.tar.gz ... [--out docs/results/smollm2-gpu]
 
-Refuses results of another device, commit, data or setting than those beside them, and what is no such archive.
+Refuses results of another device, commit, data or setting than those beside them, and what is no such
+archive.
 """
 
 import argparse
@@ -29,11 +32,14 @@ CALLS = "calls.json"
 
 
 def unpack(file: Path, into: Path) -> Path:
-    """``into``/<method> with the files of an archive.  Raises BadInput if it is none, or holds what no run delivers."""
+    """``into``/<method> with the files of an archive.  Raises BadInput if it is none, or holds what no run
+    delivers.
+    """
     name = file.name.removesuffix(".tar.gz")
     if name not in methods.METHODS or name == file.name:
         raise BadInput(
-            f"collect: {file} is not named METHOD.tar.gz after a row of the method table; name files that `gpu.sh run` returned"
+            f"collect: {file} is not named METHOD.tar.gz after a row of the method table; name files that"
+            " `gpu.sh run` returned"
         )
     folder, size = into / name, 0
     try:
@@ -62,7 +68,9 @@ def _json(path: Path):
 
 
 def identity(folder: Path) -> dict[str, str]:
-    """{"device", "commit", "torch", "transformers", "data", "setting"}: what results that stand in one table agree in.  Raises BadInput if one run's own differ."""
+    """{"device", "commit", "torch", "transformers", "data", "setting"}: what results that stand in one table
+    agree in.  Raises BadInput if one run's own differ.
+    """
     stamps = [_json(path) for path in [*sorted(folder.glob("eval/*/*.json")), *folder.glob("train.json")]]
     if not stamps:
         raise BadInput(f"collect: {folder.name}: holds no result; run it longer, or leave it out")
@@ -88,11 +96,13 @@ def identity(folder: Path) -> dict[str, str]:
             }  # a round's
     except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError):
         raise BadInput(
-            f"collect: {folder.name}: results, recipe.yaml or {CALLS} lack what a run writes; collect the file again"
+            f"collect: {folder.name}: results, recipe.yaml or {CALLS} lack what a run writes; collect the"
+            " file again"
         ) from None
     if mixed := [name for name, values in found.items() if len(values) != 1]:
         raise BadInput(
-            f"collect: {folder.name}: its own results differ in {mixed[0]} ({', '.join(sorted(found[mixed[0]]))}); they do not belong together"
+            f"collect: {folder.name}: its own results differ in {mixed[0]}"
+            f" ({', '.join(sorted(found[mixed[0]]))}); they do not belong together"
         )
     setting = (
         {}
@@ -115,7 +125,9 @@ def slug(device: str) -> str:
 
 
 def collect(files: list[Path], out: Path) -> list[Path]:
-    """Returns the folders of devices that got something.  Raises BadInput, before anything is written, for what does not belong together."""
+    """Returns the folders of devices that got something.  Raises BadInput, before anything is written, for
+    what does not belong together.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folders = []
         for number, file in enumerate(files):
@@ -125,7 +137,8 @@ def collect(files: list[Path], out: Path) -> list[Path]:
         new = {folder.name: (folder, identity(folder)) for folder in folders}
         if len({about["device"] for _, about in new.values()}) > 1:
             raise BadInput(
-                f"collect: the files are of several devices ({', '.join(sorted({about['device'] for _, about in new.values()}))}); collect each apart"
+                "collect: the files are of several devices"
+                f" ({', '.join(sorted({about['device'] for _, about in new.values()}))}); collect each apart"
             )
         if not new:
             return sorted({path.parents[1] for path in out.glob(f"*/*/{CALLS}")})
@@ -137,14 +150,16 @@ def collect(files: list[Path], out: Path) -> list[Path]:
         for name in new.keys() & there.keys():
             if _json(new[name][0] / CALLS)[0]["run"] != _json(there[name][0] / CALLS)[0]["run"]:
                 raise BadInput(
-                    f"collect: {there[name][0]} holds another run of {name}, with other weights; remove it first, or leave this one out"
+                    f"collect: {there[name][0]} holds another run of {name}, with other weights; remove it"
+                    " first, or leave this one out"
                 )
         every = {**there, **new}
         first, about = next(iter(every.items()))
         for name, (_, other) in every.items():
             if differing := [key for key in about[1].keys() & other.keys() if about[1][key] != other[key]]:
                 raise BadInput(
-                    f"collect: {first} and {name} differ in {', '.join(sorted(differing))}; one table needs one device, commit and setting"
+                    f"collect: {first} and {name} differ in {', '.join(sorted(differing))}; one table needs"
+                    " one device, commit and setting"
                 )
         for name, (folder, _) in new.items():
             shutil.rmtree(place / name, ignore_errors=True)
@@ -153,7 +168,9 @@ def collect(files: list[Path], out: Path) -> list[Path]:
 
 
 def page(place: Path) -> None:
-    """The comparison, the heatmaps and the page of all tasks, beside the results.  Raises BadInput while nothing was evaluated."""
+    """The comparison, the heatmaps and the page of all tasks, beside the results.  Raises BadInput while
+    nothing was evaluated.
+    """
     compare.compare([place], title=place.name)
     found = recipe_page.Page(place.name, place.parent, {})
     found.draw(place)

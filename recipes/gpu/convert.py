@@ -1,8 +1,10 @@
-"""On the machine: a GGUF file's weights as safetensors beside the config and the tokenizer that were written where it was packed.
+"""On the machine: a GGUF file's weights as safetensors beside the config and the tokenizer that were written
+where it was packed.
 
     python convert.py FOLDER_WITH_GGUF FILE.gguf FOLDER_WITH_CONFIG_AND_TOKENIZER OUT
 
-transformers 5.17 and 5.23 make different tokenizers of one GGUF file: of SmolLM2's, 5.17 takes <|im_start|> for the end of a text.
+transformers 5.17 and 5.23 make different tokenizers of one GGUF file: of SmolLM2's, 5.17 takes <|im_start|>
+for the end of a text.
 """
 
 import shutil

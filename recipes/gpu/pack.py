@@ -1,8 +1,10 @@
-"""Gathers model, text, RULER samples, scorers and wheels, cuts them into parts, and prints the calls that bring them to the machine and use them.
+"""Gathers model, text, RULER samples, scorers and wheels, cuts them into parts, and prints the calls that
+bring them to the machine and use them.
 
     bash recipes/gpu/gpu.sh pack TRAIN HELDOUT [--samples 50] ...
 
-TRAIN and HELDOUT: files or folders of documents, as data.corpus takes them.  What is downloaded or made is kept in the folder and used again.
+TRAIN and HELDOUT: files or folders of documents, as data.corpus takes them.  What is downloaded or made is
+kept in the folder and used again.
 """
 
 import argparse
@@ -22,7 +24,8 @@ from parts import ROOT
 from endprompt import BadInput, config, corpus, methods, model, provenance
 from endprompt.eval import ruler, ruler_package
 
-# What lm-eval 0.4.13 and a GGUF file need beyond benchmarks/gpu_wheels.sh and what such a machine has (importing and running it with these alone was tried).
+# What lm-eval 0.4.13 and a GGUF file need beyond benchmarks/gpu_wheels.sh and what such a machine has
+# (importing and running it with these alone was tried).
 WHEELS = ("lm-eval", "more-itertools", "gguf")
 CALL_MIB = 60  # of the 64 that may travel in a call
 METHODS = ("short", "endprompt", "pose_sharp", "full_length", "endprompt_pose")
@@ -44,7 +47,9 @@ def tree_files() -> list[Path]:
 
 
 def copy_text(source: Path, target: Path) -> str:
-    """Copies a corpus file or a folder of them; returns its name under ``target``.  Raises BadInput if there is none."""
+    """Copies a corpus file or a folder of them; returns its name under ``target``.  Raises BadInput if there
+    is none.
+    """
     if not source.exists() or (source.is_file() and corpus.kind(source) is None):
         raise BadInput(
             f"pack: {source} is no file or folder of {', '.join(corpus.KINDS)} (plain, .gz or .zst)"
@@ -58,13 +63,16 @@ def copy_text(source: Path, target: Path) -> str:
 
 
 def copy_model(recipe, stage: Path) -> str | None:
-    """Copies the recipe's model into ``stage``/model: its folder, or its GGUF file, with config and tokenizer as this machine reads them in ``stage``/prepared.
-    Returns the GGUF file's name.  Raises BadInput if it is not on this machine."""
+    """Copies the recipe's model into ``stage``/model: its folder, or its GGUF file, with config and tokenizer
+    as this machine reads them in ``stage``/prepared. Returns the GGUF file's name.  Raises BadInput if it is
+    not on this machine.
+    """
     where = model.locate(recipe)
     folder, gguf = Path(where["pretrained_model_name_or_path"]), where.get("gguf_file")
     if not folder.is_dir():
         raise BadInput(
-            f"pack: the model {folder} is not on this machine; name a folder, or package:NAME of an installed package"
+            f"pack: the model {folder} is not on this machine; name a folder, or package:NAME of an installed"
+            " package"
         )
     (stage / "model").mkdir(parents=True)
     for path in [folder / gguf] if gguf else sorted(path for path in folder.iterdir() if path.is_file()):
@@ -96,7 +104,9 @@ def copy_scorers(target: Path) -> None:
 
 
 def pack_samples(paths: list[Path], target: Path) -> None:
-    """One archive, the samples of a task beside each other: they share most of their text, and 161 MiB become 2."""
+    """One archive, the samples of a task beside each other: they share most of their text, and 161 MiB become
+    2.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 128 * parts.MIB}]
     with (
@@ -112,7 +122,9 @@ def pack_samples(paths: list[Path], target: Path) -> None:
 
 
 def gather(arguments, stage: Path) -> dict:
-    """Fills ``stage`` and returns what the machine is to know of it.  Raises BadInput where something is missing."""
+    """Fills ``stage`` and returns what the machine is to know of it.  Raises BadInput where something is
+    missing.
+    """
     recipe = config.load(arguments.recipe, arguments.set)
     tasks = [task.removeprefix("ruler_") for task in recipe.eval.tasks if task.startswith("ruler_")]
     (stage / "recipe").mkdir()
@@ -143,7 +155,8 @@ def gather(arguments, stage: Path) -> dict:
         )
         pack_samples(list(made.values()), stage / "ruler" / "samples.tar.xz")
         copy_scorers(stage / "scorers")
-    # Wheels are no part of it: some are built here, never twice to the same bytes, and results name their versions.
+    # Wheels are no part of it: some are built here, never twice to the same bytes, and results name their
+    # versions.
     about["data"] = hashlib.sha256(
         "".join(
             f"{path.relative_to(stage)} {parts.sha256(path)}\n"
@@ -173,7 +186,8 @@ def calls(folder: Path, count: int, chosen: tuple[str, ...] = METHODS) -> str:
     ]
     # Rows of the target length train four times as long (docs/gpu.md).
     run = [
-        f"bash recipes/gpu/gpu.sh run {name} --out $OUT --budget {540 if methods.METHODS[name].row_length == 'target' else 400}"
+        f"bash recipes/gpu/gpu.sh run {name} --out $OUT --budget"
+        f" {540 if methods.METHODS[name].row_length == 'target' else 400}"
         for name in chosen
     ]
     return "\n".join(
@@ -240,12 +254,14 @@ def main(argv: list[str] | None = None) -> None:
     for part in made:
         for piece in part["pieces"]:
             print(
-                f"part {part['part']}  {piece['size']:>10}  {piece['sha256'][:16]}  {part['files'][piece['file']]['path']}"
+                f"part {part['part']}  {piece['size']:>10}  {piece['sha256'][:16]} "
+                f" {part['files'][piece['file']]['path']}"
             )
     for part in made:
         size = sum(piece["size"] for piece in part["pieces"])
         print(
-            f"part {part['part']} of {part['parts']}: {size / parts.MIB:.1f} MiB, with the working tree {(size + tree) / parts.MIB:.1f} MiB"
+            f"part {part['part']} of {part['parts']}: {size / parts.MIB:.1f} MiB, with the working tree"
+            f" {(size + tree) / parts.MIB:.1f} MiB"
         )
     print(f"commit {about['commit']}\n\n{calls(arguments.folder, len(made))}")
 

@@ -1,7 +1,9 @@
-"""A folder cut into parts that fit into a call each, and put together again on another machine.  Standard library alone: nothing is installed there yet.
+"""A folder cut into parts that fit into a call each, and put together again on another machine.  Standard
+library alone: nothing is installed there yet.
 
-A part is a folder with part.json and pieces of files; part.json names every file of the whole with size and SHA-256, and the pieces of its own part.  What lies
-on the machine goes by the whole's identity (``kit``), so that parts of two packs never mix.
+A part is a folder with part.json and pieces of files; part.json names every file of the whole with size and
+SHA-256, and the pieces of its own part.  What lies on the machine goes by the whole's identity (``kit``), so
+that parts of two packs never mix.
 """
 
 import hashlib
@@ -64,8 +66,10 @@ def write_json(path: Path, value) -> None:
 
 
 def pack(stage: Path, out: Path, limit: int, about: dict, first: tuple[str, ...] = ()) -> list[dict]:
-    """Writes ``out``/1, /2, ... of at most ``limit`` bytes each from all files under ``stage`` (those under the folders ``first`` before the others), and returns
-    what their part.json hold.  Raises BadInput if ``stage`` is empty or ``limit`` leaves no room for a part's own list."""
+    """Writes ``out``/1, /2, ... of at most ``limit`` bytes each from all files under ``stage`` (those under
+    the folders ``first`` before the others), and returns what their part.json hold.  Raises BadInput if
+    ``stage`` is empty or ``limit`` leaves no room for a part's own list.
+    """
     paths = sorted(
         (path for path in stage.rglob("*") if path.is_file()),
         key=lambda path: (path.relative_to(stage).parts[0] not in first, path.as_posix()),
@@ -79,7 +83,9 @@ def pack(stage: Path, out: Path, limit: int, about: dict, first: tuple[str, ...]
         raise BadInput(
             f"pack: {stage} is empty"
             if not files
-            else f"pack: {limit} bytes a part leave no room; raise the limit, or make the working tree smaller"
+            else (
+                f"pack: {limit} bytes a part leave no room; raise the limit, or make the working tree smaller"
+            )
         )
     cut: list[list[dict]] = [[]]
     left = room
@@ -118,7 +124,9 @@ def pack(stage: Path, out: Path, limit: int, about: dict, first: tuple[str, ...]
 
 
 def read_part(folder: Path) -> dict:
-    """A part's list, with every piece's checksum verified.  Raises BadInput naming what is missing or damaged."""
+    """A part's list, with every piece's checksum verified.  Raises BadInput naming what is missing or
+    damaged.
+    """
     try:
         found = json.loads((folder / PART).read_text())
         inside = all(
@@ -140,7 +148,8 @@ def read_part(folder: Path) -> dict:
             raise ValueError
     except FileNotFoundError:
         raise BadInput(
-            f"unpack: {folder} is no part (it has no {PART}); name a folder that pack made, and carry it with the call"
+            f"unpack: {folder} is no part (it has no {PART}); name a folder that pack made, and carry it with"
+            " the call"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise BadInput(f"unpack: {folder / PART} is damaged; pack again") from None
@@ -148,13 +157,15 @@ def read_part(folder: Path) -> dict:
         path = folder / piece["name"]
         if not path.is_file() or path.stat().st_size != piece["size"] or sha256(path) != piece["sha256"]:
             raise BadInput(
-                f"unpack: {path} is {'damaged' if path.is_file() else 'missing'}; carry part {found['part']} again, or pack again"
+                f"unpack: {path} is {'damaged' if path.is_file() else 'missing'}; carry part {found['part']}"
+                " again, or pack again"
             )
     return found
 
 
 def unpack(folder: Path, home: Path) -> list[int]:
-    """Puts a part's pieces into ``home``; with the last part, checks, installs and marks the whole as ready.  Returns the parts that are still missing.
+    """Puts a part's pieces into ``home``; with the last part, checks, installs and marks the whole as ready.
+    Returns the parts that are still missing.
 
     Raises BadInput for a damaged part, one of another pack, or a whole that does not have its checksums.
     """
@@ -205,7 +216,8 @@ def _complete(home: Path, files: list[dict], gguf_file: str | None) -> None:
         path = home / "joining" / file["path"]
         if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
             raise BadInput(
-                f"unpack: {file['path']} does not have its checksum after joining; remove {home} and unpack all parts again"
+                f"unpack: {file['path']} does not have its checksum after joining; remove {home} and unpack"
+                " all parts again"
             )
     whole = home / "files"
     shutil.rmtree(whole, ignore_errors=True)

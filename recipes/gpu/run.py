@@ -1,9 +1,11 @@
-"""On the machine: one method within a budget of seconds; the same command goes on.  prepare -> train -> evaluate, each endprompt's own command.
+"""On the machine: one method within a budget of seconds; the same command goes on.  prepare -> train ->
+evaluate, each endprompt's own command.
 
     bash recipes/gpu/gpu.sh run METHOD --out DIR --budget 540
 
-After every step, and while results come, DIR/METHOD.tar.gz holds what is small of the run: recipe.yaml, train.json with the losses, result files with the
-answers, logs, and calls.json (when, how long, which step).  Exit codes: 0 all is done, 75 the budget is used up, 2 bad input, 1 a step failed.
+After every step, and while results come, DIR/METHOD.tar.gz holds what is small of the run: recipe.yaml,
+train.json with the losses, result files with the answers, logs, and calls.json (when, how long, which step).
+Exit codes: 0 all is done, 75 the budget is used up, 2 bad input, 1 a step failed.
 """
 
 import argparse
@@ -61,7 +63,9 @@ def _gpu() -> bool:
 
 
 def _die_with_this() -> None:
-    """In the child: the kernel ends it where this process is killed, for what runs on would hold the device and the run's locks."""
+    """In the child: the kernel ends it where this process is killed, for what runs on would hold the device
+    and the run's locks.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
@@ -126,7 +130,9 @@ class Steps:
         return self.deadline - time.monotonic()
 
     def step(self, verb: str, *options: str) -> str:
-        """What the command printed; its log is <verb>.log in the run's folder.  Raises SystemExit(1) where it fails, SystemExit(75) where it is ended."""
+        """What the command printed; its log is <verb>.log in the run's folder.  Raises SystemExit(1) where it
+        fails, SystemExit(75) where it is ended.
+        """
         if self.left() < LEAST:
             raise SystemExit(STOPPED)
         log, began = self.run / f"{verb}.log", time.monotonic()
@@ -178,7 +184,9 @@ class Steps:
 
 
 def whole(steps: Steps, method: methods.Method, rounds: list[int]) -> None:
-    """All steps of a method, each round of evaluation with more samples than the one before.  Raises SystemExit(75) where the budget ends it."""
+    """All steps of a method, each round of evaluation with more samples than the one before.  Raises
+    SystemExit(75) where the budget ends it.
+    """
     run = steps.run
     if method.trained:
         if not (run / "shards" / shards.MANIFEST).exists():
@@ -237,7 +245,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         if min(rounds) < 1 or max(rounds) > about["samples"]:
             raise BadInput(
-                f"run: --samples: {about['samples']} were packed; name numbers from 1 to that (given: {' '.join(map(str, rounds))})"
+                f"run: --samples: {about['samples']} were packed; name numbers from 1 to that (given:"
+                f" {' '.join(map(str, rounds))})"
             )
         recipe_file, options = (
             arguments.recipe or str(home / "files" / "recipe" / about["recipe"]),
@@ -282,7 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         code = error.code
     if code == STOPPED:
         print(
-            f"run: the {arguments.budget:g} s are used up; the same command goes on with {arguments.method} while the machine is held",
+            f"run: the {arguments.budget:g} s are used up; the same command goes on with {arguments.method}"
+            " while the machine is held",
             flush=True,
         )
     elif not code:

@@ -1,4 +1,6 @@
-"""On the machine: verifies a part that pack made and puts it into the folder ENDPROMPT_GPU; with the last one, joins and installs."""
+"""On the machine: verifies a part that pack made and puts it into the folder ENDPROMPT_GPU; with the last
+one, joins and installs.
+"""
 
 import sys
 import time

@@ -1,8 +1,9 @@
 """Writes the synthetic English corpus of the embedded default: documents whose facts come back.
 
-Every document is a stream of plain sentences about people, places and things.  Between them it states facts with random
-values ("The door code of Mara is 40817.") and states each of them again later, so a reader who looks back predicts the
-second statement and nobody else can.  Most facts recur within a chapter (some 170 tokens), others chapters later, at log-uniform
+Every document is a stream of plain sentences about people, places and things.  Between them it states facts
+with random values ("The door code of Mara is 40817.") and states each of them again later, so a reader who
+looks back predicts the second statement and nobody else can.  Most facts recur within a chapter (some 170
+tokens), others chapters later, at log-uniform
 distances: rows of 256 tokens and rows of 2048 tokens of the same text both contain recurrences.
 
     python recipes/tiny/corpus.py                                      # the text that the demo trains on
@@ -16,14 +17,14 @@ import math
 import random
 from pathlib import Path
 
-NAMES = """Mara Tobin Ilse Jonas Petra Edwin Nora Silas Greta Oskar Lena Hugo Amara Felix Rosa Anton Clara Victor Dina Emil
-Frieda Gustav Hanna Igor Judith Karl Lotte Milo Nadia Otto""".split()
-PLACES = """harbour market village forest library station garden mill bridge chapel tower valley river school kitchen cellar
-island meadow workshop theatre""".split()
-THINGS = """lamp letter basket ladder violin coat clock map barrel candle blanket mirror rope hammer bell bottle box kettle
-saddle umbrella""".split()
-ADJECTIVES = """old blue heavy small bright broken quiet green wooden narrow yellow cold golden empty long round soft new dark
-simple""".split()
+NAMES = """Mara Tobin Ilse Jonas Petra Edwin Nora Silas Greta Oskar Lena Hugo Amara Felix Rosa Anton Clara
+Victor Dina Emil Frieda Gustav Hanna Igor Judith Karl Lotte Milo Nadia Otto""".split()
+PLACES = """harbour market village forest library station garden mill bridge chapel tower valley river
+school kitchen cellar island meadow workshop theatre""".split()
+THINGS = """lamp letter basket ladder violin coat clock map barrel candle blanket mirror rope hammer bell
+bottle box kettle saddle umbrella""".split()
+ADJECTIVES = """old blue heavy small bright broken quiet green wooden narrow yellow cold golden empty long
+round soft new dark simple""".split()
 VERBS = """carried found sold lost hid repaired painted wanted bought counted brought moved""".split()
 WEATHER = """rain snow wind fog sun frost thunder mist""".split()
 TIMES = """morning evening night winter summer autumn spring afternoon""".split()
@@ -38,14 +39,13 @@ SECRETS = [
     "price",
 ]
 
-# The filler, the needle and the question of the passkey test are made of these words too, and the end prompts EP_1 and
-# EP_3: a base of this size cannot be asked to read words it never met.
+# The filler, the needle and the question of the passkey test are made of these words too, and the end prompts
+# EP_1 and EP_3: a base of this size cannot be asked to read words it never met.
 COMMON = """The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
 There is an important info hidden inside a lot of irrelevant text. Find it and memorize them.
 I will quiz you about the important information there. Please pay attention here.
-This is the end of text, please pay attention here. This is the end of the day. The end. End. What is the key?""".split(
-    "\n"
-)
+This is the end of text, please pay attention here. This is the end of the day. The end. End. \
+What is the key?""".split("\n")
 
 
 def plain_sentence(rng: random.Random) -> str:
@@ -75,7 +75,9 @@ def plain_sentence(rng: random.Random) -> str:
 
 
 def new_fact(rng: random.Random, taken: set):
-    """A function that words one fact anew at every call; the value is the same each time, its key is new to ``taken``."""
+    """A function that words one fact anew at every call; the value is the same each time, its key is new to
+    ``taken``.
+    """
     kind = rng.random()
     value = "".join(rng.choices("0123456789", k=5))
     secret, name = rng.choice(SECRETS), rng.choice(NAMES)
@@ -109,8 +111,10 @@ def document(
     framed: bool = False,
     taken: set | None = None,
 ) -> str:
-    """One document of about ``sentences`` sentences, of which every fact appears at least twice; ``framed`` by one more fact
-    that opens it and closes it, so that the whole length is bridged.  Keys in ``taken`` are not used, and those used are added."""
+    """One document of about ``sentences`` sentences, of which every fact appears at least twice; ``framed``
+    by one more fact that opens it and closes it, so that the whole length is bridged.  Keys in ``taken`` are
+    not used, and those used are added.
+    """
     slots: list[list[str]] = [[plain_sentence(rng)] for _ in range(sentences)]
     taken = set() if taken is None else taken
     for _ in range(max(1, round(sentences * facts_per_sentence))):
@@ -129,7 +133,9 @@ def document(
 
 
 def story(rng: random.Random, chapters: int) -> str:
-    """One long document: chapters that are documents of their own, about 170 tokens each, and facts that bridge chapters."""
+    """One long document: chapters that are documents of their own, about 170 tokens each, and facts that
+    bridge chapters.
+    """
     named: set = set()
     parts: list[list[str]] = []
     for _ in range(chapters):

@@ -1,8 +1,10 @@
-"""Trains the base model of the embedded default: a small LLaMA with a 256-token window that can look things up.
+"""Trains the base model of the embedded default: a small LLaMA with a 256-token window that can look things
+up.
 
-Two parts in one run of the Hugging Face Trainer.  First rows of random spans that repeat periodically: predicting them
-takes an induction head and nothing else, so one forms early.  Then documents of ``corpus.py`` no longer than a row, whose
-facts recur within the window.  The extension corpus (seed 1) and the evaluation are never seen here (seeds from 1000 up).
+Two parts in one run of the Hugging Face Trainer.  First rows of random spans that repeat periodically:
+predicting them takes an induction head and nothing else, so one forms early.  Then documents of ``corpus.py``
+no longer than a row, whose facts recur within the window.  The extension corpus (seed 1) and the evaluation
+are never seen here (seeds from 1000 up).
 
     python recipes/tiny/train_base.py --out recipes/tiny/base      # about 40 minutes on two CPU cores
 """
@@ -53,10 +55,12 @@ def train_tokenizer(folder: Path, vocabulary: int) -> LlamaTokenizer:
 
 
 class Rows(IterableDataset):
-    """``first`` rows of repeated random spans, then mostly document rows, for ever; dictionaries of ``input_ids`` and ``labels``.
+    """``first`` rows of repeated random spans, then mostly document rows, for ever; dictionaries of
+    ``input_ids`` and ``labels``.
 
-    The first rows are half a window long: an induction head forms within 600 steps on them.  Spans over few distinct tokens,
-    where one token of context is not enough to find the place, come only afterwards: before it, they keep the head from forming.
+    The first rows are half a window long: an induction head forms within 600 steps on them.  Spans over few
+    distinct tokens, where one token of context is not enough to find the place, come only afterwards: before
+    it, they keep the head from forming.
     """
 
     def __init__(self, tokenizer, first: int, span_share: float, seed: int):

@@ -5,7 +5,8 @@ import functools
 from endprompt.eval import longbench, longbench_scores
 
 score = longbench.process_results
-# task_qasper, task_repobench_p, ...: one function a task, for the harness passes no task name to a data function.
+# task_qasper, task_repobench_p, ...: one function a task, for the harness passes no task name to a data
+# function.
 globals().update(
     {
         f"task_{name.replace('-', '_')}": functools.partial(longbench.dataset, name)

@@ -18,7 +18,9 @@ def windows(
     perplexity_column="text",
     **_,
 ):
-    """``perplexity_corpus``, ``perplexity_column``: as in a recipe's eval section; ``longest``: where scoring starts, the greatest length unless given."""
+    """``perplexity_corpus``, ``perplexity_column``: as in a recipe's eval section; ``longest``: where scoring
+    starts, the greatest length unless given.
+    """
     tokens = AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False)
     longest = longest or max(max_seq_lengths)
     texts = perplexity.held_out(perplexity_corpus, tokens, longest, stride, scored_tokens, perplexity_column)

@@ -1,4 +1,6 @@
-"""For lm-eval's task files beside it: `!function utils.<task>` makes a task's samples, see endprompt/eval/ruler.py."""
+"""For lm-eval's task files beside it: `!function utils.<task>` makes a task's samples, see
+endprompt/eval/ruler.py.
+"""
 
 from functools import partial
 
