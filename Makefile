@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: demo test test-all test-slurm slurm-packages chaos bench quality clean
 
 # llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not needed.
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python 3.11 or newer is needed (set PYTHON3=)" or 0)'
 	$(PYTHON3) -m venv $(VENV)
 	$(PIP) torch
@@ -58,7 +58,7 @@ bench: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python benchmarks/loss.py --out benchmarks/results/$(MACHINE).json
 	$(BIN)/python benchmarks/prepare.py "$(CORPUS)" --out benchmarks/results/$(MACHINE).json
 	$(BIN)/python benchmarks/ruler.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/results/$(MACHINE).json
-	OMP_NUM_THREADS=2 $(BIN)/python -m endprompt.eval.efficiency --targets 1024 4096 16384 --rows 1 4 --checkpointing none full --out build/steps.json
+	OMP_NUM_THREADS=2 $(BIN)/python -m endprompt.planning.efficiency --targets 1024 4096 16384 --rows 1 4 --checkpointing none full --out build/steps.json
 	$(BIN)/python benchmarks/gather.py benchmarks/results/$(MACHINE).json build/steps.json
 	$(BIN)/python benchmarks/table.py
 

@@ -1,4 +1,4 @@
-"""Puts result files of one machine into its one file: those of endprompt.eval.efficiency by their shape,
+"""Puts result files of one machine into its one file: those of endprompt.planning.efficiency by their shape,
 those of the benchmarks here by their name.
 
     # a GPU's: all that benchmarks/gpu.sh left in its folder
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import measure  # noqa: F401 (puts the repository on sys.path)
 
-from endprompt import BadInput, shards
+from endprompt import BadInput, storage
 
 
 def devices(found: dict) -> set[str]:
@@ -55,7 +55,7 @@ def main() -> None:
         there = json.loads(arguments.into.read_text()) if arguments.into.exists() else {}
         found = collected(there, {str(path): json.loads(path.read_text()) for path in arguments.results})
         arguments.into.parent.mkdir(parents=True, exist_ok=True)
-        shards.write_json(arguments.into, found)
+        storage.write_json(arguments.into, found)
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None

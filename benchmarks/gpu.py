@@ -24,7 +24,7 @@ from pathlib import Path
 import measure
 
 from endprompt import BadInput
-from endprompt.eval import efficiency
+from endprompt.planning import efficiency
 
 K = 1024
 OPTIONS = ("kernels", "compiled", "attention")

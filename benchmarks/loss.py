@@ -27,7 +27,7 @@ def worker(
     import torch
     from torch.nn import functional
 
-    from endprompt.loss import chunked_linear_cross_entropy, liger_kernel
+    from endprompt.training.loss import chunked_linear_cross_entropy, liger_kernel
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)

@@ -16,7 +16,7 @@ def write(path: Path | None, name: str, values: dict, quiet: bool = False) -> No
     """Prints ``values`` under ``name`` (unless ``quiet``) and, if there is a path, puts them into that JSON
     file beside what it holds, with command, versions and device.
     """
-    from endprompt import provenance
+    from endprompt.runs import provenance
 
     values = {
         **values,

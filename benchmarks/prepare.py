@@ -35,7 +35,7 @@ data: {{corpus: {corpus}, tokens: {tokens}}}
 
 
 def documents(corpus: Path, count: int) -> list[str]:
-    from endprompt import corpus as reading
+    from endprompt.rows import corpus as reading
 
     texts = []
     for _, row in reading.jsonl(corpus):
@@ -146,7 +146,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from endprompt import config, model
+    from endprompt.bases import model
+    from endprompt.recipe import schema as config
 
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     texts = documents(arguments.corpus, arguments.documents)

@@ -22,8 +22,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=None)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
-    from endprompt import config, model
-    from endprompt.eval import names, ruler
+    from endprompt.bases import model
+    from endprompt.evaluation import ruler
+    from endprompt.recipe import schema as config
+    from endprompt.recipe import task_names as names
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)

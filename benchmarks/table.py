@@ -13,7 +13,7 @@ from pathlib import Path
 
 import measure
 
-from endprompt.eval.markdown import replaced
+from endprompt.reports.markdown import replaced
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = {
@@ -171,7 +171,7 @@ def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
 
 
 def _windows(shape: str, target: int) -> float:
-    from endprompt.eval.efficiency import SHAPES
+    from endprompt.planning.efficiency import SHAPES
 
     return target / SHAPES[shape][6]
 
@@ -180,9 +180,11 @@ def figure_4() -> list[str]:
     """Markdown lines: what `endprompt plan` computes for the 8B at 64K on 8 A800, beside the paper's Figure
     4.
     """
-    from endprompt import config, estimate, methods
-    from endprompt.eval import paper
-    from endprompt.trainer import PEAK_FLOPS, flops_per_token
+    from endprompt.methods import table as methods
+    from endprompt.planning import estimate
+    from endprompt.recipe import schema as config
+    from endprompt.reports import paper
+    from endprompt.training.trainer import PEAK_FLOPS, flops_per_token
 
     recipe, printed = (
         config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"),
@@ -299,7 +301,7 @@ def main() -> None:
                 f"{', '.join(stale)}: not what results/ says; run python benchmarks/table.py", file=sys.stderr
             )
         raise SystemExit(bool(stale))
-    from endprompt.eval import efficiency
+    from endprompt.planning import efficiency
 
     for path in sorted(
         RESULTS.glob("*.json")

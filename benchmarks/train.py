@@ -21,7 +21,7 @@ from pathlib import Path
 
 import measure
 
-from endprompt.eval import efficiency
+from endprompt.planning import efficiency
 
 BASE = measure.REPOSITORY / "recipes" / "tiny" / "base"  # whose tokenizer it borrows
 

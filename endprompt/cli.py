@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from endprompt import BadInput, Failure, __version__, launch
+from endprompt import BadInput, Failure, __version__, storage
+from endprompt.runs import launch
 
 MOST_WORKERS = 1024
 
@@ -172,7 +173,8 @@ def _claim(recipe, method, run: Path):
     """
     import yaml
 
-    from endprompt import config, settings_file, shards
+    from endprompt.recipe import schema as config
+    from endprompt.recipe import settings_file
 
     # How often to report or save does not change what is trained.
     harmless = {
@@ -217,7 +219,7 @@ def _claim(recipe, method, run: Path):
                 " delete the folder"
             )
     run.mkdir(parents=True, exist_ok=True)
-    shards.write_atomically(path, text.encode())
+    storage.write_atomically(path, text.encode())
     try:
         yield
     except BadInput:
@@ -225,7 +227,7 @@ def _claim(recipe, method, run: Path):
         if before is None:
             path.unlink(missing_ok=True)
         else:
-            shards.write_atomically(path, before)
+            storage.write_atomically(path, before)
         raise
 
 
@@ -241,7 +243,9 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _prepare(arguments, recipe, method, run: Path) -> None:
-    from endprompt import model, prepare, provenance, runfolder
+    from endprompt.bases import model
+    from endprompt.rows import prepare
+    from endprompt.runs import provenance, runfolder
 
     if not method.trained:
         print(f"{method.name} trains nothing, so it needs no shards")
@@ -292,7 +296,7 @@ def _train(arguments, recipe, method, run: Path) -> None:
     if not method.trained:
         print(f"{method.name} trains nothing")
         return
-    from endprompt import runfolder
+    from endprompt.runs import runfolder
 
     main_rank = os.environ.get("RANK", "0") == "0"
     with contextlib.ExitStack() as held:
@@ -302,7 +306,7 @@ def _train(arguments, recipe, method, run: Path) -> None:
         if (run / "model").exists():
             print(f"{run / 'model'} is there already; nothing to train")
             return
-        from endprompt.train import train
+        from endprompt.training.run import train
 
         try:
             train(recipe, method, run)
@@ -355,14 +359,14 @@ def _say(error: Exception) -> None:
 def _status(arguments) -> None:
     import json
 
-    from endprompt import runfolder
+    from endprompt.runs import runfolder
 
     found = runfolder.summary(arguments.run)
     print(json.dumps(found) if arguments.json else runfolder.describe(found))
 
 
 def _evaluate(arguments, recipe, method, run: Path) -> None:
-    from endprompt.eval import run as scoring
+    from endprompt.evaluation import run as scoring
 
     if arguments.list:
         print("\n".join(f"{task}:{length or '-'}" for task, length in scoring.pairs(recipe)))
@@ -373,7 +377,7 @@ def _evaluate(arguments, recipe, method, run: Path) -> None:
 
 
 def _plan(arguments, recipe, method, run: Path) -> None:
-    from endprompt import estimate
+    from endprompt.planning import estimate
 
     print(
         estimate.describe(recipe, method, arguments.gpus, arguments.gpu_memory, arguments.gpu, arguments.mfu)
@@ -381,7 +385,8 @@ def _plan(arguments, recipe, method, run: Path) -> None:
 
 
 def _inspect(arguments, recipe, method, run: Path) -> None:
-    from endprompt import inspection, model, prepare, shards
+    from endprompt.bases import model
+    from endprompt.rows import inspection, prepare, shards
 
     folder = run / "shards"
     if arguments.coverage:
@@ -389,7 +394,7 @@ def _inspect(arguments, recipe, method, run: Path) -> None:
         print(inspection.describe_coverage(recipe, method, tokenizer, arguments.out, arguments.row))
         image = inspection.draw_coverage(recipe, tokenizer, arguments.out)
         run.mkdir(parents=True, exist_ok=True)
-        shards.write_atomically(run / "coverage.png", image)
+        storage.write_atomically(run / "coverage.png", image)
         print(f"\nall methods that train: {run / 'coverage.png'}")
         return
     manifest = shards.read_manifest(folder)
@@ -428,11 +433,11 @@ def _check_out(out: Path, run: Path, writes: bool) -> None:
 
 
 def _path(arguments) -> None:
-    from endprompt import settings_file
+    from endprompt.recipe import settings_file
 
     folder = arguments.out / settings_file.recipe(arguments.recipe)[0]
     if arguments.method:
-        from endprompt import methods
+        from endprompt.methods import table as methods
 
         folder /= methods.get(arguments.method).name
     print(folder)
@@ -467,7 +472,8 @@ def main(argv: list[str] | None = None) -> None:
             except BadInput:
                 speaks = True  # there may be no rank 0
                 raise
-        from endprompt import config, methods
+        from endprompt.methods import table as methods
+        from endprompt.recipe import schema as config
 
         method = methods.get(arguments.method)
         recipe = config.load(arguments.recipe, arguments.overrides)

@@ -60,7 +60,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-plan=("$PYTHON" -m endprompt.eval.plan --recipe "$recipe" --out "$out" "${plan[@]}" "${models[@]}")
+plan=("$PYTHON" -m endprompt.reports.plan --recipe "$recipe" --out "$out" "${plan[@]}" "${models[@]}")
 if [ -n "$dry" ]; then
   exec "${plan[@]}" "${hours[@]}"
 fi
@@ -100,4 +100,4 @@ while IFS=$'\x1f' read -r -u 3 -a step; do
   printf '%-8s %-50s %6d s\n' "${step[0]}" "${step[6]}" $((SECONDS - start))
 done 3<<<"$steps"
 
-"$PYTHON" -m endprompt.eval.tables --runs "$out" --out "$results" --command "$command_line" "${models[@]}"
+"$PYTHON" -m endprompt.reports.tables --runs "$out" --out "$results" --command "$command_line" "${models[@]}"

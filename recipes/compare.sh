@@ -47,4 +47,4 @@ for seed in "${seeds[@]}"; do
     folders+=("$runs")
   fi
 done
-"$PYTHON" -m endprompt.eval.compare "${folders[@]}" --title "$(basename "$runs") over seeds ${seeds[*]}"
+"$PYTHON" -m endprompt.reports.compare "${folders[@]}" --title "$(basename "$runs") over seeds ${seeds[*]}"

@@ -79,4 +79,4 @@ for setting in "${order[@]}"; do
     done
   done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one
 done
-"$PYTHON" -m endprompt.eval.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "tiny over seeds $SEEDS"
+"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "tiny over seeds $SEEDS"

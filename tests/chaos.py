@@ -326,7 +326,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos = Chaos(folder, arguments.seed)
     result = chaos.run(arguments.kills)
-    from endprompt import provenance
+    from endprompt.runs import provenance
 
     result = {
         "command": f"python tests/chaos.py --kills {arguments.kills} --seed {arguments.seed}",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from endprompt import methods
+from endprompt.methods import table as methods
 
 THETA = 500000.0
 

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from endprompt import attention, lora, loss, rope
-from endprompt.collate import Collator
-from endprompt.training_keys import Lora
+from endprompt.positions import rope
+from endprompt.recipe.training_keys import Lora
+from endprompt.rows.collate import Collator
+from endprompt.training import lora, loss
+from endprompt.training import probe as attention
 
 TARGET, A, B = 2048, 100, 11
 pytestmark = pytest.mark.filterwarnings(

@@ -26,7 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from endprompt import BadInput, config, corpus, launch, methods, model, prepare, shards, tokenizing
+from endprompt import BadInput, storage
+from endprompt.bases import model
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.rows import corpus, prepare, shards, tokenizing
+from endprompt.runs import launch
 
 
 def refused(result, *telling):
@@ -776,7 +781,7 @@ def listed_anew(folder, number=1):
 
     def change(manifest):
         entry = manifest["shards"][number]
-        entry |= {"sha256": shards.sha256(path), "bytes": path.stat().st_size}
+        entry |= {"sha256": storage.sha256(path), "bytes": path.stat().st_size}
 
     in_manifest(change)(folder)
 
@@ -891,7 +896,7 @@ SHARDS = {
         ),
         "manifest.json cannot be read",
     ),
-    "huge": (lambda folder: os.truncate(folder / shards.MANIFEST, shards.MANIFEST_BYTES + 1), "larger than"),
+    "huge": (lambda folder: os.truncate(folder / shards.MANIFEST, storage.JSON_BYTES + 1), "larger than"),
     "a folder": (special_manifest(Path.mkdir), "manifest.json cannot be read"),
     "a pipe": (special_manifest(fifo), "no regular file"),
     "a device": (special_manifest(device), "no regular file"),
@@ -1100,7 +1105,7 @@ def test_rows(prepared, command, case):
 
 
 def test_training_reads_the_rows_of_the_same_shards_once(prepared, monkeypatch):
-    from endprompt import train
+    from endprompt.training import run as train
 
     path, _, folder = prepared
     recipe, calls, check = config.load(path), [], shards.check_rows
@@ -1243,7 +1248,7 @@ def test_run_that_was_trained_otherwise(prepared, text, telling):
 )
 def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     """What a resolved copy does not say was at its default then."""
-    from endprompt import train
+    from endprompt.training import run as train
 
     monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
     path, out, folder = prepared

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import row
 
-from endprompt.collate import Collator
-from endprompt.trainer import kinds
+from endprompt.rows.collate import Collator
+from endprompt.training.trainer import kinds
 
 PAD, TARGET = 0, 512
 COLUMNS = {

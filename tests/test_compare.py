@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from matplotlib import image
 from test_eval import cells, passkey_scores, run_compare, write_result
 
-from endprompt import BadInput, methods
-from endprompt.eval import compare, figures, intervals
+from endprompt import BadInput
+from endprompt.evaluation import figures, intervals
+from endprompt.methods import table as methods
+from endprompt.reports import compare
 
 
 def test_over_seeds():
@@ -285,7 +287,7 @@ def test_script_runs_every_method_with_every_seed(script):
     assert all(call[5:9] == ["--out", f"out/seed{call[-1][-1]}", "--set", "data.tokens=9"] for call in asked)
     assert (
         calls[-1]
-        == "-m endprompt.eval.compare out/seed0/tiny out/seed1/tiny out/seed2/tiny --title tiny over seeds"
+        == "-m endprompt.reports.compare out/seed0/tiny out/seed1/tiny out/seed2/tiny --title tiny over seeds"
         " 0 1 2"
     )
 
@@ -298,7 +300,7 @@ def test_script_takes_methods_and_seeds(script):
         and calls[0].split()[4] == "base"
         and "data.seed=4" in calls[0]
     )
-    assert calls[1] == "-m endprompt.eval.compare out/seed4/tiny --title tiny over seeds 4 7"
+    assert calls[1] == "-m endprompt.reports.compare out/seed4/tiny --title tiny over seeds 4 7"
 
 
 def test_script_stops_at_a_failure_and_shows_it(script):

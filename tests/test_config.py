@@ -10,7 +10,10 @@ import pytest
 import yaml
 from conftest import REPOSITORY, run_main
 
-from endprompt import BadInput, config, methods, settings_file
+from endprompt import BadInput
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.recipe import settings_file
 
 RECIPES = sorted(
     path for path in (REPOSITORY / "recipes").glob("*.yaml") if path.name != "sft.yaml"

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from endprompt import BadInput, config, corpus
+from endprompt import BadInput
+from endprompt.recipe import schema as config
+from endprompt.rows import corpus
 
 TEXTS = [
     "First.\nIt has two lines.",

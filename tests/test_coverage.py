@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_positions import TRAINED, each_trained, fitting, plan, rows
 
-from endprompt import coverage, inspection, methods, positions, shards
-from endprompt.coverage import gap, union
+from endprompt.methods import table as methods
+from endprompt.positions import coverage
+from endprompt.positions import plans as positions
+from endprompt.positions.coverage import gap, union
+from endprompt.rows import inspection, shards
 
 GENERATOR = np.random.default_rng(0)
 

@@ -12,8 +12,9 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from training import assert_same, losses, prepared, run, weights
 
-from endprompt import Failure, dealing
-from endprompt.collate import Collator
+from endprompt import Failure
+from endprompt.rows.collate import Collator
+from endprompt.training import dealing
 
 # -- batches -----------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ def test_a_filler_has_no_targets_and_no_weight():
 SHAPES = {1: (12, 1), 2: (3, 2), 3: (2, 2)}
 RECORD = """
 import json, os
-from endprompt import trainer
+from endprompt.training import trainer
 plain = trainer.WeightedTrainer.log
 def log(self, logs, start_time=None):
     sums = self.accelerator.reduce(self._sums, "sum").tolist() if "loss" in logs else None

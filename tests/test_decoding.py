@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation import LogitsProcessorList
 
 from endprompt import BadInput
-from endprompt.eval import engine, longbench, passkey, perplexity, prompts, ruler
+from endprompt.evaluation import engine, longbench, passkey, perplexity, prompts, ruler
 
 # What a post-processor may put around a text (A), by name; None: the base's own, <s> before it.
 FRAMES = {

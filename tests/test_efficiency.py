@@ -12,8 +12,8 @@ from conftest import REPOSITORY
 from matplotlib import image
 
 from endprompt import BadInput
-from endprompt.eval import efficiency, step
-from endprompt.trainer import flops_per_token
+from endprompt.planning import efficiency, step
+from endprompt.training.trainer import flops_per_token
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_the_command(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "endprompt.eval.efficiency",
+        "endprompt.planning.efficiency",
         "--targets",
         "1024",
         "--methods",

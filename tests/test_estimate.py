@@ -5,7 +5,9 @@ import torch
 from conftest import REPOSITORY, run_main
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from endprompt import config, estimate, methods
+from endprompt.methods import table as methods
+from endprompt.planning import estimate
+from endprompt.recipe import schema as config
 
 SHAPES = {
     "tied": (2, 64, 176, 4, 2, 300, True),
@@ -122,7 +124,7 @@ def test_zero_and_lora_change_what_they_change():
         False,
     )
     assert offloaded.states == 0 and offloaded.host > three.states
-    from endprompt.training_keys import Lora
+    from endprompt.recipe.training_keys import Lora
 
     adapted = estimate.memory(about, zero3, 4, 1, 128, False, Lora(r=4))
     assert adapted.weights == three.weights and adapted.optimizer == pytest.approx(

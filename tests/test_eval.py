@@ -21,8 +21,13 @@ from matplotlib import image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from endprompt import BadInput, config, corpus, methods, provenance
-from endprompt.eval import compare, engine, figures, intervals, passkey, perplexity, question, run
+from endprompt import BadInput
+from endprompt.evaluation import engine, figures, intervals, passkey, perplexity, question, run
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.reports import compare
+from endprompt.rows import corpus
+from endprompt.runs import provenance
 
 BASE = methods.get("base")
 

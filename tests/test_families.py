@@ -9,7 +9,7 @@ from conftest import run_main
 from networks import configuration, network
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from endprompt.eval import engine
+from endprompt.evaluation import engine
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPES = {

@@ -16,7 +16,8 @@ import pytest
 from conftest import REPOSITORY, run_main
 from training import ENVIRONMENT, TORCHRUN, assert_same, losses, prepared, run, train, weights
 
-from endprompt import BadInput, checkpoint_files, runfolder
+from endprompt import BadInput
+from endprompt.runs import checkpoint_files, runfolder
 
 RUN = "\nfrom endprompt.cli import main\nmain()\n"
 
@@ -67,7 +68,7 @@ def state(folder: Path) -> dict:
 
 POISON = """
 import os, torch
-from endprompt import trainer
+from endprompt.training import trainer
 sound = trainer.WeightedTrainer.compute_loss
 def poisoned(self, model, inputs, **kwargs):
     if self.state.global_step == 4 and os.environ["RANK"] == "1" and len(self.micro_batches) == 1:
@@ -119,7 +120,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(value, train_r
 def test_a_gradient_that_is_no_number_ends_a_run_without_deepspeed_too(train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
     patch = """
-from endprompt import watch
+from endprompt.training import watch
 before = watch.Watch.on_pre_optimizer_step
 def spoil(self, args, state, control, model=None, **kwargs):
     gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
@@ -152,7 +153,7 @@ watch.Watch.on_pre_optimizer_step = spoil
 
 FULL = """
 import resource
-from endprompt import watch
+from endprompt.training import watch
 def full(self, args, state, control, **kwargs):
     if state.global_step == 3:  # from here on no file may grow beyond 100 kB
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -172,7 +173,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_from_it(
     assert said and any("could not be written" in line and "checkpoint-2;" in line for line in said), output[
         -3000:
     ]
-    assert "endprompt/train.py" not in output, "a traceback of ours"
+    assert "endprompt/training/run.py" not in output, "a traceback of ours"
     assert checkpoint_files.newest(folder / "checkpoints").name == "checkpoint-2"
     assert state(folder)["state"] == "failed"
     output = run(train(train_recipe, "endprompt", tmp_path, ranks=2))
@@ -358,7 +359,7 @@ def test_a_checkpoint_with_a_foreign_pickle_is_refused(train_recipe, half_way, t
 
 HANG = """
 import os, time
-from endprompt import watch
+from endprompt.training import watch
 def hang(self, args, state, control, **kwargs):
     if state.global_step == 3 and args.process_index == 1:
         {action}
@@ -430,7 +431,7 @@ def test_ranks_that_would_resume_from_different_checkpoints_are_refused(train_re
     folder = half_way(tmp_path)
     patch = """
 import os
-from endprompt import checkpoint_files
+from endprompt.runs import checkpoint_files
 if os.environ["RANK"] == "1":
     checkpoint_files.to_resume = lambda folder, log=None: folder / "checkpoint-2"
 """
@@ -472,7 +473,7 @@ def test_one_rank_goes_on_as_two_to_the_same_weights(train_recipe, tmp_path, lor
 
 def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monkeypatch):
     from endprompt import Failure
-    from endprompt.train import make_universal
+    from endprompt.training.run import make_universal
 
     checkpoint = half_way(tmp_path) / "checkpoints/checkpoint-4"
     truncate(next(checkpoint.rglob("*optim_states.pt")))
@@ -493,8 +494,8 @@ def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monke
 
 def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
     """Also where they stand in the recipe itself, and where they have a section checkpoint of their own."""
-    from endprompt import config
-    from endprompt.train import loading_universal
+    from endprompt.recipe import schema as config
+    from endprompt.training.run import loading_universal
 
     options = {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail"}}
     loaded = config.load(train_recipe, [f"train.deepspeed={json.dumps(options)}"])
@@ -507,7 +508,7 @@ def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
 
 
 def test_a_step_keeps_its_rows_on_other_ranks():
-    from endprompt.train import resumed_shape
+    from endprompt.training.run import resumed_shape
 
     before = {"world_size": 8, "rows_per_step": 64}
     assert resumed_shape((4, 2), 8, before) == (4, 2)
@@ -610,7 +611,7 @@ def test_run_sh_tells_its_endings_apart(train_recipe, shards_of, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from endprompt import runfolder
+from endprompt.runs import runfolder
 with runfolder.hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

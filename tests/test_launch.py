@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY, run_main
 from training import ENVIRONMENT, prepared
 
-from endprompt import launch
+from endprompt.runs import launch
 
 # -- where a run is ------------------------------------------------------------------------------------------
 

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_eval import Known
 
-from endprompt import BadInput, corpus
-from endprompt.eval import engine, longbench, longbench_scores, names, score
+from endprompt import BadInput
+from endprompt.evaluation import engine, longbench, longbench_scores, score
+from endprompt.recipe import task_names as names
+from endprompt.rows import corpus
 
 SHARED = REPOSITORY.parent / "shared/data/longbench"
 

@@ -13,9 +13,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_train import TORCHRUN, assert_same, prepared, run, train, weights
 
-from endprompt import BadInput, config, lora, loss, methods, rope
-from endprompt.collate import Collator
-from endprompt.training_keys import Lora
+from endprompt import BadInput
+from endprompt.methods import table as methods
+from endprompt.positions import rope
+from endprompt.recipe import schema as config
+from endprompt.recipe.training_keys import Lora
+from endprompt.rows.collate import Collator
+from endprompt.training import lora, loss
 
 
 def adapted(settings: Lora | None = None, seed: int = 0, **changes):
@@ -326,7 +330,7 @@ def test_a_resumed_longlora_is_the_same(recipe, longlora, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text("""
 import os, signal
-from endprompt import checkpoint
+from endprompt.training import checkpoint
 def die(self, args, state, control, **kwargs):
     if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,8 +13,8 @@ from networks import configuration, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from endprompt import loss
-from endprompt.loss import chunked_linear_cross_entropy
+from endprompt.training import loss
+from endprompt.training.loss import chunked_linear_cross_entropy
 
 
 def plain(hidden, weight, labels, token_weights, bias=None):
@@ -269,8 +269,8 @@ def test_a_gpu_takes_few_chunks():
 
 KERNEL = """
 import torch
-from endprompt import loss
-from endprompt.loss_kernel import rows
+from endprompt.training import loss
+from endprompt.training.loss_kernel import rows
 
 loss_rows = loss._rows
 for vocabulary, dtype in ((50, torch.float32), (9000, torch.float32), (70, torch.bfloat16)):
@@ -437,7 +437,7 @@ def test_another_output_layer_is_refused():
 
 LIGER = """
 import torch
-from endprompt import loss
+from endprompt.training import loss
 from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
 generator = torch.Generator().manual_seed(0)

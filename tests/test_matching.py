@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from endprompt import matching
+from endprompt.methods import matching
 
 
 def rng():

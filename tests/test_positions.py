@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt import positions
-from endprompt.methods import METHODS
+from endprompt.methods.table import METHODS
+from endprompt.positions import plans as positions
 
 TRAINED = [method for method in METHODS.values() if method.trained]
 SPAN = 500  # tokens a repeated span; the last may be shorter

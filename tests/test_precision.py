@@ -15,9 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_lora import adapted, batch_of
 from training import ENVIRONMENT, prepared, run, train, weights
 
-from endprompt import BadInput, Failure, config, estimate, loss, methods, model, precision
-from endprompt.train import training_arguments
-from endprompt.training_keys import Lora
+from endprompt import BadInput, Failure
+from endprompt.bases import model
+from endprompt.methods import table as methods
+from endprompt.planning import estimate
+from endprompt.recipe import schema as config
+from endprompt.recipe.training_keys import Lora
+from endprompt.training import loss, precision
+from endprompt.training.run import training_arguments
 
 HALF = [
     "--set",
@@ -47,7 +52,7 @@ deepspeed.DeepSpeedEngine.step = look
 """
 BARE = """
 import torch
-from endprompt import precision
+from endprompt.training import precision
 precision.loaded = lambda arguments, adapters: torch.bfloat16
 precision.raise_trained = lambda network: None
 """

@@ -20,8 +20,13 @@ from conftest import REPOSITORY, run_main, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt import BadInput, config, methods, positions, prepare, row_stream, shards, tokenizing
-from endprompt.config import END_PROMPTS
+from endprompt import BadInput, storage
+from endprompt.methods import table as methods
+from endprompt.positions import plans as positions
+from endprompt.recipe import schema as config
+from endprompt.recipe.schema import END_PROMPTS
+from endprompt.rows import prepare, shards, tokenizing
+from endprompt.rows import stream as row_stream
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
 IN_ORDER = [name for name in TRAINED if not methods.get(name).matched]
@@ -629,7 +634,7 @@ def test_resumes_from_every_write(make, monkeypatch, method, packing):
         f"data.packing={packing}",
     ]
     whole = contents(make(method, overrides=options, out="whole")[0])
-    write, writes = shards.write_atomically, 0
+    write, writes = storage.write_atomically, 0
 
     def dying(path, data):
         nonlocal writes
@@ -755,7 +760,7 @@ def test_prepared_shards_are_left_alone(recipe_file, tmp_path):
 
 
 def test_a_started_preparation_of_another_setting_is_refused(make, monkeypatch):
-    write = shards.write_atomically
+    write = storage.write_atomically
 
     def dying(path, data):
         write(path, data)
@@ -787,7 +792,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("finished", [True, False])
 def test_damaged_shards_are_refused(make, monkeypatch, tmp_path, damage, finished):
-    write, options = shards.write_atomically, ["data.rows_per_shard=16"]
+    write, options = storage.write_atomically, ["data.rows_per_shard=16"]
     if not finished:
 
         def dying(path, data):

@@ -13,13 +13,10 @@ from conftest import REPOSITORY, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from endprompt import config, methods
-from endprompt.eval import (
-    compare,
+from endprompt.evaluation import (
     engine,
     figures,
     longbench,
-    names,
     prompts,
     question,
     results,
@@ -27,7 +24,11 @@ from endprompt.eval import (
     ruler_package,
     run,
 )
-from endprompt.tokenizing import tokenizer_fingerprint
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.recipe import task_names as names
+from endprompt.reports import compare
+from endprompt.rows.tokenizing import tokenizer_fingerprint
 
 TEMPLATE = (
     "{% for m in messages %}[{{m['role']}}] {{m['content']}}\n{% endfor %}{% if add_generation_prompt"

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from endprompt import BadInput, rope
+from endprompt import BadInput
+from endprompt.positions import rope
 
 
 def scaled(model_type="llama", factor=8.0, **changes):
@@ -249,7 +250,7 @@ def test_every_scheme_reloads_in_plain_transformers(tmp_path, model_type, scalin
 
 
 def test_lceg_rounds_half_of_the_factor_up():
-    from endprompt import methods
+    from endprompt.methods import table as methods
 
     def chosen(name, rope_type, target=65536):
         return rope.scaling_for(rope_type, 8192, target, methods.get(name).whole_factor)
@@ -265,7 +266,7 @@ def test_lceg_rounds_half_of_the_factor_up():
 
 
 def test_no_method_is_trained_under_a_scaling_that_looks_at_the_rows_length():
-    from endprompt import methods
+    from endprompt.methods import table as methods
 
     assert {method.rope for method in methods.METHODS.values()} <= {
         None,

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizers import TEXTS, from_sentencepiece, source
 
-from endprompt import BadInput, shards
-from endprompt.eval import answers, names, ruler, ruler_package, ruler_worker
+from endprompt import BadInput, storage
+from endprompt.evaluation import answers, ruler, ruler_package, ruler_worker
+from endprompt.recipe import task_names as names
 
 pytest.importorskip("wonderwords", reason="NVIDIA's RULER package is not installed")
 DATA = REPOSITORY.parent / "shared" / "data" / "ruler"
@@ -232,7 +233,7 @@ TRY = (
 def test_endless_loops_end(base, tmp_path, script, reason):
     (tmp_path / "job.json").write_text(json.dumps(job(tmp_path, base, script)))
     ended = subprocess.run(
-        [sys.executable, "-m", "endprompt.eval.ruler_worker", str(tmp_path / "job.json")],
+        [sys.executable, "-m", "endprompt.evaluation.ruler_worker", str(tmp_path / "job.json")],
         cwd=REPOSITORY,
         timeout=60,
     )
@@ -762,7 +763,7 @@ def test_checksums_are_the_wheels():
     assert (
         {name: recorded[name] for name in known}
         == known
-        == {name: shards.sha256(ruler_package.package() / name) for name in known}
+        == {name: storage.sha256(ruler_package.package() / name) for name in known}
     )
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from endprompt import BadInput
-from endprompt.eval import ruler, ruler_package, ruler_samples
+from endprompt.evaluation import ruler, ruler_package, ruler_samples
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def folder(tmp_path, base):
     """vt at 1024 for the tiny base's tokenizer, five samples, seed 42, as a cache file; made by hand, so that
     nothing of the package is asked.
     """
-    from endprompt.prepare import tokenizer_fingerprint
+    from endprompt.rows.prepare import tokenizer_fingerprint
 
     question = {
         "task": "vt",
@@ -75,7 +75,7 @@ def test_the_first_so_many_are_taken_without_the_packages_data(folder, base, mon
 def test_what_is_not_there_is_refused_with_the_command_that_makes_it(folder, base, asked, why):
     wanted = {"task": "vt", "length": 1024, "samples": 3, "seed": 42, **asked}
     with pytest.raises(
-        BadInput, match=f"eval.ruler_samples: .*{why}.*python -m endprompt.eval.ruler --cache FOLDER"
+        BadInput, match=f"eval.ruler_samples: .*{why}.*python -m endprompt.evaluation.ruler --cache FOLDER"
     ):
         ruler_samples.take(folder, tokenizer=ruler.load_tokenizer(base), **wanted)
 

@@ -12,8 +12,9 @@ from networks import configuration, network, row
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from endprompt import attention, s2
-from endprompt.collate import Collator
+from endprompt.methods import s2
+from endprompt.rows.collate import Collator
+from endprompt.training import probe as attention
 
 
 def tensors(batch, heads, kv_heads, length, dim=8, seed=0, dtype=torch.float64):

@@ -137,7 +137,7 @@ def test_the_gradient_has_its_size(stage, ranks, recipe, by_gradient, tmp_path):
 
 KILL = """
 import os, signal
-from endprompt import checkpoint
+from endprompt.training import checkpoint
 def die(self, args, state, control, **kwargs):
     if state.global_step == 11:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -236,8 +236,10 @@ def test_what_cannot_be_shared_is_refused_in_one_message(name, recipe, tmp_path,
 
 
 def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
-    from endprompt import BadInput, config, methods
-    from endprompt.train import batch_shape
+    from endprompt import BadInput
+    from endprompt.methods import table as methods
+    from endprompt.recipe import schema as config
+    from endprompt.training.run import batch_shape
 
     def shape(method: str, rows: int, accumulation: int, n: int) -> tuple[int, int]:
         loaded = config.load(
@@ -260,7 +262,7 @@ def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
 
 
 def test_a_sharded_batch_has_no_mask_and_refuses_what_needs_one():
-    from endprompt.collate import Collator
+    from endprompt.rows.collate import Collator
 
     def row(length: int, jump: int = 0) -> dict:
         return {

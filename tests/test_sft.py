@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from endprompt.model import state_length, stated_lengths
+from endprompt.bases.model import state_length, stated_lengths
 
 RECIPE = REPOSITORY / "recipes/sft.yaml"
 CONVERSATION = [

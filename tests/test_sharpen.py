@@ -16,7 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training import prepared, run, train, weights
 
-from endprompt import Failure, config, methods, model, sharpen
+from endprompt import Failure
+from endprompt.bases import model
+from endprompt.methods import sharpen
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
 
 
 def test_factor():
@@ -286,7 +290,7 @@ def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(
 @pytest.mark.parametrize("name", ["base", "interpolation"])
 def test_what_is_not_trained_is_scored_as_sharp_as_asked(recipe_file, base, tmp_path, name):
     """As if it were saved and sharpened; 1 in the recipe is ln L / ln C."""
-    from endprompt.eval import run as evaluation
+    from endprompt.evaluation import run as evaluation
 
     method, ids = methods.get(name), torch.arange(3, 40)[None]
 

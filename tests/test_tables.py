@@ -14,20 +14,14 @@ import yaml
 from conftest import REPOSITORY
 from matplotlib import image
 
-from endprompt import BadInput, config, estimate, methods
-from endprompt.eval import (
-    figures,
-    longbench_scores,
-    names,
-    paper,
-    plan,
-    question,
-    recipe_page,
-    results,
-    run,
-    tables,
-)
-from endprompt.eval.results import Estimate, Missing
+from endprompt import BadInput
+from endprompt.evaluation import figures, longbench_scores, question, results, run
+from endprompt.evaluation.results import Estimate, Missing
+from endprompt.methods import table as methods
+from endprompt.planning import estimate
+from endprompt.recipe import schema as config
+from endprompt.recipe import task_names as names
+from endprompt.reports import paper, plan, recipe_page, tables
 
 SOURCE = REPOSITORY.parent / "shared/paper/tables.yaml"
 METHODS = {
@@ -593,7 +587,7 @@ def test_all_is_written_and_csv_equals_markdown(runs, tmp_path, capsys):
     index = (out / "index.md").read_text()
     for path in out.iterdir():
         assert path.name == "index.md" or f"]({path.name})" in index, path
-    assert "Made by `python -m endprompt.eval.tables --runs" in index and "torch" in index
+    assert "Made by `python -m endprompt.reports.tables --runs" in index and "torch" in index
     pages = {path.name for path in out.glob("recipe_*.md")}
     assert pages == {"recipe_tiny.md", "recipe_llama3-8b-64k.md"}
 
@@ -785,7 +779,7 @@ def test_hours_of_training_are_those_of_the_recipes_headers(tmp_path, recipe, me
 
 
 def test_hours_follow_their_formula(tmp_path):
-    from endprompt.trainer import flops_per_token
+    from endprompt.training.trainer import flops_per_token
 
     recipe = config.load(
         RECIPE,
@@ -1007,7 +1001,7 @@ def script(tmp_path):
     """
     fake = tmp_path / "python"
     fake.write_text(
-        f'#!/bin/bash\nif [ "$2" = endprompt.eval.plan ]; then exec {sys.executable} "$@"; fi\n'
+        f'#!/bin/bash\nif [ "$2" = endprompt.reports.plan ]; then exec {sys.executable} "$@"; fi\n'
         'case "$3" in gpus) echo 0; exit;; path) echo nowhere; exit;; esac\n'
         f'{{ printf "%s" "$OUT"; printf "|%s" "$@"; echo; }} >>{tmp_path}/calls\n'
         'cat >/dev/null\ncase "$*" in *FAIL*) echo broken; exit 3;; esac\n'
@@ -1070,7 +1064,7 @@ def test_script_trains_evaluates_and_makes_the_tables(script, tmp_path):
     ]
     assert calls[7][1:] == [
         "-m",
-        "endprompt.eval.tables",
+        "endprompt.reports.tables",
         "--runs",
         "my runs",
         "--out",

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from matplotlib import image
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from endprompt import BadInput, config, methods, model
-from endprompt.eval import theory
+from endprompt import BadInput
+from endprompt.bases import model
+from endprompt.evaluation import theory
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
 
 TEXT = (REPOSITORY / "LICENSE").read_text()
 

@@ -20,8 +20,13 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, import_protobuf
 
-from endprompt import BadInput, config, methods, model, prepare, row_stream, shards, tokenizing
-from endprompt.eval import perplexity
+from endprompt import BadInput
+from endprompt.bases import model
+from endprompt.evaluation import perplexity
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.rows import prepare, shards, tokenizing
+from endprompt.rows import stream as row_stream
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 WHEELS = (

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from endprompt import Failure, corpus, tokenizing
-from endprompt.tokenizing import Encoder
+from endprompt import Failure
+from endprompt.rows import corpus, tokenizing
+from endprompt.rows.tokenizing import Encoder
 
 NOVELS = REPOSITORY.parent / "shared/data/text/novels.heldout.jsonl.zst"
 PIECES = [

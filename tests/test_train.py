@@ -101,7 +101,7 @@ def test_half_precision_keeps_the_weights_of_the_loss(train_recipe, two_ranks, t
 
 KILL = """
 import os, signal
-from endprompt import checkpoint
+from endprompt.training import checkpoint
 def die(self, args, state, control, **kwargs):
     if state.global_step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_the_deepspeed_launcher_starts_it_too(train_recipe, two_ranks, tmp_path)
 PATCHES = {
     "no mask": (
         """
-from endprompt import collate
+from endprompt.rows import collate
 whole = collate.Collator.__call__
 def without_mask(self, rows):
     return {name: value for name, value in whole(self, rows).items() if name != "attention_mask"}
@@ -160,7 +160,7 @@ collate.Collator.__call__ = without_mask
     ),
     "other theta": (
         """
-from endprompt import rope
+from endprompt.positions import rope
 merge = rope.apply
 def careless(config, scaling, target_length):
     merge(config, scaling, target_length)
@@ -171,7 +171,7 @@ rope.apply = careless
     ),
     "scaled too late": (
         """
-from endprompt import rope
+from endprompt.positions import rope
 merge = rope.apply
 rope.apply = lambda config, scaling, target_length: None
 """,
@@ -244,8 +244,10 @@ def test_a_folder_trained_under_another_recipe_is_refused(train_recipe, two_rank
 
 
 def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
-    from endprompt import BadInput, config, methods
-    from endprompt.train import batch_shape
+    from endprompt import BadInput
+    from endprompt.methods import table as methods
+    from endprompt.recipe import schema as config
+    from endprompt.training.run import batch_shape
 
     def shape(method: str, rows: int, accumulation: int) -> tuple[int, int]:
         loaded = config.load(
@@ -283,7 +285,7 @@ def test_options_that_would_change_the_loss_or_the_positions_are_refused(monkeyp
     import transformers
 
     from endprompt import BadInput
-    from endprompt.training_keys import speed_options
+    from endprompt.recipe.training_keys import speed_options
 
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
     with pytest.raises(BadInput, match=message):
@@ -295,8 +297,8 @@ def test_options_that_would_change_the_loss_or_the_positions_are_refused(monkeyp
 def test_torch_compile_goes_layer_by_layer_and_leaves_the_loss_alone(monkeypatch):
     from accelerate.utils import TorchDynamoPlugin
 
-    from endprompt import loss
-    from endprompt.training_keys import speed_options
+    from endprompt.recipe.training_keys import speed_options
+    from endprompt.training import loss
 
     monkeypatch.setattr(loss.LossHead, "forward", loss.LossHead.forward)
     monkeypatch.setenv(
@@ -337,8 +339,8 @@ def test_liger_s_kernels_leave_the_loss_ours():
     script = """
 from networks import configuration, network
 from transformers.integrations.liger import apply_liger_kernel
-from endprompt import loss
-from endprompt.training_keys import speed_options
+from endprompt.training import loss
+from endprompt.recipe.training_keys import speed_options
 model = network(configuration())
 loss.attach(model)
 apply_liger_kernel(model, speed_options({"use_liger_kernel": True})["liger_kernel_config"])
@@ -354,7 +356,7 @@ assert "liger" in layer.input_layernorm.forward.__func__.__module__
 def test_flops_count_the_matrix_products():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from endprompt.trainer import flops_per_token
+    from endprompt.training.trainer import flops_per_token
 
     config = LlamaConfig(
         hidden_size=64,

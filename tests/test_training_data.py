@@ -17,18 +17,13 @@ import zstandard
 from conftest import run_main, write_jsonl
 from datasets import data_files
 
-from endprompt import (
-    BadInput,
-    config,
-    corpus,
-    corpus_folder,
-    methods,
-    model,
-    prepare,
-    settings_file,
-    shards,
-    train,
-)
+from endprompt import BadInput, storage
+from endprompt.bases import model
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.recipe import settings_file
+from endprompt.rows import corpus, corpus_folder, prepare, shards
+from endprompt.training import run as train
 
 BOM = "\ufeff"
 
@@ -320,7 +315,7 @@ def killed(recipe_file, two_files, tmp_path, monkeypatch):
         recipe_file(data={"corpus": str(two_files), "rows_per_shard": 4}),
         ("short", "--out", tmp_path / "out", "--workers", 1),
     )
-    write, calls = shards.write_atomically, itertools.count()
+    write, calls = storage.write_atomically, itertools.count()
 
     def dying(path, data):
         if path.name == "shard-00003.parquet" and next(calls) == 0:
@@ -530,7 +525,7 @@ def test_evaluate_refuses_them_in_a_line(more, more_tokens, tmp_path, tiny_text,
 
 
 def test_held_out_text_of_a_folder_with_splits(recipe_file, tmp_path, tiny_text):
-    from endprompt.eval import perplexity
+    from endprompt.evaluation import perplexity
 
     class Words:
         def __call__(self, text, **options):

@@ -17,11 +17,15 @@ from conftest import REPOSITORY, run_main
 from training import assert_same, prepared, run, train
 from transformers import TrainerCallback, TrainingArguments
 
-from endprompt import BadInput, checkpoint, config, loss, methods, training_keys, watch, zero_file
-from endprompt import train as training
-from endprompt.collate import Collator
-from endprompt.eval.markdown import grid, replaced
-from endprompt.trainer import WeightedTrainer
+from endprompt import BadInput
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.recipe import training_keys, zero_file
+from endprompt.reports.markdown import grid, replaced
+from endprompt.rows.collate import Collator
+from endprompt.training import checkpoint, loss, watch
+from endprompt.training import run as training
+from endprompt.training.trainer import WeightedTrainer
 
 PAGE = REPOSITORY / "docs/training-keys.md"
 ROWS = 12
@@ -1063,7 +1067,7 @@ def test_a_file_for_a_gpu_is_refused_on_a_cpu_before_the_model_is_loaded(train_r
 
 
 UNFILLED = """
-from endprompt import zero_file
+from endprompt.recipe import zero_file
 whole = zero_file.filled
 def careless(options):
     found = whole(options)

@@ -16,7 +16,6 @@ from conftest import REPOSITORY
 
 FOLDERS = {
     "endprompt": "endprompt",
-    "eval": "endprompt/eval",
     "recipes": "endprompt/recipes",
     "ds_configs": "endprompt/ds_configs",
 }
@@ -28,14 +27,14 @@ TRACKED = subprocess.run(
 
 
 def build(folder: Path, edit=lambda text: text) -> Path:
-    """The wheel of the tracked files, with ``edit`` applied to setup.cfg; built in a copy, for a build leaves
+    """The wheel of the tracked files, with ``edit`` applied to pyproject.toml; built in a copy, for a build leaves
     its files behind."""
     source = folder / "source"
     for name in TRACKED:
         if name.split("/")[0] in FOLDERS or "/" not in name:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, source / name)
-    (source / "setup.cfg").write_text(edit((source / "setup.cfg").read_text()))
+    (source / "pyproject.toml").write_text(edit((source / "pyproject.toml").read_text()))
     subprocess.run(
         [
             sys.executable,
@@ -79,15 +78,16 @@ def test_every_file_is_in_the_wheel(wheel, tmp_path):
         for name in zipfile.ZipFile(wheel).namelist()
         if not name.startswith(("endprompt/", "endprompt-"))
     ]
+    bare = "[tool.hatch.build.targets.wheel.force-include]"
     before = build(
         tmp_path,
-        lambda text: (
-            text[: text.index("[options.package_data]")] + text[text.index("[options.entry_points]") :]
+        lambda text: text[: text.index(bare)].replace(
+            'packages = ["endprompt"]', 'packages = ["endprompt"]\nexclude = ["*.yaml"]'
         ),
     )
     assert {
-        "eval/tasks/passkey/passkey.yaml",
-        "eval/paper.yaml",
+        "endprompt/evaluation/tasks/passkey/passkey.yaml",
+        "endprompt/reports/paper.yaml",
         "recipes/tiny.yaml",
         "ds_configs/zero3.json",
     } <= set(missing(before))
@@ -181,11 +181,11 @@ def test_a_wheel_prepares_trains_evaluates_and_plans(installed):
     where = installed(
         "python",
         "-c",
-        "import endprompt, endprompt.eval.engine as engine; print(endprompt.__file__, engine.TASKS)",
+        "import endprompt, endprompt.evaluation.engine as engine; print(endprompt.__file__, engine.TASKS)",
     )
     assert where.split() == [
         str(installed.packages / "endprompt/__init__.py"),
-        str(installed.packages / "endprompt/eval/tasks"),
+        str(installed.packages / "endprompt/endprompt/evaluation/tasks"),
     ]
     plan = installed("endprompt", "plan", "recipes/tiny.yaml", "endprompt", *SMALL)
     assert re.search(r"GB a GPU +zero3 +zero2 +zero3_offload\n", plan)
@@ -206,6 +206,6 @@ def test_a_wheel_prepares_trains_evaluates_and_plans(installed):
     installed(
         "endprompt", "inspect", run / "recipe.yaml", "endprompt", *SMALL
     )  # names recipes/tiny/base, which is nowhere here
-    assert "\n| endprompt |" in installed("python", "-m", "endprompt.eval.compare", "runs/tiny")
-    installed("python", "-m", "endprompt.eval.tables")
+    assert "\n| endprompt |" in installed("python", "-m", "endprompt.reports.compare", "runs/tiny")
+    installed("python", "-m", "endprompt.reports.tables")
     assert (installed.folder / "results/index.md").is_file()

@@ -21,8 +21,9 @@ from pathlib import Path
 import parts
 import yaml
 
-from endprompt import BadInput, methods
-from endprompt.eval import compare, recipe_page
+from endprompt import BadInput
+from endprompt.methods import table as methods
+from endprompt.reports import compare, recipe_page
 
 NAMES = re.compile(
     r"recipe\.yaml|train\.json|status\.json|calls\.json|[a-z]+\.log|eval/\w+/(\d+|any)\.jsonl?"

@@ -21,8 +21,13 @@ from pathlib import Path
 import parts
 from parts import ROOT
 
-from endprompt import BadInput, config, corpus, methods, model, provenance
-from endprompt.eval import ruler, ruler_package
+from endprompt import BadInput
+from endprompt.bases import model
+from endprompt.evaluation import ruler, ruler_package
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.rows import corpus
+from endprompt.runs import provenance
 
 # What lm-eval 0.4.13 and a GGUF file need beyond benchmarks/gpu_wheels.sh and what such a machine has
 # (importing and running it with these alone was tried).

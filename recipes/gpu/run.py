@@ -24,7 +24,11 @@ from pathlib import Path
 
 import parts
 
-from endprompt import BadInput, config, methods, runfolder, shards
+from endprompt import BadInput
+from endprompt.methods import table as methods
+from endprompt.recipe import schema as config
+from endprompt.rows import shards
+from endprompt.runs import runfolder
 
 STOPPED = 75
 SAVING = 40  # seconds that training gets to end a step and write a checkpoint

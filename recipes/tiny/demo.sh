@@ -35,5 +35,5 @@ for method in base interpolation short endprompt full_length; do echo "$method";
   xargs -P 2 -I{} bash -c "stage evaluate {}"
 
 echo
-"$PYTHON" -m endprompt.eval.compare "$runs" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
+"$PYTHON" -m endprompt.reports.compare "$runs" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
 say "done"

@@ -1,0 +1,205 @@
+"""What an evaluation left in its folder, checked, and means of it with their intervals."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from endprompt import BadInput
+from endprompt.evaluation import longbench_scores
+from endprompt.methods import table as methods
+
+# What two results of one model may differ in, for they may come from different machines.
+_MACHINE = ("dtype", "attention")
+
+# Of the harness' own data: MMLU's 57 tests, GSM8K test, HellaSwag validation, HumanEval.
+SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humaneval": 164}
+
+
+def full_samples(task: str) -> int:
+    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey and multikey as many here;
+    LongBench and short text what their data hold; 0 for perplexity.
+    """
+    if task in ("passkey", "multikey") or task.startswith("ruler_"):
+        return 500
+    if (name := task.removeprefix("longbench_")) in longbench_scores.TASKS:
+        return longbench_scores.TASKS[name].samples
+    return SHORT_TEXT_SAMPLES.get(task, 0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with its 95 % interval, from ``samples`` samples (of each part, the fewest, where it is a
+    mean); ``files``: what it was read from.
+    """
+
+    score: float
+    low: float
+    high: float
+    samples: int | None = None
+    files: tuple[dict, ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """No figure, and why."""
+
+    reason: str = "not run"
+
+
+@dataclass
+class Results:
+    """The results of the model that was scored last in ``folder``: {(task, length or None): the file's
+    content}; ``older``: files of other models.
+    """
+
+    folder: Path
+    found: dict[tuple[str, int | None], dict] = field(default_factory=dict)
+    older: int = 0
+
+    def mean(self, parts: list[tuple[str, int | None]]) -> Estimate | Missing:
+        """The plain mean over ``parts`` if every one of them is there.
+
+        Its interval adds up the squares of the parts' distances to their ends, each side for itself (MOVER,
+        Zou & Donner 2008): the parts' samples are different ones.
+        """
+        absent = [part for part in parts if part not in self.found]
+        if absent:
+            if len(absent) == len(parts):
+                return Missing()
+            shown = ", ".join(
+                f"{task}" + (f" at {length}" if length else "") for task, length in absent[:6]
+            ) + (", ..." if len(absent) > 6 else "")
+            return Missing(f"not run, for {len(absent)} of {len(parts)} results are missing: {shown}")
+        files = [self.found[part] for part in parts]
+        scores = [file["scores"] for file in files]
+        score = math.fsum(one["score"] for one in scores) / len(scores)
+        down, up = (
+            math.sqrt(math.fsum((one["score"] - one[end]) ** 2 for one in scores)) / len(scores)
+            for end in ("low", "high")
+        )
+        return Estimate(score, score - down, score + up, min(one["samples"] for one in scores), tuple(files))
+
+    def lengths(self, task: str) -> list[int | None]:
+        return sorted((length for name, length in self.found if name == task), key=lambda length: length or 0)
+
+
+def evaluation_folder(run: Path, model: str | None = None) -> Path:
+    """Where `endprompt evaluate` puts the results of the run's own model, or of the one named by its
+    --model.
+    """
+    if model is None:
+        return run / "eval"
+    path = Path(model).expanduser().resolve()
+    return run / f"eval-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _check(path: Path) -> dict:
+    """The content of a result file.  Raises BadInput if it is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        scores, model = result["scores"], result["question"]["model"]
+        numbers = [scores[key] for key in ("score", "low", "high", "samples")]
+        whole = (
+            all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and scores["samples"] > 0
+        )
+        if (
+            not whole
+            or not isinstance(model, dict | str)
+            or not isinstance(result["date"], str)
+            or type(scores["length"]) not in (int, type(None))
+        ):
+            raise ValueError("score, low, high and samples are numbers, length a number or null")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise BadInput(f"{path} is no result file ({reason}); delete it and evaluate again") from None
+    return result
+
+
+def model_of(result: dict) -> dict | str:
+    """What a result file says of its model; where the weights' fingerprint is known, without where they
+    lay.
+    """
+    model = result["question"]["model"]
+    return (
+        {key: value for key, value in model.items() if key != "name_or_path"}
+        if isinstance(model, dict) and model.get("fingerprint")
+        else model
+    )
+
+
+def _identity(result: dict) -> str:
+    model = model_of(result)
+    return json.dumps(
+        {key: model[key] for key in model if key not in _MACHINE} if isinstance(model, dict) else model,
+        sort_keys=True,
+    )
+
+
+def read(folder: Path) -> Results:
+    """The results in ``folder``/<task>/<length or any>.json.  Raises BadInput for a file that is no
+    result.
+    """
+    results = [(path.parent.name, _check(path)) for path in sorted(folder.glob("*/*.json"))]
+    if not results:
+        return Results(folder)
+    newest = _identity(max((result for _, result in results), key=lambda result: result["date"]))
+    kept = {
+        (task, result["scores"]["length"]): result for task, result in results if _identity(result) == newest
+    }
+    return Results(folder, kept, len(results) - len(kept))
+
+
+def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
+    """The results of a run's own model; of another (``model``), if it was scored there; or of the one that
+    stage ``after`` made in the run's folder.
+    """
+    if after:
+        folders = [
+            evaluation_folder(run, str(run / after)),
+            *sorted(run.glob(f"eval-{after}-*")),
+        ]  # the second where the runs were moved
+        return read(next((folder for folder in folders if folder.is_dir()), folders[0]))
+    folder = evaluation_folder(run, model)
+    return read(folder if folder.is_dir() else evaluation_folder(run))
+
+
+def training(run: Path) -> dict | None:
+    """The content of train.json, or None without one.  Raises BadInput if it cannot be read."""
+    path = run / "train.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or type(found.get("seconds")) not in (int, float):
+            raise ValueError("it has no seconds")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is no training summary ({str(error).splitlines()[0]}); delete it") from None
+
+
+def recipes(runs: Path) -> list[str]:
+    """The recipes of which ``runs`` holds an evaluated method, by name."""
+    return sorted(
+        {
+            folder.parent.parent.name
+            for folder in runs.glob("*/*/eval*")
+            if folder.is_dir() and folder.parent.name in methods.METHODS
+        }
+    )
+
+
+def models(given: list[str]) -> dict[str, str]:
+    """{method: model} of METHOD=DIR arguments.  Raises BadInput."""
+    found = {}
+    for item in given:
+        method, equals, model = item.partition("=")
+        if not equals or not model:
+            raise BadInput(
+                f"--model {item}: write it as METHOD=DIR, for example --model"
+                " endprompt=runs/tiny/endprompt/model"
+            )
+        found[methods.get(method).name] = model
+    return found

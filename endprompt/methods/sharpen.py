@@ -1,0 +1,116 @@
+"""Sharper attention in a saved model, for rows of the target length.
+
+Pretraining in a window of C tokens teaches each query to outweigh C keys.  At the target length L several
+times as many compete, and attention that was sharp enough is spread thin.  Training on short rows with jumps
+does not mend this: its rows span L positions, but no query in them meets more than ``lengths.physical``
+keys.  Multiplying the queries by ln L / ln C once training is over does, at no cost: RoPE is linear, so
+queries times t are attention scores times t, in any engine that loads the model.
+
+The factor counts from C, the base's window, whatever ``lengths.physical`` is.  Everything measured here has
+physical = C.  With shorter rows it is assumed that training leaves the sharpness of pretraining as it was.
+Rows longer than C let queries practise with more keys than C, so the factor is then too large, and a
+``rope.sharpen`` below 1 is nearer.
+
+Scaling scores by the logarithm of the number of keys is not new.  Su Jianlin multiplies them by log n
+(kexue.fm 8823, December 2021; 9588: by log_512 n), and so do Chiang and Cholak (arXiv 2202.12172).  Qwen's
+first models multiply by log_C i beyond the window (``use_logn_attn``).  YaRN (2309.00071) multiplies by (0.1
+ln s + 1)^2, and SSMax (2501.19399) learns a scale a head.  Ours is the constant n = L, folded into the
+queries after training on short rows with jumps, and its comparison with a trained baseline that carries the
+same factor.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from endprompt import BadInput, Failure, storage
+
+QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
+
+
+def factor(power: float, original_length: int, target_length: int) -> float:
+    """(ln L / ln C) ** power.  A score that outweighs n equal ones must exceed them by ln n, so that 1 keeps
+    at L the weight that it has at C.
+    """
+    return (
+        math.log(target_length) / math.log(max(2, original_length))
+    ) ** power  # a window of 1 is no window, but no reason to divide by 0
+
+
+def inherited(config) -> dict[str, float | int]:
+    """What a base's config notes of the sharpening in its weights: {"sharpened": factor of the scores,
+    "sharpened_from": the window in tokens that the factor counts from, where that is known}; empty if there
+    is none.  Raises BadInput on a note that is none.
+    """
+    note = getattr(config, "endprompt", None) or {}
+    if not isinstance(note, dict):
+        raise BadInput(
+            f"model: endprompt in its config.json is {note!r:.60}, not what this program writes; mend it"
+        )
+    t = note.get("sharpened")
+    if t is None:
+        return {}
+    start = note.get("sharpened_from", note.get("original_length"))
+    if (
+        type(t) not in (int, float)
+        or not 0 < t < math.inf
+        or type(start) not in (int, type(None))
+        or start is not None
+        and start < 1
+    ):
+        raise BadInput(
+            f"model: its config.json says that attention is sharpened by {t!r:.40} from a window of "
+            f"{start!r:.40}, which are no positive factor and number of tokens; mend endprompt.sharpened and "
+            "endprompt.original_length in it"
+        )
+    return {"sharpened": t, **({"sharpened_from": start} if start else {})}
+
+
+def sharpen_network(network, t: float) -> None:
+    """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole
+    weights: what a method that trains nothing is scored with.
+
+    Raises Failure if it has not one query projection a layer.
+    """
+    import torch
+
+    found = 0
+    with torch.no_grad():
+        for name, weights in network.named_parameters():
+            if name.endswith(QUERIES):
+                weights.copy_((weights.float() * t).to(weights.dtype))
+                found += name.endswith("weight")
+    if found != network.config.num_hidden_layers:
+        raise Failure(
+            f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers;"
+            " which scores would be sharpened is not known"
+        )
+
+
+def sharpen(folder: Path, t: float) -> None:
+    """Multiplies the query projections of the model in ``folder`` by ``t``, in float32, in place, and notes
+    in config.json what they have been multiplied by in all.
+
+    Raises Failure if it has not one query projection a layer.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "config.json"
+    config, found = json.loads(path.read_text()), 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            metadata, names = opened.metadata(), [name for name in opened.keys() if name.endswith(QUERIES)]  # noqa: SIM118 (no mapping)
+        if names:
+            tensors = load_file(file)
+            tensors |= {name: (tensors[name].float() * t).to(tensors[name].dtype) for name in names}
+            save_file(tensors, file, metadata)
+            found += sum(name.endswith("weight") for name in names)
+    if found != config["num_hidden_layers"]:
+        raise Failure(
+            f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which"
+            " scores would be sharpened is not known"
+        )
+    note = config.get("endprompt", {})
+    config["endprompt"] = {**note, "sharpened": note.get("sharpened", 1.0) * t}
+    storage.write_json(path, config)

@@ -1,0 +1,328 @@
+"""The recipe: a strict schema, dotted overrides, and the resolved copy that a run keeps beside its
+results.
+"""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from endprompt import BadInput
+from endprompt.methods import table as methods
+from endprompt.positions.rope import TYPES
+from endprompt.recipe import settings_file, training_keys, zero_file
+from endprompt.recipe import task_names as names
+from endprompt.recipe.settings_file import SHIPPED
+from endprompt.recipe.training_keys import Lora
+
+# The three prompts the paper measures (Eq. 10, appendix B.1).
+END_PROMPTS = {
+    "EP_1": "This is the end of text, please pay attention here",
+    "EP_2": "<|eot_id|>",
+    "EP_3": "End.",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    name_or_path: str = Field(min_length=1)
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False  # whether Python files that come with the model may run
+    original_length: int | None = Field(None, gt=0)
+    attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
+    s2_group_size: int | None = Field(
+        None, gt=1
+    )  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
+
+
+class LengthsSection(Section):
+    physical: int = Field(gt=1)
+    target: int = Field(gt=1, le=2**31)  # shards hold positions as int32
+
+    @model_validator(mode="after")
+    def ordered(self):
+        if self.physical > self.target:
+            raise ValueError(
+                f"lengths.physical {self.physical} is greater than lengths.target {self.target}; rows cannot"
+                " be longer than the positions they span, so lower physical or raise target"
+            )
+        return self
+
+
+class DataSection(Section):
+    corpus: str | list[str]
+    text_column: str = "text"
+    split: str = "train"
+    tokens: int = Field(gt=0, lt=2**63)
+    end_prompts: list[str] = Field(["EP_1"], min_length=1)
+    prompt_loss_weight: float = Field(0.1, ge=0)
+    packing: Literal["cut", "document"] = "cut"
+    pose_chunks: int = Field(2, ge=2)
+    pose_text: Literal["contiguous", "later_span"] = "contiguous"
+    recall_share: float = Field(
+        0.25, gt=0, le=0.5
+    )  # of a row's tokens, for methods that repeat spans of its text
+    recall_cue: int = Field(4, gt=0)  # tokens of a span that name the place, without loss
+    recall_tokens: int = Field(16, gt=0)  # tokens of a span after its cue
+    match_pieces: int = Field(4, ge=2)  # a row, for methods that bring together what repeats; a power of two
+    match_tokens: int = Field(5, gt=0)  # as many in a row that two pieces share count once
+    rows_per_shard: int = Field(4096, gt=0)
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def whole(cls, value):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("prompt_loss_weight", mode="before")
+    @classmethod
+    def real(cls, value):
+        return float(value) if type(value) is int else value
+
+    @field_validator("end_prompts")
+    @classmethod
+    def worded(cls, value):
+        if any(not prompt.strip() for prompt in value):
+            raise ValueError("an end prompt without text; name EP_1, EP_2, EP_3 or write one")
+        return value
+
+    @field_validator("match_pieces")
+    @classmethod
+    def halved(cls, value):
+        if value & (value - 1):
+            raise ValueError(
+                f"{value} is no power of two, and pieces are brought together by twos; use 2, 4, 8"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def spans_within_documents(self):
+        if self.pose_text == "later_span" and self.packing == "cut":
+            raise ValueError(
+                "data.pose_text: later_span takes chunks from later in the same document, but with"
+                " data.packing: cut a row has no document of its own and the text between would be lost; set"
+                " data.packing=document, or data.pose_text=contiguous"
+            )
+        return self
+
+
+class RopeSection(Section):
+    type: Literal[TYPES] | None = None
+    # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
+    # as the method says.
+    sharpen: float | None = Field(None, ge=0, le=4)
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def of_every_length(cls, value):
+        if value == "dynamic":
+            raise ValueError(
+                "dynamic NTK reads short rows with other frequencies than rows of the target length train; "
+                "set rope.type=ntk, which holds the target's for every length"
+            )
+        return value
+
+
+class EvalSection(Section):
+    tasks: list[str] = ["passkey"]  # names and groups of endprompt/recipe/task_names.py
+    lengths: list[int] = Field([4096, 8192, 16384, 32768, 65536], min_length=1)
+    samples: int = Field(500, gt=0)  # a task and length, where the benchmark holds as many
+    depths: int = Field(10, gt=0)
+    seed: int = Field(42, ge=0, lt=2**32)
+    perplexity_corpus: str | None = None
+    perplexity_column: str | None = None  # the field that holds its text; null: data.text_column
+    perplexity_tokens: int = Field(65536, gt=0)
+    perplexity_stride: int = Field(256, gt=0)
+    ruler_samples: str | None = None  # a folder of samples made elsewhere; null: made here
+    longbench_data: str | None = None  # a folder of the official jsonl files; null: from the hub
+    longbench_length: int = Field(32768, gt=1)  # tokens a prompt is cut to, in its middle
+    short_text_samples: int | None = Field(None, gt=0)  # a subtask; null: all
+    chat_template: bool = False  # put around prompts; never around the text of perplexity
+    run_unsafe_code: bool = False  # HumanEval runs what the model writes
+    backend: Literal["hf", "vllm"] = "hf"
+
+    @field_validator("tasks")
+    @classmethod
+    def known(cls, value):
+        return names.expand(value)
+
+    @field_validator("lengths")
+    @classmethod
+    def positive(cls, value):
+        if min(value) < 1:
+            raise ValueError(f"{min(value)} is not a length; use positive numbers of tokens")
+        return value
+
+    @model_validator(mode="after")
+    def has_corpus(self):
+        if "perplexity" in self.tasks and not self.perplexity_corpus:
+            raise ValueError(
+                "eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from"
+                " eval.tasks"
+            )
+        return self
+
+
+class Recipe(Section):
+    model: ModelSection
+    lengths: LengthsSection
+    data: DataSection
+    rope: RopeSection = RopeSection()
+    train: dict[str, Any] = {}
+    eval: EvalSection = EvalSection()
+
+    name: str = Field(exclude=True)
+    folder: Path = Field(exclude=True)
+
+    def path(self, value: str) -> Path | None:
+        """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files
+        that come with this program; None if there is none."""
+        for base in (Path(), self.folder, self.folder.parent, SHIPPED):
+            try:
+                if (found := (base / value).expanduser()).exists():
+                    return found
+            except (OSError, RuntimeError):  # a name too long for a path, the home of a user who is not there
+                pass
+        return None
+
+    def row_length(self, method: methods.Method) -> int:
+        return self.lengths.target if method.row_length == "target" else self.lengths.physical
+
+    def group_size(self, method: methods.Method) -> int | None:
+        """Tokens a group of shifted sparse attention, or None where ``method`` attends in full."""
+        return (
+            None
+            if method.attention != "s2"
+            else self.model.s2_group_size or max(2, self.row_length(method) // 4)
+        )
+
+    def lora(self, method: methods.Method) -> Lora | None:
+        """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also
+        from null, trains all weights.
+        """
+        given = self.train.get("lora", method.lora)
+        return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
+
+    def sharpen(self, method: methods.Method) -> float:
+        """The power of ln L / ln C by which attention is sharpened after training, or, if nothing is trained,
+        as the model is built to be scored; 0 leaves it.
+        """
+        return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
+
+    @property
+    def sequence_parallel(self) -> int:
+        """Ranks that share a row; 1 is none."""
+        return self.train.get("sequence_parallel", 1)
+
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """DeepSpeed's options, from the recipe itself or from the file it names; None without."""
+        given = self.train.get("deepspeed")
+        return json.loads(settings_file.read(Path(given))) if isinstance(given, str) else given
+
+    def dump(self, method: str) -> str:
+        return yaml.safe_dump(
+            {"recipe": self.name, "method": method, **self.model_dump(mode="json")},
+            sort_keys=False,
+            allow_unicode=True,
+        )
+
+
+def defaults() -> dict[str, Any]:
+    """{"section.key": default} of the keys that may be left out, as ``dump`` writes them."""
+    return {
+        f"{section}.{key}": inner.get_default()
+        for section, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for key, inner in field.annotation.model_fields.items()
+        if not inner.is_required()
+    }
+
+
+def _override(tree: dict, assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) > settings_file.DEPTH:
+        raise BadInput(
+            f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set"
+            " lengths.target=32768"
+        )
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise BadInput(
+                f"--set {assignment}: {part!r} is a value, not a section; give its keys to a section"
+            )
+    tree[parts[-1]] = settings_file.parse(value, f"--set {key}")
+
+
+def _message(error: ValidationError) -> str:
+    """All complaints of pydantic in one line, each with its dotted key and the mend where we know one."""
+    found = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        given = repr(item.get("input"))[:60]
+        if item["type"] == "extra_forbidden":
+            section = Recipe.model_fields[item["loc"][0]].annotation if len(item["loc"]) > 1 else Recipe
+            known = ", ".join(name for name, field in section.model_fields.items() if not field.exclude)
+            found.append(f"unknown key {key}; known here: {known}")
+        elif item["type"] == "missing":
+            found.append(f"{key} is missing; add it")
+        else:
+            found.append(
+                f"{key}: {item['msg'].removeprefix('Value error, ')} (given: {given})"
+                if item["type"] != "value_error"
+                else (
+                    item["msg"].removeprefix("Value error, ")
+                    if key in ("lengths", "data", "eval")
+                    else f"{key}: {item['msg'].removeprefix('Value error, ')}"
+                )
+            )
+    return "; ".join(found)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads, overrides and checks a recipe, see ``settings_file.find``.  Raises BadInput with one line that
+    names the key and the mend."""
+    path = settings_file.find(Path(path))
+    name, tree = settings_file.recipe(path)
+    for assignment in overrides:
+        _override(tree, assignment)
+    for key in ("name", "folder"):
+        if key in tree:
+            raise BadInput(f"{path}: unknown key {key}; known here: model, lengths, data, rope, train, eval")
+    try:
+        recipe = Recipe.model_validate({**tree, "name": name, "folder": path.parent.absolute()})
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_message(error)}") from None
+    try:
+        recipe.train = training_keys.check(recipe.train)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    deepspeed = recipe.train.get("deepspeed")
+    if isinstance(deepspeed, dict):
+        zero_file.check(recipe.train, deepspeed, f"{path}: train.deepspeed")
+    if isinstance(deepspeed, str):
+        found = recipe.path(deepspeed)
+        if found is None or not found.is_file():
+            raise BadInput(
+                f"{path}: train.deepspeed: there is no ZeRO file {deepspeed}; ds_configs/ holds zero3.json,"
+                " zero3_offload.json and zero2.json"
+            )
+        try:
+            options = json.loads(settings_file.read(found))
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(
+                f"{path}: train.deepspeed: {found} is not valid JSON: {error}; mend it, or take one of"
+                " ds_configs/"
+            ) from None
+        zero_file.check(recipe.train, options, f"{path}: train.deepspeed: {found}")
+        recipe.train["deepspeed"] = str(found)
+    return recipe

@@ -1,0 +1,56 @@
+"""Files that are whole or not there, and JSON that anyone may have written."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+JSON_BYTES = 2**28  # the names and checksums of a million corpus files
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader, or a run after a kill, sees either the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """What stands in a manifest or the like.  Raises OSError, or ValueError if it is not JSON in UTF-8, no
+    regular file, or larger than JSON_BYTES.
+    """
+    try:
+        return json.loads(read_text(path, JSON_BYTES))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a file.  Raises OSError or ValueError where it is not UTF-8, no regular file (a
+    pipe would be waited for), or above ``most`` bytes.
+
+    The mark of UTF-8 (BOM) that editors on Windows put first is no part of it.
+    """
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most} bytes")
+    return data.decode("utf-8-sig")

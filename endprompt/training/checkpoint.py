@@ -1,0 +1,190 @@
+"""Checkpoints that are known to be whole, and the final model that plain transformers reads."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from endprompt import Failure, storage
+from endprompt.bases import model
+from endprompt.methods import sharpen
+from endprompt.positions import rope
+from endprompt.runs import checkpoint_files
+from endprompt.runs.checkpoint_files import MARKER
+from endprompt.training import lora, precision
+
+
+def barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def flush(folder: Path) -> None:
+    """Asks the disk to have every file below ``folder``: a marker must not outlive what it vouches for when a
+    node loses power.
+    """
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+class MarkComplete(TrainerCallback):
+    """Writes a marker with the size of every file into a checkpoint once all ranks have written their parts
+    (what has none was cut short), then removes the oldest beyond ``keep``: the Trainer's own rotation would
+    do so before the marker is there.
+    """
+
+    def __init__(self, keep: int | None, about: dict):
+        self.keep, self.about, self.saved = keep, about, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved = state.global_step  # what is resumed from
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step == self.saved:  # a kill would leave one that was whole half-written
+            control.should_save = False
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.saved = state.global_step
+        barrier()
+        if state.is_local_process_zero:
+            flush(folder)
+        barrier()
+        if state.is_world_process_zero:
+            (folder / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle that nothing reads; recipe.yaml says the same
+            storage.write_json(
+                folder / MARKER,
+                {"global_step": state.global_step, **self.about, "files": checkpoint_files.inventory(folder)},
+            )
+            checkpoint_files.keep_newest(folder.parent, self.keep)
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Inside, torch.load runs no code of a file: it builds tensors, plain containers, and the two classes
+    that DeepSpeed's ZeRO files hold.
+
+    DeepSpeed asks torch for the opposite (``weights_only=False``); torch's own environment variable has the
+    last word.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def save_final(
+    trainer,
+    tokenizer,
+    folder: Path,
+    scaling: rope.Scaling,
+    rope_theta: float,
+    target_length: int,
+    adapted: dict[str, torch.Tensor] | None,
+    sharpness: float,
+    finish: Callable[[float | None], None],
+) -> None:
+    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens
+    its attention by ``sharpness``, and only then gives it its name.
+
+    adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are
+    merged, and the saved model must give the adapter model's logits on that batch.  finish: called on the
+    first rank with how far they differ (see lora.verify_merged; None without adapters) before the folder gets
+    its name, which says that nothing is left to do.
+    """
+    difference = None
+    if adapted is not None:
+        expected = lora.logits(trainer.model, adapted, trainer.args.device)
+        traces = lora.merge(trainer.model)
+    if not trainer.is_deepspeed_enabled:
+        precision.lower(trainer.model, precision.saved(trainer.args))
+    partial = folder.with_name(folder.name + ".part")
+    if trainer.args.should_save and partial.exists():
+        shutil.rmtree(partial)
+    barrier()
+    trainer.save_model(str(partial))
+    barrier()
+    if trainer.args.should_save:
+        tokenizer.save_pretrained(partial)
+        (partial / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle; recipe.yaml beside the folder says the same
+        verify_saved(partial, scaling, rope_theta, target_length)
+        if adapted is not None:
+            difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
+        if sharpness != 1:
+            sharpen.sharpen(partial, sharpness)
+        flush(partial)
+        finish(difference)
+        os.replace(partial, folder)
+    barrier()
+
+
+def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int) -> None:
+    """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the
+    expected inv_freq, and states ``target_length`` wherever it states the window."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    rope.verify(type(network.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
+    # A scaling without a window of its own leaves the base's.
+    own = scaling.window(target_length) or config.max_position_embeddings
+    window = {"config.json: max_position_embeddings": own}
+    stated = model.stated_lengths(folder)
+    wrong = {key: value for key, value in stated.items() if value != window.get(key, target_length)}
+    if wrong:
+        raise Failure(f"saved model: {folder} states other lengths than {target_length} tokens: {wrong}")
+    saved = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    tied = set(network.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    wrong = [
+        name
+        for name, parameter in network.named_parameters()
+        if saved.get(name, None) != tuple(parameter.shape) and name not in tied
+    ]
+    if wrong:
+        raise Failure(
+            f"saved model: {folder} lacks {len(wrong)} parameters or has them in another shape, first"
+            f" {wrong[:3]}"
+        )
+
+
+class SeparateSteps(TrainerCallback):
+    """Gives every group of parameters a step count of its own after a universal checkpoint was loaded.
+
+    DeepSpeed 0.19 (zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3) hands one tensor to
+    all of them, which torch's Adam then increments once a group: with two groups, bias correction runs at
+    twice the pace and the run drifts from the undisturbed one.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        inner = optimizer
+        while hasattr(inner, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+            inner = inner.optimizer
+        for values in inner.state.values():
+            if isinstance(values.get("step"), torch.Tensor):
+                values["step"] = values["step"].clone()

@@ -1,0 +1,216 @@
+"""What is looked at between two steps: a wish that the run stop, and a loss that is no number any more."""
+
+import datetime
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from endprompt import Failure
+from endprompt.runs import checkpoint_files
+from endprompt.runs.runfolder import STOP, write_status
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class StopRequest:
+    """Set by SIGUSR1, by SIGTERM, or by a file ``stop`` in the run's folder.
+
+    Slurm's ``--signal``, a preemption, torchrun (which passes SIGTERM on and waits 30 s) and its death all
+    end here: the step under way is finished, a checkpoint written, and the command ends.  Before the first
+    step nothing is there to save, and the signals end the process.
+    """
+
+    def __init__(self, run: Path):
+        self.file, self.signalled = run / STOP, False
+
+    def listen(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        self.signalled = True
+
+    def wished(self) -> bool:
+        return self.signalled or self.file.exists()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class Watch(TrainerCallback):
+    """After every step, all ranks together: stops the run where any rank was asked to, and ends it where a
+    loss or gradient is not finite.
+
+    trainer is set once it is built; it keeps ``micro_batches``, [(row numbers [batch, 1 or more], summed
+    loss)] of the step on this rank. Raises Failure on all ranks, naming step, rank, rows and the newest whole
+    checkpoint, before anything of that step is saved.
+    """
+
+    def __init__(self, request: StopRequest, run: Path):
+        self.request, self.run, self.stopped, self.trainer = request, run, False, None
+        self._plain_gradients_finite = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a
+        # signal that Python handles.
+        self.request.listen()
+        state.compute_steps(
+            args, state.max_steps
+        )  # the checkpoint's state says how often it was logged and saved before
+        if _distributed():
+            # Groups that DeepSpeed makes have torch's default of half an hour, whatever the first one was
+            # given.
+            for group in list(torch.distributed.distributed_c10d._world.pg_map):
+                torch.distributed.distributed_c10d._set_pg_timeout(
+                    datetime.timedelta(seconds=args.ddp_timeout), group
+                )
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # Without DeepSpeed, gradients are where everybody expects them; with it, it knows their norm
+        # afterwards.
+        sums = [parameter.grad.sum() for parameter in model.parameters() if parameter.grad is not None]
+        self._plain_gradients_finite = not sums or bool(torch.stack(sums).isfinite().all())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        losses = [loss for _, loss in self.trainer.micro_batches]
+        finite = self._plain_gradients_finite and bool(torch.stack(losses).isfinite().all())
+        norm = getattr(self.trainer.model_wrapped, "get_global_grad_norm", lambda: None)()
+        # A scaled loss in fp16 overflows now and then, and DeepSpeed skips that step.
+        finite = finite and (norm is None or args.fp16 or math.isfinite(float(norm)))
+        # One reduction says both; only the first rank looks at the file.
+        said = torch.tensor(
+            [not finite, self.request.wished() if state.is_world_process_zero else self.request.signalled],
+            dtype=torch.float32,
+            device=args.device,
+        )
+        if _distributed():
+            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+        bad, stop = (value > 0 for value in said.tolist())
+        if bad:
+            raise Failure(self._not_finite(args, state, norm))
+        self.trainer.micro_batches.clear()
+        if stop and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+        return control
+
+    def _not_finite(self, args, state, norm) -> str:
+        mine = [
+            f"rank {args.process_index} micro-batch {number}, loss {float(loss):g}, rows"
+            f" {', '.join(map(str, rows[:, 0].tolist()))}"
+            for number, (rows, loss) in enumerate(self.trainer.micro_batches)
+            if not math.isfinite(float(loss))
+        ]
+        everybody = [mine]
+        if _distributed():
+            everybody = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everybody, mine)
+        where = (
+            "; ".join(line for lines in everybody for line in lines)
+            or f"the gradient's norm is {norm}, the losses are finite"
+        )
+        newest = checkpoint_files.newest(self.run / "checkpoints")
+        return (
+            f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last"
+            f" good checkpoint is {newest or 'none, the base model'}; look at those rows with `endprompt"
+            " inspect --row N`, or lower train.learning_rate, then start again"
+        )
+
+
+class Report(TrainerCallback):
+    """Keeps ``run``/status.json, which ``endprompt status`` reads, on the first rank."""
+
+    def __init__(self, run: Path, tokens_per_step: int):
+        self.run, self.tokens_per_step = run, tokens_per_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_status(
+                self.run,
+                command="train",
+                state="training",
+                reason=None,
+                step=state.global_step,
+                max_steps=state.max_steps,
+                world_size=args.world_size,
+                tokens_per_step=self.tokens_per_step,
+                started=time.time(),
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "loss" in logs:
+            kept = {
+                key: value
+                for key, value in logs.items()
+                if key
+                in (
+                    "loss",
+                    "text_loss",
+                    "end_prompt_loss",
+                    "tokens_per_second",
+                    "peak_memory_gib",
+                    "mfu",
+                )
+            }
+            write_status(self.run, step=state.global_step, max_steps=state.max_steps, **kept)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_status(self.run, step=state.global_step)
+
+
+def lost_rank(error: BaseException, timeout: float) -> str | None:
+    """One line for what gloo and NCCL raise when another rank has ended or does not answer; None for any
+    other error.
+    """
+    text = str(error).lower()
+    if not isinstance(error, RuntimeError) or isinstance(error, Failure):
+        return None
+    if "timed out" in text or "timeout" in text:
+        return (
+            f"another rank did not answer for {timeout:g} s (train.ddp_timeout): it hangs, or its node is"
+            " gone"
+        )
+    if any(
+        words in text
+        for words in (
+            "connection closed by peer",
+            "connection reset",
+            "broken pipe",
+            "remote process exited",
+            "connection refused",
+            "socket",
+        )
+    ):
+        return "the connection to another rank broke: it has ended, or its node is gone"
+    return None
+
+
+def unwritable(error: BaseException) -> str | None:
+    """One line for what torch.save and safetensors raise when a file cannot be written to its end; None for
+    any other error.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return f"{error.filename or 'a file'} could not be written: {error.strerror}"
+    if any(
+        words in text
+        for words in (
+            "PytorchStreamWriter",
+            "inline_container",
+            "unexpected pos",
+            "os error 28",
+            "os error 27",
+            "No space left",
+            "File too large",
+        )
+    ):
+        return (
+            "a checkpoint or model file could not be written to its end"
+            f" ({text.strip().splitlines()[0][:120]}); the disk may be full, or a quota reached"
+        )
+    return None

@@ -1,1 +1,0 @@
-"""Evaluation; importable as ``endprompt.eval``."""
