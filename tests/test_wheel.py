@@ -78,10 +78,10 @@ def test_every_file_is_in_the_wheel(wheel, tmp_path):
         for name in zipfile.ZipFile(wheel).namelist()
         if not name.startswith(("endprompt/", "endprompt-"))
     ]
-    bare = "[tool.hatch.build.targets.wheel.force-include]"
+    hook = "[tool.hatch.build.targets.wheel.hooks.custom]"
     before = build(
         tmp_path,
-        lambda text: text[: text.index(bare)].replace(
+        lambda text: text.replace(hook, "").replace(
             'packages = ["endprompt"]', 'packages = ["endprompt"]\nexclude = ["*.yaml"]'
         ),
     )
