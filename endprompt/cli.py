@@ -18,6 +18,22 @@ from endprompt.runs import launch
 MOST_WORKERS = 1024
 
 
+COMMANDS = {
+    "prepare": "tokenize the corpus and write shards of rows with explicit positions",
+    "train": "train on the shards (start it with torchrun or deepspeed for several ranks)",
+    "evaluate": "score the method's model, or any other with --model",
+    "plan": "say what training will take: memory a GPU under each ZeRO file, FLOPs, hours",
+    "inspect": (
+        "print a row of the shards with its positions, and verify their checksums; or see which distances"
+        " are supervised"
+    ),
+}
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="endprompt",
@@ -25,114 +41,122 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 2 bad input, 1 failure while running",
     )
     root.add_argument("--version", action="version", version=f"endprompt {__version__}")
-    root.add_argument(
-        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # the deepspeed launcher puts it first
+    # The deepspeed launcher puts it first.
+    root.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in {
-        "prepare": "tokenize the corpus and write shards of rows with explicit positions",
-        "train": "train on the shards (start it with torchrun or deepspeed for several ranks)",
-        "evaluate": "score the method's model, or any other with --model",
-        "plan": "say what training will take: memory a GPU under each ZeRO file, FLOPs, hours",
-        "inspect": (
-            "print a row of the shards with its positions, and verify their checksums; or see which distances"
-            " are supervised"
-        ),
-    }.items():
-        command = commands.add_parser(
+    made = {}
+    for name, text in COMMANDS.items():
+        made[name] = command = commands.add_parser(
             name,
             help=text,
-            description=text[0].upper() + text[1:] + ".",
+            description=_sentence(text),
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        command.add_argument("recipe", metavar="RECIPE", help="a recipe file, for example recipes/tiny.yaml")
-        command.add_argument(
-            "method", metavar="METHOD", help="a row of the method table, for example endprompt"
-        )
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            dest="overrides",
-            help="override a key by its dotted name; may be repeated",
-        )
-        command.add_argument(
-            "--out",
-            type=Path,
-            default=Path("runs"),
-            metavar="DIR",
-            help="results go to DIR/<recipe>/<method>",
-        )
-        command.add_argument(
-            "--dry-run", action="store_true", help="check the recipe, print it resolved, and stop"
-        )
-        if name == "prepare":
-            command.add_argument(
-                "--part",
-                default=None,
-                metavar="I/N",
-                help=(
-                    "make only the I-th of N parts of the shards; they may be made at the same time, and "
-                    "prepare without --part then joins them"
-                ),
-            )
-            command.add_argument(
-                "--workers",
-                type=int,
-                default=None,
-                metavar="N",
-                help="tokenizer processes; default: one a core, at most 16",
-            )
-        if name == "plan":
-            command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs that train together")
-            command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one")
-            command.add_argument(
-                "--gpu", default="A800", metavar="NAME", help="its name, for its peak FLOP/s"
-            )
-            command.add_argument(
-                "--mfu", type=float, default=0.4, metavar="SHARE", help="share of that peak that is reached"
-            )
-        if name == "evaluate":
-            command.add_argument(
-                "--model",
-                default=None,
-                metavar="DIR",
-                help="score this Hugging Face model instead of the run's own",
-            )
-            command.add_argument(
-                "--only",
-                action="append",
-                default=[],
-                metavar="TASK:LENGTH",
-                help="score this pair of the recipe's alone; may be repeated",
-            )
-            command.add_argument(
-                "--budget",
-                type=float,
-                default=None,
-                metavar="SECONDS",
-                help=(
-                    "begin no other pair when these are over, or less is left than the longest "
-                    "took; the same command goes on"
-                ),
-            )
-            command.add_argument(
-                "--list",
-                action="store_true",
-                help="print the recipe's pairs TASK:LENGTH, one a line, and stop",
-            )
-        if name == "inspect":
-            command.add_argument("--row", type=int, default=0, metavar="N", help="row to print")
-            command.add_argument(
-                "--coverage",
-                action="store_true",
-                help=(
-                    "print instead which query-key distances are supervised and how often, of the shards or,"
-                    " without any, of sampled rows, and draw all methods that train into coverage.png in the"
-                    " run's folder"
-                ),
-            )
+        _experiment_options(command)
+    _prepare_options(made["prepare"])
+    _plan_options(made["plan"])
+    _evaluate_options(made["evaluate"])
+    _inspect_options(made["inspect"])
+    _other_commands(commands)
+    return root
+
+
+def _experiment_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a recipe file, for example recipes/tiny.yaml")
+    command.add_argument("method", metavar="METHOD", help="a row of the method table, for example endprompt")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key by its dotted name; may be repeated",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="results go to DIR/<recipe>/<method>",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, print it resolved, and stop"
+    )
+
+
+def _prepare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--part",
+        default=None,
+        metavar="I/N",
+        help=(
+            "make only the I-th of N parts of the shards; they may be made at the same time, and "
+            "prepare without --part then joins them"
+        ),
+    )
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokenizer processes; default: one a core, at most 16",
+    )
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs that train together")
+    command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one")
+    command.add_argument("--gpu", default="A800", metavar="NAME", help="its name, for its peak FLOP/s")
+    command.add_argument(
+        "--mfu", type=float, default=0.4, metavar="SHARE", help="share of that peak that is reached"
+    )
+
+
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        default=None,
+        metavar="DIR",
+        help="score this Hugging Face model instead of the run's own",
+    )
+    command.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TASK:LENGTH",
+        help="score this pair of the recipe's alone; may be repeated",
+    )
+    command.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help=(
+            "begin no other pair when these are over, or less is left than the longest "
+            "took; the same command goes on"
+        ),
+    )
+    command.add_argument(
+        "--list",
+        action="store_true",
+        help="print the recipe's pairs TASK:LENGTH, one a line, and stop",
+    )
+
+
+def _inspect_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--row", type=int, default=0, metavar="N", help="row to print")
+    command.add_argument(
+        "--coverage",
+        action="store_true",
+        help=(
+            "print instead which query-key distances are supervised and how often, of the shards or,"
+            " without any, of sampled rows, and draw all methods that train into coverage.png in the"
+            " run's folder"
+        ),
+    )
+
+
+def _other_commands(commands) -> None:
     status = commands.add_parser(
         "status",
         help="print how far a run has come",
@@ -163,61 +187,70 @@ def parser() -> argparse.ArgumentParser:
     )
     text = "print how many GPUs this process may use (CUDA_VISIBLE_DEVICES, Slurm)"
     commands.add_parser("gpus", help=text, description=text[0].upper() + text[1:] + ".")
-    return root
 
 
-@contextlib.contextmanager
-def _claim(recipe, method, run: Path):
-    """Keeps the resolved recipe in the run's folder, unless what is done in this context is refused; refuses
-    a folder whose training belongs to another recipe.
+# How often to report or save does not change what is trained.
+HARMLESS = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "disable_tqdm",
+    "dataloader_num_workers",
+}
+SECTIONS = ("model", "lengths", "data", "method_options", "rope", "train")
+
+
+def _flat(tree: dict, method) -> dict:
+    """What a resolved recipe says of training, by dotted keys; a key that came after it had its default."""
+    from endprompt.recipe import experiment, former_keys, schema
+
+    former = former_keys.taken(tree)
+    options = experiment.options(method, tree.get("method_options") or {}, former).model_dump(mode="json")
+    tree = {**tree, "method_options": options}
+    found = schema.defaults() | {
+        f"{section}.{key}": value
+        for section in SECTIONS
+        for key, value in (tree.get(section) or {}).items()
+        if key not in HARMLESS
+    }
+    if isinstance(found.get("train.deepspeed"), str):  # the same file has another path in another clone
+        found["train.deepspeed"] = Path(found["train.deepspeed"]).name
+    return found
+
+
+def _refuse_other_setting(path: Path, before: bytes, text: str, method) -> None:
+    """Raises BadInput if the run whose recipe was ``before`` was trained under another setting than
+    ``text``.
     """
     import yaml
 
-    from endprompt.recipe import schema as config
     from endprompt.recipe import settings_file
 
-    # How often to report or save does not change what is trained.
-    harmless = {
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "disable_tqdm",
-        "dataloader_num_workers",
-    }
-    path, text = run / "recipe.yaml", recipe.dump(method.name)
+    old, new = settings_file.parse(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
+    if not isinstance(old, dict) or not all(isinstance(old.get(key) or {}, dict) for key in SECTIONS):
+        raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
+    flat = [_flat(old, method), _flat(new, method)]
+    keys = flat[0].keys() | flat[1].keys()
+    if differing := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
+        raise BadInput(
+            f"{path.parent} was trained under another setting ({', '.join(differing)}); choose another --out,"
+            " or delete the folder"
+        )
+
+
+@contextlib.contextmanager
+def _claim(experiment):
+    """Keeps the resolved recipe in the run's folder, unless what is done in this context is refused; refuses
+    a folder whose training belongs to another recipe.
+    """
+    run = experiment.run
+    path, text = run / "recipe.yaml", experiment.dump()
     if os.path.lexists(path) and not path.is_file():
         raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
     before = path.read_bytes() if path.exists() else None
     if before is not None and ((run / "checkpoints").exists() or (run / "model").exists()):
-        old, new = settings_file.parse(before.decode(errors="replace"), str(path)), yaml.safe_load(text)
-        sections = ("model", "lengths", "data", "rope", "train")
-        if not isinstance(old, dict) or not all(
-            isinstance(old.get(section) or {}, dict) for section in sections
-        ):
-            raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
-
-        def flatten(tree: dict) -> dict:
-            # A key that came after the run was made had its default.
-            return config.defaults() | {
-                f"{section}.{key}": value
-                for section in sections
-                for key, value in (tree.get(section) or {}).items()
-                if key not in harmless
-            }
-
-        flat = [flatten(old), flatten(new)]
-        for settings in flat:  # the same file has another path in another clone
-            if isinstance(settings.get("train.deepspeed"), str):
-                settings["train.deepspeed"] = Path(settings["train.deepspeed"]).name
-        differing = sorted(
-            key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key)
-        )
-        if differing:
-            raise BadInput(
-                f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or"
-                " delete the folder"
-            )
+        _refuse_other_setting(path, before, text, experiment.method)
     run.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(path, text.encode())
     try:
@@ -242,13 +275,14 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _prepare(arguments, recipe, method, run: Path) -> None:
+def _prepare(arguments, experiment) -> None:
     from endprompt.bases import model
     from endprompt.rows import prepare
     from endprompt.runs import provenance, runfolder
 
-    if not method.trained:
-        print(f"{method.name} trains nothing, so it needs no shards")
+    name, run, base = experiment.method.name, experiment.run, experiment.base
+    if not experiment.method.trained:
+        print(f"{name} trains nothing, so it needs no shards")
         return
     if arguments.workers is not None and not 1 <= arguments.workers <= MOST_WORKERS:
         raise BadInput(
@@ -256,45 +290,33 @@ def _prepare(arguments, recipe, method, run: Path) -> None:
             " started; one a core is enough"
         )
     part = _part(arguments.part) if arguments.part is not None else None
-    base = model.load_config(recipe)
-    tokenizer = model.load_tokenizer(recipe)
-    model.check_vocabulary(tokenizer, base, f"model: the tokenizer of {recipe.model.name_or_path!r}")
+    config = base.config
+    base.check_vocabulary()
+    recipe = experiment.recipe
     if not recipe.model.gguf_file:
-        source = model.locate(recipe)["pretrained_model_name_or_path"]
-        model.refuse_untied(
-            f"model.name_or_path: the weights of {recipe.model.name_or_path!r}",
-            source,
-            base,
-            recipe.model.revision,
-        )
+        weights, source = f"model.name_or_path: the weights of {base.name!r}", str(base.folder)
+        model.refuse_untied(weights, source, config, recipe.model.revision)
     workers = arguments.workers or min(16, os.cpu_count() or 1)
-    with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(recipe, method, run):
-        manifest = prepare.prepare(
-            recipe,
-            method,
-            tokenizer,
-            run / "shards",
-            workers,
-            provenance.versions(("endprompt", "tokenizers", "fastokens", "pyarrow", "numpy")),
-            part,
-            base.vocab_size,
-        )
+    versions = provenance.versions(("endprompt", "tokenizers", "fastokens", "pyarrow", "numpy"))
+    with runfolder.hold(run / runfolder.prepare_lock(part)), _claim(experiment):
+        manifest = prepare.prepare(experiment, run / "shards", workers, versions, part)
     if part:
+        rows = sum(shard["rows"] for shard in manifest["shards"])
         print(
-            f"{run / 'shards'}: part {part[0]} of {part[1]}:"
-            f" {sum(shard['rows'] for shard in manifest['shards'])} rows; prepare without --part joins the"
+            f"{run / 'shards'}: part {part[0]} of {part[1]}: {rows} rows; prepare without --part joins the"
             " parts"
         )
         return
     print(
-        f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens ({manifest['prompt_tokens']}"
-        f" of end prompts) in {len(manifest['shards'])} shards"
+        f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens"
+        f" ({manifest['prompt_tokens']} of end prompts) in {len(manifest['shards'])} shards"
     )
 
 
-def _train(arguments, recipe, method, run: Path) -> None:
-    if not method.trained:
-        print(f"{method.name} trains nothing")
+def _train(arguments, experiment) -> None:
+    run = experiment.run
+    if not experiment.method.trained:
+        print(f"{experiment.method.name} trains nothing")
         return
     from endprompt.runs import runfolder
 
@@ -302,14 +324,14 @@ def _train(arguments, recipe, method, run: Path) -> None:
     with contextlib.ExitStack() as held:
         if main_rank:
             held.enter_context(runfolder.hold(run / runfolder.TRAIN_LOCK))
-            held.enter_context(_claim(recipe, method, run))
+            held.enter_context(_claim(experiment))
         if (run / "model").exists():
             print(f"{run / 'model'} is there already; nothing to train")
             return
         from endprompt.training.run import train
 
         try:
-            train(recipe, method, run)
+            train(experiment)
         except Failure as error:
             if main_rank or getattr(error, "everywhere", False):
                 _say(error)
@@ -347,7 +369,7 @@ def _check_names(arguments) -> None:
                 ) from None
 
 
-def _say(error: Exception) -> None:
+def _say(error: Exception | str) -> None:
     line = " ".join(str(error).split())  # names of files and columns may hold what a terminal would obey
     print(
         "endprompt:",
@@ -365,52 +387,41 @@ def _status(arguments) -> None:
     print(json.dumps(found) if arguments.json else runfolder.describe(found))
 
 
-def _evaluate(arguments, recipe, method, run: Path) -> None:
+def _evaluate(arguments, experiment) -> None:
     from endprompt.evaluation import run as scoring
 
     if arguments.list:
-        print("\n".join(f"{task}:{length or '-'}" for task, length in scoring.pairs(recipe)))
+        print("\n".join(f"{task}:{length or '-'}" for task, length in scoring.pairs(experiment.recipe)))
         return
     if arguments.budget is not None and not arguments.budget > 0:
         raise BadInput(f"--budget {arguments.budget:g}: name a positive number of seconds, or leave it out")
-    scoring.evaluate(recipe, method, run, arguments.model, arguments.only, arguments.budget)
+    scoring.evaluate(experiment, arguments.model, arguments.only, arguments.budget)
 
 
-def _plan(arguments, recipe, method, run: Path) -> None:
+def _plan(arguments, experiment) -> None:
     from endprompt.planning import estimate
 
-    print(
-        estimate.describe(recipe, method, arguments.gpus, arguments.gpu_memory, arguments.gpu, arguments.mfu)
-    )
+    machine = estimate.Machine(arguments.gpus, arguments.gpu_memory, arguments.gpu, arguments.mfu)
+    print(estimate.describe(experiment, machine))
 
 
-def _inspect(arguments, recipe, method, run: Path) -> None:
-    from endprompt.bases import model
-    from endprompt.rows import inspection, prepare, shards
+def _inspect(arguments, experiment) -> None:
+    from endprompt.rows import inspection
 
-    folder = run / "shards"
+    run = experiment.run
     if arguments.coverage:
-        tokenizer = model.load_tokenizer(recipe)
-        print(inspection.describe_coverage(recipe, method, tokenizer, arguments.out, arguments.row))
-        image = inspection.draw_coverage(recipe, tokenizer, arguments.out)
+        print(inspection.describe_coverage(experiment, arguments.row))
+        image = inspection.draw_coverage(experiment)
         run.mkdir(parents=True, exist_ok=True)
         storage.write_atomically(run / "coverage.png", image)
         print(f"\nall methods that train: {run / 'coverage.png'}")
         return
-    manifest = shards.read_manifest(folder)
-    tokenizer = model.load_tokenizer(recipe)
-    if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
-        raise BadInput(
-            f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them"
-            " under their own"
-        )
-    shards.verify(folder, manifest)
-    shards.check_rows(folder, manifest)
+    folder, manifest = run / "shards", inspection.checked(experiment)
     print(
         f"{folder}: {len(manifest['shards'])} shards, {manifest['rows']} rows, {manifest['tokens']} tokens;"
         " all checksums hold"
     )
-    print(inspection.describe(folder, manifest, tokenizer, arguments.row))
+    print(inspection.describe(folder, manifest, experiment.base.tokenizer, arguments.row))
 
 
 def _check_out(out: Path, run: Path, writes: bool) -> None:
@@ -443,6 +454,32 @@ def _path(arguments) -> None:
     print(folder)
 
 
+def _run(arguments) -> None:
+    """One command."""
+    if arguments.command in ALONE:
+        ALONE[arguments.command](arguments)
+        return
+    from endprompt.recipe.experiment import resolve
+
+    experiment = resolve(arguments.recipe, arguments.overrides, arguments.method, arguments.out)
+    if arguments.dry_run:
+        print(experiment.dump(), end="")
+        return
+    reads = arguments.command == "plan" or arguments.command == "inspect" and not arguments.coverage
+    _check_out(arguments.out, experiment.run, writes=not reads)
+    OF_EXPERIMENTS[arguments.command](arguments, experiment)
+
+
+ALONE = {"status": _status, "path": _path, "gpus": lambda _: print(launch.gpus(os.environ))}
+OF_EXPERIMENTS = {
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "plan": _plan,
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         arguments = parser().parse_args(argv)
@@ -456,15 +493,6 @@ def main(argv: list[str] | None = None) -> None:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         _check_names(arguments)
-        if arguments.command == "status":
-            _status(arguments)
-            return
-        if arguments.command == "path":
-            _path(arguments)
-            return
-        if arguments.command == "gpus":
-            print(launch.gpus(os.environ))
-            return
         if arguments.command == "train":
             launch.end_with_launcher()
             try:
@@ -472,24 +500,7 @@ def main(argv: list[str] | None = None) -> None:
             except BadInput:
                 speaks = True  # there may be no rank 0
                 raise
-        from endprompt.methods import table as methods
-        from endprompt.recipe import schema as config
-
-        method = methods.get(arguments.method)
-        recipe = config.load(arguments.recipe, arguments.overrides)
-        if arguments.dry_run:
-            print(recipe.dump(method.name), end="")
-            return
-        run = arguments.out / recipe.name / method.name
-        _check_out(
-            arguments.out,
-            run,
-            arguments.command not in ("inspect", "plan")
-            or (arguments.command == "inspect" and arguments.coverage),
-        )
-        {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "inspect": _inspect, "plan": _plan}[
-            arguments.command
-        ](arguments, recipe, method, run)
+        _run(arguments)
     except BadInput as error:
         if speaks:
             _say(error)
@@ -507,11 +518,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         # Full disk, missing permission: the file and the reason say it all.
         if speaks:
-            print(
-                f"endprompt: {error.filename or arguments.out}: {error.strerror}; nothing half-written was"
-                " kept",
-                file=sys.stderr,
-            )
+            _say(f"{error.filename or arguments.out}: {error.strerror}; nothing half-written was kept")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("endprompt: interrupted; the same command goes on from the last saved state", file=sys.stderr)

@@ -31,22 +31,39 @@ MAIN, SCORED = "endprompt", ("endprompt", "base", "interpolation")  # MAIN: trai
 ZERO = "@zero3"  # ends the name of a run under DeepSpeed
 TOLERANCE = 1e-3
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "pyarrow")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-               "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 # 512 short rows or 64 long ones; short ones in three shards.
 SHARDS = ["data.tokens=131072", "data.rows_per_shard=200"]
 TRAINING = [*SHARDS, "train.max_steps=8", "train.logging_steps=1"]
 ALONE = "train.deepspeed=null"
-EVALUATION = [*TRAINING, ALONE, "eval.tasks=[passkey, multikey, perplexity]", "eval.lengths=[256, 512]",
-              "eval.samples=4", "eval.depths=2", "eval.perplexity_tokens=512"]
+EVALUATION = [
+    *TRAINING,
+    ALONE,
+    "eval.tasks=[passkey, multikey, perplexity]",
+    "eval.lengths=[256, 512]",
+    "eval.samples=4",
+    "eval.depths=2",
+    "eval.perplexity_tokens=512",
+]
 
 # What differs from run to run, or says where and with what it was made.  "code": a digest of a task's source.
-UNSTABLE = re.compile("versions|commit|device|date|seconds|.*tokens_per_second|.*memory_gib|corpus"
-                      "|name_or_path|fingerprint|code|lm_eval|transformers_version")
+UNSTABLE = re.compile(
+    "versions|commit|device|date|seconds|.*tokens_per_second|.*memory_gib|corpus"
+    "|name_or_path|fingerprint|code|lm_eval|transformers_version"
+)
 # What a last bit can turn over: weights, answers, and the counts of right answers.
-FRAGILE = re.compile(r"training/.*/model\.safetensors|evaluation/.*/pred"
-                     r"|evaluation/[^/]+/(passkey|multikey)/.*/(score|low|high|correct)")
+FRAGILE = re.compile(
+    r"training/.*/model\.safetensors|evaluation/.*/pred"
+    r"|evaluation/[^/]+/(passkey|multikey)/.*/(score|low|high|correct)"
+)
 
 # Several commands in one process, which loads its libraries once.
 COMMANDS = """
@@ -67,8 +84,14 @@ class Broken(Exception):
 
 def run(*command: str, expect: int = 0) -> str:
     """What a command prints.  Raises Broken, with the end of it, at any other exit code than ``expect``."""
-    result = subprocess.run([sys.executable, *command], cwd=REPOSITORY, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if result.returncode != expect:
         raise Broken(f"exit code {result.returncode} of {' '.join(command)}:\n{result.stdout[-3000:]}")
     return result.stdout
@@ -130,8 +153,10 @@ class Runs:
     def preparing(self, names: list[str]) -> list[list[str]]:
         """The commands that prepare the shards of runs."""
         settings = [*SHARDS, *self.settings]
-        return [command("prepare", name.removesuffix(ZERO), self.folder(name).parents[1], settings)
-                for name in names]
+        return [
+            command("prepare", name.removesuffix(ZERO), self.folder(name).parents[1], settings)
+            for name in names
+        ]
 
     def prepare(self, names: list[str]) -> list[str]:
         """Prepares the shards of runs; returns the names of those that have any, as what trains does."""
@@ -187,8 +212,11 @@ def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     processor = {key: about.get(key) for key in ("model name", "cpu family", "model", "stepping")}
-    return {"processor": processor, "threads": int(ENVIRONMENT["OMP_NUM_THREADS"]),
-            **{package: importlib.metadata.version(package) for package in PACKAGES}}
+    return {
+        "processor": processor,
+        "threads": int(ENVIRONMENT["OMP_NUM_THREADS"]),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
 
 
 def within(key: str, asked: list[str] | None, only: list[str]) -> bool:
@@ -259,8 +287,14 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--methods", metavar="A,B", help="these alone; default: all")
         verb.add_argument("--only", choices=PARTS, help="this part alone")
         verb.add_argument("--work", type=Path, metavar="DIR", help="an empty folder that keeps the outputs")
-    commands.choices["compare"].add_argument("--set", action="append", default=[], dest="settings",
-                                             metavar="KEY=VALUE", help="a change, to see differences")
+    commands.choices["compare"].add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="a change, to see differences",
+    )
     return root
 
 

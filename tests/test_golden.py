@@ -5,9 +5,13 @@ import json
 import golden
 import pytest
 
-GOLD = {"shards/a/x.parquet": "1f", "training/a/train.json/history/0/loss": 4.5,
-        "training/a/model/model.safetensors": "2f",
-        "evaluation/a/passkey/256.jsonl/0/pred": "17", "evaluation/a/passkey/256.json/scores/samples": 4}
+GOLD = {
+    "shards/a/x.parquet": "1f",
+    "training/a/train.json/history/0/loss": 4.5,
+    "training/a/model/model.safetensors": "2f",
+    "evaluation/a/passkey/256.jsonl/0/pred": "17",
+    "evaluation/a/passkey/256.json/scores/samples": 4,
+}
 
 
 SEED = "data.seed=1"
@@ -61,11 +65,17 @@ def test_missing_and_new_values_are_differences():
 
 
 def test_on_another_machine_last_bits_do_not_count_and_the_rest_does():
-    bits = GOLD | {"training/a/train.json/history/0/loss": 4.5005, "training/a/model/model.safetensors": "3f",
-                   "evaluation/a/passkey/256.jsonl/0/pred": "18"}
+    bits = GOLD | {
+        "training/a/train.json/history/0/loss": 4.5005,
+        "training/a/model/model.safetensors": "3f",
+        "evaluation/a/passkey/256.jsonl/0/pred": "18",
+    }
     assert golden.differences(GOLD, bits, bits=False) == ([], 3)
-    more = {"shards/a/x.parquet": "2f", "training/a/train.json/history/0/loss": 4.6,
-            "evaluation/a/passkey/256.json/scores/samples": 5}
+    more = {
+        "shards/a/x.parquet": "2f",
+        "training/a/train.json/history/0/loss": 4.6,
+        "evaluation/a/passkey/256.json/scores/samples": 5,
+    }
     assert len(golden.differences(GOLD, GOLD | more, bits=False)[0]) == 3
 
 

@@ -12,7 +12,7 @@ from networks import configuration, network, row
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from endprompt.methods import s2
+from endprompt.methods.longlora import s2
 from endprompt.rows.collate import Collator
 from endprompt.training import probe as attention
 

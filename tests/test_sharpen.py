@@ -18,7 +18,7 @@ from training import prepared, run, train, weights
 
 from endprompt import Failure
 from endprompt.bases import model
-from endprompt.methods import sharpen
+from endprompt.bases import sharpen
 from endprompt.methods import table as methods
 from endprompt.recipe import schema as config
 

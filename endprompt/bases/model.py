@@ -1,24 +1,24 @@
 """Loading: tokenizer and config, the scaled model, and what of them can be refused early."""
 
 import contextlib
+import copy
+import functools
 import importlib.util
 import json
-import math
 import os
 import re
 import struct
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, Protocol
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from endprompt import BadInput
-from endprompt.methods import sharpen
-from endprompt.methods.table import Method
+from endprompt.bases import sharpen
 from endprompt.positions import rope
-from endprompt.recipe.schema import Recipe
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 # Where a config.json may state the window besides max_position_embeddings.  vLLM takes the least of what it
@@ -58,7 +58,16 @@ UNREADABLE = (
 )
 
 
-def locate(recipe: Recipe) -> dict:
+class Named(Protocol):
+    """What names a base: a recipe's ``model`` section, its ``lengths.target``, and where its paths lead."""
+
+    model: Any
+    lengths: Any
+
+    def path(self, value: str) -> Path | None: ...
+
+
+def locate(recipe: Named) -> dict:
     """The arguments that find the model for ``from_pretrained``: a local folder, ``package:NAME`` (an
     installed Python package), or a hub id.
 
@@ -169,7 +178,7 @@ def without_reports():
             logging.enable_progress_bar()
 
 
-def _loading(what: str, recipe: Recipe, function):
+def _loading(what: str, recipe: Named, function):
     try:
         with without_reports():
             return function()
@@ -463,7 +472,7 @@ def refuse_contradictions(config, written: dict, original: int) -> None:
         )
 
 
-def load_config(recipe: Recipe):
+def load_config(recipe: Named, where: dict | None = None):
     """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, attention that is
     not plain, what contradicts itself, or a target that extends nothing.
 
@@ -472,7 +481,7 @@ def load_config(recipe: Recipe):
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    where = locate(recipe)
+    where = where or locate(recipe)
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
     refuse_kernels(config, "model")
     if config.model_type not in SUPPORTED:
@@ -532,17 +541,17 @@ def load_config(recipe: Recipe):
     return config
 
 
-def original_length(recipe: Recipe, config) -> int:
+def original_length(recipe: Named, config) -> int:
     return recipe.model.original_length or config.max_position_embeddings
 
 
-def load_tokenizer(recipe: Recipe):
+def load_tokenizer(recipe: Named, where: dict | None = None):
     """The model's own fast tokenizer.  Raises BadInput if there is none, or if it has no end-of-sequence
     token.
     """
     from transformers import AutoTokenizer
 
-    where = locate(recipe)
+    where = where or locate(recipe)
     tokenizer = _loading("tokenizer", recipe, lambda: AutoTokenizer.from_pretrained(**where))
     if not tokenizer.is_fast:
         raise BadInput(
@@ -669,7 +678,7 @@ def pad_token_id(tokenizer, embeddings: int = 2**31) -> int:
     return tokenizer.eos_token_id if padding is None or padding >= embeddings else padding
 
 
-def attention_implementation(recipe: Recipe, cuda: bool) -> str:
+def attention_implementation(recipe: Named, cuda: bool) -> str:
     """flash_attention_2 where it is installed and there is a GPU, else sdpa; the recipe may name another."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -682,7 +691,7 @@ def attention_implementation(recipe: Recipe, cuda: bool) -> str:
     return wanted or ("flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa")
 
 
-def supported_attention(recipe: Recipe, cuda: bool, config) -> str | None:
+def supported_attention(recipe: Named, cuda: bool, config) -> str | None:
     """``attention_implementation`` for a model of any type; None, transformers' choice, if its class lacks it
     and the recipe names none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -692,57 +701,73 @@ def supported_attention(recipe: Recipe, cuda: bool, config) -> str | None:
     return chosen if recipe.model.attn_implementation or getattr(kind, supports, False) else None
 
 
-def scaling(recipe: Recipe, method: Method, config) -> rope.Scaling:
-    rope_type = None if method.rope is None else recipe.rope.type or method.rope
-    return rope.scaling_for(
-        rope_type, original_length(recipe, config), recipe.lengths.target, method.whole_factor
-    )
+class Base:
+    """The base model that a recipe names: found once, its config and tokenizer read once, when asked for.
 
-
-def sharpness(recipe: Recipe, method: Method, config) -> float:
-    """What attention scores are multiplied by after training, or, where a method trains nothing, before the
-    model is scored; 1 leaves them.
-
-    config: the base's own, before ``rope.apply`` gave it another window.
-    A base that is sharpened already gets what its own factor lacks of the method's, both counted from the
-    same window; it loses nothing.
+    Whatever is read raises BadInput on unusable files (see ``locate``, ``load_config``, ``load_tokenizer``).
     """
-    there = sharpen.inherited(config)
-    start = min(there.get("sharpened_from", math.inf), original_length(recipe, config))
-    return max(
-        1.0,
-        sharpen.factor(recipe.sharpen(method), start, recipe.lengths.target) / there.get("sharpened", 1.0),
-    )
+
+    def __init__(self, recipe: Named):
+        self.recipe = recipe
+        self.name = recipe.model.name_or_path
+
+    @functools.cached_property
+    def arguments(self) -> dict:
+        """Those that find the model for ``from_pretrained``."""
+        return locate(self.recipe)
+
+    @functools.cached_property
+    def config(self):
+        """The checked config, as it came: whoever changes it takes a copy."""
+        return load_config(self.recipe, self.arguments)
+
+    @functools.cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.recipe, self.arguments)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.arguments["pretrained_model_name_or_path"])
+
+    @property
+    def original_length(self) -> int:
+        """The window that the base was trained with, C."""
+        return original_length(self.recipe, self.config)
+
+    def check_vocabulary(self) -> None:
+        """Raises BadInput unless the tokenizer's separator is a token that the model has an embedding for."""
+        check_vocabulary(self.tokenizer, self.config, f"model: the tokenizer of {self.name!r}")
+
+    def attention_implementation(self, cuda: bool) -> str:
+        return attention_implementation(self.recipe, cuda)
 
 
-def build(recipe: Recipe, method: Method, dtype, cuda: bool):
-    """The base model with the method's RoPE in place before it is built and its inv_freq checked afterwards.
+def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
+    """The base model with its RoPE in place before it is built and its inv_freq checked afterwards.
 
     dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file)
     parameters load partitioned, except a GGUF file's, which every rank holds whole until DeepSpeed starts.
     Raises BadInput on unusable files and on weights that are missing from them; Failure if the frequencies
     are not the expected ones.
     """
-    config = load_config(recipe)
+    config = copy.deepcopy(base.config)
     theta = (config.rope_parameters or {}).get("rope_theta")
-    chosen = scaling(recipe, method, config)
-    rope.apply(config, chosen, recipe.lengths.target)
-    attention = attention_implementation(recipe, cuda)
-    arguments = locate(recipe)
-    if recipe.model.gguf_file:
+    rope.apply(config, scaling, base.recipe.lengths.target)
+    arguments = dict(base.arguments)
+    if base.recipe.model.gguf_file:
         from transformers import GgufConfig
 
         # Else the model stays marked as quantized, and transformers refuses to train and to save it.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     model = load_weights(
-        f"model.name_or_path: the weights of {recipe.model.name_or_path!r}",
+        f"model.name_or_path: the weights of {base.name!r}",
         **arguments,
         config=config,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=base.attention_implementation(cuda),
     )
     # transformers takes config.json's pad_token_id for it, and torch gives that row no gradient; it may be
     # the separator of documents.
     model.get_input_embeddings().padding_idx = None
-    rope.verify(model.get_decoder().rotary_emb, model.config, chosen, theta)
+    rope.verify(model.get_decoder().rotary_emb, model.config, scaling, theta)
     return model

@@ -34,101 +34,103 @@ from endprompt.evaluation import (
     ruler_samples,
 )
 from endprompt.evaluation.question import Questions, chat, fingerprint, same
-from endprompt.methods import sharpen
-from endprompt.methods.table import Method
 from endprompt.recipe import task_names as names
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.runs import provenance, runfolder
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
 
 
-def load(recipe: Recipe, method: Method, run: Path, other: str | None):
+def load(experiment: Experiment, other: str | None):
     """(model, tokenizer, what identifies the model); the model is its folder's name, unloaded, for vLLM.
 
-    A method that trains nothing is built here, its attention sharpened as the recipe or the method says.
-    Raises BadInput if there is no model to score.
+    A method that trains nothing is built here.  Raises BadInput if there is no model to score.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    cuda, vllm = torch.cuda.is_available(), recipe.eval.backend == "vllm"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    if other is None and not method.trained:
-        if vllm:
-            raise BadInput(
-                f"eval.backend: vllm reads a saved model, and {method.name} has none; use hf, or name a model"
-                " with --model"
-            )
-        network, sharpness = model.build(recipe, method, dtype, cuda), 1.0
-        if recipe.sharpen(method):
-            sharpness = model.sharpness(recipe, method, model.load_config(recipe))
-            sharpen.sharpen_network(network, sharpness)
-        tokenizer = model.load_tokenizer(recipe)
-        model.check_vocabulary(
-            tokenizer, network.config, f"model: the tokenizer of {recipe.model.name_or_path!r}"
-        )
-        folder = Path(model.locate(recipe)["pretrained_model_name_or_path"])
-        identity = {
-            "name_or_path": recipe.model.name_or_path,
-            "revision": recipe.model.revision,
-            "gguf_file": recipe.model.gguf_file,
-            "rope_parameters": network.config.rope_parameters,
-            "sharpened": sharpness,
-            **_content(folder, network.config, recipe.model.gguf_file),
-        }
+    cuda, vllm = torch.cuda.is_available(), experiment.recipe.eval.backend == "vllm"
+    if other is None and not experiment.method.trained:
+        network, tokenizer, identity = _untrained(experiment, cuda)
     else:
-        folder = run / "model" if other is None else _named(other)
-        if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
-            raise BadInput(
-                f"--model: there is no folder {folder}"
-                if other
-                else f"{folder} is missing; train {method.name} first, or name a model with --model"
-            )
-        source, trust = (
-            str(folder) if folder.is_dir() else other,
-            recipe.model.trust_remote_code,
-        )  # else an id of the hub
-        if folder.is_dir():
-            model.check_folder(folder, "--model")
-        try:
-            with model.without_reports():
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-                config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-        except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
-            raise BadInput(
-                f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}"
-            ) from None
-        model.refuse_kernels(config, "--model")
-        model.refuse_other_kinds(config, f"--model: {source}")
-        if not tokenizer.is_fast:
-            raise BadInput(
-                f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers"
-                " and save it"
-            )
-        model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
-        weights = f"--model: the weights of {source}"
-        if vllm:
-            model.refuse_untied(weights, source, config)
-        network = (
-            source
-            if vllm
-            else model.load_weights(
-                weights,
-                pretrained_model_name_or_path=source,
-                trust_remote_code=trust,
-                dtype=dtype,
-                attn_implementation=model.supported_attention(recipe, cuda, config),
-            )
-        )
-        identity = {"name_or_path": str(folder), **_content(folder, config)}
+        network, tokenizer, identity = _saved(experiment, other, cuda)
     # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
     tokenizer.model_max_length = sys.maxsize
     if vllm:
-        identity |= {"ends": engine.saved_ends(network, tokenizer, recipe.model.trust_remote_code)}
-        return network, tokenizer, identity | {"dtype": "bfloat16", "attention": "vllm"}
+        ends = engine.saved_ends(network, tokenizer, experiment.recipe.model.trust_remote_code)
+        return network, tokenizer, identity | {"ends": ends, "dtype": "bfloat16", "attention": "vllm"}
     identity |= {"ends": engine.ends(network.generation_config, tokenizer)}
     identity |= {"dtype": str(network.dtype), "attention": network.config._attn_implementation}
     return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
+
+
+def _dtype(cuda: bool) -> torch.dtype:
+    return torch.bfloat16 if cuda else torch.float32
+
+
+def _untrained(experiment: Experiment, cuda: bool):
+    """The base under the method's RoPE, as the method wants it scored."""
+    recipe, base = experiment.recipe, experiment.base
+    if recipe.eval.backend == "vllm":
+        raise BadInput(
+            f"eval.backend: vllm reads a saved model, and {experiment.method.name} has none; use hf, or name"
+            " a model with --model"
+        )
+    network = model.build(base, experiment.scaling, _dtype(cuda), cuda)
+    experiment.method.before_scoring(network, experiment)
+    base.check_vocabulary()
+    identity = {
+        "name_or_path": recipe.model.name_or_path,
+        "revision": recipe.model.revision,
+        "gguf_file": recipe.model.gguf_file,
+        "rope_parameters": network.config.rope_parameters,
+        "sharpened": experiment.sharpness,
+        **_content(base.folder, network.config, recipe.model.gguf_file),
+    }
+    return network, base.tokenizer, identity
+
+
+def _saved(experiment: Experiment, other: str | None, cuda: bool):
+    """The run's own model, or ``other``: a folder or an id of the hub."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    recipe = experiment.recipe
+    folder = experiment.run / "model" if other is None else _named(other)
+    if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
+        raise BadInput(
+            f"--model: there is no folder {folder}"
+            if other
+            else f"{folder} is missing; train {experiment.method.name} first, or name a model with --model"
+        )
+    source = str(folder) if folder.is_dir() else other
+    trust = recipe.model.trust_remote_code
+    if folder.is_dir():
+        model.check_folder(folder, "--model")
+    try:
+        with model.without_reports():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
+        raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
+    model.refuse_kernels(config, "--model")
+    model.refuse_other_kinds(config, f"--model: {source}")
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and"
+            " save it"
+        )
+    model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
+    identity = {"name_or_path": str(folder), **_content(folder, config)}
+    weights = f"--model: the weights of {source}"
+    if recipe.eval.backend == "vllm":
+        model.refuse_untied(weights, source, config)
+        return source, tokenizer, identity
+    network = model.load_weights(
+        weights,
+        pretrained_model_name_or_path=source,
+        trust_remote_code=trust,
+        dtype=_dtype(cuda),
+        attn_implementation=model.supported_attention(recipe, cuda, config),
+    )
+    return network, tokenizer, identity
 
 
 def _content(folder: Path, config, gguf_file: str | None = None) -> dict:
@@ -347,26 +349,33 @@ def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
 
 
 def evaluate(
-    recipe: Recipe,
-    method: Method,
-    run: Path,
-    other: str | None = None,
-    only: list[str] = (),
-    budget: float | None = None,
+    experiment: Experiment, other: str | None = None, only: list[str] = (), budget: float | None = None
 ) -> None:
-    """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash
-    of its path> for another model) and a picture, and prints a line a score.  only: the TASK:LENGTH pairs to
-    score, in that order; none: all of the recipe's.
+    """Writes eval/<task>/<length>.json below the run and the answers beside it as .jsonl (eval-<name>-<hash
+    of its path> for another model) and pictures, and prints a line a score.
+
+    only: the TASK:LENGTH pairs to score, in that order; none: all of the recipe's.
     budget: seconds, loading included, after which no pair is begun, nor one when less is left than the
         longest so far took; None: no end.
 
     Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for
     its task, data are missing, or the held-out documents are shorter than a length.
     """
-    options, folder = recipe.eval, results.evaluation_folder(run, other and str(_named(other)))
-    if (named := os.environ.get("TMPDIR")) and not (
-        os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)
-    ):
+    _check_environment(experiment.recipe)
+    folder = results.evaluation_folder(experiment.run, other and str(_named(other)))
+    todo, clock = _chosen(experiment.recipe, only), Clock(budget)
+    with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
+        for pair in todo:
+            lock = _path(Path(), *pair).with_suffix("").as_posix().replace("/", "-")
+            held.enter_context(runfolder.hold(folder / f".{lock}.lock"))
+        Evaluation(experiment, folder, other, todo, temporary).run(clock)
+    _draw(experiment, folder, todo)
+
+
+def _check_environment(recipe: Recipe) -> None:
+    """Raises BadInput if this machine cannot score the recipe's tasks as they are to be scored."""
+    options, named = recipe.eval, os.environ.get("TMPDIR")
+    if named and not (os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)):
         raise BadInput(
             f"environment: TMPDIR={named!r} is no folder that can be written to; make it, or unset it"
         )
@@ -377,39 +386,56 @@ def evaluate(
                 " eval.run_unsafe_code=true if it may"
             )
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    if benched := [
-        task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")
-    ]:
+    benched = [task.removeprefix("longbench_") for task in options.tasks if task.startswith("longbench_")]
+    if benched:
         longbench_scores.check_environment(*benched)
-    todo, began, longest, done = _chosen(recipe, only), time.monotonic(), 0.0, 0
-    with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
-        for pair in todo:
-            held.enter_context(
-                runfolder.hold(
-                    folder / f".{_path(Path(), *pair).with_suffix('').as_posix().replace('/', '-')}.lock"
-                )
-            )
-        network, tokenizer, identity = load(recipe, method, run, other)
+
+
+class Clock:
+    """How much of a budget of seconds is left, and how long the longest pair took."""
+
+    def __init__(self, budget: float | None):
+        self.budget, self.began, self.longest = budget, time.monotonic(), 0.0
+
+    @property
+    def left(self) -> float:
+        return math.inf if self.budget is None else self.budget - (time.monotonic() - self.began)
+
+    def spent(self) -> bool:
+        """Whether no other pair should be begun."""
+        return self.left < max(self.longest, 0.001)
+
+
+class Evaluation:
+    """The pairs of one model: loaded, asked for what is there, and scored where it is not."""
+
+    def __init__(self, experiment: Experiment, folder: Path, other: str | None, todo: list, temporary: str):
+        recipe = experiment.recipe
+        self.experiment, self.folder, self.todo = experiment, folder, todo
+        network, tokenizer, identity = load(experiment, other)
         reach = None if recipe.eval.backend == "vllm" else engine.table(network)
         if reach and (beyond := [(task, length) for task, length in todo if (length or 0) > reach]):
             raise BadInput(
                 f"eval.lengths: {beyond[0][0]} at {beyond[0][1]}: the model has a table of {reach} positions "
                 "and cannot read beyond; lower the length, or leave it out"
             )
-        if options.chat_template:
+        if recipe.eval.chat_template:
             prompts.check_template(tokenizer)
         asks = Questions(recipe, tokenizer)
-        asked = {(task, length): asks(task, length, identity) for task, length in todo}
-        scorer = Scorer(recipe, network, tokenizer, temporary, asks)
-        there = {key: _existing(_path(folder, *key), asked[key]) for key in todo}
+        self.asked = {(task, length): asks(task, length, identity) for task, length in todo}
+        self.scorer = Scorer(recipe, network, tokenizer, temporary, asks)
+        self.there = {key: _existing(_path(folder, *key), self.asked[key]) for key in todo}
+        self.make_samples(temporary)
+
+    def make_samples(self, temporary: str) -> None:
+        """RULER's, all together, on all cores; the task files find them in the cache."""
+        options = self.experiment.recipe.eval
         missing = [
             (task.removeprefix("ruler_"), length)
-            for (task, length), result in there.items()
+            for (task, length), result in self.there.items()
             if result is None and task.startswith("ruler_")
         ]
-        if (
-            missing and not options.ruler_samples
-        ):  # made together, on all cores; the task files find them in the cache
+        if missing and not options.ruler_samples:
             ruler.ensure(
                 [task for task, _ in missing],
                 [length for _, length in missing],
@@ -418,49 +444,55 @@ def evaluate(
                 options.seed,
                 chat=options.chat_template,
             )
-        for task, length in todo:
-            result = there[task, length]
+
+    def run(self, clock: Clock) -> None:
+        for done, (task, length) in enumerate(self.todo):
+            result = self.there[task, length]
             if result is None:
-                left, started = (
-                    math.inf if budget is None else budget - (time.monotonic() - began),
-                    time.monotonic(),
-                )
-                if left < max(longest, 0.001):
+                if clock.spent():
                     print(
-                        f"evaluate: {done} of {len(todo)} pairs are scored, and of {budget:g} s"
-                        f" {max(0, left):.0f} are left; the same command goes on",
+                        f"evaluate: {done} of {len(self.todo)} pairs are scored, and of {clock.budget:g} s"
+                        f" {max(0, clock.left):.0f} are left; the same command goes on",
                         flush=True,
                     )
                     break
-                try:
-                    scores, predictions = scorer.score(task, length)
-                except ValueError as error:
-                    raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
-                seconds = time.monotonic() - started
-                longest = max(longest, seconds)
-                result = {
-                    "question": asked[task, length],
-                    "recipe": recipe.name,
-                    "method": method.name,
-                    "scores": scores,
-                    "seconds": round(seconds, 2),
-                    **provenance.stamp(),
-                }
-                path = _path(folder, task, length)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if predictions:
-                    storage.write_atomically(
-                        path.with_suffix(".jsonl"),
-                        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions).encode(),
-                    )
-                storage.write_json(path, result)
-            done += 1
+                result = self.score(task, length, clock)
             form = SHOWN.get(task, "{:.2f}%")
             score, low, high = (form.format(result["scores"][key]) for key in ("score", "low", "high"))
-            print(f"{method.name:14} {task:22} {length or '-':>7} {score:>8}  [{low}, {high}]", flush=True)
+            name = self.experiment.method.name
+            print(f"{name:14} {task:22} {length or '-':>7} {score:>8}  [{low}, {high}]", flush=True)
+
+    def score(self, task: str, length: int | None, clock: Clock) -> dict:
+        """The result of a pair, written down with its answers."""
+        started = time.monotonic()
+        try:
+            scores, predictions = self.scorer.score(task, length)
+        except ValueError as error:
+            raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
+        seconds = time.monotonic() - started
+        clock.longest = max(clock.longest, seconds)
+        result = {
+            "question": self.asked[task, length],
+            "recipe": self.experiment.recipe.name,
+            "method": self.experiment.method.name,
+            "scores": scores,
+            "seconds": round(seconds, 2),
+            **provenance.stamp(),
+        }
+        path = _path(self.folder, task, length)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if predictions:
+            answers = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+            storage.write_atomically(path.with_suffix(".jsonl"), answers.encode())
+        storage.write_json(path, result)
+        return result
+
+
+def _draw(experiment: Experiment, folder: Path, todo: list) -> None:
     for task in passkey.TASKS:
         if any(asked == task for asked, _ in todo) and (folder / task).is_dir():
-            figures.heatmaps({method.name: figures.read(folder / task)}, folder / f"{task}.png")
+            found = {experiment.method.name: figures.read(folder / task)}
+            figures.heatmaps(found, folder / f"{task}.png")
 
 
 def _path(folder: Path, task: str, length: int | None) -> Path:

@@ -30,9 +30,9 @@ import torch
 
 from endprompt import BadInput, storage
 from endprompt.bases import model
-from endprompt.methods import table as methods
 from endprompt.positions import rope
 from endprompt.recipe import schema as config
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.rows import corpus
 from endprompt.runs import provenance
@@ -130,8 +130,8 @@ def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
     """(inv_freq, attention scaling, the RoPE module) that the model gets from the recipe's scaling, checked
     as ``model.build`` checks it.
     """
-    scaled, method = copy.deepcopy(network.config), methods.get("interpolation")
-    theta, scaling = scaled.rope_parameters["rope_theta"], model.scaling(recipe, method, network.config)
+    scaled, scaling = copy.deepcopy(network.config), Experiment.of(recipe, "interpolation").scaling
+    theta = scaled.rope_parameters["rope_theta"]
     rope.apply(scaled, scaling, recipe.lengths.target)
     module = type(network.get_decoder().rotary_emb)(config=scaled)
     rope.verify(module, scaled, scaling, theta)
@@ -175,9 +175,9 @@ def run(
     """Measures and bounds ``heads`` x ``pairs`` scores.  Raises BadInput on unusable files or a text without
     two tokens, RuntimeError on a RoPE that is not the expected one.
     """
-    network = model.build(recipe, methods.get("base"), torch.float32, False).eval()
-    window = model.original_length(recipe, network.config)
-    tokenizer = model.load_tokenizer(recipe)
+    experiment = Experiment.of(recipe, "base")
+    network = model.build(experiment.base, experiment.scaling, torch.float32, False).eval()
+    window, tokenizer = experiment.base.original_length, experiment.base.tokenizer
     tokenizer.model_max_length = sys.maxsize  # the text is cut below, no reason to warn
     ids = tokenizer(text[: 64 * tokens])["input_ids"][: min(tokens, window)]
     if len(ids) < 2:

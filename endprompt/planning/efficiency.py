@@ -194,7 +194,7 @@ def predicted_seconds(shape: str, setting: dict, steps: int) -> float:
     if not torch.cuda.is_available():
         return START_SECONDS
     name, window = torch.cuda.get_device_name(), SHAPES[shape][6]
-    length = setting["target"] if methods.get(setting["method"]).row_length == "target" else window
+    length = methods.get(setting["method"]).row_length(window, setting["target"])
     work = setting["rows"] * length * flops_per_token(config_of(shape), length) * steps
     return START_SECONDS + work / (
         0.3 * next((value for known, value in PEAK_FLOPS.items() if known in name), 1e15)
@@ -248,7 +248,7 @@ def measure_all(
                     continue
                 entries.remove(before)
             # What did not fit at a shorter row will not at a longer one.
-            if method.row_length == "target" and any(
+            if method.fills == "target" and any(
                 not entry["fits"]
                 and "reason" not in entry
                 and entry["target"] < setting["target"]
@@ -457,7 +457,7 @@ def _settings(arguments) -> list[dict]:
         for compiled in arguments.compile
         for attention in arguments.attention
         for way in arguments.checkpointing
-        for rows in (arguments.rows if methods.get(name).row_length == "physical" else [1])
+        for rows in (arguments.rows if methods.get(name).fills == "physical" else [1])
     ]
 
 

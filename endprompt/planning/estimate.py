@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from endprompt import BadInput
 from endprompt.bases import model
-from endprompt.methods.table import Method
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import SHIPPED, Recipe
 
 # From the config.json of each, where the files are not at hand.
@@ -351,17 +351,18 @@ def candidates(recipe: Recipe) -> dict[str, dict]:
 
 
 def training_memory(
-    recipe: Recipe, method: Method, about, gpus: int, options: dict | None = None, rows: int | None = None
+    experiment: Experiment, about, gpus: int, options: dict | None = None, rows: int | None = None
 ) -> Memory:
-    """``memory`` of a recipe's run.  options: DeepSpeed's in place of the recipe's, {} for none; rows: in
-    place of those of its micro-batch.
+    """``memory`` of an experiment's run.  options: DeepSpeed's in place of the recipe's, {} for none; rows:
+    in place of those of its micro-batch.
 
     Raises BadInput if its step cannot be split into micro-batches.
     """
     from endprompt.training import precision
-    from endprompt.training.run import DEFAULTS, batch_shape
+    from endprompt.training.arguments import DEFAULTS, batch_shape
 
-    shape, options = batch_shape(recipe, method), (recipe.deepspeed or {}) if options is None else options
+    recipe, shape = experiment.recipe, batch_shape(experiment)
+    options = (recipe.deepspeed or {}) if options is None else options
     rows = rows or shape[0]
     kind = (precision.deepspeed_options(options, shape[0] * shape[1] // rows).get("data_types") or {}).get(
         "grad_accum_dtype"
@@ -372,31 +373,59 @@ def training_memory(
         options.get("zero_optimization") or {},
         gpus,
         rows,
-        recipe.row_length(method),
+        experiment.row_length,
         recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]),
-        recipe.lora(method),
+        experiment.adapters,
         2 if half else 4,
         {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind),
     )
 
 
-def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: str, mfu: float) -> str:
-    """The page that ``endprompt plan`` prints.  gpu_memory: GB (1e9 bytes) a GPU; gpu: a name of
-    trainer.PEAK_FLOPS.  Raises BadInput.
+@dataclass(frozen=True)
+class Machine:
+    """GPUs that train together.  gpu: a name of trainer.PEAK_FLOPS; gpu_memory: GB (1e9 bytes) of one; mfu:
+    the share of its peak that is reached.
     """
-    from endprompt.training.run import DEFAULTS, batch_shape
-    from endprompt.training.trainer import PEAK_FLOPS, flops_per_token
 
+    gpus: int
+    gpu_memory: float
+    gpu: str
+    mfu: float
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of one.  Raises BadInput if a value is none, or the GPU is not known."""
+        from endprompt.training.trainer import PEAK_FLOPS
+
+        if self.gpu not in PEAK_FLOPS:
+            raise BadInput(f"--gpu {self.gpu}: its peak is not known; use one of {', '.join(PEAK_FLOPS)}")
+        if self.gpus < 1 or not self.gpu_memory > 0 or not 0 < self.mfu <= 1:
+            raise BadInput(
+                f"plan: --gpus {self.gpus}, --gpu-memory {self.gpu_memory:g} and --mfu {self.mfu:g} must be"
+                " at least 1, above 0, and above 0 and at most 1"
+            )
+        return PEAK_FLOPS[self.gpu]
+
+
+PARTS = (
+    ("gradients", "gradients"),
+    ("optimizer states, fp32", "optimizer"),
+    ("gathered", "gathered"),
+    ("activations", "activations"),
+    ("loss", "loss"),
+    ("communication buckets", "buckets"),
+    ("sum", "total"),
+)
+
+
+def describe(experiment: Experiment, machine: Machine) -> str:
+    """The page that ``endprompt plan`` prints.  Raises BadInput."""
+    from endprompt.training.arguments import DEFAULTS, batch_shape
+
+    recipe, method = experiment.recipe, experiment.method
     if not method.trained:
         raise BadInput(f"plan: {method.name} trains nothing; it takes no more than its evaluation")
-    peak = next((value for name, value in PEAK_FLOPS.items() if name == gpu), None)
-    if peak is None:
-        raise BadInput(f"--gpu {gpu}: its peak is not known; use one of {', '.join(PEAK_FLOPS)}")
-    if gpus < 1 or not gpu_memory > 0 or not 0 < mfu <= 1:
-        raise BadInput(
-            f"plan: --gpus {gpus}, --gpu-memory {gpu_memory:g} and --mfu {mfu:g} must be at least 1, above 0,"
-            " and above 0 and at most 1"
-        )
+    machine.peak  # noqa: B018 (refuses)
     about = shape(recipe)
     if about is None:
         raise BadInput(
@@ -405,72 +434,86 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
         )
     if recipe.sequence_parallel > 1:
         raise BadInput("plan: train.sequence_parallel is not counted; remove it to see one row a GPU")
-    (rows, accumulation), length = batch_shape(recipe, method), recipe.row_length(method)
+    (rows, accumulation), length, gpus = batch_shape(experiment), experiment.row_length, machine.gpus
     checkpointing = recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"])
-    adapters = recipe.lora(method)
     found = {
-        name: training_memory(recipe, method, about, gpus, options)
+        name: training_memory(experiment, about, gpus, options)
         for name, options in candidates(recipe).items()
     }
-    half = "fp16" if recipe.train.get("fp16") else "bf16" if recipe.train.get("bf16", True) else None
-    masters = half and not recipe.deepspeed
-    weights = f"weights, {half or 'fp32'}" + (
-        f" (none: {'trained ' if adapters else ''}fp32)" if masters else ""
-    )
-    gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"
+    step = gpus * rows * accumulation
     lines = [
         (
             f"{recipe.model.name_or_path}: {parameter_count(about) / 1e9:.3g} B parameters,"
-            f" {trained_share(about, adapters):.2%} trained; {method.name}: rows of {length} tokens"
+            f" {trained_share(about, experiment.adapters):.2%} trained; {method.name}: rows of {length}"
+            " tokens"
         ),
         (
-            f"{gpus} GPUs x {rows} rows x {accumulation} = {gpus * rows * accumulation} rows,"
-            f" {gpus * rows * accumulation * length} tokens a step; activation checkpointing"
-            f" {'on' if checkpointing else 'off'}"
+            f"{gpus} GPUs x {rows} rows x {accumulation} = {step} rows, {step * length} tokens a step;"
+            f" activation checkpointing {'on' if checkpointing else 'off'}"
         ),
         "",
-        f"{'GB a GPU':34}" + "".join(f"{name:>16}" for name in found),
+        *_memory_table(experiment, found, machine),
+        _advice(found, machine),
+        _hours(experiment, about, machine, step * length),
     ]
-    for label, of in (
-        (weights, "weights"),
-        ("gradients", "gradients"),
-        ("optimizer states, fp32", "optimizer"),
-        (gathered, "gathered"),
-        ("activations", "activations"),
-        ("loss", "loss"),
-        ("communication buckets", "buckets"),
-        ("sum", "total"),
-    ):
-        lines.append(f"{label:34}" + "".join(f"{getattr(one, of) / 1e9:16.2f}" for one in found.values()))
-    lines.append(
-        f"{'on the host, GB a rank':34}" + "".join(f"{one.host / 1e9:16.2f}" for one in found.values())
-    )
-    # Fragments of the allocator, the CUDA context and NCCL take their share of what the maker prints.
-    fits = {name: one.total <= 0.92 * gpu_memory * 1e9 for name, one in found.items()}
-    lines.append(
-        f"{f'fits {gpu_memory:g} GB (at most 92 %)':34}"
-        + "".join(f"{'yes' if fit else 'no':>16}" for fit in fits.values())
-    )
-    own, *_ = found
-    if fits[own]:
-        lines.append(f"\n{own} fits.")
-    else:
-        # Of those that fit, what offloads least.
-        better = sorted((name for name, fit in fits.items() if fit), key=lambda name: found[name].host)
-        mend = (
-            "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation"
-            " checkpointing; no ZeRO file here makes it fit"
-        )
-        lines.append(
-            f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}"
-        )
-    tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
-    flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), head_frozen)
-    hours = flops * tokens / (peak * gpus * mfu) / 3600
-    step = gpus * rows * accumulation * length
-    lines.append(
-        f"{flops / 1e9:.1f} GFLOP a token, {flops * step / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g} B"
-        f" tokens at {mfu:.0%} MFU of {gpus} x {gpu}: {hours:.1f} h, {hours * gpus:.0f} GPU-hours"
-    )
     return "\n".join(lines)
+
+
+def _memory_table(experiment: Experiment, found: dict[str, Memory], machine: Machine) -> list[str]:
+    recipe, adapters = experiment.recipe, experiment.adapters
+    half = "fp16" if recipe.train.get("fp16") else "bf16" if recipe.train.get("bf16", True) else None
+    masters = half and not recipe.deepspeed
+    trained = f" (none: {'trained ' if adapters else ''}fp32)" if masters else ""
+    gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"
+    lines = [f"{'GB a GPU':34}" + "".join(f"{name:>16}" for name in found)]
+    for label, of in ((f"weights, {half or 'fp32'}{trained}", "weights"), *PARTS):
+        label = gathered if label == "gathered" else label
+        lines.append(f"{label:34}" + "".join(f"{getattr(one, of) / 1e9:16.2f}" for one in found.values()))
+    host = "".join(f"{one.host / 1e9:16.2f}" for one in found.values())
+    fits = "".join(f"{'yes' if _fits(one, machine) else 'no':>16}" for one in found.values())
+    return [
+        *lines,
+        f"{'on the host, GB a rank':34}{host}",
+        f"{f'fits {machine.gpu_memory:g} GB (at most 92 %)':34}{fits}",
+    ]
+
+
+def _fits(memory: Memory, machine: Machine) -> bool:
+    """Fragments of the allocator, the CUDA context and NCCL take their share of what the maker prints."""
+    return memory.total <= 0.92 * machine.gpu_memory * 1e9
+
+
+def _advice(found: dict[str, Memory], machine: Machine) -> str:
+    own, *_ = found
+    if _fits(found[own], machine):
+        return f"\n{own} fits."
+    # Of those that fit, what offloads least.
+    better = sorted(
+        (name for name, one in found.items() if _fits(one, machine)), key=lambda name: found[name].host
+    )
+    mend = (
+        "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation checkpointing; no"
+        " ZeRO file here makes it fit"
+    )
+    return f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}"
+
+
+def _hours(experiment: Experiment, about, machine: Machine, step_tokens: int) -> str:
+    recipe = experiment.recipe
+    tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
+    flops = token_flops(experiment, about)
+    hours = flops * tokens / (machine.peak * machine.gpus * machine.mfu) / 3600
+    return (
+        f"{flops / 1e9:.1f} GFLOP a token, {flops * step_tokens / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g}"
+        f" B tokens at {machine.mfu:.0%} MFU of {machine.gpus} x {machine.gpu}: {hours:.1f} h,"
+        f" {hours * machine.gpus:.0f} GPU-hours"
+    )
+
+
+def token_flops(experiment: Experiment, about) -> float:
+    """Training FLOPs of a token of the experiment's rows."""
+    from endprompt.training.trainer import flops_per_token
+
+    adapters = experiment.adapters
+    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
+    return flops_per_token(about, experiment.attended, bool(adapters), head_frozen)

@@ -8,6 +8,7 @@ in all).  The options are those that a recipe can set, see docs/speed.md.
 
 import contextlib
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -25,8 +26,17 @@ SHAPES = {
     # The 8B's own layers, as many as one GPU of 80 GB holds with their optimizer states.
     "llama-3-8b-8-layers": (8, 4096, 14336, 32, 8, 128256, 8192, False),
 }
-END_PROMPT_TOKENS = 12
-RECALLED = 20  # tokens a span, a quarter of a row in all, as a recipe has it by default
+
+
+class FixedPrompt:
+    """In the place of a tokenizer: every end prompt is 12 tokens."""
+
+    unk_token_id = None
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict:
+        return {"input_ids": list(range(1, 13))}
+
+
 KERNELS, COMPILE, ATTENTION = ("torch", "liger"), ("no", "layers"), ("auto", "flash", "cudnn", "efficient")
 
 
@@ -146,10 +156,11 @@ def measure(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from endprompt.methods import s2
+    from endprompt.methods.base import Setting
     from endprompt.planning import estimate
     from endprompt.positions import rope
     from endprompt.rows.collate import Collator
+    from endprompt.rows.stream import Cursor
     from endprompt.training import lora, loss
     from endprompt.training.trainer import PEAK_FLOPS, flops_per_token
 
@@ -157,24 +168,21 @@ def measure(
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     method, config = methods.get(method_name), config_of(shape)
     window = config.max_position_embeddings
-    length = target if method.row_length == "target" else window
-    kind = method.rope
-    scaling = rope.scaling_for(kind, window, target, method.whole_factor)
+    length, options = method.row_length(window, target), method.Options()
+    scaling = method.scaling(None, window, target)
     theta = config.rope_parameters["rope_theta"]
     rope.apply(config, scaling, target)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     rope.verify(model.get_decoder().rotary_emb, model.config, scaling, theta)
-    group = length // 4 if method.attention == "s2" else None
-    if group:
-        s2.install(model, group)
+    method.attention(model, options, length).__enter__()
     loss.attach(model)
     use_kernels(model, kernels)
-    if method.lora:
+    if method.adapters:
         from endprompt.recipe.training_keys import Lora
 
-        lora.inject(model, Lora.model_validate(method.lora), 0)
+        lora.inject(model, Lora.model_validate(method.adapters), 0)
     model.train()
     if checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -187,29 +195,11 @@ def measure(
     collate = Collator(0, target)
     rng = np.random.default_rng(0)
 
+    rows_of = method.Rows(Setting(method.name, options, length, target, "cut", 0, FixedPrompt()))
+    cursor = Cursor(((("", rng.integers(config.vocab_size, size=length)) for _ in itertools.count())), 0, 0)
+
     def batch():
-        spans = np.full(length // 4 // RECALLED, RECALLED) if method.recall else []
-        b = END_PROMPT_TOKENS if method.end_prompt else int(np.sum(spans))
-        made = []
-        for _ in range(rows):
-            a = length - b
-            positions = method.plan(
-                np.array([a // 2, a - a // 2]) if method.chunked else a,
-                spans if method.recall else b,
-                target,
-                rng,
-            )
-            weights = np.ones(length, np.float32)
-            weights[0], weights[a:] = 0, 0.1
-            made.append(
-                {
-                    "input_ids": rng.integers(config.vocab_size, size=length),
-                    "position_ids": positions,
-                    "loss_weights": weights,
-                    "text_length": a,
-                    "prompt_length": b,
-                }
-            )
+        made = [rows_of(number, cursor) for number in range(rows)]
         found = {
             name: tensor
             for name, tensor in collate(made).items()
@@ -267,7 +257,10 @@ def measure(
     found = statistics.median(map(sum, zip(*parts.values(), strict=True)))
     speed = rows * length / found
     flops = flops_per_token(
-        config, group or length, bool(method.lora), not model.get_output_embeddings().weight.requires_grad
+        config,
+        method.attended(options, length),
+        bool(method.adapters),
+        not model.get_output_embeddings().weight.requires_grad,
     )
     name = torch.cuda.get_device_name() if cuda else None
     limit = next((value for key, value in PEAK_FLOPS.items() if name and key in name), None)
@@ -306,7 +299,7 @@ def serve() -> None:
         shapes = {
             name: value
             for name, value in settings.items()
-            if name != "target" or methods.get(settings["method_name"]).row_length == "target"
+            if name != "target" or methods.get(settings["method_name"]).fills == "target"
         }
         if before and shapes != before and "torch._dynamo" in sys.modules:
             # what was compiled for other rows or attention would count against the number of versions that it

@@ -7,23 +7,13 @@ import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from endprompt import BadInput
-from endprompt.methods import table as methods
 from endprompt.positions.rope import TYPES
-from endprompt.recipe import settings_file, training_keys, zero_file
+from endprompt.recipe import former_keys, settings_file, training_keys, zero_file
 from endprompt.recipe import task_names as names
 from endprompt.recipe.settings_file import SHIPPED
-from endprompt.recipe.training_keys import Lora
-
-# The three prompts the paper measures (Eq. 10, appendix B.1).
-END_PROMPTS = {
-    "EP_1": "This is the end of text, please pay attention here",
-    "EP_2": "<|eot_id|>",
-    "EP_3": "End.",
-}
 
 
 class Section(BaseModel):
@@ -37,9 +27,6 @@ class ModelSection(Section):
     trust_remote_code: bool = False  # whether Python files that come with the model may run
     original_length: int | None = Field(None, gt=0)
     attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
-    s2_group_size: int | None = Field(
-        None, gt=1
-    )  # tokens, for methods that train with shifted sparse attention; null: a quarter of a row
 
 
 class LengthsSection(Section):
@@ -61,18 +48,7 @@ class DataSection(Section):
     text_column: str = "text"
     split: str = "train"
     tokens: int = Field(gt=0, lt=2**63)
-    end_prompts: list[str] = Field(["EP_1"], min_length=1)
-    prompt_loss_weight: float = Field(0.1, ge=0)
     packing: Literal["cut", "document"] = "cut"
-    pose_chunks: int = Field(2, ge=2)
-    pose_text: Literal["contiguous", "later_span"] = "contiguous"
-    recall_share: float = Field(
-        0.25, gt=0, le=0.5
-    )  # of a row's tokens, for methods that repeat spans of its text
-    recall_cue: int = Field(4, gt=0)  # tokens of a span that name the place, without loss
-    recall_tokens: int = Field(16, gt=0)  # tokens of a span after its cue
-    match_pieces: int = Field(4, ge=2)  # a row, for methods that bring together what repeats; a power of two
-    match_tokens: int = Field(5, gt=0)  # as many in a row that two pieces share count once
     rows_per_shard: int = Field(4096, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -80,37 +56,6 @@ class DataSection(Section):
     @classmethod
     def whole(cls, value):
         return int(value) if isinstance(value, float) and value.is_integer() else value
-
-    @field_validator("prompt_loss_weight", mode="before")
-    @classmethod
-    def real(cls, value):
-        return float(value) if type(value) is int else value
-
-    @field_validator("end_prompts")
-    @classmethod
-    def worded(cls, value):
-        if any(not prompt.strip() for prompt in value):
-            raise ValueError("an end prompt without text; name EP_1, EP_2, EP_3 or write one")
-        return value
-
-    @field_validator("match_pieces")
-    @classmethod
-    def halved(cls, value):
-        if value & (value - 1):
-            raise ValueError(
-                f"{value} is no power of two, and pieces are brought together by twos; use 2, 4, 8"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def spans_within_documents(self):
-        if self.pose_text == "later_span" and self.packing == "cut":
-            raise ValueError(
-                "data.pose_text: later_span takes chunks from later in the same document, but with"
-                " data.packing: cut a row has no document of its own and the text between would be lost; set"
-                " data.packing=document, or data.pose_text=contiguous"
-            )
-        return self
 
 
 class RopeSection(Section):
@@ -174,12 +119,14 @@ class Recipe(Section):
     model: ModelSection
     lengths: LengthsSection
     data: DataSection
+    method_options: dict[str, Any] = {}  # of the method, by its own schema (methods/)
     rope: RopeSection = RopeSection()
     train: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
 
     name: str = Field(exclude=True)
     folder: Path = Field(exclude=True)
+    former: dict[str, Any] = Field({}, exclude=True)  # options of methods by their earlier keys
 
     def path(self, value: str) -> Path | None:
         """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files
@@ -192,30 +139,6 @@ class Recipe(Section):
                 pass
         return None
 
-    def row_length(self, method: methods.Method) -> int:
-        return self.lengths.target if method.row_length == "target" else self.lengths.physical
-
-    def group_size(self, method: methods.Method) -> int | None:
-        """Tokens a group of shifted sparse attention, or None where ``method`` attends in full."""
-        return (
-            None
-            if method.attention != "s2"
-            else self.model.s2_group_size or max(2, self.row_length(method) // 4)
-        )
-
-    def lora(self, method: methods.Method) -> Lora | None:
-        """The adapters that are trained: the method's settings under the recipe's ``train.lora``.  None, also
-        from null, trains all weights.
-        """
-        given = self.train.get("lora", method.lora)
-        return None if given is None else Lora.model_validate({**(method.lora or {}), **given})
-
-    def sharpen(self, method: methods.Method) -> float:
-        """The power of ln L / ln C by which attention is sharpened after training, or, if nothing is trained,
-        as the model is built to be scored; 0 leaves it.
-        """
-        return method.sharpen if self.rope.sharpen is None else self.rope.sharpen
-
     @property
     def sequence_parallel(self) -> int:
         """Ranks that share a row; 1 is none."""
@@ -226,13 +149,6 @@ class Recipe(Section):
         """DeepSpeed's options, from the recipe itself or from the file it names; None without."""
         given = self.train.get("deepspeed")
         return json.loads(settings_file.read(Path(given))) if isinstance(given, str) else given
-
-    def dump(self, method: str) -> str:
-        return yaml.safe_dump(
-            {"recipe": self.name, "method": method, **self.model_dump(mode="json")},
-            sort_keys=False,
-            allow_unicode=True,
-        )
 
 
 def defaults() -> dict[str, Any]:
@@ -295,11 +211,13 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     name, tree = settings_file.recipe(path)
     for assignment in overrides:
         _override(tree, assignment)
-    for key in ("name", "folder"):
+    for key in ("name", "folder", "former"):
         if key in tree:
-            raise BadInput(f"{path}: unknown key {key}; known here: model, lengths, data, rope, train, eval")
+            known = ", ".join(key for key, field in Recipe.model_fields.items() if not field.exclude)
+            raise BadInput(f"{path}: unknown key {key}; known here: {known}")
+    own = {"name": name, "folder": path.parent.absolute(), "former": former_keys.taken(tree)}
     try:
-        recipe = Recipe.model_validate({**tree, "name": name, "folder": path.parent.absolute()})
+        recipe = Recipe.model_validate({**tree, **own})
     except ValidationError as error:
         raise BadInput(f"{path}: {_message(error)}") from None
     try:

@@ -23,10 +23,9 @@ from pathlib import Path
 from endprompt import BadInput
 from endprompt.evaluation import results
 from endprompt.methods import table as methods
-from endprompt.methods.table import Method
 from endprompt.planning import estimate
-from endprompt.recipe import schema as config
 from endprompt.recipe import task_names as names
+from endprompt.recipe.experiment import Experiment, resolve
 from endprompt.recipe.schema import Recipe
 from endprompt.reports import paper
 
@@ -78,20 +77,12 @@ class Job:
         return SEPARATOR.join(fields)
 
 
-def training_flops(recipe: Recipe, method: Method, about) -> float:
-    from endprompt.training.trainer import flops_per_token
-
-    if not method.trained:
+def training_flops(experiment: Experiment, about) -> float:
+    if not experiment.method.trained:
         return 0.0
-    adapters = recipe.lora(method)
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
-    return (
-        flops_per_token(
-            about, recipe.group_size(method) or recipe.row_length(method), bool(adapters), head_frozen
-        )
-        * recipe.data.tokens
-        * recipe.train.get("num_train_epochs", 1)
-    )
+    recipe = experiment.recipe
+    tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
+    return estimate.token_flops(experiment, about) * tokens
 
 
 def prefill_flops(recipe: Recipe, about) -> float:
@@ -170,20 +161,21 @@ class Planned:
     memory: float | None = None
 
 
-def training_memory(recipe: Recipe, method: Method, about, gpus: int) -> float | None:
+def training_memory(experiment: Experiment, about, gpus: int) -> float | None:
     """Bytes a GPU under the recipe's own ZeRO file (see ``estimate.memory``)."""
-    return (
-        None if recipe.sequence_parallel > 1 else estimate.training_memory(recipe, method, about, gpus).total
-    )
+    if experiment.recipe.sequence_parallel > 1:
+        return None
+    return estimate.training_memory(experiment, about, gpus).total
 
 
 def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
     """gpus: that train together, for the memory of one.  Raises BadInput if the recipe cannot be run as the
     job says.
     """
-    from endprompt.training.run import batch_shape
+    from endprompt.training.arguments import batch_shape
 
-    recipe, method = config.load(job.recipe, list(job.overrides)), methods.get(job.method)
+    experiment = resolve(job.recipe, list(job.overrides), job.method, job.out)
+    recipe, method = experiment.recipe, experiment.method
     if recipe.name != job.recipe.stem:
         raise BadInput(
             f"--recipe {job.recipe} is the resolved copy of a run of {recipe.name}; name the recipe itself,"
@@ -193,7 +185,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
         done = any((job.folder / "sft").glob("*.safetensors"))
         return Planned(job, "trained" if done else "missing", done, 0.0 if done else None, 0.0)
     if method.trained and job.kind != "evaluate":
-        batch_shape(recipe, method)
+        batch_shape(experiment)
     about = estimate.shape(recipe)
     scored = Path(job.model).expanduser() if job.model else job.folder / "model" if method.trained else None
     trained = job.kind == "evaluate" or not method.trained or scored.is_dir()
@@ -214,7 +206,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
         state = "trained" if method.trained and job.kind == "run" else "not evaluated"
     if about is None:
         return Planned(job, state, done, None, None)
-    train = 0.0 if trained else training_flops(recipe, method, about) / flops_per_hour
+    train = 0.0 if trained else training_flops(experiment, about) / flops_per_hour
     counted = any(task not in names.SHORT_TEXT for task in recipe.eval.tasks)
     evaluate = (
         0.0
@@ -226,7 +218,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
         )
     )
     return Planned(
-        job, state, done, train, evaluate, None if trained else training_memory(recipe, method, about, gpus)
+        job, state, done, train, evaluate, None if trained else training_memory(experiment, about, gpus)
     )
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from endprompt import BadInput
-from endprompt.methods import table as methods
-from endprompt.methods.table import Method
-from endprompt.positions import coverage
-from endprompt.positions import plans as positions
+from endprompt.methods import table
+from endprompt.positions import coverage, plans
 from endprompt.positions.coverage import Span
-from endprompt.recipe.schema import Recipe
+from endprompt.recipe.experiment import Experiment
 from endprompt.rows import prepare, shards
-from endprompt.rows import stream as row_stream
+from endprompt.rows.stream import Cursor
 
 SAMPLED_TOKENS = 2**24
 BANDS = 8
@@ -33,7 +31,7 @@ def describe(folder: Path, manifest: dict, tokenizer, number: int) -> str:
         raise BadInput(f"--row {number}: the shards hold rows 0 to {manifest['rows'] - 1}")
     row = next(row for index, row in enumerate(shards.rows(folder, manifest)) if index == number)
     ids, a, b, L = row["input_ids"], row["text_length"], row["prompt_length"], manifest["target_length"]
-    parts = positions.segments(np.array(row["position_ids"]))
+    parts = plans.segments(np.array(row["position_ids"]))
     counts = coverage.pair_counts([parts], L)
     missing = coverage.gap(coverage.counted(counts), L)
 
@@ -59,73 +57,78 @@ def describe(folder: Path, manifest: dict, tokenizer, number: int) -> str:
     return "\n".join(lines)
 
 
-def _rows(
-    recipe: Recipe, method: Method, tokenizer, folder: Path, strict: bool
-) -> tuple[list[list[Span]], str]:
-    """(segments of each row, where they come from): the shards in ``folder``, or the rows that ``prepare``
+def _rows(experiment: Experiment, strict: bool) -> tuple[list[list[Span]], str]:
+    """(segments of each row, where they come from): the run's shards, or the rows that ``prepare``
     would begin with.
 
     The plan asks nothing of the text but its length, so rows are sampled from a corpus of one endless blank.
     Raises BadInput if shards are there and damaged, or another setting's; unless ``strict``, rows are then
     sampled.
     """
+    folder = experiment.run / "shards"
     if (folder / shards.MANIFEST).exists():
         try:
-            manifest = shards.read_manifest(folder)
-            if differing := shards.disagreements(manifest, prepare.settings(recipe, method, tokenizer)):
-                raise BadInput(
-                    f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)});"
-                    " inspect them under their own"
-                )
-            shards.verify(folder, manifest)
-            shards.check_rows(folder, manifest)
-            return [
-                positions.segments(row) for row in shards.position_ids(folder, manifest)
-            ], f"{manifest['rows']} prepared rows of {folder}"
+            manifest = checked(experiment)
+            segments = [plans.segments(row) for row in shards.position_ids(folder, manifest)]
+            return segments, f"{manifest['rows']} prepared rows of {folder}"
         except BadInput:
             if strict:
                 raise
-    length = recipe.row_length(method)
-    make = row_stream.row_maker(
-        recipe, method, row_stream.end_prompts(recipe, tokenizer) if method.end_prompt else []
-    )
-    blank = row_stream.Cursor(repeat(("", np.zeros(recipe.lengths.target, np.int32))), 0, 0)
-    count = max(1, min(recipe.data.tokens, SAMPLED_TOKENS) // length)
-    return [
-        positions.segments(make(number, blank)["position_ids"]) for number in range(count)
-    ], f"{count} sampled rows of {length} tokens (there are no shards)"
+    make, length = experiment.rows(), experiment.row_length
+    blank = Cursor(repeat(("", np.zeros(experiment.target_length, np.int32))), 0, 0)
+    count = max(1, min(experiment.recipe.data.tokens, SAMPLED_TOKENS) // length)
+    segments = [plans.segments(make(number, blank)["position_ids"]) for number in range(count)]
+    return segments, f"{count} sampled rows of {length} tokens (there are no shards)"
 
 
-def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, number: int) -> str:
-    """Which distances ``method`` supervises, and how often, as text: its shards below ``out`` if prepared,
-    else sampled rows.
+def checked(experiment: Experiment) -> dict:
+    """The manifest of the run's shards.  Raises BadInput if they are damaged, or another setting's."""
+    folder = experiment.run / "shards"
+    manifest = shards.read_manifest(folder)
+    if differing := shards.disagreements(manifest, prepare.settings(experiment)):
+        raise BadInput(
+            f"shards: {folder} do not belong to this recipe and method ({'; '.join(differing)}); inspect them"
+            " under their own"
+        )
+    shards.verify(folder, manifest)
+    shards.check_rows(folder, manifest)
+    return manifest
+
+
+def describe_coverage(experiment: Experiment, number: int) -> str:
+    """Which distances the method supervises, and how often, as text: of its shards if prepared, else of
+    sampled rows.
 
     Raises BadInput for a method without training, a row ``number`` that is not there, or shards of another
     setting.
     """
-    if not method.trained:
+    name = experiment.method.name
+    if not experiment.method.trained:
         raise BadInput(
-            f"--coverage: {method.name} trains nothing, so there are no distances to count; choose a method"
-            " that trains"
+            f"--coverage: {name} trains nothing, so there are no distances to count; choose a method that"
+            " trains"
         )
-    rows, source = _rows(recipe, method, tokenizer, out / recipe.name / method.name / "shards", strict=True)
+    rows, source = _rows(experiment, strict=True)
     if not 0 <= number < len(rows):
         raise BadInput(f"--row {number}: there are rows 0 to {len(rows) - 1}")
-    L, row = recipe.lengths.target, rows[number]
+    L, row = experiment.target_length, rows[number]
     counts = coverage.pair_counts(rows, L)
+    never = f"{np.count_nonzero(counts == 0)} of the distances 0..{L - 1} ({np.mean(counts == 0):.2%})"
     lines = [
-        f"coverage of {method.name}: {source}",
-        (
-            f"never seen: {np.count_nonzero(counts == 0)} of the distances 0..{L - 1}"
-            f" ({np.mean(counts == 0):.2%})"
-        ),
+        f"coverage of {name}: {source}",
+        f"never seen: {never}",
         "",
         f"row {number}: positions {_listed(row)}",
-        *(
-            f"  queries {r}..{s} on keys {p}..{q}: distances {low}..{high}"
-            for (r, s), (p, q), (low, high) in islice(coverage.contributions(row), 10)
-        ),
     ]
+    for (r, s), (p, q), (low, high) in islice(coverage.contributions(row), 10):
+        lines.append(f"  queries {r}..{s} on keys {p}..{q}: distances {low}..{high}")
+    lines += _both_ways(row, number, rows, L)
+    return "\n".join([*lines, "", *_bands(counts)])
+
+
+def _both_ways(row: list[Span], number: int, rows: list[list[Span]], L: int) -> list[str]:
+    """Observed distances and gaps, of ``row`` and of all ``rows``, in closed form and counted."""
+    lines = []
     for title, some in ((f"row {number}", [row]), (f"all {len(rows)} rows", rows)):
         closed, seen = coverage.observed(some), coverage.counted(coverage.pair_counts(some, L))
         for name, equation, spans in (
@@ -136,7 +139,13 @@ def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, numb
                 f"{name} of {title}, closed form (paper Eq. {equation}): {_listed(spans[0])}",
                 f"{name} of {title}, counted: {_listed(spans[1])}",
             ]
-    lines += ["", f"{'distances':<18} {'pairs':>16} {'of all pairs':>14} {'never seen':>12}"]
+    return lines
+
+
+def _bands(counts: np.ndarray) -> list[str]:
+    """A table of ``counts`` [L] in a few bands of distances."""
+    L = len(counts)
+    lines = [f"{'distances':<18} {'pairs':>16} {'of all pairs':>14} {'never seen':>12}"]
     edges = sorted({L * band // BANDS for band in range(BANDS + 1)})
     for low, high in pairwise(edges):
         part = counts[low:high]
@@ -144,26 +153,21 @@ def describe_coverage(recipe: Recipe, method: Method, tokenizer, out: Path, numb
             f"{f'{low}..{high - 1}':<18} {part.sum():>16} {part.sum() / counts.sum():>14.3%}"
             f" {np.mean(part == 0):>12.1%}"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def draw_coverage(recipe: Recipe, tokenizer, out: Path) -> bytes:
-    """A PNG of how often every method that trains supervises each distance; its shards below ``out`` if
-    prepared, else sampled rows.
+def draw_coverage(experiment: Experiment) -> bytes:
+    """A PNG of how often every method that trains supervises each distance under the recipe: of its shards if
+    prepared, else of sampled rows.
 
     Raises BadInput if the recipe cannot make rows for one of them.
     """
-    panels, L = [], recipe.lengths.target
-    for method in filter(lambda method: method.trained, methods.METHODS.values()):
-        rows, source = _rows(
-            recipe, method, tokenizer, out / recipe.name / method.name / "shards", strict=False
-        )
+    panels, L, recipe = [], experiment.target_length, experiment.recipe
+    for method in filter(lambda method: method.trained, table.METHODS.values()):
+        own = experiment.with_method(method.name) if method is not experiment.method else experiment
+        rows, source = _rows(own, strict=False)
         tokens = sum(last - first + 1 for row in rows for first, last in row)
-        panels.append(
-            (f"{method.name}, {source.partition(' of ')[0]}", coverage.pair_counts(rows, L), tokens)
-        )
-    return coverage.picture(
-        panels,
-        f"{recipe.name}: distances supervised with rows of {recipe.lengths.physical} tokens and a window"
-        f" of {L}",
-    )
+        counts = coverage.pair_counts(rows, L)
+        panels.append((f"{method.name}, {source.partition(' of ')[0]}", counts, tokens))
+    title = f"distances supervised with rows of {recipe.lengths.physical} tokens and a window of {L}"
+    return coverage.picture(panels, f"{recipe.name}: {title}")

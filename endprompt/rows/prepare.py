@@ -18,10 +18,11 @@ import numpy as np
 
 from endprompt import BadInput, storage
 from endprompt.bases import model
-from endprompt.methods.table import Method
+from endprompt.methods.base import Rows
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.rows import corpus, shards
-from endprompt.rows.stream import Cursor, end_prompts, row_maker, rows_at_once
+from endprompt.rows.stream import Cursor
 from endprompt.rows.tokenizing import tokenized, tokenizer_fingerprint
 
 PROGRESS = "progress.json"
@@ -29,42 +30,29 @@ SHARD_TOKENS = 2**22  # held in memory while they are made: some 200 MB
 COUNTS = ("rows", "tokens", "text_tokens", "prompt_tokens", "documents")
 
 
-def settings(recipe: Recipe, method: Method, tokenizer) -> dict:
+def settings(experiment: Experiment, tokenizer=None, rows: Rows | None = None) -> dict:
     """What shards depend on; ``train`` expects the manifest to say the same."""
-    prompts = end_prompts(recipe, tokenizer) if method.end_prompt else []
+    data, lengths = experiment.recipe.data, experiment.recipe.lengths
+    tokenizer = experiment.base.tokenizer if tokenizer is None else tokenizer
+    rows = experiment.rows(tokenizer) if rows is None else rows
     return {
         "schema_version": shards.SCHEMA_VERSION,
-        "method": method.name,
-        "physical_length": recipe.lengths.physical,
-        "target_length": recipe.lengths.target,
-        "row_length": recipe.row_length(method),
-        "packing": recipe.data.packing,
-        "corpus": recipe.data.corpus,
-        "text_column": recipe.data.text_column,
-        "split": recipe.data.split,
-        "tokens_requested": recipe.data.tokens,
-        "seed": recipe.data.seed,
-        "rows_per_shard": recipe.data.rows_per_shard,
+        "method": experiment.method.name,
+        "physical_length": lengths.physical,
+        "target_length": lengths.target,
+        "row_length": experiment.row_length,
+        "packing": data.packing,
+        "corpus": data.corpus,
+        "text_column": data.text_column,
+        "split": data.split,
+        "tokens_requested": data.tokens,
+        "seed": data.seed,
+        "rows_per_shard": data.rows_per_shard,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "end_prompts": [
-            {"name": prompt.name, "text": prompt.text, "ids": prompt.ids.tolist()} for prompt in prompts
-        ],
-        "prompt_loss_weight": recipe.data.prompt_loss_weight if prompts else None,
-        **(
-            {"pose_chunks": recipe.data.pose_chunks, "pose_text": recipe.data.pose_text}
-            if method.chunked and not method.matched
-            else {}
-        ),
-        **(
-            {key: getattr(recipe.data, key) for key in ("match_pieces", "match_tokens")}
-            if method.matched
-            else {}
-        ),
-        **(
-            {key: getattr(recipe.data, key) for key in ("recall_share", "recall_cue", "recall_tokens")}
-            if method.recall
-            else {}
-        ),
+        # Manifests of every method have these two.
+        "end_prompts": [],
+        "prompt_loss_weight": None,
+        **rows.recorded(),
     }
 
 
@@ -308,28 +296,30 @@ def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
 
 
 def prepare(
-    recipe: Recipe,
-    method: Method,
-    tokenizer,
+    experiment: Experiment,
     folder: Path,
     workers: int,
     versions: dict,
     part: tuple[int, int] | None = None,
-    embeddings: int = 2**31,
+    tokenizer=None,
 ) -> dict:
-    """Writes the shards of ``method`` into ``folder`` and returns their manifest; goes on where a killed run
-    stopped.
+    """Writes the shards of ``experiment`` into ``folder`` and returns their manifest; goes on where a killed
+    run stopped.
 
     part: (i, n), from 1 on: only the i-th of n parts, which may be made at the same time; without it,
         finished parts are joined.
-    embeddings: those of the model.  A row's randomness comes from its number among all; which text it holds
-        depends on n, as rows do not cross from part to part. Raises BadInput if the corpus cannot be read,
-        holds not one row, or holds a token without an embedding, or if ``folder`` holds shards of another
-        setting or another corpus.
+    tokenizer: in place of the base's own.
+
+    A row's randomness comes from its number among all; which text it holds depends on n, as rows do not cross
+    from part to part.  Raises BadInput if the corpus cannot be read, holds not one row, or holds a token
+    without an embedding, or if ``folder`` holds shards of another setting or another corpus.
     """
-    expected = settings(recipe, method, tokenizer)
-    for prompt in expected["end_prompts"]:
-        model.check_ids(prompt["ids"], tokenizer, embeddings, f"data.end_prompts: {prompt['text']!r}")
+    recipe = experiment.recipe
+    tokenizer = experiment.base.tokenizer if tokenizer is None else tokenizer
+    rows = experiment.rows(tokenizer)
+    expected = settings(experiment, tokenizer, rows)
+    for where, ids in rows.written().items():
+        model.check_ids(ids, tokenizer, experiment.base.config.vocab_size, where)
     if (folder / shards.MANIFEST).exists():
         manifest = shards.read_manifest(folder)
         if differing := shards.disagreements(manifest, expected):
@@ -357,127 +347,138 @@ def prepare(
                 )
             _refuse_finished_of_other_corpus(recipe, folder, state)
             return state
-    return _make(recipe, method, tokenizer, folder, workers, versions, expected, part, embeddings)
+    return Preparation(experiment, folder, rows, tokenizer, expected, part).run(workers, versions)
 
 
-def _make(
-    recipe: Recipe,
-    method: Method,
-    tokenizer,
-    folder: Path,
-    workers: int,
-    versions: dict,
-    expected: dict,
-    part: tuple[int, int] | None,
-    embeddings: int,
-) -> dict:
-    from tqdm import tqdm
+class Preparation:
+    """The rows of one part, or of all, on their way into shards; a killed one goes on where it stopped."""
 
-    asked = recipe.data.tokens // recipe.row_length(method)
-    if asked == 0:
-        raise BadInput(
-            f"data.tokens: {recipe.data.tokens} tokens are less than one row of {recipe.row_length(method)};"
-            " raise it"
-        )
-    first, wanted = _share(asked, part)
-    progress, finished, shard = _names(part)
-    prompts = end_prompts(recipe, tokenizer) if method.end_prompt else []
-    make = row_maker(recipe, method, prompts)
-    # Longer rows, fewer of them: a shard is held in memory while it is made.
-    at_once = rows_at_once(recipe, method)
-    # A shard ends where the cursor tells it all.
-    rows_per_shard = (
-        max(1, min(recipe.data.rows_per_shard, SHARD_TOKENS // recipe.row_length(method)) // at_once)
-        * at_once
-    )
-    files = corpus.local_files(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _resume(folder, expected, part)
-    number, ledger = (
-        sum(shard["rows"] for shard in state["shards"]),
-        corpus.Ledger(files, state["corpus_files"]),
-    )
-    if state["shards"]:
-        _refuse_other_corpus(files, state["corpus_files"], f"the preparation in {folder} was begun")
-    documents = islice(_documents(recipe, files, ledger, part), state["document"], None)
-    stream = _embedded(tokenized(documents, tokenizer, workers), tokenizer, embeddings)
-    cursor = Cursor(stream, state["document"], state["offset"])
-    bar = tqdm(
-        total=wanted * recipe.row_length(method),
-        initial=number * recipe.row_length(method),
-        unit="tok",
-        unit_scale=True,
-        desc=f"prepare {method.name}",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        delay=1,
-        file=sys.stderr,
-    )
-    try:
-        with bar:
-            while number < wanted:
-                rows = []
-                while (
-                    len(rows) < min(rows_per_shard, wanted - number)
-                    and (row := make(first + number + len(rows), cursor)) is not None
-                ):
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        rows: Rows,
+        tokenizer,
+        expected: dict,
+        part: tuple[int, int] | None,
+    ):
+        self.experiment, self.folder, self.rows, self.tokenizer = experiment, folder, rows, tokenizer
+        self.expected, self.part, self.recipe = expected, part, experiment.recipe
+        self.length = experiment.row_length
+        asked = self.recipe.data.tokens // self.length
+        if asked == 0:
+            raise BadInput(
+                f"data.tokens: {self.recipe.data.tokens} tokens are less than one row of {self.length}; raise"
+                " it"
+            )
+        self.first, self.wanted = _share(asked, part)
+        self.progress, self.finished, self.shard = _names(part)
+        # Longer rows, fewer of them: a shard is held in memory while it is made.
+        most = min(self.recipe.data.rows_per_shard, SHARD_TOKENS // self.length)
+        # A shard ends where the cursor tells it all.
+        self.rows_per_shard = max(1, most // rows.together) * rows.together
+
+    def run(self, workers: int, versions: dict) -> dict:
+        """The manifest, or what a finished part says of itself."""
+        files = corpus.local_files(self.recipe)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state = _resume(self.folder, self.expected, self.part)
+        self.number = sum(shard["rows"] for shard in self.state["shards"])
+        self.ledger = corpus.Ledger(files, self.state["corpus_files"])
+        if self.state["shards"]:
+            begun = f"the preparation in {self.folder} was begun"
+            _refuse_other_corpus(files, self.state["corpus_files"], begun)
+        documents = _documents(self.recipe, files, self.ledger, self.part)
+        documents = islice(documents, self.state["document"], None)
+        embeddings = self.experiment.base.config.vocab_size
+        stream = _embedded(tokenized(documents, self.tokenizer, workers), self.tokenizer, embeddings)
+        self.cursor = Cursor(stream, self.state["document"], self.state["offset"])
+        try:
+            self.write_shards()
+        except BaseException:
+            if self.part is None:  # another part may be about to write
+                with contextlib.suppress(OSError):  # not empty: shards are there
+                    self.folder.rmdir()
+            raise
+        finally:
+            stream.close()
+        return self.finish(versions)
+
+    def write_shards(self) -> None:
+        from tqdm import tqdm
+
+        with tqdm(
+            total=self.wanted * self.length,
+            initial=self.number * self.length,
+            unit="tok",
+            unit_scale=True,
+            desc=f"prepare {self.experiment.method.name}",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            delay=1,
+            file=sys.stderr,
+        ) as bar:
+            while self.number < self.wanted:
+                rows: list[dict] = []
+                most = min(self.rows_per_shard, self.wanted - self.number)
+                while len(rows) < most:
+                    row = self.rows(self.first + self.number + len(rows), self.cursor)
+                    if row is None:
+                        break
                     rows.append(row)
                     bar.update(len(row["input_ids"]))
                 if not rows:
                     break
-                name = shard.format(len(state["shards"]))
-                data = shards.encode(rows)
-                storage.write_atomically(folder / name, data)
-                number += len(rows)
-                state["shards"].append(
-                    {
-                        "file": name,
-                        "rows": len(rows),
-                        "bytes": len(data),
-                        "sha256": hashlib.sha256(data).hexdigest(),
-                    }
-                )
-                state["text_tokens"] += sum(row["text_length"] for row in rows)
-                state["prompt_tokens"] += sum(row["prompt_length"] for row in rows)
-                ledger.settle(cursor.document + (cursor.offset > 0))
-                state |= {
-                    "document": cursor.document,
-                    "offset": cursor.offset,
-                    "corpus_files": ledger.records,
-                }
-                storage.write_json(folder / progress, state)
-    except BaseException:
-        if part is None:  # another part may be about to write
-            with contextlib.suppress(OSError):  # not empty: shards are there
-                folder.rmdir()
-        raise
-    finally:
-        stream.close()
-    if number == 0 and part is None:
-        folder.rmdir()
-        rows = "one row" if at_once == 1 else f"the {at_once} rows that {method.name} makes of one stretch,"
-        raise BadInput(
-            f"data.corpus: it holds fewer tokens than {rows} of {recipe.row_length(method)}; give more text"
-            " or lower the length"
-        )
-    if number < wanted:
-        ledger.settle(None)
-        print(
-            f"warning: the corpus{' of this part' if part else ''} ended after {number} of {wanted} rows;"
-            " data.tokens asks for more text than there is",
-            file=sys.stderr,
-        )
-    manifest = {
-        **expected,
-        "rows": number,
-        "tokens": state["text_tokens"] + state["prompt_tokens"],
-        "text_tokens": state["text_tokens"],
-        "prompt_tokens": state["prompt_tokens"],
-        "documents": cursor.document + (cursor.offset > 0),
-        "corpus_ended": number < wanted,
-        "corpus_files": ledger.records,
-        "shards": state["shards"],
-        "versions": versions,
-    }
-    storage.write_json(folder / finished, manifest)
-    (folder / progress).unlink(missing_ok=True)
-    return manifest
+                self.keep(rows)
+
+    def keep(self, rows: list[dict]) -> None:
+        """Writes a shard, and then that it is there."""
+        name, data = self.shard.format(len(self.state["shards"])), shards.encode(rows)
+        storage.write_atomically(self.folder / name, data)
+        self.number += len(rows)
+        digest = hashlib.sha256(data).hexdigest()
+        self.state["shards"].append({"file": name, "rows": len(rows), "bytes": len(data), "sha256": digest})
+        self.state["text_tokens"] += sum(row["text_length"] for row in rows)
+        self.state["prompt_tokens"] += sum(row["prompt_length"] for row in rows)
+        self.ledger.settle(self.documents())
+        self.state |= {
+            "document": self.cursor.document,
+            "offset": self.cursor.offset,
+            "corpus_files": self.ledger.records,
+        }
+        storage.write_json(self.folder / self.progress, self.state)
+
+    def documents(self) -> int:
+        """Documents that rows were made of."""
+        return self.cursor.document + (self.cursor.offset > 0)
+
+    def finish(self, versions: dict) -> dict:
+        if self.number == 0 and self.part is None:
+            self.folder.rmdir()
+            together = self.rows.together
+            rows = f"the {together} rows that {self.experiment.method.name} makes of one stretch,"
+            raise BadInput(
+                f"data.corpus: it holds fewer tokens than {'one row' if together == 1 else rows} of"
+                f" {self.length}; give more text or lower the length"
+            )
+        if self.number < self.wanted:
+            self.ledger.settle(None)
+            print(
+                f"warning: the corpus{' of this part' if self.part else ''} ended after {self.number} of"
+                f" {self.wanted} rows; data.tokens asks for more text than there is",
+                file=sys.stderr,
+            )
+        manifest = {
+            **self.expected,
+            "rows": self.number,
+            "tokens": self.state["text_tokens"] + self.state["prompt_tokens"],
+            "text_tokens": self.state["text_tokens"],
+            "prompt_tokens": self.state["prompt_tokens"],
+            "documents": self.documents(),
+            "corpus_ended": self.number < self.wanted,
+            "corpus_files": self.ledger.records,
+            "shards": self.state["shards"],
+            "versions": versions,
+        }
+        storage.write_json(self.folder / self.finished, manifest)
+        (self.folder / self.progress).unlink(missing_ok=True)
+        return manifest

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from endprompt import BadInput, storage
-from endprompt.runs import checkpoint_files
 from endprompt.rows import shards
+from endprompt.runs import checkpoint_files
 
 STATUS, STOP = "status.json", "stop"
 TRAIN_LOCK = ".train.lock"

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from endprompt import Failure, storage
 from endprompt.bases import model
-from endprompt.methods import sharpen
 from endprompt.positions import rope
+from endprompt.recipe.experiment import Experiment
 from endprompt.runs import checkpoint_files
 from endprompt.runs.checkpoint_files import MARKER
 from endprompt.training import lora, precision
@@ -91,23 +91,19 @@ def weights_only() -> Iterator[None]:
 
 def save_final(
     trainer,
-    tokenizer,
-    folder: Path,
-    scaling: rope.Scaling,
-    rope_theta: float,
-    target_length: int,
+    experiment: Experiment,
     adapted: dict[str, torch.Tensor] | None,
-    sharpness: float,
     finish: Callable[[float | None], None],
 ) -> None:
-    """Gathers the weights of all ranks into ``folder`` (safetensors, config, tokenizer), checks it, sharpens
-    its attention by ``sharpness``, and only then gives it its name.
+    """Gathers the weights of all ranks into the run's ``model/`` (safetensors, config, tokenizer), checks it,
+    lets the method change it, and only then gives it its name.
 
     adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are
     merged, and the saved model must give the adapter model's logits on that batch.  finish: called on the
     first rank with how far they differ (see lora.verify_merged; None without adapters) before the folder gets
     its name, which says that nothing is left to do.
     """
+    folder = experiment.run / "model"
     difference = None
     if adapted is not None:
         expected = lora.logits(trainer.model, adapted, trainer.args.device)
@@ -121,15 +117,14 @@ def save_final(
     trainer.save_model(str(partial))
     barrier()
     if trainer.args.should_save:
-        tokenizer.save_pretrained(partial)
-        (partial / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle; recipe.yaml beside the folder says the same
-        verify_saved(partial, scaling, rope_theta, target_length)
+        experiment.base.tokenizer.save_pretrained(partial)
+        # A pickle; recipe.yaml beside the folder says the same.
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        theta = experiment.base.config.rope_parameters["rope_theta"]
+        verify_saved(partial, experiment.scaling, theta, experiment.target_length)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
-        if sharpness != 1:
-            sharpen.sharpen(partial, sharpness)
+        experiment.method.after_training(partial, experiment)
         flush(partial)
         finish(difference)
         os.replace(partial, folder)

@@ -17,18 +17,17 @@ import torch
 from transformers import TrainerCallback
 
 from endprompt import BadInput, Failure
-from endprompt.methods.table import Method
-from endprompt.positions import plans as positions
-from endprompt.recipe.schema import Recipe
+from endprompt.recipe.experiment import Experiment
 from endprompt.training import probe as attention
 
 
-def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, manifest: dict) -> None:
-    """Raises BadInput naming ``train.sequence_parallel`` unless ``method``, the model, the shards and the
+def check(experiment: Experiment, attention: str, ranks: int, manifest: dict) -> None:
+    """Raises BadInput naming ``train.sequence_parallel`` unless the method, the model, the shards and the
     ranks allow it.
 
     attention: the implementation that will train; ranks: of the whole world; manifest: of the shards.
     """
+    recipe, length = experiment.recipe, experiment.row_length
     n, key = recipe.sequence_parallel, "train.sequence_parallel"
     if n == 1:
         return
@@ -37,16 +36,16 @@ def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, ma
             f"{key}: it is DeepSpeed's; set train.deepspeed, for example to ds_configs/zero3.json, or remove"
             " the key"
         )
-    if method.plan is not positions.contiguous or method.end_prompt or method.attention:
-        why = "shifts its own attention" if method.attention else "has jumps in its positions"
+    if why := experiment.method.refuses_shared_rows():
         raise BadInput(
-            f"{key}: {method.name} {why}, and Ulysses attends without a mask; it serves full_length, lceg and"
-            " short, so remove the key"
+            f"{key}: {experiment.method.name} {why}, and Ulysses attends without a mask; it serves"
+            " full_length, lceg and short, so remove the key"
         )
     if ranks % n:
         raise BadInput(
             f"{key}: {n} does not divide the {ranks} ranks; start a multiple of {n}, or choose another"
         )
+    config = experiment.base.config
     heads, kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if heads % n or (kv % n and n % kv):
         raise BadInput(
@@ -57,12 +56,9 @@ def check(recipe: Recipe, method: Method, config, attention: str, ranks: int, ma
         raise BadInput(
             f"{key}: Ulysses takes no eager attention; set model.attn_implementation to sdpa or null"
         )
-    if recipe.row_length(method) % n:
-        raise BadInput(
-            f"{key}: {n} does not divide rows of {recipe.row_length(method)} tokens; choose a number that"
-            " does"
-        )
-    if manifest["tokens"] != manifest["rows"] * recipe.row_length(method):
+    if length % n:
+        raise BadInput(f"{key}: {n} does not divide rows of {length} tokens; choose a number that does")
+    if manifest["tokens"] != manifest["rows"] * length:
         raise BadInput(
             f"{key}: rows of different lengths would need padding, which Ulysses does not mask; set"
             " data.packing to cut"

@@ -65,9 +65,11 @@ class WeightedTrainer(Trainer):
     where the text ends cannot be foretold, what follows the first token can.
     """
 
-    def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, **kwargs):
+    def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, loss_term=None, **kwargs):
+        """loss_term: (network, batch, outputs) -> a scalar added to the batch's sum, or None; see Method."""
         super().__init__(*args, **kwargs)
         self.token_flops, self.sequence_parallel = token_flops, sequence_parallel
+        self.loss_term = loss_term
         self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
         self.loss_is_scaled_for_ga = True
         self.last_metrics: dict[str, float] = {}
@@ -117,9 +119,13 @@ class WeightedTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_prompt, rows = inputs.pop("shift_prompt"), inputs.pop("row_numbers")
         outputs = model(**inputs)
-        self.micro_batches.append((rows, outputs["loss_sum"].detach()))
+        loss_sum = outputs["loss_sum"]
+        more = self.loss_term(model, inputs, outputs) if self.loss_term else None
+        if more is not None:
+            loss_sum = loss_sum + more
+        self.micro_batches.append((rows, loss_sum.detach()))
         # DeepSpeed averages gradients over so many ranks; the divisor already counts all ranks' weights.
-        total = outputs["loss_sum"] * (self.averaged / num_items_in_batch).to(torch.float32)
+        total = loss_sum * (self.averaged / num_items_in_batch).to(torch.float32)
         with torch.no_grad():
             target = inputs["shift_labels"] >= 0
             tokens = target.any(1).sum() * target.shape[1]  # a filler has no targets

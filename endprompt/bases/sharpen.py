@@ -66,6 +66,19 @@ def inherited(config) -> dict[str, float | int]:
     return {"sharpened": t, **({"sharpened_from": start} if start else {})}
 
 
+def missing(power: float, config, original_length: int, target_length: int) -> float:
+    """What attention scores are multiplied by after training, or, where a method trains nothing, before the
+    model is scored; 1 leaves them.
+
+    power: of ln L / ln C.  config: the base's own, before ``rope.apply`` gave it another window.  A base that
+    is sharpened already gets what its own factor lacks of the method's, both counted from the same window; it
+    loses nothing.
+    """
+    there = inherited(config)
+    start = min(there.get("sharpened_from", math.inf), original_length)
+    return max(1.0, factor(power, start, target_length) / there.get("sharpened", 1.0))
+
+
 def sharpen_network(network, t: float) -> None:
     """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole
     weights: what a method that trains nothing is scored with.

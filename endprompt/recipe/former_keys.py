@@ -1,0 +1,21 @@
+"""Keys of recipes as they were called before: recipes and folders of earlier versions go on working."""
+
+# Until November 2026 the options of all methods stood in the sections of every recipe.
+FORMER = {
+    "data": (
+        "end_prompts prompt_loss_weight pose_chunks pose_text recall_share recall_cue recall_tokens"
+        " match_pieces match_tokens"
+    ).split(),
+    "model": ["s2_group_size"],
+}
+
+
+def taken(tree: dict) -> dict:
+    """Takes the options of methods out of the sections of ``tree``, a recipe as it was read, and returns
+    them; a method gets those that it has, as it did when every recipe named them all.
+    """
+    found = {}
+    for section, keys in FORMER.items():
+        if isinstance(tree.get(section), dict):
+            found |= {key: tree[section].pop(key) for key in keys if key in tree[section]}
+    return found
