@@ -180,11 +180,11 @@ def figure_4() -> list[str]:
     """Markdown lines: what `endprompt plan` computes for the 8B at 64K on 8 A800, beside the paper's Figure
     4.
     """
-    from endprompt.methods import table as methods
     from endprompt.planning import estimate
     from endprompt.recipe import schema as config
+    from endprompt.recipe.experiment import Experiment
     from endprompt.reports import paper
-    from endprompt.training.trainer import PEAK_FLOPS, flops_per_token
+    from endprompt.training.trainer import PEAK_FLOPS
 
     recipe, printed = (
         config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"),
@@ -199,23 +199,15 @@ def figure_4() -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name in ("endprompt", "full_length", "longlora", "lceg"):
-        method = methods.get(name)
-        length, adapters = recipe.row_length(method), recipe.lora(method)
-        counts = [rows if length == recipe.lengths.physical else 1 for rows in (1, 2, 4)]
-        memory = [
-            estimate.training_memory(recipe, method, about, 8, rows=rows).total / 1e9 for rows in counts
-        ]
+        experiment = Experiment.of(recipe, name)
+        counts = [rows if experiment.row_length == recipe.lengths.physical else 1 for rows in (1, 2, 4)]
+        memory = [estimate.training_memory(experiment, about, 8, rows=rows).total / 1e9 for rows in counts]
         shown = (
             [f"{value:.1f}" for value in memory]
             if len(set(counts)) > 1
             else [f"{memory[0]:.1f} (a row of 64K)", "", ""]
         )
-        flops = flops_per_token(
-            about,
-            recipe.group_size(method) or length,
-            bool(adapters),
-            bool(adapters) and not adapters.train_embed_norm,
-        )
+        flops = estimate.token_flops(experiment, about)
         hours = flops * recipe.data.tokens / (PEAK_FLOPS["A800"] * 8 * 0.4) / 3600
         lines.append(
             f"| `{name}` | {' | '.join(shown)} | {printed[name]['memory_gb']} | {hours:.1f} |"

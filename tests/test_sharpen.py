@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from training import prepared, run, train, weights
 
 from endprompt import Failure
-from endprompt.bases import model
-from endprompt.bases import sharpen
+from endprompt.bases import model, sharpen
 from endprompt.methods import table as methods
 from endprompt.recipe import schema as config
 
