@@ -579,13 +579,20 @@ def test_run_sh_tells_its_endings_apart(train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin/python"
-    fake.write_text("#!/bin/sh\nexit $CODE\n")
+    fake.write_text(f"""#!/bin/sh
+case "$*" in
+  *"endprompt path"*) echo '{folder}' ;;
+  *"endprompt gpus"*) echo 0 ;;
+  *) [ -z "$SAYS" ] || echo "$SAYS" >"$ENDPROMPT_EXIT_CODE_FILE"; exit "$CODE" ;;
+esac
+""")
     fake.chmod(0o755)
 
-    def ending(code: int) -> int:
+    def ending(code: int, says: str = "") -> int:
         environment = {
             **ENVIRONMENT,
             "CODE": str(code),
+            "SAYS": says,
             "PYTHON": str(fake),
             "OUT": str(tmp_path),
             "STAGES": "train",
@@ -600,8 +607,7 @@ def test_run_sh_tells_its_endings_apart(train_recipe, shards_of, tmp_path):
         ).returncode
 
     assert ending(0) == 75 and ending(1) == 1
-    (folder / "status.json").write_text(json.dumps({"state": "failed"}, indent=2))
-    assert ending(1) == 3
+    assert ending(1, "2") == 2 and ending(1, "3") == 3
     (folder / "model").mkdir()
     assert ending(0) == 0
 

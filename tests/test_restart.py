@@ -84,7 +84,7 @@ def test_so_does_one_after_a_guard_of_the_saving_has_failed(train_recipe, two_ra
 
 def test_a_whole_checkpoint_is_not_written_again(train_recipe, two_ranks, tmp_path):
     """A kill meanwhile would leave a half-written one in the place of the only one that is whole."""
-    settings = ("train.save_strategy=epoch", "train.gradient_accumulation_steps=8")
+    settings = ("train.save_steps=4", "train.gradient_accumulation_steps=8")
     folder = fresh(two_ranks, tmp_path)
     ended(train_recipe, folder, 1, settings)
     marker = "checkpoints/checkpoint-4/complete.json"

@@ -932,10 +932,9 @@ def test_float16_would_lose_gradients_before_the_loss_scale(made):
         (total * scale).backward()
         return leaf.grad.float()
 
-    assert (
-        gradient(torch.float32, 2**15).abs().max() > 1e-5 and gradient(torch.float16, 2**15).abs().max() == 0
-    )
-    assert gradient(torch.float16, 2**16).isnan().all(), "the scale that torch begins with"
+    assert gradient(torch.float32, 2**15).abs().max() > 1e-5
+    for scale in (2**15, 2**16):  # with the second torch begins
+        assert gradient(torch.float16, scale).abs().max() == 0
     torch.testing.assert_close(
         gradient(torch.bfloat16, 2**16), gradient(torch.float32, 2**16), rtol=0.1, atol=1e-5
     )

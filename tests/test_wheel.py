@@ -27,8 +27,8 @@ TRACKED = subprocess.run(
 
 
 def build(folder: Path, edit=lambda text: text) -> Path:
-    """The wheel of the tracked files, with ``edit`` applied to pyproject.toml; built in a copy, for a build leaves
-    its files behind."""
+    """The wheel of the tracked files, with ``edit`` applied to pyproject.toml; built in a copy, for a build
+    leaves its files behind."""
     source = folder / "source"
     for name in TRACKED:
         if name.split("/")[0] in FOLDERS or "/" not in name:
