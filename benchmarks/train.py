@@ -77,14 +77,7 @@ def main() -> None:
         }
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
         changes = [part for value in arguments.set for part in ("--set", value)]
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(measure.REPOSITORY), os.environ.get("PYTHONPATH")])
-            ),
-        }
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ}
         for start in (
             [sys.executable, "-m"],
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],
