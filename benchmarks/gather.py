@@ -12,8 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-import measure  # noqa: F401 (puts the repository on sys.path)
-
 from endprompt import BadInput, shards
 
 
