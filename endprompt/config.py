@@ -4,6 +4,7 @@ results.
 
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from endprompt import BadInput, methods, settings_file, training_keys, zero_file
 from endprompt.eval import names
-from endprompt.rope import TYPES
+from endprompt.rope import Type
 from endprompt.settings_file import SHIPPED
 from endprompt.training_keys import Lora
 
@@ -112,7 +113,7 @@ class DataSection(Section):
 
 
 class RopeSection(Section):
-    type: Literal[TYPES] | None = None
+    type: Type | None = None
     # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
     # as the method says.
     sharpen: float | None = Field(None, ge=0, le=4)
@@ -268,7 +269,9 @@ def _message(error: ValidationError) -> str:
         key = ".".join(str(part) for part in item["loc"])
         given = repr(item.get("input"))[:60]
         if item["type"] == "extra_forbidden":
-            section = Recipe.model_fields[item["loc"][0]].annotation if len(item["loc"]) > 1 else Recipe
+            section: Any = Recipe
+            if len(item["loc"]) > 1:
+                section = Recipe.model_fields[str(item["loc"][0])].annotation
             known = ", ".join(name for name, field in section.model_fields.items() if not field.exclude)
             found.append(f"unknown key {key}; known here: {known}")
         elif item["type"] == "missing":
@@ -286,7 +289,7 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe, see ``settings_file.find``.  Raises BadInput with one line that
     names the key and the mend."""
     path = settings_file.find(Path(path))

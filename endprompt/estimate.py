@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from endprompt import BadInput, model
 from endprompt.config import SHIPPED, Recipe
@@ -63,7 +64,7 @@ class Kept:
 
     def __init__(self, network):
         self.parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-        self.storages: dict[int, object] = {}  # held, so that no address serves twice
+        self.storages: dict[int, Any] = {}  # held, so that no address serves twice
 
     def __enter__(self):
         import torch
@@ -375,7 +376,7 @@ def training_memory(
         recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]),
         recipe.lora(method),
         2 if half else 4,
-        {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind),
+        {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind or ""),
     )
 
 
@@ -464,7 +465,7 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
             f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}"
         )
     tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
+    head_frozen = adapters is not None and not (adapters.train_embed_norm and about.tie_word_embeddings)
     flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), head_frozen)
     hours = flops * tokens / (peak * gpus * mfu) / 3600
     step = gpus * rows * accumulation * length

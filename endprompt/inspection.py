@@ -86,8 +86,9 @@ def _rows(
     )
     blank = row_stream.Cursor(repeat(("", np.zeros(recipe.lengths.target, np.int32))), 0, 0)
     count = max(1, min(recipe.data.tokens, SAMPLED_TOKENS) // length)
+    rows = (make(number, blank) for number in range(count))
     return [
-        positions.segments(make(number, blank)["position_ids"]) for number in range(count)
+        positions.segments(row["position_ids"]) for row in rows if row is not None
     ], f"{count} sampled rows of {length} tokens (there are no shards)"
 
 

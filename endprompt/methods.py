@@ -13,7 +13,8 @@ import numpy as np
 
 from endprompt import BadInput, positions
 
-Plan = Callable[[int | np.ndarray, int | np.ndarray, int, np.random.Generator], np.ndarray]
+# a and b are numbers or arrays of lengths, as the method's row says.
+Plan = Callable[[Any, Any, int, np.random.Generator], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -227,7 +228,8 @@ def refuse_untied(where: str, source: str, config, revision: str | None = None) 
     known = known if isinstance(known, dict) else {"lm_head.weight": "model.embed_tokens.weight"}
     for one, other in known.items():
         try:
-            if None in (places := [_tensor(folder, name) for name in (other, one)]):
+            places = [place for name in (other, one) if (place := _tensor(folder, name))]
+            if len(places) < 2:
                 continue
             with contextlib.ExitStack() as stack:
                 first, second = (
@@ -415,6 +417,7 @@ def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
                 why = "a part of a RoPE scaling that is not there"
         if why:
             refuse(key, value, why)
+    plain: tuple[Any, ...]
     for key, plain in (("position_embedding_type", ("rope", "rotary")), ("is_causal", (True,))):
         if found.get(key) is not None and found[key] not in plain:
             refuse(key, found[key], "no causal attention with RoPE")
@@ -497,7 +500,7 @@ def load_config(recipe: Recipe):
                 f" assumed, the default of {config.model_type}",
                 file=sys.stderr,
             )
-    theta = (config.rope_parameters or {}).get("rope_theta")
+    theta: Any = (config.rope_parameters or {}).get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
     # use_sliding_window is a key of qwen2; a mistral model has its window whatever that says.
@@ -706,7 +709,7 @@ def sharpness(recipe: Recipe, method: Method, config) -> float:
     same window; it loses nothing.
     """
     there = sharpen.inherited(config)
-    start = min(there.get("sharpened_from", math.inf), original_length(recipe, config))
+    start = int(min(there.get("sharpened_from", math.inf), original_length(recipe, config)))
     return max(
         1.0,
         sharpen.factor(recipe.sharpen(method), start, recipe.lengths.target) / there.get("sharpened", 1.0),
@@ -722,7 +725,7 @@ def build(recipe: Recipe, method: Method, dtype, cuda: bool):
     are not the expected ones.
     """
     config = load_config(recipe)
-    theta = (config.rope_parameters or {}).get("rope_theta")
+    theta: Any = (config.rope_parameters or {}).get("rope_theta")
     chosen = scaling(recipe, method, config)
     rope.apply(config, chosen, recipe.lengths.target)
     attention = attention_implementation(recipe, cuda)

@@ -7,6 +7,7 @@ workers.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,14 +56,15 @@ class Cursor:
         self._stream, self.document, self.offset = stream, document, offset
         self._current: tuple[str, np.ndarray] | None = None
 
-    def _load(self) -> bool:
+    def _load(self) -> tuple[str, np.ndarray] | None:
         if self._current is None:
             self._current = next(self._stream, None)
-        return self._current is not None
+        return self._current
 
-    def _advance(self, count: int) -> None:
+    def _advance(self, count: int, length: int) -> None:
+        """length: tokens of the document that it stands in."""
         self.offset += count
-        if self.offset >= len(self._current[1]):
+        if self.offset >= length:
             self._current, self.document, self.offset = None, self.document + 1, 0
 
     def take(self, count: int) -> tuple[np.ndarray, list[str]] | None:
@@ -71,22 +73,22 @@ class Cursor:
         """
         parts, names, missing = [], [], count
         while missing:
-            if not self._load():
+            if (current := self._load()) is None:
                 return None
-            name, ids = self._current
+            name, ids = current
             part = ids[self.offset : self.offset + missing]
             parts.append(part)
             names.append(name)
             missing -= len(part)
-            self._advance(len(part))
+            self._advance(len(part), len(ids))
         return np.concatenate(parts), names
 
     def take_document(self, count: int) -> tuple[np.ndarray, list[str]] | None:
         """The first ``count`` tokens, or fewer, of the next document; the rest of it is passed over."""
-        if not self._load():
+        if (current := self._load()) is None:
             return None
-        name, ids = self._current
-        self._advance(len(ids))
+        name, ids = current
+        self._advance(len(ids), len(ids))
         return ids[:count], [name]
 
 
@@ -134,9 +136,11 @@ def _matched_rows(
     of the corpus.
     """
     together = recipe.data.match_pieces
-    taken = [cursor.take(length // together) for _ in range(count * together)]
-    if taken[-1] is None:
-        return []
+    taken = []
+    for _ in range(count * together):
+        if (piece := cursor.take(length // together)) is None:
+            return []
+        taken.append(piece)
     found = matching.groups(np.stack([ids for ids, _ in taken]), together, recipe.data.match_tokens, rng)
     return [
         (
@@ -165,7 +169,8 @@ def row_maker(
             f" {longest}; raise it"
         )
 
-    at_once, waiting = rows_at_once(recipe, method), []
+    at_once = rows_at_once(recipe, method)
+    waiting: list[tuple[np.ndarray, list[str]]] = []
     if method.matched and recipe.data.packing != "cut":
         raise BadInput(
             f"data.packing: {method.name} takes stretches of {at_once * length} tokens apart, whatever"
@@ -195,11 +200,12 @@ def row_maker(
         text, names = taken
         a = min(len(text), length - b)
         repeated = spans if spans.max(initial=0) <= a else spans[:0]  # a document may be shorter than a span
-        parts = a
+        parts: Any = a  # or the lengths of chunks, as the plan takes them
         if method.matched:
             parts = np.full(recipe.data.match_pieces, length // recipe.data.match_pieces, np.int64)
         elif method.chunked:
             parts = positions.chunk_lengths(a, recipe.data.pose_chunks, rng)
+        assert method.plan is not None, f"{method.name} trains nothing and has no rows"
         position_ids = method.plan(parts, repeated if method.recall else b, target, rng)
         positions.check(position_ids, target)
         if later:

@@ -352,6 +352,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     sequence.check(recipe, method, config, model.attention_implementation(recipe, cuda), world_size, manifest)
     newest = checkpoint_files.to_resume(run / "checkpoints", sys.stderr if main else None)
     before = checkpoint_files.marker(newest) if newest else {"world_size": world_size}
+    assert before is not None  # a whole checkpoint has its marker
     resized = before["world_size"] != world_size
     if newest:
         checkpoint_files.refuse_foreign(newest)
@@ -381,7 +382,7 @@ def _train(recipe: Recipe, method: Method, run: Path, cuda: bool, request: watch
     agree(run, newest)
     if main:
         checkpoint_files.set_aside(run / "checkpoints", newest)
-    if universal:
+    if universal and newest:
         make_universal(newest)
     scaling, theta = model.scaling(recipe, method, config), config.rope_parameters["rope_theta"]
     adapters, group = recipe.lora(method), recipe.group_size(method)
