@@ -79,7 +79,7 @@ def training_flops(recipe: Recipe, method: Method, about) -> float:
     if not method.trained:
         return 0.0
     adapters = recipe.lora(method)
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
+    head_frozen = adapters is not None and not (adapters.train_embed_norm and about.tie_word_embeddings)
     return (
         flops_per_token(
             about, recipe.group_size(method) or recipe.row_length(method), bool(adapters), head_frozen
@@ -191,7 +191,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
         batch_shape(recipe, method)
     about = estimate.shape(recipe)
     scored = Path(job.model).expanduser() if job.model else job.folder / "model" if method.trained else None
-    trained = job.kind == "evaluate" or not method.trained or scored.is_dir()
+    trained = job.kind == "evaluate" or not method.trained or (scored is not None and scored.is_dir())
     if job.kind == "train":
         there = wanted = 0
     elif trained:

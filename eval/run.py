@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def load(recipe: Recipe, method: Method, run: Path, other: str | None):
                 else f"{folder} is missing; train {method.name} first, or name a model with --model"
             )
         source, trust = (
-            str(folder) if folder.is_dir() else other,
+            str(folder) if other is None or folder.is_dir() else other,
             recipe.model.trust_remote_code,
         )  # else an id of the hub
         if folder.is_dir():
@@ -162,7 +163,9 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
     """
     if task in names.SHORT_TEXT:
         return [None]
-    return [recipe.eval.longbench_length] if task.startswith("longbench_") else sorted(recipe.eval.lengths)
+    if task.startswith("longbench_"):
+        return [recipe.eval.longbench_length]
+    return [*sorted(recipe.eval.lengths)]
 
 
 class Scorer:
@@ -211,6 +214,7 @@ class Scorer:
                 ),
                 [],
             )
+        assert length is not None  # which only short text has none of
         generation = None
         if task.startswith("longbench_"):
             generation = (
@@ -335,7 +339,7 @@ def pairs(recipe: Recipe) -> list[tuple[str, int | None]]:
     return [(task, length) for task in recipe.eval.tasks for length in lengths(recipe, task)]
 
 
-def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
+def _chosen(recipe: Recipe, only: Sequence[str]) -> list[tuple[str, int | None]]:
     known = {f"{task}:{length or '-'}": (task, length) for task, length in pairs(recipe)}
     for name in only:
         if name not in known:
@@ -348,7 +352,7 @@ def evaluate(
     method: Method,
     run: Path,
     other: str | None = None,
-    only: list[str] = (),
+    only: Sequence[str] = (),
     budget: float | None = None,
 ) -> None:
     """Writes ``run``/eval/<task>/<length>.json and the answers beside it as .jsonl (``run``/eval-<name>-<hash
@@ -402,7 +406,7 @@ def evaluate(
         missing = [
             (task.removeprefix("ruler_"), length)
             for (task, length), result in there.items()
-            if result is None and task.startswith("ruler_")
+            if result is None and task.startswith("ruler_") and length is not None
         ]
         if (
             missing and not options.ruler_samples

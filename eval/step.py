@@ -98,7 +98,8 @@ class _Clock:
     """
 
     def __init__(self, cuda: bool):
-        self.cuda, self.points = cuda, []
+        self.cuda = cuda
+        self.points: list = []
 
     def mark(self) -> None:
         if self.cuda:
@@ -184,7 +185,8 @@ def measure(
     rng = np.random.default_rng(0)
 
     def batch():
-        spans = np.full(length // 4 // RECALLED, RECALLED) if method.recall else []
+        assert method.plan is not None, f"{method_name} trains nothing"
+        spans = np.full(length // 4 // RECALLED if method.recall else 0, RECALLED)
         b = END_PROMPT_TOKENS if method.end_prompt else int(np.sum(spans))
         made = []
         for _ in range(rows):
@@ -265,8 +267,8 @@ def measure(
     flops = flops_per_token(
         config, group or length, bool(method.lora), not model.get_output_embeddings().weight.requires_grad
     )
-    name = torch.cuda.get_device_name() if cuda else None
-    limit = next((value for key, value in PEAK_FLOPS.items() if name and key in name), None)
+    gpu = torch.cuda.get_device_name() if cuda else None
+    limit = next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
     return {
         "row_length": length,
         "tokens": rows * length,
