@@ -72,7 +72,7 @@ def main() -> None:
                 "warmup_steps": 2,
                 "gradient_checkpointing": False,
                 "report_to": [],
-                "save_strategy": "no",
+                "save_steps": 10**6,  # none before the end
             },
         }
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
