@@ -28,8 +28,8 @@ $(VENV)/.tokenizers: $(VENV)/.installed
 demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
-# A process a core, but for the tests that start several ranks themselves.
-test: $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
+# Style and types first, as that takes seconds.  A process a core, but for the tests that start several ranks.
+test: quality $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
 	$(BIN)/python -m pytest tests -m "not slow and not distributed" -n auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest tests -m "distributed and not slow"
 
@@ -62,11 +62,13 @@ bench: $(VENV)/.installed $(VENV)/.smollm2
 	$(BIN)/python benchmarks/gather.py benchmarks/results/$(MACHINE).json build/steps.json
 	$(BIN)/python benchmarks/table.py
 
+# Lint, format, types, shell.
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,6 @@
 """The whole cost evidence of one GPU, most important first, inside a time budget; the same command goes on
 with what is missing.
 
-    # benchmarks/gpu.sh installs carried wheels first
     python benchmarks/gpu.py --out FOLDER --budget 540
 
 FOLDER gets a file a stage, each written after every setting: machine.json (what the device does at best,

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
 
 
 def write(path: Path | None, name: str, values: dict, quiet: bool = False) -> None:

@@ -72,19 +72,12 @@ def main() -> None:
                 "warmup_steps": 2,
                 "gradient_checkpointing": False,
                 "report_to": [],
-                "save_strategy": "no",
+                "save_steps": 10**6,  # none before the end
             },
         }
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
         changes = [part for value in arguments.set for part in ("--set", value)]
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(measure.REPOSITORY), os.environ.get("PYTHONPATH")])
-            ),
-        }
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ}
         for start in (
             [sys.executable, "-m"],
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],

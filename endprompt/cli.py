@@ -333,7 +333,7 @@ def _train(arguments, experiment) -> None:
         try:
             train(experiment)
         except Failure as error:
-            if main_rank or getattr(error, "everywhere", False):
+            if main_rank or error.everywhere:
                 _say(error)
             held.close()
             _leave(1)
@@ -484,7 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arguments = parser().parse_args(argv)
     except SystemExit as error:
-        if error.code:
+        if isinstance(error.code, int) and error.code:
             launch.note_exit_code(error.code)
         raise
     if arguments.command == "evaluate" and not sys.stderr.isatty():

@@ -6,4 +6,9 @@ class BadInput(Exception):
 
 
 class Failure(RuntimeError):
-    """A run that a guard stops, or that lost a rank: the command line prints its one line, exit code 1."""
+    """A run that a guard stops, or that lost a rank: the command line prints its one line, exit code 1.
+
+    everywhere: whether every rank prints it, and not the first one alone.
+    """
+
+    everywhere = False

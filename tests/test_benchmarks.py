@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, tiny_documents, write_jsonl
@@ -205,7 +206,7 @@ def test_gpu_refuses_in_one_line(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["OUT", "soon"], "SECONDS: soon is no whole number"), ([], "The cost evidence")]
+    "arguments, message", [(["OUT", "soon"], "SECONDS: soon is no whole number"), ([], "Measures one GPU")]
 )
 def test_gpu_sh_refuses_in_one_line(tmp_path, arguments, message):
     result = subprocess.run(
@@ -216,6 +217,33 @@ def test_gpu_sh_refuses_in_one_line(tmp_path, arguments, message):
         timeout=20,
     )
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
+
+
+def gpu_sh(folder: Path, python: Path | str, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(REPOSITORY / "benchmarks/gpu.sh"), *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHON": str(python)},
+    )
+
+
+def test_gpu_sh_needs_the_package(tmp_path):
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    result = gpu_sh(tmp_path, bare, "OUT", 60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"endprompt is not installed for {bare}" in result.stderr and not (tmp_path / "OUT").exists()
+
+
+def test_gpu_sh_measures_into_a_folder_with_a_budget(tmp_path):
+    result = gpu_sh(tmp_path, sys.executable, "OUT", 60, "--small", "--stages", "machine")
+    assert result.returncode == 0 and " s of 60; OUT/summary.json" in result.stdout, result.stderr
+    summary = json.loads((tmp_path / "OUT/summary.json").read_text())
+    assert summary["machine"]["reason"] == "left out of a rehearsal"
 
 
 def stand_in(monkeypatch):

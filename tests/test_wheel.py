@@ -20,7 +20,7 @@ FOLDERS = {
     "ds_configs": "endprompt/ds_configs",
 }
 # Scripts are for a clone: they are started by path, and its documents name them so.
-LEFT_OUT = re.compile(r".*\.sh|recipes/(gpu/.*|tiny/.*\.py)")
+LEFT_OUT = re.compile(r".*\.sh|recipes/tiny/.*\.py")
 TRACKED = subprocess.run(
     ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
 ).stdout.split()

@@ -15,6 +15,7 @@ import logging
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -60,7 +61,7 @@ def shares_cache(network) -> bool:
     tokens in every layer, and frequencies that are not those of the longest row."""
     config, rotary = network.config, getattr(network.get_decoder(), "rotary_emb", None)
     plain = config.model_type in model.SUPPORTED and not getattr(config, "sliding_window", None)
-    return plain and rotary.rope_type not in ("dynamic", "longrope")
+    return plain and rotary is not None and rotary.rope_type not in ("dynamic", "longrope")
 
 
 def ends(generation_config, tokenizer) -> list[int]:
@@ -76,6 +77,8 @@ class Prompting:
     """The harness' ``tok_encode`` of one text or a list of them, which ends in the text's own last token
     (endprompt/evaluation/prompts.py).
     """
+
+    tokenizer: Any  # the harness' model has it
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_):
         if not isinstance(string, str):
@@ -174,7 +177,8 @@ class LongLM(Prompting, HFLM):
         """The cache after all tokens but the last of each row of ``ids`` [rows, tokens], padded on the left
         where ``mask`` is 0; each row is read alone, unpadded.
         """
-        rows, tokens, layers = len(ids), ids.shape[1] - 1, []
+        rows, tokens = len(ids), ids.shape[1] - 1
+        layers: list[tuple] = []
         for row in range(rows):
             own = ids[row : row + 1, int((mask[row] == 0).sum()) : -1]
             if not own.shape[1]:
@@ -266,7 +270,7 @@ def vllm(source: str, longest: int, trust_remote_code: bool = False):
     Raises BadInput if vLLM is not installed.
     """
     try:
-        import vllm  # noqa: F401
+        import vllm  # noqa: F401 (whether it is there)
     except ImportError as error:
         raise BadInput(
             f"eval.backend: vllm cannot be imported ({error}); install it (pip install vllm, on a machine"

@@ -4,6 +4,7 @@ of bars, memory and time; the paper's figures dashed or hatched beside ours.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from endprompt.evaluation.results import model_of
 from endprompt.methods import table as methods
@@ -139,7 +140,7 @@ def lines(
     paper = paper or {}
     names, every = (
         list(dict.fromkeys([*paper, *results])),
-        sorted({length for cells in [*results.values(), *paper.values()] for length in cells}),
+        sorted(set[int]().union(*results.values(), *paper.values())),
     )
     crowded, colours, drawn = len(results) + len(paper) > 5, _colours(names), []
     figure, axis = plt.subplots(figsize=(8.4 if crowded else 6.4, 4), layout="constrained")
@@ -291,7 +292,7 @@ def bars(
     )
     width = 0.84 / max(1, len(series))
     for number, (name, hatched) in enumerate(series):
-        cells = (paper if hatched else results)[name]
+        cells: list = (paper if hatched else results)[name]
         there = [index for index, cell in enumerate(cells) if cell is not None]
         across = [index + (number - (len(series) - 1) / 2) * width for index in there]
         style = {
@@ -342,7 +343,7 @@ def costs(
     )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    labels = {}
+    labels: dict[str, Any] = {}
     for axis, (heading, unit, names, series) in zip(axes.flat, panels, strict=False):
         width = 0.8 / max(1, len(series))
         for number, (name, values) in enumerate(series.items()):

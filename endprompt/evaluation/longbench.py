@@ -253,7 +253,7 @@ def samples(
     about = get(task)
     if limit is not None and limit < 1:
         raise BadInput(f"samples is {limit}; give 1 or more, or leave it out for all of them")
-    found = []
+    found: list[dict] = []
     for where, row in _task_rows(task, data):
         answers = _field(row, where, "answers", "gold")
         if (

@@ -505,7 +505,8 @@ def categories(scores: Mapping[str, float]) -> dict[str, float | None]:
         get(task)
 
     def mean(values: list[float | None]) -> float | None:
-        return None if None in values else sum(values) / len(values)
+        there = [value for value in values if value is not None]
+        return sum(there) / len(there) if len(there) == len(values) else None
 
     means = {category: mean([scores.get(task) for task in tasks]) for category, tasks in CATEGORIES.items()}
     return {

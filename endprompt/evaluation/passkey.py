@@ -99,7 +99,7 @@ def build(
 def correct(continuation: str, key: str) -> bool:
     """Whether the first number of ``continuation`` (the newly generated text alone) is ``key``."""
     number = re.search(r"\d+", continuation)
-    return bool(number) and number[0] == key
+    return number is not None and number[0] == key
 
 
 def _key(rng: random.Random) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from endprompt import BadInput
 from endprompt.evaluation import intervals
@@ -106,7 +107,8 @@ def held_out(
     """
     found, scored = [], 0
     data = SimpleNamespace(corpus=source, text_column=column, split="train")
-    reader = SimpleNamespace(data=data, path=lambda value: Path(value) if Path(value).exists() else None)
+    # What the corpus' functions take of a recipe.
+    reader: Any = SimpleNamespace(data=data, path=lambda value: Path(value) if Path(value).exists() else None)
     try:
         for _, text in corpus.documents(reader, corpus.local_files(reader, corpus.HELD_OUT)):
             document = Text(text, tokenizer)
@@ -137,7 +139,8 @@ def windows(
     """
     if stride >= length - special - 1:
         raise ValueError(f"a stride of {stride} leaves no context in windows of {length}")
-    found, scored, held = [], 0, False
+    found: list[dict] = []
+    scored, held = 0, False
     for text in texts:
         for end in range(longest, text.tokens + 1, stride):
             held = True

@@ -229,13 +229,13 @@ class Questions:
         match family(task):
             case "perplexity":
                 return {"data": self._held_out, "longest": max(options.lengths)}
-            case "ruler" if options.ruler_samples:
+            case "ruler" if (folder := self.place("ruler_samples")) and length:
                 name = task.removeprefix("ruler_")
                 return {
                     "generator": ruler_package.GENERATION,
                     "made_elsewhere": True,
                     "data": ruler_samples.content(
-                        self.place("ruler_samples"),
+                        folder,
                         name,
                         length,
                         options.samples,

@@ -69,7 +69,9 @@ def _installed(package: str, wanted: str | None = None) -> str:
 
 def _folder(module: str) -> Path:
     """Where the package ``module`` lies; it is not imported."""
-    return Path(importlib.util.find_spec(module).submodule_search_locations[0])
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.submodule_search_locations  # whoever asks made sure that it is there
+    return Path(spec.submodule_search_locations[0])
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 TOO_SHORT, UNUSABLE = 3, 4  # exit codes whose reason stands in the job's "failure" file
 # Where a sample does not fit, a script takes 10 words (cwe), 10 documents (qa) or 25 sentences (niah) away
@@ -134,7 +135,7 @@ class Pairs(Sequence):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: Any) -> str:  # no slices: samples are drawn by number
         group = bisect.bisect_right(self._ends, index)
         first, texts = self._groups[group]
         within = index - (self._ends[group - 1] if group else 0)
@@ -210,7 +211,7 @@ def run(job: dict) -> None:
     progress = Progress(job)
     counter = Counter(job["definition"], job["encode_special_tokens"], progress)
     module = types.ModuleType("tokenizer")
-    module.select_tokenizer = lambda tokenizer_type, tokenizer_path: counter
+    vars(module)["select_tokenizer"] = lambda tokenizer_type, tokenizer_path: counter
     sys.modules["tokenizer"] = sys.modules["long_context_eval.data.tokenizer"] = module
     tqdm.tqdm = progress.bar
     random.sample = counted_failures(random.sample, progress)

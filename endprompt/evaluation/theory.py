@@ -24,6 +24,7 @@ import importlib.util
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
     if licence.is_file():
         return licence.read_text(encoding="utf-8"), "LICENSE"
     return (
-        importlib.metadata.distribution("endprompt").read_text("licenses/LICENSE"),
+        importlib.metadata.distribution("endprompt").read_text("licenses/LICENSE") or "",
         "LICENSE",
     )  # installed from a wheel
 
@@ -186,7 +187,7 @@ def run(
     own = network.get_decoder().rotary_emb
     after, after_scaling, _ = interpolated(network, recipe)
     softmax = rope.head_dimension(network.config) ** -0.5
-    result = {
+    result: dict[str, Any] = {
         "window": window,
         "target": recipe.lengths.target,
         "factor": recipe.lengths.target / window,

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from endprompt import BadInput, storage
 from endprompt.methods import table as methods
@@ -65,7 +66,8 @@ class Worker:
     command = (sys.executable, "-m", "endprompt.planning.efficiency", "--serve")
 
     def __init__(self):
-        self.process = self.kernels = None
+        self.process: Any = None  # a Popen with pipes
+        self.kernels: str | None = None
 
     def __enter__(self):
         return self
@@ -220,7 +222,8 @@ def measure_all(
     from endprompt.runs import provenance
 
     stamp = provenance.stamp()
-    entries, left = earlier(out, shape, stamp["device"]), []
+    entries = earlier(out, shape, stamp["device"])
+    left: list[dict] = []
 
     def result() -> dict:
         found = {
@@ -319,7 +322,7 @@ def draw(results: dict, path: Path) -> None:
     if not shared:
         raise BadInput("--picture: no target length was measured for all methods that the file holds")
     target, printed = shared[-1], paper.tables()["figure_4_64k"].printed
-    chosen = {name: best(entries, name, target) for name in names}
+    chosen = {name: entry for name in names if (entry := best(entries, name, target))}
     hours = [1e9 / chosen[name]["tokens_per_second"] / 3600 for name in names]
     memory = [chosen[name]["memory_above_states_bytes"] / 2**30 for name in names]
 

@@ -13,6 +13,7 @@ are multiplied; ``hf_parameters``, its part of ``config.rope_parameters``, of ty
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -132,7 +133,8 @@ class Yarn:
 
 
 Scaling = Default | Linear | Ntk | Yarn
-TYPES = ("linear", "ntk", "yarn")
+Type = Literal["linear", "ntk", "yarn"]
+TYPES = get_args(Type)
 
 
 def scaling_for(
@@ -170,7 +172,7 @@ def forget(model) -> None:
     import torch
 
     rotary = getattr(model.get_decoder(), "rotary_emb", None)  # not every model has RoPE
-    if getattr(rotary, "rope_type", None) == "dynamic":
+    if rotary is not None and getattr(rotary, "rope_type", None) == "dynamic":
         device = rotary.inv_freq.device
         rotary(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device))
 

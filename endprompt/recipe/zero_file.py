@@ -5,6 +5,7 @@ DeepSpeed ignores names that it does not know beside its sections, and has value
 
 import difflib
 import reprlib
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from endprompt import BadInput
@@ -39,6 +40,7 @@ PARAMS = {
     "weight_decay": ("weight_decay",),
 }
 GATHER = "stage3_gather_16bit_weights_on_model_save"
+Wrong = Callable[[str, str], NoReturn]  # (name, why it is refused)
 
 
 def check(train: dict[str, Any], options: Any, where: str) -> None:
@@ -99,7 +101,7 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
         _check_optimizer(merged, options["optimizer"], wrong)
 
 
-def _check_half(name: str, section: Any, trained: bool | None, wrong) -> None:
+def _check_half(name: str, section: Any, trained: bool | None, wrong: Wrong) -> None:
     """``check`` for a section bf16 or fp16; trained: whether the recipe trains in it, None if it is open."""
     if not isinstance(section, dict):
         wrong(name, f'is no mapping such as {{"enabled": "auto"}} (given: {reprlib.repr(section)})')
@@ -112,11 +114,12 @@ def _check_half(name: str, section: Any, trained: bool | None, wrong) -> None:
         wrong(f"{name}.enabled", f'is {enabled}, and train.{name} {trained}; write "auto"')
 
 
-def _check_optimizer(merged: dict[str, Any], section: Any, wrong) -> None:
+def _check_optimizer(merged: dict[str, Any], section: Any, wrong: Wrong) -> None:
     """``check`` for the section ``optimizer``; merged: the recipe's ``train`` over the defaults."""
     params = section.get("params", {}) if isinstance(section, dict) else None
     if (
-        not isinstance(params, dict)
+        not isinstance(section, dict)
+        or not isinstance(params, dict)
         or section.get("type") not in ("Adam", "AdamW")
         or set(section) - {"type", "params"}
     ):

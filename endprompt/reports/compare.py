@@ -72,7 +72,8 @@ def check(folders: list[Path]) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("a folder is named twice; a seed counts once")
     for name in methods.METHODS:
-        seeds, first = {}, None
+        seeds: dict[int | None, Path] = {}
+        first = None
         questions: dict[tuple, tuple] = {}
         for folder in folders:
             if not (folder / name / "eval").is_dir():
@@ -112,7 +113,7 @@ def summary(folders: list[Path]) -> dict[str, dict]:
     """{method: {task: {length: cell of ``intervals.over_seeds``}, "training": {key: mean}}} of the methods
     that were evaluated.
     """
-    result = {}
+    result: dict[str, dict] = {}
     for name in methods.METHODS:
         runs = [folder / name for folder in folders if (folder / name / "eval").is_dir()]
         if not runs:

@@ -17,7 +17,9 @@ for, between ``<!-- name -->`` and ``<!-- /name -->``.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from endprompt import BadInput, storage
 from endprompt.evaluation import figures, intervals, passkey, results
@@ -126,7 +128,7 @@ def keys(runs: list[Path], task: str) -> dict:
         return {}
     lengths = sorted({row["scores"]["length"] for rows in seeds for row in rows})
     never = never_seen(runs[0], lengths[-1])
-    found = {
+    found: dict[str, Any] = {
         "mean": _over_seeds(
             [
                 (sum(row["scores"]["correct"] for row in rows), sum(row["scores"]["samples"] for row in rows))
@@ -155,7 +157,8 @@ def keys(runs: list[Path], task: str) -> dict:
                     if any(low <= distance <= high for low, high in never or []) is wanted
                 ]
                 if never is not None and chosen:
-                    parted[kind].append(tuple(map(sum, zip(*chosen, strict=True))))
+                    hits, keys = zip(*chosen, strict=True)
+                    parted[kind].append((sum(hits), sum(keys)))
         if length == lengths[-1]:
             found["distances"] = {distance: _over_seeds(counts) for distance, counts in sorted(cells.items())}
         for kind, counts in parted.items():
@@ -169,7 +172,8 @@ def single(folders: list[Path], method: str) -> dict:
     {task: {length: keys a seed}}, "commits", "devices"}.
     """
     found: dict[str, dict[int, dict[str, float]]] = {task: {} for task in compare.TASKS}
-    samples, commits, devices = {task: {} for task in passkey.TASKS}, set(), set()
+    samples: dict[str, dict[int, int]] = {task: {} for task in passkey.TASKS}
+    commits, devices = set(), set()
     for folder in folders:
         for task in compare.TASKS:
             for row in figures.read(folder / method / "eval" / task):
@@ -272,9 +276,11 @@ def joined(sources: list[Path]) -> list[dict]:
     They are ordered by setting, the plain one first, then by the method table.  Raises BadInput if a source
     holds no runs, or if one was tested on another number of keys at a length than a source before it.
     """
-    found, before, order = {}, {}, list(methods.METHODS)
+    found: dict[tuple[str, str], dict] = {}
+    before: dict[tuple[str, int], int] = {}
+    order = list(methods.METHODS)
     for source in sources:
-        here = {}
+        here: dict[tuple[str, int], int] = {}
         for entry in read(source)["entries"] if source.is_file() else collect(source):
             counted = {
                 (task, length): number
@@ -301,7 +307,7 @@ def joined(sources: list[Path]) -> list[dict]:
     )
 
 
-def findings(sources: list[Path], out: Path, title: str | None = None, pages: list[Path] = ()) -> None:
+def findings(sources: list[Path], out: Path, title: str | None = None, pages: Sequence[Path] = ()) -> None:
     """Writes findings.json, tables.md and the pictures of ``draw`` into ``out``, the tables into ``pages``
     too, and prints them.
 

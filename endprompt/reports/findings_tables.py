@@ -214,7 +214,9 @@ def longer(one: dict, other: dict) -> dict | None:
 
 
 def _apart(one: dict | None, other: dict | None) -> bool:
-    return bool(one and other) and (one["low"] > other["high"] or one["high"] < other["low"])
+    if not one or not other:
+        return False
+    return one["low"] > other["high"] or one["high"] < other["low"]
 
 
 def contrasts(entries: list[dict], pairs: tuple[tuple[str, str], ...] = CONTRASTS) -> str:

@@ -194,7 +194,7 @@ def averages(table: Table) -> list[Average]:
         if "avg" in cells:
             weights = {column: len(table.parts[column]) for column in cells if column != "avg"}
             total = sum(Fraction(cells[column]) * weight for column, weight in weights.items())
-            found.append(Average(table.name, row, cells["avg"], total / sum(weights.values())))
+            found.append(Average(table.name, row, cells["avg"], Fraction(total, sum(weights.values()))))
     return found
 
 
@@ -243,7 +243,8 @@ def disagreements() -> list[str]:
                 if column != "avg"
                 else ["avg"]
             )
-            mean = sum(Fraction(other.printed["endprompt"][member]) for member in members) / len(members)
+            total = sum(Fraction(other.printed["endprompt"][member]) for member in members)
+            mean = Fraction(total, len(members))
             if abs(mean - Fraction(value)) > ROUNDING:
                 found.append(
                     f"{single.source}, main, {column}: {value}, but {float(mean):.2f} by {other.source}"
@@ -251,11 +252,11 @@ def disagreements() -> list[str]:
     for figure in ("figure_2", "figure_3"):
         for row, cells in places[figure].printed.items():
             if places[figure].rows[row].name == "endprompt":
-                for column, whole in (("longbench_avg", places["table_2"]), ("ruler_avg", places["table_1"])):
-                    if cells[column] != (other := whole.printed["endprompt"]["avg"]):
+                for column, table in (("longbench_avg", places["table_2"]), ("ruler_avg", places["table_1"])):
+                    if cells[column] != (average := table.printed["endprompt"]["avg"]):
                         found.append(
-                            f"{places[figure].source}, {row}, {column}: {cells[column]}, but {other} in"
-                            f" {whole.source}"
+                            f"{places[figure].source}, {row}, {column}: {cells[column]}, but {average} in"
+                            f" {table.source}"
                         )
     cost = places["figure_4_64k"].printed
     for row, cells in cost.items():

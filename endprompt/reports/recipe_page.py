@@ -76,7 +76,11 @@ class Page:
     def by_length(self, task: str) -> dict[str, dict[int, dict]]:
         """{method: {length: {"mean", "low", "high"}}} of one task."""
         return {
-            method: {length: _cell(found.mean([(task, length)])) for length in found.lengths(task)}
+            method: {
+                length: cell
+                for length in found.lengths(task)
+                if length is not None and (cell := _cell(found.mean([(task, length)])))
+            }
             for method, found in self.methods.items()
             if found.lengths(task)
         }
@@ -87,13 +91,14 @@ class Page:
             method: {
                 length: found.mean([(task, length) for task in names.GROUPS["ruler"]])
                 for length in self.lengths(list(names.GROUPS["ruler"]))
+                if length is not None
             }
             for method, found in self.methods.items()
         }
         return {
             method: kept
             for method, cells in means.items()
-            if (kept := {length: _cell(ours) for length, ours in cells.items() if isinstance(ours, Estimate)})
+            if (kept := {length: cell for length, ours in cells.items() if (cell := _cell(ours))})
         }
 
     def draw(self, out: Path) -> None:
@@ -242,8 +247,8 @@ class Page:
                     " run."
                 )
         if tasks := self.tasks(names.GROUPS["longbench"] + names.GROUPS["longbench_zh"]):
-            rows = [(task.removeprefix("longbench_"), [(task,)]) for task in tasks] + [
-                (f"**{name}**", [members]) for name, members in paper.COLUMNS["longbench"].items()
+            averaged = [(task.removeprefix("longbench_"), (task,)) for task in tasks] + [
+                (f"**{name}**", members) for name, members in paper.COLUMNS["longbench"].items()
             ]
             parts += [
                 "## LongBench",
@@ -258,7 +263,7 @@ class Page:
                                 for found in self.methods.values()
                             ],
                         )
-                        for name, (members,) in rows
+                        for name, members in averaged
                     ],
                 ),
             ]
@@ -364,6 +369,7 @@ class Page:
                 ),
             ):
                 ours = found.mean([(task, length)])
+                assert isinstance(ours, Estimate)  # it was found
                 benchmark = next((group for group, tasks in names.GROUPS.items() if task in tasks), task)
                 writer.writerow(
                     (

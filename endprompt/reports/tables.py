@@ -44,7 +44,7 @@ class Cell:
             else None
         )
 
-    def fields(self) -> tuple[str, str, str, str, str, str, str]:
+    def fields(self) -> tuple[str, ...]:
         """ours, low, high, samples, paper, difference, mark, as both forms of a table show them."""
         shown = (
             [f"{value:.2f}" for value in (self.ours.score, self.ours.low, self.ours.high)]
@@ -167,7 +167,8 @@ def fill(about: paper.Table, runs: Runs) -> Filled:
     if about.columns == "cost":
         return _fill_cost(about, runs)
     marks = {average.row: NOT_FOLLOWING for average in paper.averages(about) if not average.follows}
-    notes, cells = [], {column: {} for column in about.parts}
+    notes: list[str] = []
+    cells: dict[str, dict[str, Cell]] = {column: {} for column in about.parts}
     for row, printed in about.printed.items():
         found = runs.results(about.rows[row], about.after)
         for column, tasks in about.parts.items():
@@ -280,7 +281,7 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
     cells = {
         column: {
             row: Cell(
-                Missing() if found[row][column] is None else Estimate(*3 * (found[row][column],)),
+                Missing() if (value := found[row][column]) is None else Estimate(value, value, value),
                 printed[column],
                 READ_OFF if column in about.read_off_plot.get(row, []) else "",
             )
@@ -318,6 +319,11 @@ def _fill_cost(about: paper.Table, runs: Runs) -> Filled:
 # Pictures
 
 
+def _printed(cell: Cell) -> float:
+    assert cell.paper is not None  # what is drawn beside ours is printed in every row
+    return float(cell.paper)
+
+
 def _interval(ours: Estimate | Missing) -> dict | None:
     return {"mean": ours.score, "low": ours.low, "high": ours.high} if isinstance(ours, Estimate) else None
 
@@ -352,7 +358,7 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
         for row in rows
     }
     printed = {
-        row: {length: float(filled[name].cells["avg"][row].paper) for length, name in by_length.items()}
+        row: {length: _printed(filled[name].cells["avg"][row]) for length, name in by_length.items()}
         for row in rows
     }
     figures.lines(
@@ -367,14 +373,13 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
     for name in ("table_2", "table_5", "figure_2", "figure_3"):
         table = filled[name]
         rows = list(table.about.printed)
-        ours = {row: [_interval(cells[row].ours) for cells in table.cells.values()] for row in rows}
-        printed = {row: [float(cells[row].paper) for cells in table.cells.values()] for row in rows}
+        groups = list(table.cells.values())
         figures.bars(
             [column.removesuffix("_avg") for column in table.cells],
-            ours,
+            {row: [_interval(cells[row].ours) for cells in groups] for row in rows},
             out / f"{name}.png",
             titled(table.about.title, table),
-            printed,
+            {row: [_printed(cells[row]) for cells in groups] for row in rows},
         )
         table.pictures.append(f"{name}.png")
     panels = []
@@ -383,11 +388,11 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
         for column, unit in (("memory_gb", "GB a GPU"), ("hours", "hours")):
             cells = table.cells[column]
             on_cpu = any("on CPU" in note for note in table.notes)
-            bars = {
+            bars: dict[str, list[float | None]] = {
                 "ours": [
                     cell.ours.score if isinstance(cell.ours, Estimate) else None for cell in cells.values()
                 ],
-                "paper (8 x A800)": [float(cell.paper) for cell in cells.values()],
+                "paper (8 x A800)": [_printed(cell) for cell in cells.values()],
             }
             panels.append(
                 (

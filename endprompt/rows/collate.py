@@ -34,7 +34,7 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), length)
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "input_ids": np.full(shape, self.pad_token_id, np.int64),
             "position_ids": np.zeros(shape, np.int64),
             "attention_mask": np.zeros(shape, np.int64),

@@ -183,7 +183,7 @@ class Source(io.FileIO):
             pieces.append(piece)
         return b"".join(pieces)
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
             return self.readall()
         buffer = bytearray(size)
@@ -214,7 +214,8 @@ class Ledger:
         self.records = records or (
             None if files is None else [[file.inside, file.path.stat().st_size, 0, ""] for file in files]
         )
-        self._given, self._changes = 0, deque()
+        self._given = 0
+        self._changes: deque[tuple[int, int, int, str]] = deque()  # (documents given, file, bytes, SHA-256)
 
     def note(self, file: File, source: Source) -> None:
         """``source`` is ``file`` as far as the next document, or to its end."""
@@ -232,7 +233,8 @@ class Ledger:
         """
         while self._changes and (used is None or self._changes[0][0] < used):
             _, index, count, digest = self._changes.popleft()
-            if count > self.records[index][2]:  # a run that goes on reads again what was recorded
+            # A run that goes on reads again what was recorded.
+            if self.records is not None and count > self.records[index][2]:
                 self.records[index][2:] = [count, digest]
 
 
@@ -256,7 +258,7 @@ def changed(files: list[File], records: list[list], *others: list[list]) -> str:
     now = [[file.inside, file.path.stat().st_size] for file in files]
     then = [record[:2] for record in records]
     if now != then:
-        sizes, before = dict(map(tuple, now)), dict(map(tuple, then))
+        sizes, before = ({name: size for name, size in pairs} for pairs in (now, then))
         faults = (
             [f"{name} is missing" for name in before if name not in sizes]
             + [f"{name} is new" for name in sizes if name not in before]
@@ -326,6 +328,7 @@ def open_text(path: Path, source: Source | None = None) -> io.TextIOBase:
     """
     if path.exists() and not path.is_dir() and not path.is_file():
         raise BadInput(f"{path} is no regular file, and would be waited for; put a file there")
+    binary: gzip.GzipFile | io.BufferedReader
     if path.suffix == ".gz":
         binary = gzip.GzipFile(fileobj=io.BufferedReader(source, 2**17)) if source else gzip.GzipFile(path)
     elif path.suffix == ".zst":

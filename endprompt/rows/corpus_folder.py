@@ -165,8 +165,8 @@ def choose(
     )
     if not chosen and of_split:
         raise BadInput(
-            f"{key}: the folder {folder} has of the split {'+'.join(sorted(parts))} only files of no known"
-            f" kind ({min(of_split)}); use .jsonl, .json, .parquet or"
+            f"{key}: the folder {folder} has of the split {'+'.join(sorted(parts or ()))} only files of no"
+            f" known kind ({min(of_split)}); use .jsonl, .json, .parquet or"
             f" .txt{f'; besides, there are {told}' if told else ''}"
         )
     return chosen, told

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -154,7 +154,7 @@ class Encoder:
         ]
 
     def _certain(self, text: str) -> bool:
-        return self._same is True or not self._same.search(text)
+        return self._same is True or (self._same is not False and not self._same.search(text))
 
     def _refuse_difference(self, text: str, ids: np.ndarray) -> None:
         if not np.array_equal(ids, found := self._exactly([text])[0]):
@@ -231,12 +231,13 @@ def _start_worker(definition: str, eos: int) -> None:
 
 
 def _work(texts: list[str]) -> list[np.ndarray]:
+    assert _worker is not None  # _start_worker set it
     return _ended(*_worker, texts)
 
 
 def tokenized(
     documents: Iterable[tuple[str, str]], tokenizer, workers: int
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Generator[tuple[str, np.ndarray], None, None]:
     """(document id, int32 ids ending in EOS) in order: fastokens on ``workers`` threads, else that many
     processes with a bounded number of batches in flight.
     """

@@ -147,10 +147,10 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
     own = scaling.window(target_length) or config.max_position_embeddings
     window = {"config.json: max_position_embeddings": own}
     stated = model.stated_lengths(folder)
-    wrong = {key: value for key, value in stated.items() if value != window.get(key, target_length)}
-    if wrong:
-        raise Failure(f"saved model: {folder} states other lengths than {target_length} tokens: {wrong}")
-    saved = {}
+    other = {key: value for key, value in stated.items() if value != window.get(key, target_length)}
+    if other:
+        raise Failure(f"saved model: {folder} states other lengths than {target_length} tokens: {other}")
+    saved: dict[str, tuple[int, ...]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             names = file.keys()

@@ -8,6 +8,7 @@ does, of every merged matrix on one vector.
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def inject(model, lora: Lora, seed: int) -> None:
             parameter.requires_grad_(lora.train_embed_norm and ("embed" in name or "norm" in name))
 
 
-def _layers(model) -> dict[str, torch.nn.Module]:
+def _layers(model) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

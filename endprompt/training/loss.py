@@ -20,6 +20,7 @@ need neither sum nor buffer, but a fourth matrix product; on a CPU they took 0.9
 import functools
 import sys
 import types
+from typing import cast
 
 import torch
 from torch import nn
@@ -145,9 +146,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += gradient.sum(0, dtype=torch.float32)
                 gradient = gradient.to(hidden.dtype)
-                if needs_hidden:
+                if grad_hidden is not None:
                     grad_hidden[part] = gradient @ weight
-                if needs_weight:
+                if grad_weight is not None:
                     if weight.dtype == sum_type:
                         grad_weight.addmm_(gradient.t(), hidden[part])
                     else:  # summing many chunks in bf16 would lose the small ones
@@ -277,11 +278,12 @@ def attach(model, uniform: bool = False) -> None:
     if type(head) is not nn.Linear:
         raise Failure(f"the output layer is {type(head).__name__}, not nn.Linear; its loss cannot be chunked")
     head.__class__ = LossHead
-    head.uniform = uniform
+    cast(LossHead, head).uniform = uniform
     model.forward = types.MethodType(_forward_with_loss, model)
 
 
 def leave_uncompiled() -> None:
     """Keeps torch.compile out of the loss, whose loop over chunks it would unroll."""
     if not hasattr(LossHead.forward, "_torchdynamo_disable"):
-        LossHead.forward = torch.compiler.disable(LossHead.forward)
+        # A method is replaced: whoever holds the class gets the uncompiled one.
+        LossHead.forward = torch.compiler.disable(LossHead.forward)  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -185,7 +186,7 @@ class Probe(TrainerCallback):
             sequence_parallel,
             None,
         )
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None  # set once it is built
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

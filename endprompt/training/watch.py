@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -52,7 +53,8 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, request: StopRequest, run: Path):
-        self.request, self.run, self.stopped, self.trainer = request, run, False, None
+        self.request, self.run, self.stopped = request, run, False
+        self.trainer: Any = None
         self._plain_gradients_finite = True
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -105,7 +107,7 @@ class Watch(TrainerCallback):
             for number, (rows, loss) in enumerate(self.trainer.micro_batches)
             if not math.isfinite(float(loss))
         ]
-        everybody = [mine]
+        everybody: list[Any] = [mine]
         if _distributed():
             everybody = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everybody, mine)
