@@ -238,7 +238,8 @@ def refuse_untied(where: str, source: str, config, revision: str | None = None) 
     known = known if isinstance(known, dict) else {"lm_head.weight": "model.embed_tokens.weight"}
     for one, other in known.items():
         try:
-            if None in (places := [_tensor(folder, name) for name in (other, one)]):
+            places = [place for name in (other, one) if (place := _tensor(folder, name))]
+            if len(places) < 2:
                 continue
             with contextlib.ExitStack() as stack:
                 first, second = (
@@ -426,6 +427,7 @@ def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
                 why = "a part of a RoPE scaling that is not there"
         if why:
             refuse(key, value, why)
+    plain: tuple[Any, ...]
     for key, plain in (("position_embedding_type", ("rope", "rotary")), ("is_causal", (True,))):
         if found.get(key) is not None and found[key] not in plain:
             refuse(key, found[key], "no causal attention with RoPE")
@@ -508,7 +510,7 @@ def load_config(recipe: Named, where: dict | None = None):
                 f" assumed, the default of {config.model_type}",
                 file=sys.stderr,
             )
-    theta = (config.rope_parameters or {}).get("rope_theta")
+    theta: Any = (config.rope_parameters or {}).get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
     # use_sliding_window is a key of qwen2; a mistral model has its window whatever that says.
@@ -751,7 +753,7 @@ def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
     are not the expected ones.
     """
     config = copy.deepcopy(base.config)
-    theta = (config.rope_parameters or {}).get("rope_theta")
+    theta: Any = (config.rope_parameters or {}).get("rope_theta")
     rope.apply(config, scaling, base.recipe.lengths.target)
     arguments = dict(base.arguments)
     if base.recipe.model.gguf_file:

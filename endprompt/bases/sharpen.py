@@ -75,7 +75,7 @@ def missing(power: float, config, original_length: int, target_length: int) -> f
     loses nothing.
     """
     there = inherited(config)
-    start = min(there.get("sharpened_from", math.inf), original_length)
+    start = int(min(there.get("sharpened_from", math.inf), original_length))
     return max(1.0, factor(power, start, target_length) / there.get("sharpened", 1.0))
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def _saved(experiment: Experiment, other: str | None, cuda: bool):
             if other
             else f"{folder} is missing; train {experiment.method.name} first, or name a model with --model"
         )
-    source = str(folder) if folder.is_dir() else other
+    source = str(folder) if other is None or folder.is_dir() else other
     trust = recipe.model.trust_remote_code
     if folder.is_dir():
         model.check_folder(folder, "--model")
@@ -167,7 +168,9 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
     """
     if task in names.SHORT_TEXT:
         return [None]
-    return [recipe.eval.longbench_length] if task.startswith("longbench_") else sorted(recipe.eval.lengths)
+    if task.startswith("longbench_"):
+        return [recipe.eval.longbench_length]
+    return [*sorted(recipe.eval.lengths)]
 
 
 class Scorer:
@@ -216,6 +219,7 @@ class Scorer:
                 ),
                 [],
             )
+        assert length is not None  # which only short text has none of
         generation = None
         if task.startswith("longbench_"):
             generation = (
@@ -340,7 +344,7 @@ def pairs(recipe: Recipe) -> list[tuple[str, int | None]]:
     return [(task, length) for task in recipe.eval.tasks for length in lengths(recipe, task)]
 
 
-def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
+def _chosen(recipe: Recipe, only: Sequence[str]) -> list[tuple[str, int | None]]:
     known = {f"{task}:{length or '-'}": (task, length) for task, length in pairs(recipe)}
     for name in only:
         if name not in known:
@@ -349,7 +353,7 @@ def _chosen(recipe: Recipe, only: list[str]) -> list[tuple[str, int | None]]:
 
 
 def evaluate(
-    experiment: Experiment, other: str | None = None, only: list[str] = (), budget: float | None = None
+    experiment: Experiment, other: str | None = None, only: Sequence[str] = (), budget: float | None = None
 ) -> None:
     """Writes eval/<task>/<length>.json below the run and the answers beside it as .jsonl (eval-<name>-<hash
     of its path> for another model) and pictures, and prints a line a score.
@@ -433,7 +437,7 @@ class Evaluation:
         missing = [
             (task.removeprefix("ruler_"), length)
             for (task, length), result in self.there.items()
-            if result is None and task.startswith("ruler_")
+            if result is None and task.startswith("ruler_") and length is not None
         ]
         if missing and not options.ruler_samples:
             ruler.ensure(

@@ -111,6 +111,9 @@ class Rows:
         }
 
 
+AnyOptions = Any  # of a method's own schema
+
+
 class Method:
     """One way of extending a window (paper section 3; the baselines from their own papers).
 
@@ -139,11 +142,22 @@ class Method:
     def trained(self) -> bool:
         return self.Rows is not None
 
+    def rows(self, setting: Setting):
+        """Raises BadInput if nothing is trained, or the options do not fit the setting."""
+        if self.Rows is None:
+            raise BadInput(f"method: {self.name} trains nothing, so it has no rows")
+        return self.Rows(setting)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every target of a row weighs 1."""
+        return self.Rows is None or self.Rows.uniform
+
     def row_length(self, physical: int, target: int) -> int:
         """Tokens in a training row."""
         return target if self.fills == "target" else physical
 
-    def check(self, options: Options, packing: str) -> None:
+    def check(self, options: AnyOptions, packing: str) -> None:
         """Raises BadInput if ``options`` do not go with ``data.packing``, before anything is read."""
 
     def scaling(self, given: str | None, original_length: int, target_length: int) -> Scaling:
@@ -157,15 +171,15 @@ class Method:
         """The power of ln L / ln C that attention is sharpened by; given: the recipe's ``rope.sharpen``."""
         return self.sharpening if given is None else given
 
-    def attended(self, options: Options, length: int) -> int:
+    def attended(self, options: AnyOptions, length: int) -> int:
         """Keys that a query of a row of ``length`` tokens may meet in training, for counts of FLOPs."""
         return length
 
-    def attention(self, network, options: Options, length: int) -> contextlib.AbstractContextManager:
+    def attention(self, network, options: AnyOptions, length: int) -> contextlib.AbstractContextManager:
         """Inside, ``network`` attends as the method trains."""
         return contextlib.nullcontext()
 
-    def loss_term(self, network, batch: dict, outputs: dict, options: Options):
+    def loss_term(self, network, batch: dict, outputs: dict, options: AnyOptions):
         """A scalar that is added to the sum of the loss over the targets of ``batch``, in nats; None:
         nothing.
 
@@ -177,7 +191,7 @@ class Method:
         """Why several ranks cannot share a row (``train.sequence_parallel``); None if they can."""
         return None if self.Rows is not None and self.Rows.contiguous else "has jumps in its positions"
 
-    def note(self, options: Options, length: int) -> dict[str, Any]:
+    def note(self, options: AnyOptions, length: int) -> dict[str, Any]:
         """What config.json of the trained model says of the method under ``endprompt``, beside its name."""
         return {}
 

@@ -36,7 +36,7 @@ class Chunked(Method):
             )
 
 
-class Chunks:
+class Chunks(Rows):
     """How a row's text is taken and cut, for rows whose options are ``ChunkOptions``."""
 
     def take_chunks(self, cursor, count: int):
@@ -55,7 +55,7 @@ class Chunks:
         return text[plans.spread(chunks, len(text), rng)]
 
 
-class PoseRows(Chunks, Rows):
+class PoseRows(Chunks):
     def build(self, cursor, rng):
         if (taken := self.take_chunks(cursor, self.length)) is None:
             return None

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from endprompt import BadInput
 from endprompt.bases import model
@@ -64,7 +65,7 @@ class Kept:
 
     def __init__(self, network):
         self.parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-        self.storages: dict[int, object] = {}  # held, so that no address serves twice
+        self.storages: dict[int, Any] = {}  # held, so that no address serves twice
 
     def __enter__(self):
         import torch
@@ -377,7 +378,7 @@ def training_memory(
         recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]),
         experiment.adapters,
         2 if half else 4,
-        {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind),
+        {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind or ""),
     )
 
 
@@ -515,5 +516,5 @@ def token_flops(experiment: Experiment, about) -> float:
     from endprompt.training.trainer import flops_per_token
 
     adapters = experiment.adapters
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
+    head_frozen = adapters is not None and not (adapters.train_embed_norm and about.tie_word_embeddings)
     return flops_per_token(about, experiment.attended, bool(adapters), head_frozen)

@@ -109,7 +109,8 @@ class _Clock:
     """
 
     def __init__(self, cuda: bool):
-        self.cuda, self.points = cuda, []
+        self.cuda = cuda
+        self.points: list = []
 
     def mark(self) -> None:
         if self.cuda:
@@ -195,11 +196,11 @@ def measure(
     collate = Collator(0, target)
     rng = np.random.default_rng(0)
 
-    rows_of = method.Rows(Setting(method.name, options, length, target, "cut", 0, FixedPrompt()))
+    rows_of = method.rows(Setting(method.name, options, length, target, "cut", 0, FixedPrompt()))
     cursor = Cursor(((("", rng.integers(config.vocab_size, size=length)) for _ in itertools.count())), 0, 0)
 
     def batch():
-        made = [rows_of(number, cursor) for number in range(rows)]
+        made = [row for number in range(rows) if (row := rows_of(number, cursor)) is not None]
         found = {
             name: tensor
             for name, tensor in collate(made).items()
@@ -262,8 +263,8 @@ def measure(
         bool(method.adapters),
         not model.get_output_embeddings().weight.requires_grad,
     )
-    name = torch.cuda.get_device_name() if cuda else None
-    limit = next((value for key, value in PEAK_FLOPS.items() if name and key in name), None)
+    gpu = torch.cuda.get_device_name() if cuda else None
+    limit = next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
     return {
         "row_length": length,
         "tokens": rows * length,

@@ -124,7 +124,7 @@ class Experiment:
 
     def rows(self, tokenizer=None) -> Rows:
         """Builds the method's rows, with the base's tokenizer unless another is given."""
-        return self.method.Rows(
+        return self.method.rows(
             Setting(
                 self.method.name,
                 self.options,

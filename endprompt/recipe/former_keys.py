@@ -14,7 +14,7 @@ def taken(tree: dict) -> dict:
     """Takes the options of methods out of the sections of ``tree``, a recipe as it was read, and returns
     them; a method gets those that it has, as it did when every recipe named them all.
     """
-    found = {}
+    found: dict = {}
     for section, keys in FORMER.items():
         if isinstance(tree.get(section), dict):
             found |= {key: tree[section].pop(key) for key in keys if key in tree[section]}

@@ -4,13 +4,14 @@ results.
 
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from endprompt import BadInput
-from endprompt.positions.rope import TYPES
+from endprompt.positions.rope import Type
 from endprompt.recipe import former_keys, settings_file, training_keys, zero_file
 from endprompt.recipe import task_names as names
 from endprompt.recipe.settings_file import SHIPPED
@@ -59,7 +60,7 @@ class DataSection(Section):
 
 
 class RopeSection(Section):
-    type: Literal[TYPES] | None = None
+    type: Type | None = None
     # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
     # as the method says.
     sharpen: float | None = Field(None, ge=0, le=4)
@@ -186,7 +187,9 @@ def _message(error: ValidationError) -> str:
         key = ".".join(str(part) for part in item["loc"])
         given = repr(item.get("input"))[:60]
         if item["type"] == "extra_forbidden":
-            section = Recipe.model_fields[item["loc"][0]].annotation if len(item["loc"]) > 1 else Recipe
+            section: Any = Recipe
+            if len(item["loc"]) > 1:
+                section = Recipe.model_fields[str(item["loc"][0])].annotation
             known = ", ".join(name for name, field in section.model_fields.items() if not field.exclude)
             found.append(f"unknown key {key}; known here: {known}")
         elif item["type"] == "missing":
@@ -204,7 +207,7 @@ def _message(error: ValidationError) -> str:
     return "; ".join(found)
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe, see ``settings_file.find``.  Raises BadInput with one line that
     names the key and the mend."""
     path = settings_file.find(Path(path))

@@ -188,7 +188,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
         batch_shape(experiment)
     about = estimate.shape(recipe)
     scored = Path(job.model).expanduser() if job.model else job.folder / "model" if method.trained else None
-    trained = job.kind == "evaluate" or not method.trained or scored.is_dir()
+    trained = job.kind == "evaluate" or not method.trained or (scored is not None and scored.is_dir())
     if job.kind == "train":
         there = wanted = 0
     elif trained:

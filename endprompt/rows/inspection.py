@@ -77,7 +77,8 @@ def _rows(experiment: Experiment, strict: bool) -> tuple[list[list[Span]], str]:
     make, length = experiment.rows(), experiment.row_length
     blank = Cursor(repeat(("", np.zeros(experiment.target_length, np.int32))), 0, 0)
     count = max(1, min(experiment.recipe.data.tokens, SAMPLED_TOKENS) // length)
-    segments = [plans.segments(make(number, blank)["position_ids"]) for number in range(count)]
+    made = (make(number, blank) for number in range(count))
+    segments = [plans.segments(row["position_ids"]) for row in made if row is not None]
     return segments, f"{count} sampled rows of {length} tokens (there are no shards)"
 
 

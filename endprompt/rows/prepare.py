@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -146,10 +146,11 @@ def _refuse_other_corpus(
     """Raises BadInput beginning with ``where`` if the corpus is not what ``records``, and ``others`` of the
     same files, say was read.
     """
-    if (files is None) != (records is None) or (
-        records is not None and (fault := corpus.changed(files, records, *others))
-    ):
-        what = fault if files is not None and records is not None else "it was on the hub, or is now"
+    if files is not None and records is not None:
+        what = corpus.changed(files, records, *others)
+    else:
+        what = "" if files is None and records is None else "it was on the hub, or is now"
+    if what:
         raise BadInput(
             f"shards: the corpus changed since {where} ({what}); restore it, or delete the folder and prepare"
             " again"
@@ -203,8 +204,8 @@ def _documents(
 
 
 def _embedded(
-    stream: Iterator[tuple[str, np.ndarray]], tokenizer, embeddings: int
-) -> Iterator[tuple[str, np.ndarray]]:
+    stream: Generator[tuple[str, np.ndarray], None, None], tokenizer, embeddings: int
+) -> Generator[tuple[str, np.ndarray], None, None]:
     """``stream``.  Raises BadInput where a document holds a token that the model has no embedding for."""
     with contextlib.closing(stream):
         for name, ids in stream:
@@ -217,17 +218,21 @@ def _joined(recipe: Recipe, folder: Path, parts: list[list | None]) -> list | No
     if parts[0] is None and not any(parts):
         return None
     told = f"shards: the corpus changed while the parts in {folder} were made"
-    if None in parts or len({json.dumps([record[:2] for record in records]) for records in parts}) > 1:
+    there = [records for records in parts if records is not None]
+    if (
+        len(there) < len(parts)
+        or len({json.dumps([record[:2] for record in records]) for records in there}) > 1
+    ):
         raise BadInput(f"{told} (names or sizes of its files); delete the folder and prepare again")
-    for found in zip(*parts, strict=True):
+    for found in zip(*there, strict=True):
         if len({digest for _, _, _, digest in found}) > len({count for _, _, count, _ in found}):
             raise BadInput(
                 f"{told} ({found[0][0]} held other text of the same length); delete the folder and prepare"
                 " again"
             )
     if (files := _here(recipe)) is not None:
-        _refuse_other_corpus(files, parts[0], f"the parts in {folder} were made", *parts[1:])
-    elif any(len({count for _, _, count, _ in found if count}) > 1 for found in zip(*parts, strict=True)):
+        _refuse_other_corpus(files, there[0], f"the parts in {folder} were made", *there[1:])
+    elif any(len({count for _, _, count, _ in found if count}) > 1 for found in zip(*there, strict=True)):
         print(
             "warning: the corpus is not here; that all parts read the same text was compared by names and"
             " sizes",

@@ -14,14 +14,15 @@ class Cursor:
         self._stream, self.document, self.offset = stream, document, offset
         self._current: tuple[str, np.ndarray] | None = None
 
-    def _load(self) -> bool:
+    def _load(self) -> tuple[str, np.ndarray] | None:
         if self._current is None:
             self._current = next(self._stream, None)
-        return self._current is not None
+        return self._current
 
-    def _advance(self, count: int) -> None:
+    def _advance(self, count: int, length: int) -> None:
+        """length: tokens of the document that it stands in."""
         self.offset += count
-        if self.offset >= len(self._current[1]):
+        if self.offset >= length:
             self._current, self.document, self.offset = None, self.document + 1, 0
 
     def take(self, count: int) -> tuple[np.ndarray, list[str]] | None:
@@ -30,20 +31,20 @@ class Cursor:
         """
         parts, names, missing = [], [], count
         while missing:
-            if not self._load():
+            if (current := self._load()) is None:
                 return None
-            name, ids = self._current
+            name, ids = current
             part = ids[self.offset : self.offset + missing]
             parts.append(part)
             names.append(name)
             missing -= len(part)
-            self._advance(len(part))
+            self._advance(len(part), len(ids))
         return np.concatenate(parts), names
 
     def take_document(self, count: int) -> tuple[np.ndarray, list[str]] | None:
         """The first ``count`` tokens, or fewer, of the next document; the rest of it is passed over."""
-        if not self._load():
+        if (current := self._load()) is None:
             return None
-        name, ids = self._current
-        self._advance(len(ids))
+        name, ids = current
+        self._advance(len(ids), len(ids))
         return ids[:count], [name]

@@ -152,7 +152,7 @@ class Resume:
     def of(cls, experiment: Experiment, world_size: int, main: bool) -> "Resume":
         """Raises BadInput if there are checkpoints and none can be gone on with."""
         newest = checkpoint_files.to_resume(experiment.run / "checkpoints", sys.stderr if main else None)
-        before = checkpoint_files.marker(newest) if newest else {"world_size": world_size}
+        before = (checkpoint_files.marker(newest) if newest else None) or {"world_size": world_size}
         if newest:
             checkpoint_files.refuse_foreign(newest)
         found = cls(newest, before, world_size)
@@ -188,7 +188,7 @@ def build_network(experiment: Experiment, arguments: TrainingArguments, cuda: bo
     adapters, method = experiment.adapters, experiment.method
     dtype = precision.loaded(arguments, bool(adapters))
     network = model.build(experiment.base, experiment.scaling, dtype, cuda)
-    loss.attach(network, uniform=method.Rows.uniform)
+    loss.attach(network, uniform=method.uniform)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
     if not arguments.deepspeed:
@@ -305,7 +305,7 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
     agree(run, resume.newest)
     if main:
         checkpoint_files.set_aside(run / "checkpoints", resume.newest)
-    if universal:
+    if universal and resume.newest:
         make_universal(resume.newest)
 
     network = build_network(experiment, arguments, cuda)
