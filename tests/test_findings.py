@@ -18,7 +18,8 @@ from test_eval import cells, write_result
 from endprompt import BadInput
 from endprompt.evaluation import intervals
 from endprompt.methods import table as methods
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
+from endprompt.recipe.experiment import Experiment
 from endprompt.reports import findings, findings_tables
 
 
@@ -57,7 +58,8 @@ def runs(recipe_file, tmp_path):
                 ]
                 == 0
             )
-            (recipe / method / "recipe.yaml").write_text(config.load(recipe_file(), overrides).dump(method))
+            experiment = Experiment.of(schema.load(recipe_file(), overrides), method)
+            (recipe / method / "recipe.yaml").write_text(experiment.dump())
             # Distances 511, 256 and 0 at 512.
             passkey_result(
                 recipe,
@@ -224,7 +226,8 @@ def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypa
     new = tmp_path / "new/plain/seed0/small"
     for method in ("lceg", "short"):
         (new / method).mkdir(parents=True)
-        (new / method / "recipe.yaml").write_text(config.load(recipe_file(), ["data.seed=0"]).dump(method))
+        experiment = Experiment.of(schema.load(recipe_file(), ["data.seed=0"]), method)
+        (new / method / "recipe.yaml").write_text(experiment.dump())
         passkey_result(new, method, 512, {0.0: 7, 0.5: 7, 1.0: 7})
         passkey_result(new, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
     old = tmp_path / "old/findings.json"
@@ -481,7 +484,7 @@ def test_settings_of_the_script_are_recipes(script):
     done, calls = script(SEEDS="0", METHODS="endprompt pose_recall", JOBS="1")
     for call in (call for call in calls if "evaluate" in call):
         _, *overrides = call.split(" --set ")
-        config.load(REPOSITORY / "recipes/tiny.yaml", overrides)
+        schema.load(REPOSITORY / "recipes/tiny.yaml", overrides)
         assert call.split()[4] in methods.METHODS
 
 
