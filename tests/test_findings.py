@@ -107,7 +107,11 @@ def run_findings(monkeypatch, capsys, *arguments):
 def test_numbers(runs):
     found = {entry["name"]: entry for entry in findings.collect(runs)}
     assert list(found) == ["short", "endprompt", "endprompt, weight-1"]
-    assert [entry["different"] for entry in found.values()] == ["", "", "data.prompt_loss_weight=1.0"]
+    assert [entry["different"] for entry in found.values()] == [
+        "",
+        "",
+        "method_options.prompt_loss_weight=1.0",
+    ]
     prompt = found["endprompt"]
     assert prompt["losses"] == {
         "text_loss": {
@@ -184,7 +188,7 @@ def test_tables(runs):
         list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt, weight-1`"]
         and "sharpened" not in tables
     )
-    assert tables["settings"] == {"`weight-1`": {"differs in": "`data.prompt_loss_weight=1.0`"}}
+    assert tables["settings"] == {"`weight-1`": {"differs in": "`method_options.prompt_loss_weight=1.0`"}}
     steps = {f"step {step}": "-" for step in findings_tables.STEPS}
     losses = findings_tables.prompt_losses(entries[1:2]).splitlines()[2:]
     assert [
