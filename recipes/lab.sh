@@ -63,7 +63,7 @@ one() {  # setting method seed differences trained
 }
 export -f one
 
-untrained=" $("$PYTHON" -c 'from endprompt import methods; print(*(name for name in methods.METHODS if not methods.METHODS[name].trained))') "
+untrained=" $("$PYTHON" -c 'from endprompt.methods.table import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
 first=${SEEDS%% *}
 for setting in "${order[@]}"; do
   if [ -z "${methods[$setting]:-}" ]; then

@@ -21,6 +21,21 @@ from endprompt.methods import table as methods
 from endprompt.reports import compare
 
 
+def test_options_by_their_former_keys_are_the_same_setting(tmp_path):
+    """An earlier recipe.yaml named the options of all methods; a key that came after has its default."""
+    former, now = tmp_path / "former/pose", tmp_path / "now/pose"
+    setting(former, 0, pose_chunks=3, end_prompts=["EP_2"], recall_share=0.5)
+    setting(now, 0)
+    path = now / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["train"]["deepspeed"] = "/clone/zero3.json"
+    path.write_text(yaml.safe_dump({**tree, "method_options": {"pose": {"pose_chunks": 3}}}))
+    found = compare.run_setting(former / "recipe.yaml")
+    assert found == compare.run_setting(path) and found[1]["method_options"]["pose_chunks"] == 3
+    setting(now, 0)
+    assert compare.run_setting(path) != found
+
+
 def test_over_seeds():
     """Three seeds 0.4, 0.5, 0.6: mean 0.5, s = 0.1, t = 4.30265, half width 0.248414."""
     cell = intervals.over_seeds([0.4, 0.5, 0.6], (0.0, 0.1), 0.0, 1.0)
@@ -218,6 +233,14 @@ def test_comparison_over_seeds_writes_what_it_prints(seeds, monkeypatch, capsys)
         (
             lambda folders: setting(folders[2] / "endprompt", 2, tokens=2000),
             r"differ in more than the seed \(data\); compare runs of one setting",
+        ),
+        (
+            lambda folders: setting(folders[2] / "endprompt", 2, prompt_loss_weight=1.0),
+            r"differ in more than the seed \(method_options\); compare runs of one setting",
+        ),
+        (
+            lambda folders: setting(folders[2] / "endprompt", 2, end_prompts=3),
+            "recipe.yaml: method_options.end_prompts: Input should be a valid list",
         ),
         (
             lambda folders: (folders[2] / "endprompt/recipe.yaml").write_text("- 1\n"),

@@ -23,14 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from endprompt import BadInput
 from endprompt.evaluation import engine, figures, intervals, passkey, perplexity, question, run
-from endprompt.methods import table as methods
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
+from endprompt.recipe.experiment import Experiment
 from endprompt.reports import compare
 from endprompt.rows import corpus
 from endprompt.runs import provenance
-
-BASE = methods.get("base")
-
 
 # Passkey: the text
 
@@ -587,9 +584,9 @@ def test_mmlu_is_five_shot_over_all_subjects(local_sets):
 def test_vllm_needs_a_saved_model_and_vllm(recipe, base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     with pytest.raises(BadInput, match="vllm reads a saved model, and base has none"):
-        run.evaluate(recipe(backend="vllm"), BASE, tmp_path / "run")
+        run.evaluate(Experiment.of(recipe(backend="vllm"), "base", tmp_path / "run"))
     with pytest.raises(BadInput, match=r"eval\.backend: vllm cannot be imported .* or use eval\.backend=hf"):
-        run.evaluate(recipe(backend="vllm"), methods.get("endprompt"), tmp_path / "run", str(base))
+        run.evaluate(Experiment.of(recipe(backend="vllm"), "endprompt", tmp_path / "run"), str(base))
     assert not (tmp_path / "run").exists()
 
 
@@ -598,7 +595,7 @@ def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path):
         BadInput,
         match="humaneval runs code that the model writes, on this machine; set eval.run_unsafe_code=true",
     ):
-        run.evaluate(recipe(tasks=["humaneval"]), BASE, tmp_path / "run")
+        run.evaluate(Experiment.of(recipe(tasks=["humaneval"]), "base", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -620,7 +617,7 @@ def recipe(recipe_file, tmp_path, tiny_text):
             "perplexity_tokens": 64,
             "perplexity_stride": 32,
         }
-        return config.load(recipe_file(lengths={"target": 2048}, eval={**settings, **options}))
+        return schema.load(recipe_file(lengths={"target": 2048}, eval={**settings, **options}))
 
     return make
 
@@ -639,8 +636,8 @@ def forbid(monkeypatch):
 
 
 def test_results_say_where_they_come_from(recipe, base, tmp_path, capsys):
-    run.evaluate(recipe(), BASE, tmp_path / "run")
-    found = results(tmp_path / "run/eval")
+    run.evaluate(Experiment.of(recipe(), "base", tmp_path / "run"))
+    found = results(tmp_path / "run/small/base/eval")
     assert list(found) == ["passkey/128.json", "passkey/96.json", "perplexity/128.json", "perplexity/96.json"]
     for result in found.values():
         assert result["recipe"] == "small" and result["method"] == "base" and result["question"]["seed"] == 42
@@ -669,7 +666,10 @@ def test_results_say_where_they_come_from(recipe, base, tmp_path, capsys):
         f"{found['passkey/96.json']['scores']['score']:.2f}%" in printed[0]
         and f"{found['perplexity/96.json']['scores']['score']:.3f}" in printed[2]
     )
-    answers = [json.loads(line) for line in (tmp_path / "run/eval/passkey/96.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (tmp_path / "run/small/base/eval/passkey/96.jsonl").read_text().splitlines()
+    ]
     assert [row.keys() for row in answers] == [{"key", "depth", "pred"}] * 3
     assert (
         sum(passkey.correct(row["pred"], row["key"]) for row in answers)
@@ -689,18 +689,18 @@ def test_commit_is_the_checkouts(tmp_path, monkeypatch):
 
 
 def test_heatmap_is_a_picture(recipe, tmp_path):
-    run.evaluate(recipe(tasks=["passkey"]), BASE, tmp_path / "run")
-    pixels = image.imread(tmp_path / "run/eval/passkey.png")
+    run.evaluate(Experiment.of(recipe(tasks=["passkey"]), "base", tmp_path / "run"))
+    pixels = image.imread(tmp_path / "run/small/base/eval/passkey.png")
     assert pixels.shape[0] > 300 and pixels.shape[1] > 300 and pixels.std() > 0.05
 
 
 def test_existing_results_are_kept(recipe, tmp_path, monkeypatch, capsys):
-    run.evaluate(recipe(), BASE, tmp_path / "run")
-    before, printed = results(tmp_path / "run/eval"), capsys.readouterr().out
+    run.evaluate(Experiment.of(recipe(), "base", tmp_path / "run"))
+    before, printed = results(tmp_path / "run/small/base/eval"), capsys.readouterr().out
     forbid(monkeypatch)
-    run.evaluate(recipe(), BASE, tmp_path / "run")
+    run.evaluate(Experiment.of(recipe(), "base", tmp_path / "run"))
     out, err = capsys.readouterr()
-    assert results(tmp_path / "run/eval") == before and out == printed and "again" not in err
+    assert results(tmp_path / "run/small/base/eval") == before and out == printed and "again" not in err
 
 
 @pytest.mark.parametrize(
@@ -713,20 +713,20 @@ def test_existing_results_are_kept(recipe, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_results_of_another_setting_are_replaced(recipe, tmp_path, capsys, options, task):
-    run.evaluate(recipe(tasks=[task], lengths=[96]), BASE, tmp_path / "run")
+    run.evaluate(Experiment.of(recipe(tasks=[task], lengths=[96]), "base", tmp_path / "run"))
     capsys.readouterr()
-    run.evaluate(recipe(tasks=[task], lengths=[96], **options), BASE, tmp_path / "run")
+    run.evaluate(Experiment.of(recipe(tasks=[task], lengths=[96], **options), "base", tmp_path / "run"))
     assert "was scored for another model or setting; scoring again" in capsys.readouterr().err
     name, value = next(iter(options.items()))
-    assert value in results(tmp_path / "run/eval")[f"{task}/96.json"]["question"].values(), name
+    assert value in results(tmp_path / "run/small/base/eval")[f"{task}/96.json"]["question"].values(), name
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])
 def test_results_that_cannot_be_read_are_replaced(recipe, tmp_path, capsys, text):
-    path = tmp_path / "run/eval/passkey/96.json"
+    path = tmp_path / "run/small/base/eval/passkey/96.json"
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    run.evaluate(recipe(tasks=["passkey"], lengths=[96]), BASE, tmp_path / "run")
+    run.evaluate(Experiment.of(recipe(tasks=["passkey"], lengths=[96]), "base", tmp_path / "run"))
     assert (
         "cannot be read; scoring again" in capsys.readouterr().err
         and json.loads(path.read_text())["scores"]["length"] == 96
@@ -740,9 +740,9 @@ def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, 
     checked = checked.model_copy(
         update={"model": checked.model.model_copy(update={"name_or_path": str(folder)})}
     )
-    for method in (BASE, methods.get("endprompt")):
-        other = None if method is BASE else str(folder)
-        run.evaluate(checked, method, tmp_path / "run", other)
+    for method in ("base", "endprompt"):
+        other = None if method == "base" else str(folder)
+        run.evaluate(Experiment.of(checked, method, tmp_path / "run"), other)
         weights = load_file(folder / "model.safetensors")
         save_file(
             {name: tensor * 0.9 for name, tensor in weights.items()},
@@ -750,14 +750,15 @@ def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, 
             {"format": "pt"},
         )
         capsys.readouterr()
-        run.evaluate(checked, method, tmp_path / "run", other)
-        assert "scoring again" in capsys.readouterr().err, method.name
+        run.evaluate(Experiment.of(checked, method, tmp_path / "run"), other)
+        assert "scoring again" in capsys.readouterr().err, method
 
 
 def test_another_model_has_its_own_folder(recipe, base, tmp_path):
     checked = recipe(tasks=["passkey"], lengths=[96])
-    run.evaluate(checked, methods.get("endprompt"), tmp_path / "run", str(base))
-    found = results(next((tmp_path / "run").glob("eval-base-*")))["passkey/96.json"]
+    experiment = Experiment.of(checked, "endprompt", tmp_path / "run")
+    run.evaluate(experiment, str(base))
+    found = results(next(experiment.run.glob("eval-base-*")))["passkey/96.json"]
     assert found["question"]["model"] == {
         "name_or_path": str(base),
         "fingerprint": question.fingerprint(base),
@@ -765,13 +766,15 @@ def test_another_model_has_its_own_folder(recipe, base, tmp_path):
         "dtype": "torch.float32",
         "attention": "sdpa",
     }
-    assert not (tmp_path / "run/eval").exists() and next((tmp_path / "run").glob("eval-base-*/passkey.png"))
+    assert not (experiment.run / "eval").exists() and next(experiment.run.glob("eval-base-*/passkey.png"))
 
 
 def test_interpolated_model_is_scored_with_its_scaling(recipe, base, tmp_path):
-    run.evaluate(recipe(tasks=["perplexity"], lengths=[96]), methods.get("interpolation"), tmp_path / "run")
+    checked = recipe(tasks=["perplexity"], lengths=[96])
+    experiment = Experiment.of(checked, "interpolation", tmp_path / "run")
+    run.evaluate(experiment)
     original = AutoConfig.from_pretrained(base)
-    assert results(tmp_path / "run/eval")["perplexity/96.json"]["question"]["model"]["rope_parameters"] == {
+    assert results(experiment.run / "eval")["perplexity/96.json"]["question"]["model"]["rope_parameters"] == {
         **original.rope_parameters,
         "rope_type": "linear",
         "factor": 2048 / original.max_position_embeddings,
@@ -779,13 +782,13 @@ def test_interpolated_model_is_scored_with_its_scaling(recipe, base, tmp_path):
 
 
 def test_models_that_cannot_be_scored(recipe, base, tmp_path):
-    trained, checked = methods.get("endprompt"), recipe()
+    experiment = Experiment.of(recipe(), "endprompt", tmp_path / "run")
 
     def refuse(complaint, other):
         with pytest.raises(BadInput, match=complaint):
-            run.evaluate(checked, trained, tmp_path / "run", other)
+            run.evaluate(experiment, other)
 
-    refuse(r"run.model is missing; train endprompt first, or name a model with --model", None)
+    refuse(r"run.small.endprompt.model is missing; train endprompt first, or name a model with --model", None)
     refuse("there is no folder .*nowhere", str(tmp_path / "nowhere"))
     refuse("there is no folder nowhere", "./nowhere")
     refuse("owner/nowhere cannot be loaded", "owner/nowhere")
@@ -828,7 +831,7 @@ def test_models_that_cannot_be_scored(recipe, base, tmp_path):
 )
 def test_settings_that_cannot_be_scored(recipe, tmp_path, options, complaint):
     with pytest.raises(BadInput, match=complaint):
-        run.evaluate(recipe(**options), BASE, tmp_path / "run")
+        run.evaluate(Experiment.of(recipe(**options), "base", tmp_path / "run"))
 
 
 def test_command_line(recipe, recipe_file, tmp_path):

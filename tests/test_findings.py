@@ -18,7 +18,8 @@ from test_eval import cells, write_result
 from endprompt import BadInput
 from endprompt.evaluation import intervals
 from endprompt.methods import table as methods
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
+from endprompt.recipe.experiment import Experiment
 from endprompt.reports import findings, findings_tables
 
 
@@ -57,7 +58,8 @@ def runs(recipe_file, tmp_path):
                 ]
                 == 0
             )
-            (recipe / method / "recipe.yaml").write_text(config.load(recipe_file(), overrides).dump(method))
+            experiment = Experiment.of(schema.load(recipe_file(), overrides), method)
+            (recipe / method / "recipe.yaml").write_text(experiment.dump())
             # Distances 511, 256 and 0 at 512.
             passkey_result(
                 recipe,
@@ -105,7 +107,11 @@ def run_findings(monkeypatch, capsys, *arguments):
 def test_numbers(runs):
     found = {entry["name"]: entry for entry in findings.collect(runs)}
     assert list(found) == ["short", "endprompt", "endprompt, weight-1"]
-    assert [entry["different"] for entry in found.values()] == ["", "", "data.prompt_loss_weight=1.0"]
+    assert [entry["different"] for entry in found.values()] == [
+        "",
+        "",
+        "method_options.prompt_loss_weight=1.0",
+    ]
     prompt = found["endprompt"]
     assert prompt["losses"] == {
         "text_loss": {
@@ -182,7 +188,7 @@ def test_tables(runs):
         list(tables["prompts"]) == ["`short`", "`endprompt`", "`endprompt, weight-1`"]
         and "sharpened" not in tables
     )
-    assert tables["settings"] == {"`weight-1`": {"differs in": "`data.prompt_loss_weight=1.0`"}}
+    assert tables["settings"] == {"`weight-1`": {"differs in": "`method_options.prompt_loss_weight=1.0`"}}
     steps = {f"step {step}": "-" for step in findings_tables.STEPS}
     losses = findings_tables.prompt_losses(entries[1:2]).splitlines()[2:]
     assert [
@@ -224,7 +230,8 @@ def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypa
     new = tmp_path / "new/plain/seed0/small"
     for method in ("lceg", "short"):
         (new / method).mkdir(parents=True)
-        (new / method / "recipe.yaml").write_text(config.load(recipe_file(), ["data.seed=0"]).dump(method))
+        experiment = Experiment.of(schema.load(recipe_file(), ["data.seed=0"]), method)
+        (new / method / "recipe.yaml").write_text(experiment.dump())
         passkey_result(new, method, 512, {0.0: 7, 0.5: 7, 1.0: 7})
         passkey_result(new, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
     old = tmp_path / "old/findings.json"
@@ -481,7 +488,7 @@ def test_settings_of_the_script_are_recipes(script):
     done, calls = script(SEEDS="0", METHODS="endprompt pose_recall", JOBS="1")
     for call in (call for call in calls if "evaluate" in call):
         _, *overrides = call.split(" --set ")
-        config.load(REPOSITORY / "recipes/tiny.yaml", overrides)
+        schema.load(REPOSITORY / "recipes/tiny.yaml", overrides)
         assert call.split()[4] in methods.METHODS
 
 

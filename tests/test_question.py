@@ -24,9 +24,9 @@ from endprompt.evaluation import (
     ruler_package,
     run,
 )
-from endprompt.methods import table as methods
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe import task_names as names
+from endprompt.recipe.experiment import Experiment
 from endprompt.reports import compare
 from endprompt.rows.tokenizing import tokenizer_fingerprint
 
@@ -117,7 +117,7 @@ class Setting:
         }
         path = self.folder / "small.yaml"
         path.write_text(yaml.safe_dump(tree))
-        return config.load(path, self.overrides)
+        return schema.load(path, self.overrides)
 
     def asked(self, monkeypatch, blind=None):
         """The tasks that `evaluate` scores now.  blind: a key that it does not compare."""
@@ -145,7 +145,7 @@ class Setting:
             patched.setattr(run, "Scorer", Scorer)
             patched.setattr(run, "same", same)
             patched.setattr(run.figures, "heatmaps", lambda *_: None)
-            run.evaluate(self.recipe(), methods.get(self.method), self.folder / "run")
+            run.evaluate(Experiment.of(self.recipe(), self.method, self.folder / "run"))
         return set(scored)
 
 
@@ -402,7 +402,7 @@ def test_results_of_a_model_that_was_moved_stay_together(setting, monkeypatch):
 
 def test_every_key_of_the_eval_section_is_held_or_named(setting):
     """A key that is added later is part of every question until someone says otherwise."""
-    fields = set(config.EvalSection.model_fields)
+    fields = set(schema.EvalSection.model_fields)
     assert fields >= set(question._ELSEWHERE) | set(question._READERS)
     recipe, loaded = setting.recipe(), AutoTokenizer.from_pretrained(setting.model)
     for task in ("passkey", "multikey", "perplexity", "longbench_qasper", "ruler_vt", "hellaswag"):

@@ -31,8 +31,14 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_every_module_is_in_the_file_map():
-    modules = [Path(name).name for name in TRACKED if re.fullmatch(r"(endprompt|eval)/(?!__)\w+\.py", name)]
-    assert not [module for module in modules if module not in README]
+    """Each module stands in the lines of its room."""
+    rooms = re.split(r"^ ?(\w+)/ ", README[README.index("## File map") :], flags=re.M)
+    told = dict(zip(rooms[1::2], rooms[2::2], strict=True))
+    modules = [name.split("/") for name in TRACKED if re.fullmatch(r"(endprompt|eval)/[\w/]+\.py", name)]
+    modules = [path for path in modules if not path[-1].startswith("__") and "tasks" not in path]
+    assert len(modules) > 60
+    rooms = {"/".join(path): path[1] if len(path) > 2 else path[0] for path in modules}
+    assert not [path for path, room in rooms.items() if Path(path).name not in told[room].split()]
 
 
 @pytest.mark.parametrize("name", SHELL)

@@ -19,8 +19,9 @@ from endprompt.evaluation import figures, longbench_scores, question, results, r
 from endprompt.evaluation.results import Estimate, Missing
 from endprompt.methods import table as methods
 from endprompt.planning import estimate
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe import task_names as names
+from endprompt.recipe.experiment import Experiment
 from endprompt.reports import paper, plan, recipe_page, tables
 
 SOURCE = REPOSITORY.parent / "shared/paper/tables.yaml"
@@ -107,7 +108,7 @@ def test_every_row_has_its_columns_and_its_run():
         for row, cells in table.printed.items():
             assert set(cells) <= set(table.parts) and table.rows[row].method in methods.METHODS
             assert (REPOSITORY / f"recipes/{table.rows[row].recipe}.yaml").exists()
-            config.load(
+            schema.load(
                 REPOSITORY / f"recipes/{table.rows[row].recipe}.yaml",
                 [*table.rows[row].overrides, *paper.load()["evaluate"]],
             )
@@ -501,11 +502,12 @@ def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, m
     monkeypatch.setattr(run, "Scorer", Scorer)
     monkeypatch.setattr(run.engine, "table", lambda network: None)
     monkeypatch.setattr(run, "Questions", lambda *_: lambda task, length, identity: {"model": identity})
-    recipe = config.load(recipe_file(), ["eval.tasks=[perplexity]", "eval.perplexity_corpus=x"])
-    run.evaluate(recipe, methods.get("base"), tmp_path / "run", str(tmp_path / "model"))
-    run.evaluate(recipe, methods.get("base"), tmp_path / "run")
+    recipe = schema.load(recipe_file(), ["eval.tasks=[perplexity]", "eval.perplexity_corpus=x"])
+    experiment = Experiment.of(recipe, "base", tmp_path / "run")
+    run.evaluate(experiment, str(tmp_path / "model"))
+    run.evaluate(experiment)
     for model in (None, str(tmp_path / "model")):
-        found = results.read(results.evaluation_folder(tmp_path / "run", model))
+        found = results.read(results.evaluation_folder(experiment.run, model))
         assert found.mean([("perplexity", 64)]) == Estimate(5.0, 4.0, 6.0, 3)
 
 
@@ -781,7 +783,7 @@ def test_hours_of_training_are_those_of_the_recipes_headers(tmp_path, recipe, me
 def test_hours_follow_their_formula(tmp_path):
     from endprompt.training.trainer import flops_per_token
 
-    recipe = config.load(
+    recipe = schema.load(
         RECIPE,
         [
             "eval.tasks=[passkey,longbench_lcc,longbench_qasper,mmlu]",
@@ -797,11 +799,10 @@ def test_hours_follow_their_formula(tmp_path):
     assert plan.prefill_flops(recipe, about) == pytest.approx(expected)
     # 7.5e9 weights in matrix products (the embedding's look-up is none) at 6 each, and attention.
     assert flops_per_token(about, 8192) == pytest.approx(51.5e9, rel=1e-3)
-    assert plan.training_flops(recipe, methods.get("base"), about) == 0
-    assert plan.training_flops(recipe, methods.get("longlora"), about) < plan.training_flops(
-        recipe, methods.get("short"), about
-    )
-    assert estimate.shape(config.load(RECIPE, ["model.name_or_path=someone/unknown-model"])) is None
+    base, longlora, short = (Experiment.of(recipe, name) for name in ("base", "longlora", "short"))
+    assert plan.training_flops(base, about) == 0
+    assert plan.training_flops(longlora, about) < plan.training_flops(short, about)
+    assert estimate.shape(schema.load(RECIPE, ["model.name_or_path=someone/unknown-model"])) is None
     unknown = plan.inspect(
         plan.Job("run", RECIPE, "short", tmp_path, ("model.name_or_path=someone/unknown-model",)), PER_HOUR
     )
@@ -810,7 +811,7 @@ def test_hours_follow_their_formula(tmp_path):
 
 def test_known_shapes_are_those_of_the_files():
     """The base that is local has its shape read, not looked up."""
-    about = estimate.shape(config.load(REPOSITORY / "recipes/tiny.yaml"))
+    about = estimate.shape(schema.load(REPOSITORY / "recipes/tiny.yaml"))
     assert (about.hidden_size, about.num_hidden_layers, about.vocab_size) == (128, 3, 896)
 
 
@@ -823,7 +824,7 @@ def tiny(tmp_path, recipe_file, tokenizer):
         return plan.Job(kind, path, method, tmp_path / "runs", model=model)
 
     def answer(method, length, fingerprint, **other):
-        recipe = config.load(path)
+        recipe = schema.load(path)
         asked = {
             **question.Questions(recipe, tokenizer)("passkey", length, {"fingerprint": fingerprint}),
             **other,
@@ -889,12 +890,11 @@ def test_all_tables_are_planned(tmp_path):
         if kind == "sft"
     )
     job = next(job for job in every if job.out.name == "tokens-0.5b")
-    recipe = config.load(job.recipe, list(job.overrides))
+    recipe = schema.load(job.recipe, list(job.overrides))
     assert recipe.data.tokens == 500_000_000 and recipe.eval.samples == 500 and recipe.eval.seed == 1
     assert set(names.GROUPS["ruler"] + names.GROUPS["longbench"]) < set(recipe.eval.tasks)
-    assert config.load(
-        RECIPE, list(next(job for job in every if job.out.name == "EP_3").overrides)
-    ).data.end_prompts == ["EP_3"]
+    recipe = schema.load(RECIPE, list(next(job for job in every if job.out.name == "EP_3").overrides))
+    assert Experiment.of(recipe, "endprompt").options.end_prompts == ["EP_3"]
     tuned = [job for job in every if job.kind == "evaluate"]
     assert len(tuned) == 6 and all("eval.tasks=[mmlu,gsm8k,hellaswag]" in job.overrides for job in tuned)
     allowed = plan.jobs(RECIPE, ["endprompt"], tmp_path, ("eval.run_unsafe_code=true",), {}, True)

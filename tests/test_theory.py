@@ -17,20 +17,21 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.evaluation import theory
-from endprompt.methods import table as methods
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
+from endprompt.recipe.experiment import Experiment
 
 TEXT = (REPOSITORY / "LICENSE").read_text()
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    return config.load(REPOSITORY / "recipes/tiny.yaml")
+    return schema.load(REPOSITORY / "recipes/tiny.yaml")
 
 
 @pytest.fixture(scope="module")
 def network(recipe):
-    return model.build(recipe, methods.get("base"), torch.float32, False).eval()
+    experiment = Experiment.of(recipe, "base")
+    return model.build(experiment.base, experiment.scaling, torch.float32, False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +172,8 @@ def test_interpolation_shrinks_the_bounds_by_s_and_its_square(result):
 
 @pytest.mark.parametrize("name", ["linear", "ntk", "yarn"])
 def test_every_scaling_is_measured_with_its_own_frequencies(network, name):
-    recipe = config.load(REPOSITORY / "recipes/tiny.yaml", [f"rope.type={name}"])
-    scaling = model.scaling(recipe, methods.get("interpolation"), network.config)
+    recipe = schema.load(REPOSITORY / "recipes/tiny.yaml", [f"rope.type={name}"])
+    scaling = Experiment.of(recipe, "interpolation").scaling
     frequencies, factor, _ = theory.interpolated(network, recipe)
     np.testing.assert_allclose(frequencies, scaling.inv_freq(10000.0, 32), rtol=1e-5)
     assert factor == pytest.approx(scaling.attention_factor)

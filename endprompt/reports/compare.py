@@ -14,6 +14,7 @@ import yaml
 from endprompt import BadInput, storage
 from endprompt.evaluation import figures, intervals, results
 from endprompt.methods import table as methods
+from endprompt.recipe import experiment, former_keys
 from endprompt.recipe import schema as config
 from endprompt.runs import provenance
 
@@ -40,6 +41,9 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
     """(seed, what must be equal among seeds) of a run's recipe.yaml; (None, {}) if it is not there."""
     try:
         tree = yaml.safe_load(path.read_text())
+        former = former_keys.taken(tree)
+        method = methods.get(tree["method"])
+        options = experiment.options(method, tree.get("method_options") or {}, former)
         # A key that came after the run was made had its default.
         data, rope = (
             {
@@ -53,13 +57,16 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
         train = dict(tree.get("train") or {})
     except FileNotFoundError:
         return None, {}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         raise BadInput(f"{path} is no recipe; restore it, or leave its folder out") from None
     train.pop("deepspeed", None)  # the same file has another path in another clone
     return data.pop("seed", None), {
         "model": tree.get("model"),
         "lengths": tree.get("lengths"),
         "data": data,
+        "method_options": options.model_dump(mode="json"),
         "rope": rope,
         "train": train,
     }

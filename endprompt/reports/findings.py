@@ -187,17 +187,28 @@ def single(folders: list[Path], method: str) -> dict:
     return {"values": found, "samples": samples, "commits": sorted(commits), "devices": sorted(devices)}
 
 
+def _plain(found: dict[str, dict], method: str) -> dict:
+    """The plain setting of ``method``, of those ``found`` by method; where it was not run, that of another
+    with the method's own defaults.
+    """
+    if method in found:
+        return found[method]
+    options = methods.METHODS[method].Options().model_dump(mode="json")
+    return {**next(filter(None, found.values()), {}), "method_options": options}
+
+
 def collect(runs: Path) -> list[dict]:
     """An entry {"setting", "method", "name", "different", "scores": of ``compare.summary``, what ``single``
     says, "passkey", "multikey": of ``keys``, "losses"} for each setting and method below ``runs``.
     """
-    entries, plain = [], None
+    entries, plain = [], {}
     for setting, folders in settings(runs).items():
         for method, scores in compare.summary(folders).items():
             own = [folder / method for folder in folders if (folder / method / "eval").is_dir()]
             recipe = compare.run_setting(own[0] / "recipe.yaml")[1]
-            plain = plain or recipe
-            different = difference(plain, recipe) if setting != PLAIN else ""
+            if setting == PLAIN:
+                plain[method] = recipe
+            different = difference(_plain(plain, method), recipe) if setting != PLAIN else ""
             entries.append(
                 {
                     "setting": setting,
