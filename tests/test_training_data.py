@@ -323,7 +323,7 @@ def killed(recipe_file, two_files, tmp_path, monkeypatch):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_atomically", dying)
+        patch.setattr(storage, "write_atomically", dying)
         with pytest.raises(Killed):
             run_main("prepare", recipe, *arguments)
     return recipe, arguments
