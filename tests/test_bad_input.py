@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from endprompt import BadInput, storage
 from endprompt.bases import model
 from endprompt.methods import table as methods
+from endprompt.recipe import former_keys
 from endprompt.recipe import schema as config
+from endprompt.recipe.experiment import Experiment
 from endprompt.rows import corpus, prepare, shards, tokenizing
 from endprompt.runs import launch
 
@@ -234,21 +236,21 @@ SETTINGS = [
     ("lengths={physical: 64", "--set lengths", "not valid YAML"),
     ("data={corpus: x, corpus: y}", "--set data", "given twice"),
     # Keys.
-    ("modle.name_or_path=x", "unknown key modle", "known here: model, lengths, data, rope, train, eval"),
+    (
+        "modle.name_or_path=x",
+        "unknown key modle",
+        "known here: model, lengths, data, method_options, rope, train",
+    ),
     ("model.name=x", "unknown key model.name;", "name_or_path"),
     ("lengths.window=64", "unknown key lengths.window", "physical, target"),
     ("data.token=64", "unknown key data.token;", "tokens"),
-    ("data.pose_chunks=1", "data.pose_chunks", "greater than or equal to 2"),
-    ("data.pose_chunks=two", "data.pose_chunks", "integer"),
-    ("data.pose_text=later", "data.pose_text", "later_span"),
-    ("data.recall_share=0", "data.recall_share", "greater than 0"),
-    ("data.recall_share=0.6", "data.recall_share", "less than or equal to 0.5"),
-    ("data.recall_cue=0", "data.recall_cue", "greater than 0"),
-    ("data.match_pieces=6", "data.match_pieces", "no power of two"),
-    ("data.match_pieces=1", "data.match_pieces", "greater than or equal to 2"),
-    ("data.match_tokens=0", "data.match_tokens", "greater than 0"),
-    ("data.recall_tokens=1.5", "data.recall_tokens", "integer"),
-    ("data.pose_text=later_span", "data.pose_text", "set data.packing=document"),
+    ("method_options.pose_chunks=3", "endprompt has no such option", "end_prompts, prompt_loss_weight"),
+    ("method_options.pose.end_prompts=[EP_1]", "pose has no such option", "pose_chunks, pose_text"),
+    ("method_options.endprompt=3", "method_options.endprompt: 3 is no section"),
+    ("method_options.pose=[]", "method_options.pose: [] is no section"),
+    ("method_options.poes.pose_chunks=3", "method_options.poes", "end_prompts, prompt_loss_weight"),
+    ("method_options=3", "method_options", "dictionary"),
+    ("method_options=null", "method_options", "dictionary"),
     ("rope.factor=8", "unknown key rope.factor", "type, sharpen"),
     ("eval.task=passkey", "unknown key eval.task;", "tasks"),
     ("train.learning_rat=1e-4", "unknown key train.learning_rat;", "for example learning_rate"),
@@ -274,13 +276,13 @@ SETTINGS = [
     ("data.tokens=.inf", "data.tokens", "integer"),
     ("data.tokens=many", "data.tokens", "'many'"),
     ("data.tokens=63", "data.tokens: 63 tokens are less than one row of 64"),
-    ("data.prompt_loss_weight=-0.1", "data.prompt_loss_weight", "greater than or equal to 0"),
-    ("data.prompt_loss_weight=.nan", "data.prompt_loss_weight"),
-    ("data.prompt_loss_weight=.inf", "data.prompt_loss_weight", "finite"),
-    ("data.prompt_loss_weight=true", "data.prompt_loss_weight", "number"),
-    ("data.end_prompts=EP_1", "data.end_prompts", "list"),
-    ("data.end_prompts=[]", "data.end_prompts", "at least 1"),
-    ("data.end_prompts=[' ']", "data.end_prompts", "without text"),
+    ("data.prompt_loss_weight=-0.1", "method_options.prompt_loss_weight", "greater than or equal to 0"),
+    ("data.prompt_loss_weight=.nan", "method_options.prompt_loss_weight"),
+    ("data.prompt_loss_weight=.inf", "method_options.prompt_loss_weight", "finite"),
+    ("data.prompt_loss_weight=true", "method_options.prompt_loss_weight", "number"),
+    ("data.end_prompts=EP_1", "method_options.end_prompts", "list"),
+    ("data.end_prompts=[]", "method_options.end_prompts", "at least 1"),
+    ("data.end_prompts=[' ']", "method_options.end_prompts", "without text"),
     ("data.end_prompts=[EP_9]", "no prompt EP_9", "EP_1, EP_2, EP_3"),
     ("data.end_prompts=[EP_1, EP_2]", "no special token <|eot_id|>"),
     (f"data.end_prompts=['{'over and out ' * 30}']", "leave no room for text"),
@@ -338,14 +340,13 @@ SETTINGS = [
     ("model.trust_remote_code=yes please", "model.trust_remote_code", "boolean"),
     ("model.trust_remote_code=1", "model.trust_remote_code", "boolean"),
     ("model.trust_remote_code=null", "model.trust_remote_code", "boolean"),
-    ("model.s2_group_size=1", "model.s2_group_size", "greater than 1"),
     ("model.original_length=64.0", "model.original_length", "integer"),
     ("model.revision=1", "model.revision", "string"),
     ("lengths.physical=null", "lengths.physical", "integer"),
     ("data.corpus=null", "data.corpus"),
     ("data.text_column=[text]", "data.text_column", "string"),
-    ("data.end_prompts=[1]", "data.end_prompts", "string"),
-    ("data.end_prompts={EP_1: 1}", "data.end_prompts", "list"),
+    ("data.end_prompts=[1]", "method_options.end_prompts", "string"),
+    ("data.end_prompts={EP_1: 1}", "method_options.end_prompts", "list"),
     ("data.rows_per_shard=1.5", "data.rows_per_shard", "integer"),
     ("data.seed=true", "data.seed", "integer"),
     ("eval.lengths=[64, x]", "eval.lengths", "integer"),
@@ -388,6 +389,41 @@ def test_setting(recipe_file, out, setting, telling):
         run_main("prepare", recipe_file(), "endprompt", "--out", out, "--workers", 1, "--set", setting),
         *telling,
     )
+
+
+# Options of one method: (method, its option, value, telling).
+OPTIONS = [
+    ("pose", "pose_chunks", "1", "greater than or equal to 2"),
+    ("pose", "pose_chunks", "two", "integer"),
+    ("pose", "pose_text", "later", "later_span"),
+    ("pose_recall", "recall_share", "0", "greater than 0"),
+    ("pose_recall", "recall_share", "0.6", "less than or equal to 0.5"),
+    ("pose_recall", "recall_cue", "0", "greater than 0"),
+    ("pose_matched", "match_pieces", "6", "no power of two"),
+    ("pose_matched", "match_pieces", "1", "greater than or equal to 2"),
+    ("pose_matched", "match_tokens", "0", "greater than 0"),
+    ("pose_recall", "recall_tokens", "1.5", "integer"),
+    ("longlora", "s2_group_size", "1", "greater than 1"),
+]
+
+
+@pytest.mark.parametrize("method, key, value, telling", OPTIONS)
+def test_option(recipe_file, out, method, key, value, telling):
+    """By its name, by its former key, and under its method's name, then in a recipe of any method."""
+    former = "model" if key == "s2_group_size" else "data"
+    path, own = recipe_file(), ("--out", out, "--workers", 1, "--set")
+    for section in ("method_options", former):
+        said = run_main("prepare", path, method, *own, f"{section}.{key}={value}")
+        refused(said, f"method_options.{key}: ", telling)
+    said = run_main("prepare", path, "endprompt", *own, f"method_options.{method}.{key}={value}")
+    refused(said, f"method_options.{method}.{key}: ", telling)
+
+
+def test_text_of_a_later_span_without_documents(recipe_file, out):
+    for section in ("method_options", "data"):
+        setting = f"{section}.pose_text=later_span"
+        said = run_main("prepare", recipe_file(), "pose", "--out", out, "--workers", 1, "--set", setting)
+        refused(said, "method_options.pose_text", "set data.packing=document")
 
 
 @pytest.mark.parametrize("command", ["train", "inspect", "evaluate"])
@@ -1105,17 +1141,17 @@ def test_rows(prepared, command, case):
 
 
 def test_training_reads_the_rows_of_the_same_shards_once(prepared, monkeypatch):
-    from endprompt.training import run as train
+    from endprompt.training import dataset
 
-    path, _, folder = prepared
-    recipe, calls, check = config.load(path), [], shards.check_rows
+    path, out, folder = prepared
+    experiment, calls, check = Experiment.of(config.load(path), "endprompt", out), [], shards.check_rows
     monkeypatch.setattr(shards, "check_rows", lambda *arguments: calls.append(check(*arguments)))
     for _ in range(2):
-        train.load_rows(recipe, methods.get("endprompt"), model.load_tokenizer(recipe), folder, verify=True)
+        dataset.load_rows(experiment, verify=True)
     assert len(calls) == 1
     ROWS["positions fall"][0](folder)
     with pytest.raises(BadInput, match="row 18: its positions do not increase"):
-        train.load_rows(recipe, methods.get("endprompt"), model.load_tokenizer(recipe), folder, verify=True)
+        dataset.load_rows(experiment, verify=True)
 
 
 @pytest.mark.timeout(60)
@@ -1206,11 +1242,8 @@ def test_progress_that_cannot_be_read(prepared, text):
     path, out, folder = prepared
     manifest = json.loads((folder / shards.MANIFEST).read_text())
     if not isinstance(text, bytes):
-        recipe = config.load(path)
-        text = text(
-            prepare.settings(recipe, methods.get("endprompt"), model.load_tokenizer(recipe)),
-            manifest["shards"],
-        )
+        experiment = Experiment.of(config.load(path), "endprompt", out)
+        text = text(prepare.settings(experiment), manifest["shards"])
     (folder / shards.MANIFEST).unlink()
     (folder / prepare.PROGRESS).write_bytes(text)
     before = files(out)
@@ -1244,7 +1277,13 @@ def test_run_that_was_trained_otherwise(prepared, text, telling):
 
 @pytest.mark.parametrize(
     "key, changed",
-    [(None, None), ("trust_remote_code", None), ("trust_remote_code", True), ("s2_group_size", 64)],
+    [
+        (None, None),
+        ("model.trust_remote_code", None),
+        ("model.trust_remote_code", True),
+        ("method_options", None),
+        ("method_options.prompt_loss_weight", 0.5),
+    ],
 )
 def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     """What a resolved copy does not say was at its default then."""
@@ -1255,13 +1294,38 @@ def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     (folder.parent / "checkpoints").mkdir()
     tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
     if key:
-        tree["model"].pop(key)
+        section, _, name = key.partition(".")
+        inner = tree["method_options"]["endprompt"] if section == "method_options" else tree[section]
+        inner.pop(name) if name else tree.pop(section)
     (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    setting = ["--set", f"model.{key}={json.dumps(changed)}"] if changed else []
+    setting = ["--set", f"{key}={json.dumps(changed)}"] if changed else []
     refused(
         run_main("train", path, "endprompt", "--out", out, *setting),
-        f"another setting (model.{key})" if changed else "it went on to training",
+        f"another setting ({key})" if changed else "it went on to training",
     )
+
+
+def test_run_from_before_methods_had_options(prepared, monkeypatch):
+    """Its recipe.yaml names all options, in the sections of the recipe, as every one did."""
+    from endprompt.training import run as train
+
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
+    path, out, folder = prepared
+    (folder.parent / "checkpoints").mkdir()
+    tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
+    del tree["method_options"]
+    for section in former_keys.FORMER:
+        tree[section] |= {key: WHOLE[section][key] for key in former_keys.FORMER[section]}
+    (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(tree))
+
+    def again(*options):
+        return run_main("train", path, "endprompt", "--out", out, *options)
+
+    refused(again(), "it went on to training")
+    refused(again("--set", "model.s2_group_size=64"), "it went on to training")  # which it does not have
+    for section in ("data", "method_options"):
+        other = again("--set", f"{section}.prompt_loss_weight=0.5")
+        refused(other, "another setting (method_options.prompt_loss_weight)")
 
 
 # -- the model folder ----------------------------------------------------------------------------------------
@@ -1589,8 +1653,9 @@ def test_weights(recipe_file, model_copy, case, damage):
 
     damage(model_copy / "model.safetensors")
     recipe = config.load(recipe_file(model={"name_or_path": str(model_copy)}))
+    experiment = Experiment.of(recipe, "endprompt")
     with pytest.raises(BadInput, match="weights of .* cannot be loaded"):
-        model.build(recipe, methods.get("endprompt"), torch.float32, cuda=False)
+        model.build(experiment.base, experiment.scaling, torch.float32, cuda=False)
 
 
 # -- the command line ----------------------------------------------------------------------------------------
@@ -1951,7 +2016,7 @@ JUNK = st.recursive(
     max_leaves=5,
 )
 
-# Every key of the schema, and of train: one of each type that it has.
+# Every key of the schema, those that options had before, and of train: one of each type that it has.
 WHOLE = {
     "model": {
         "name_or_path": "x",
@@ -1980,6 +2045,23 @@ WHOLE = {
         "match_tokens": 5,
         "rows_per_shard": 16,
         "seed": 0,
+    },
+    "method_options": {
+        "endprompt_pose": {
+            "end_prompts": ["EP_1"],
+            "prompt_loss_weight": 0.1,
+            "pose_chunks": 2,
+            "pose_text": "contiguous",
+        },
+        "longlora": {"s2_group_size": None},
+        "pose_recall": {
+            "pose_chunks": 2,
+            "pose_text": "contiguous",
+            "recall_share": 0.25,
+            "recall_cue": 4,
+            "recall_tokens": 16,
+        },
+        "pose_matched": {"match_pieces": 4, "match_tokens": 5},
     },
     "rope": {"type": None, "sharpen": 0.1},
     "train": {
@@ -2058,23 +2140,32 @@ def test_every_key_of_the_schema_is_tried(scratch):
         config.load(scratch / "r.yaml").train["max_steps"] == 3
     )  # else every change of it would be refused, whatever it is
     for section, field in config.Recipe.model_fields.items():
-        if not field.exclude and section != "train":
-            assert set(WHOLE[section]) == set(field.annotation.model_fields)
+        if not field.exclude and section not in ("train", "method_options"):
+            former = set(former_keys.FORMER.get(section, ()))
+            assert set(WHOLE[section]) == set(field.annotation.model_fields) | former
+    nested = WHOLE["method_options"]
+    for name, options in nested.items():
+        assert set(options) == set(methods.get(name).Options.model_fields)
+    for method in methods.METHODS.values():
+        assert set(method.Options.model_fields) <= set().union(*nested.values())
 
 
 @settings(max_examples=1000)
-@given(st.sampled_from(list(places(WHOLE))), JUNK)
-def test_any_value_is_refused_or_a_recipe(scratch, place, value):
+@given(st.sampled_from(list(places(WHOLE))), JUNK, st.sampled_from(list(methods.METHODS)))
+def test_any_value_is_refused_or_a_recipe(scratch, place, value, method):
     path = scratch / "r.yaml"
     path.write_text(yaml.dump(replaced(WHOLE, place, value)))
     try:
-        recipe = config.load(path)
+        experiment = Experiment.of(config.load(path), method)
     except BadInput as error:
         assert str(error)
         return
-    again = scratch / "again.yaml"
-    again.write_text(recipe.dump("endprompt"))
-    assert config.load(again).model_dump() == recipe.model_dump()
+    path = scratch / "again.yaml"
+    path.write_text(experiment.dump())
+    again = Experiment.of(config.load(path), method)
+    assert again.dump() == experiment.dump() and again.options == experiment.options
+    more = {"method_options"}  # a copy has those of its method alone
+    assert again.recipe.model_dump(exclude=more) == experiment.recipe.model_dump(exclude=more)
 
 
 @settings(max_examples=300)
@@ -2187,7 +2278,7 @@ def test_any_damage_of_a_shard_is_refused_or_harmless(shard_folder, data):
 def test_at_least_200_cases():
     """Different inputs of the tables above, each counted once for all commands that it is tried with."""
     counted = {
-        "recipe": [RECIPE_TEXTS, NAMES, FILE_NAMES, SPECIAL_RECIPES, SETTINGS],
+        "recipe": [RECIPE_TEXTS, NAMES, FILE_NAMES, SPECIAL_RECIPES, SETTINGS, OPTIONS],
         "corpus": [CORPORA, SPECIAL_CORPORA, LONG],
         "shards": [SHARDS, ROWS, PROGRESS],
         "model": [MODELS, SCORED, MODEL_NAMES, MODEL_SETTINGS],

@@ -12,8 +12,9 @@ from conftest import REPOSITORY, run_main
 
 from endprompt import BadInput
 from endprompt.methods import table as methods
+from endprompt.recipe import former_keys, settings_file
 from endprompt.recipe import schema as config
-from endprompt.recipe import settings_file
+from endprompt.recipe.experiment import Experiment
 
 RECIPES = sorted(
     path for path in (REPOSITORY / "recipes").glob("*.yaml") if path.name != "sft.yaml"
@@ -88,7 +89,8 @@ def test_numbers_reach_their_types(recipe_file):
     )
     recipe = config.load(path)
     assert recipe.data.tokens == 10**9 and type(recipe.data.tokens) is int
-    assert recipe.data.prompt_loss_weight == 1.0 and type(recipe.data.prompt_loss_weight) is float
+    weight = Experiment.of(recipe, "endprompt").options.prompt_loss_weight
+    assert weight == 1.0 and type(weight) is float
     assert recipe.train["learning_rate"] == 2e-5
 
 
@@ -109,7 +111,7 @@ def test_overrides(recipe_file):
         ],
     )
     assert recipe.lengths.target == 2048
-    assert recipe.data.end_prompts == ["EP_2", "So it ends."]
+    assert Experiment.of(recipe, "endprompt").options.end_prompts == ["EP_2", "So it ends."]
     assert recipe.data.tokens == 2000
     assert recipe.data.seed == 7
     assert recipe.rope.type == "linear"
@@ -120,7 +122,9 @@ def test_overrides(recipe_file):
 
 
 def test_an_override_takes_text_with_equals_signs(recipe_file):
-    assert config.load(recipe_file(), ["data.end_prompts=['a = b']"]).data.end_prompts == ["a = b"]
+    for section in ("method_options", "data"):
+        recipe = config.load(recipe_file(), [f"{section}.end_prompts=['a = b']"])
+        assert Experiment.of(recipe, "endprompt").options.end_prompts == ["a = b"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -143,11 +147,15 @@ def test_resolved_copy_is_the_same_recipe(path, method, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     copy = tmp_path / "copy.yaml"
     copy.write_text(out)
-    original = config.load(path, ["train.lr_scheduler_type=cosine", "data.tokens=1e6"])
-    again = config.load(copy)
-    assert again.name == original.name == path.stem
-    assert again.model_dump() == original.model_dump()
-    assert again.dump(method) == out
+    original = Experiment.of(config.load(path, ["train.lr_scheduler_type=cosine", "data.tokens=1e6"]), method)
+    again = Experiment.of(config.load(copy), method)
+    assert again.recipe.name == original.recipe.name == path.stem
+    own = {"method_options"}  # compared below: the copy has those of its method alone, all of them
+    assert again.recipe.model_dump(exclude=own) == original.recipe.model_dump(exclude=own)
+    assert again.options == original.options and again.dump() == out
+    assert yaml.safe_load(out)["method_options"] == (
+        {method: original.options.model_dump(mode="json")} if original.options.model_dump() else {}
+    )
     assert yaml.safe_load(out)["method"] == method
     assert yaml.safe_load(out)["data"]["tokens"] == 1000000
 
@@ -190,7 +198,7 @@ def test_plain_names_of_recipes(recipe_file, tmp_path, plain):
     path = recipe_file().rename(tmp_path / f"{plain}.yaml")
     assert config.load(path).name == plain
     copy = tmp_path / "recipe.yaml"
-    copy.write_text(config.load(path).dump("endprompt"))
+    copy.write_text(Experiment.of(config.load(path), "endprompt").dump())
     assert config.load(copy).name == plain
 
 
@@ -250,3 +258,83 @@ def test_zero_file_in_the_recipe_itself(recipe_file):
     options = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
     assert config.load(recipe_file(train={"deepspeed": options})).train["deepspeed"] == options
     assert config.load(recipe_file(train={"deepspeed": None})).train["deepspeed"] is None
+
+
+# -- options of methods --------------------------------------------------------------------------------------
+
+
+def resolved(path, method, *settings):
+    """(exit code, the resolved options of the method, stderr) of a dry run."""
+    given = [part for setting in settings for part in ("--set", setting)]
+    code, out, err = run_main("prepare", path, method, *given, "--dry-run")
+    return code, yaml.safe_load(out)["method_options"].get(method) if code == 0 else out, err
+
+
+def test_an_option_by_its_name_and_under_its_methods(recipe_file):
+    path = recipe_file()
+    for key in ("pose_chunks", "pose.pose_chunks"):
+        assert resolved(path, "pose", f"method_options.{key}=3") == (
+            0,
+            {"pose_chunks": 3, "pose_text": "contiguous"},
+            "",
+        )
+    # The nearer name goes first, and other methods' stay with them.
+    options = ["method_options.pose_chunks=3", "method_options.pose.pose_chunks=4"]
+    assert resolved(path, "pose", *options)[1]["pose_chunks"] == 4
+    assert resolved(path, "pose_sharp", *options)[1]["pose_chunks"] == 3
+    assert resolved(path, "short", "method_options.pose.pose_chunks=4") == (0, None, "")
+
+
+@pytest.mark.parametrize("method", [name for name in methods.METHODS if "pose" not in name])
+def test_an_option_is_refused_for_a_method_that_lacks_it(recipe_file, method):
+    path, known = recipe_file(), ", ".join(methods.get(method).Options.model_fields) or "none"
+    for key in ("pose_chunks", f"{method}.pose_chunks"):
+        code, out, err = resolved(path, method, f"method_options.{key}=3")
+        where = "method_options.pose_chunks" if key == "pose_chunks" else f"method_options.{key}"
+        assert (code, out) == (2, "") and err == (
+            f"endprompt: {where}: {method} has no such option (it has: {known}); remove it\n"
+        )
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_former_keys_are_options_of_the_methods_that_have_them(recipe_file, method):
+    """In the file and in --set, for all methods at once; they mean what the new ones do."""
+    values = {
+        "end_prompts": ["EP_3"],
+        "prompt_loss_weight": 0.3,
+        "pose_chunks": 3,
+        "pose_text": "later_span",
+        "recall_share": 0.3,
+        "recall_cue": 3,
+        "recall_tokens": 9,
+        "match_pieces": 8,
+        "match_tokens": 7,
+        "s2_group_size": 16,
+    }
+    former = {key: f"{section}.{key}" for section, keys in former_keys.FORMER.items() for key in keys}
+    assert set(former) == set(values)
+    inside = {section: {key: values[key] for key in keys} for section, keys in former_keys.FORMER.items()}
+    inside["data"]["packing"] = "document"
+    outside = [f"{former[key]}={json.dumps(value)}" for key, value in values.items()]
+    own = {key: value for key, value in values.items() if key in methods.get(method).Options.model_fields}
+    today = [f"method_options.{key}={json.dumps(value)}" for key, value in own.items()]
+    plain = "data.packing=document"
+    wanted = (0, own or None, "")
+    assert resolved(recipe_file("file", **inside), method) == wanted
+    assert resolved(recipe_file("set"), method, plain, *outside) == wanted
+    assert resolved(recipe_file("new"), method, plain, *today) == wanted
+    # A new name goes before a former one.
+    if "pose_chunks" in own:
+        both = resolved(recipe_file("both"), method, "method_options.pose_chunks=4", "data.pose_chunks=3")
+        assert both[1]["pose_chunks"] == 4
+
+
+def test_other_methods_leave_options_by_their_bare_names_behind(recipe_file):
+    recipe = config.load(
+        recipe_file(),
+        ["method_options.match_tokens=3", "method_options.pose.pose_chunks=4", "data.prompt_loss_weight=0.3"],
+    )
+    experiment = Experiment.of(recipe, "pose_matched")
+    assert experiment.options.match_tokens == 3
+    assert experiment.with_method("pose").options.pose_chunks == 4
+    assert experiment.with_method("endprompt").options.prompt_loss_weight == 0.3

@@ -193,7 +193,7 @@ def test_all_methods_are_in_the_picture(recipe_file, tmp_path, monkeypatch):
         and named["full_length"][0].endswith("8 sampled rows")
     )
     for name, (_, counts, tokens) in named.items():
-        length = 512 if methods.get(name).row_length == "target" else 64
+        length = 512 if methods.get(name).fills == "target" else 64
         assert (
             tokens == 4096
             and counts.sum() == (4096 // length) * length * (length + 1) // 2
@@ -216,7 +216,7 @@ def test_bad_input(recipe_file, tmp_path):
         ("endprompt", ["--row", 64], "--row 64: there are rows 0 to 63"),
         ("endprompt", ["--row", -1], "--row -1"),
         ("none", [], "there is none named 'none'"),
-        ("pose", ["--set", "data.pose_chunks=1"], "data.pose_chunks"),
+        ("pose", ["--set", "data.pose_chunks=1"], "method_options.pose_chunks"),
     ):
         code, _, err = run_main("inspect", path, method, "--coverage", "--out", out, *options)
         assert code == 2 and telling in err and err.count("\n") == 1

@@ -21,21 +21,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from endprompt import BadInput, storage
+from endprompt.methods import base as methods_base
 from endprompt.methods import table as methods
+from endprompt.methods.end_prompt import END_PROMPTS, EndPromptRows
+from endprompt.methods.matched import MatchedRows
+from endprompt.methods.plain import PlainRows
+from endprompt.methods.recall import RecallRows, repeated
 from endprompt.positions import plans as positions
 from endprompt.recipe import schema as config
-from endprompt.recipe.schema import END_PROMPTS
+from endprompt.recipe.experiment import Experiment
 from endprompt.rows import prepare, shards, tokenizing
 from endprompt.rows import stream as row_stream
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
-IN_ORDER = [name for name in TRAINED if not methods.get(name).matched]
+
+
+def builds(name: str, kind: type) -> bool:
+    """Whether a method's rows are of that kind."""
+    return issubclass(methods.get(name).Rows, kind)
+
+
+IN_ORDER = [name for name in TRAINED if not builds(name, MatchedRows)]
 # One plan for every row; the others draw theirs.
-PLAIN = [
-    name
-    for name in TRAINED
-    if methods.get(name).plan in (positions.contiguous, positions.text_then_end_prompt)
-]
+PLAIN = [name for name in TRAINED if builds(name, PlainRows) or methods.get(name).Rows is EndPromptRows]
 PROMPTS = {"EP_1": END_PROMPTS["EP_1"], "EP_3": "End.", "So it ends here.": "So it ends here."}
 
 
@@ -52,8 +60,10 @@ def make(recipe_file, tokenizer, tmp_path):
                 "corpus": str(write_jsonl(tmp_path / "texts.jsonl", texts)),
             }
         recipe = config.load(recipe_file(**sections), list(overrides))
-        folder = tmp_path / out
-        return folder, prepare.prepare(recipe, methods.get(method), tokenizer, folder, workers, {})
+        experiment, folder = Experiment.of(recipe, method), tmp_path / out
+        known = experiment.base.config  # a model that has an embedding for each token
+        known.vocab_size = max(known.vocab_size, len(tokenizer))
+        return folder, prepare.prepare(experiment, folder, workers, {}, tokenizer=tokenizer)
 
     return run
 
@@ -89,10 +99,10 @@ def expected_stream(texts, tokenizer):
 @pytest.mark.parametrize("method", IN_ORDER)
 def test_rows(make, method, tokenizer, tiny_text):
     made = make(method)
-    manifest, chosen, found = made[1], methods.get(method), rows(made)
-    length = 512 if chosen.row_length == "target" else 64
-    prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if chosen.end_prompt else []
-    b = 20 if chosen.recall else len(prompt)  # one span in a quarter of 64
+    manifest, recall, found = made[1], builds(method, RecallRows), rows(made)
+    length = 512 if methods.get(method).fills == "target" else 64
+    prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if builds(method, EndPromptRows) else []
+    b = 20 if recall else len(prompt)  # one span in a quarter of 64
     a = length - b
     assert len(found) == manifest["rows"] == 4096 // length
     assert (manifest["tokens"], manifest["text_tokens"], manifest["prompt_tokens"]) == (
@@ -106,14 +116,14 @@ def test_rows(make, method, tokenizer, tiny_text):
         assert (row["text_length"], row["prompt_length"], row["prompt_name"]) == (
             a,
             b,
-            "recall" if chosen.recall else "EP_1" if b else "",
+            "recall" if recall else "EP_1" if b else "",
         )
-        assert row["input_ids"][:a] == ids[part] and (chosen.recall or row["input_ids"][a:] == prompt)
+        assert row["input_ids"][:a] == ids[part] and (recall or row["input_ids"][a:] == prompt)
         if method in PLAIN:
             assert row["position_ids"] == [*range(a), *range(512 - b, 512)]
         positions.check(np.array(row["position_ids"]), 512)
         assert row["loss_weights"] == [0.0] + [1.0] * (a - 1) + (
-            [0.0] * 4 + [1.0] * 16 if chosen.recall else [float(np.float32(0.1))] * b
+            [0.0] * 4 + [1.0] * 16 if recall else [float(np.float32(0.1))] * b
         )
         assert row["document_ids"] == [f"corpus.jsonl#{document}" for document in sorted(set(source[part]))]
     assert ids[0] == tokenizer.bos_token_id  # as this tokenizer adds it
@@ -212,8 +222,8 @@ def test_matched_rows(make, tokenizer, tiny_text, together):
         (
             ["data.match_pieces=128"],
             (
-                r"data\.match_pieces: rows of 64 tokens \(lengths\.physical\) cannot be cut into 128 equal"
-                r" pieces"
+                r"method_options\.match_pieces: rows of 64 tokens \(lengths\.physical\) cannot be cut"
+                r" into 128 equal pieces"
             ),
         ),
     ],
@@ -242,7 +252,7 @@ DRAWN = [method for method in TRAINED if method not in PLAIN]
 )
 @pytest.mark.parametrize("method", DRAWN)
 def test_drawn_positions_are_reproducible(make, monkeypatch, method, options):
-    if methods.get(method).matched:
+    if builds(method, MatchedRows):
         options = []
     monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
     options = [
@@ -389,7 +399,7 @@ def test_recall(a, sizes, cue, seed):
     )
     if not len(spans):
         return
-    ids, weights = row_stream.recall(text, spans, cue, np.random.default_rng(seed))
+    ids, weights = repeated(text, spans, cue, np.random.default_rng(seed))
     assert ids.dtype == np.int32 and weights.dtype == np.float32 and len(ids) == len(weights) == spans.sum()
     for part, weight in zip(
         np.split(ids, np.cumsum(spans)), np.split(weights, np.cumsum(spans)), strict=True
@@ -442,10 +452,19 @@ def test_training_refuses_shards_of_other_options(recipe_file, tmp_path):
 def ninth():
     """A method that is in the table because it was registered, and for no other reason."""
 
-    def every_other(a, b, L, rng):
-        return np.arange(a, dtype=np.int64) * 2 + rng.integers(2)
+    class EveryOther(methods_base.Rows):
+        def build(self, cursor, rng):
+            if (taken := self.take(cursor, self.length)) is None:
+                return None
+            text, documents = taken
+            return self.row(text, np.arange(len(text)) * 2 + rng.integers(2), documents)
 
-    yield methods.register(methods.Method("ninth", "every other position", every_other))
+    class Ninth(methods_base.Method):
+        name = "ninth"
+        summary = "every other position"
+        Rows = EveryOther
+
+    yield methods_base.register(Ninth)
     del methods.METHODS["ninth"]
 
 
@@ -471,9 +490,8 @@ def test_a_method_is_one_registration(recipe_file, tmp_path, ninth):
 def test_packing_by_document(make, method, tokenizer, tiny_text):
     texts = ["Short.", *tiny_text[:5], "End."]
     found = rows(make(method, ["data.packing=document"], texts=texts))
-    chosen = methods.get(method)
-    prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if chosen.end_prompt else []
-    room = (512 if chosen.row_length == "target" else 64) - len(prompt)
+    prompt = without_bos(tokenizer, END_PROMPTS["EP_1"]) if builds(method, EndPromptRows) else []
+    room = (512 if methods.get(method).fills == "target" else 64) - len(prompt)
     for number, (row, text) in enumerate(zip(found, texts, strict=True)):
         whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
         a = row["text_length"]
@@ -652,10 +670,10 @@ def test_resumes_from_every_write(make, monkeypatch, method, packing):
     for at in range(1, last + 1):
         for moment in ("before", "amid", "after"):
             writes, out = 0, f"killed-{at}-{moment}"
-            monkeypatch.setattr(shards, "write_atomically", dying)
+            monkeypatch.setattr(storage, "write_atomically", dying)
             with pytest.raises(Killed):
                 make(method, overrides=options, out=out)
-            monkeypatch.setattr(shards, "write_atomically", write)
+            monkeypatch.setattr(storage, "write_atomically", write)
             folder, _ = make(method, overrides=options, out=out)
             (folder / prepare.PROGRESS).unlink(missing_ok=True)  # outlives a kill right after the manifest
             assert {
@@ -767,10 +785,10 @@ def test_a_started_preparation_of_another_setting_is_refused(make, monkeypatch):
         if path.name == prepare.PROGRESS:
             raise Killed
 
-    monkeypatch.setattr(shards, "write_atomically", dying)
+    monkeypatch.setattr(storage, "write_atomically", dying)
     with pytest.raises(Killed):
         make(overrides=["data.rows_per_shard=9"])
-    monkeypatch.setattr(shards, "write_atomically", write)
+    monkeypatch.setattr(storage, "write_atomically", write)
     with pytest.raises(BadInput, match="started preparation of another setting .seed is 0, expected 1"):
         make(overrides=["data.rows_per_shard=9", "data.seed=1"])
     assert make(overrides=["data.rows_per_shard=9"])[1]["rows"] == 64
@@ -800,10 +818,10 @@ def test_damaged_shards_are_refused(make, monkeypatch, tmp_path, damage, finishe
                 raise Killed
             write(path, data)
 
-        monkeypatch.setattr(shards, "write_atomically", dying)
+        monkeypatch.setattr(storage, "write_atomically", dying)
         with pytest.raises(Killed):
             make(overrides=options, out="damaged")
-        monkeypatch.setattr(shards, "write_atomically", write)
+        monkeypatch.setattr(storage, "write_atomically", write)
     else:
         make(overrides=options, out="damaged")
     folder = tmp_path / "damaged"
@@ -858,7 +876,7 @@ def test_position_column_is_next_to_free(tokenizer, tmp_path, base):
         REPOSITORY / "recipes/tiny.yaml",
         ["lengths.physical=8192", "lengths.target=65536", f"model.name_or_path={base}"],
     )
-    prepare.prepare(recipe, methods.get("endprompt"), tokenizer, tmp_path / "out", 1, {})
+    prepare.prepare(Experiment.of(recipe, "endprompt"), tmp_path / "out", 1, {}, tokenizer=tokenizer)
     metadata, sizes = pq.ParquetFile(tmp_path / "out/shard-00000.parquet").metadata, {}
     for group in range(metadata.num_row_groups):
         for column in (metadata.row_group(group).column(index) for index in range(metadata.num_columns)):

@@ -23,10 +23,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode, import_protobu
 from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.evaluation import perplexity
-from endprompt.methods import table as methods
+from endprompt.methods.end_prompt import END_PROMPTS
 from endprompt.recipe import schema as config
+from endprompt.recipe.experiment import Experiment
 from endprompt.rows import prepare, shards, tokenizing
-from endprompt.rows import stream as row_stream
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 WHEELS = (
@@ -164,7 +164,13 @@ def real(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     (llama3 if request.param == "llama3" else from_sentencepiece)(data).save_pretrained(folder)
     (folder / "config.json").write_text(
-        json.dumps({"model_type": "mistral" if request.param == "mistral" else "llama"})
+        json.dumps(
+            {
+                "model_type": "mistral" if request.param == "mistral" else "llama",
+                "vocab_size": 2**17,
+                "max_position_embeddings": 64,
+            }
+        )
     )
     loaded = model.load_tokenizer(
         config.load(REPOSITORY / "recipes/tiny.yaml", [f"model.name_or_path={folder}"])
@@ -174,11 +180,12 @@ def real(request, tmp_path_factory):
 
 @pytest.fixture
 def recipe(real, recipe_file):
-    def make(texts=TEXTS, **data):
+    def make(texts=TEXTS, options=None, **data):
         path = recipe_file(model={"name_or_path": str(real[2])})
         write_jsonl(path.parent / "corpus.jsonl", texts)
         checked = config.load(path)
-        return checked.model_copy(update={"data": checked.data.model_copy(update=data)})
+        data = checked.data.model_copy(update=data)
+        return checked.model_copy(update={"data": data, "method_options": options or {}})
 
     return make
 
@@ -255,21 +262,21 @@ def test_end_prompts(real, recipe):
     to pieces.
     """
     tokenizer = real[3]
-    for name in config.END_PROMPTS:
-        checked = recipe(end_prompts=[name])
+    for name in END_PROMPTS:
+        experiment = Experiment.of(recipe(options={"end_prompts": [name]}), "endprompt")
         if name in PROMPTS[real[0]]:
-            (found,) = row_stream.end_prompts(checked, tokenizer)
+            (found,) = experiment.rows(tokenizer).prompts
             assert (
                 found.ids.tolist() == PROMPTS[real[0]][name]
                 and found.ids.dtype == np.int32
-                and (found.name, found.text) == (name, config.END_PROMPTS[name])
+                and (found.name, found.text) == (name, END_PROMPTS[name])
             )
             assert tokenizer.decode(found.ids, clean_up_tokenization_spaces=False) == found.text
         else:
             with pytest.raises(
                 BadInput, match=r"no special token <\|eot_id\|> \(it would become \d+ pieces\)"
             ):
-                row_stream.end_prompts(checked, tokenizer)
+                experiment.rows(tokenizer)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -298,9 +305,8 @@ def test_rows_decode_to_the_corpus(real, recipe, tmp_path, method):
     """The rows' texts, put together, are the documents joined by EOS and BOS; every row ends in the
     prompt.
     """
-    checked = recipe(tokens=1024)
-    tokenizer, chosen = real[3], methods.get(method)
-    manifest = prepare.prepare(checked, chosen, tokenizer, tmp_path / "shards", 1, {})
+    experiment, tokenizer = Experiment.of(recipe(tokens=1024), method), real[3]
+    manifest = prepare.prepare(experiment, tmp_path / "shards", 1, {}, tokenizer=tokenizer)
     rows = list(shards.rows(tmp_path / "shards", manifest))
     stream = [i for row in rows for i in row["input_ids"][: row["text_length"]]]
     whole = [i for text in TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
@@ -310,7 +316,7 @@ def test_rows_decode_to_the_corpus(real, recipe, tmp_path, method):
         assert part.removeprefix(tokenizer.bos_token).strip(" ") == text
     for row in rows:
         prompt = row["input_ids"][row["text_length"] :]
-        assert prompt == (PROMPTS[real[0]]["EP_1"] if chosen.end_prompt else []) and row[
+        assert prompt == (PROMPTS[real[0]]["EP_1"] if method == "endprompt" else []) and row[
             "prompt_length"
         ] == len(prompt)
 

@@ -19,11 +19,11 @@ from datasets import data_files
 
 from endprompt import BadInput, storage
 from endprompt.bases import model
-from endprompt.methods import table as methods
 from endprompt.recipe import schema as config
 from endprompt.recipe import settings_file
+from endprompt.recipe.experiment import Experiment
 from endprompt.rows import corpus, corpus_folder, prepare, shards
-from endprompt.training import run as train
+from endprompt.training import dataset
 
 BOM = "\ufeff"
 
@@ -323,7 +323,7 @@ def killed(recipe_file, two_files, tmp_path, monkeypatch):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_atomically", dying)
+        patch.setattr(storage, "write_atomically", dying)
         with pytest.raises(Killed):
             run_main("prepare", recipe, *arguments)
     return recipe, arguments
@@ -465,7 +465,7 @@ def test_an_end_prompt_with_a_token_without_an_embedding(more, tmp_path, prompt)
     code, told, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out", "--workers", 1)
     assert (
         (code, told) == (2, "")
-        and "data.end_prompts" in err
+        and "method_options.end_prompts" in err
         and "the model has embeddings for 0 to 895 alone" in err
     )
     assert (
@@ -476,22 +476,22 @@ def test_an_end_prompt_with_a_token_without_an_embedding(more, tmp_path, prompt)
 def test_tokens_that_no_text_holds_do_no_harm_and_old_shards_are_refused(more, tmp_path, monkeypatch):
     clean, out = more(), tmp_path / "out"
     assert run_main("prepare", clean, "short", "--out", out, "--workers", 1)[0] == 0
-    recipe, method = config.load(clean), methods.get("short")
-    tokenizer, folder = model.load_tokenizer(recipe), out / "small/short/shards"
-    assert len(train.load_rows(recipe, method, tokenizer, folder, True, 896)[0]) == 64
+    experiment = Experiment.of(config.load(clean), "short", out)
+    folder = experiment.run / "shards"
+    assert experiment.base.config.vocab_size == 896 and len(dataset.load_rows(experiment, True)[0]) == 64
     # As they were made before: without the check.
     shutil.rmtree(out)
     recipe = config.load(more(" before <pad> after"))
+    experiment, wider = (Experiment.of(recipe, "short", out) for _ in range(2))
     monkeypatch.setattr(model, "check_ids", lambda *arguments: None)
-    manifest = prepare.prepare(recipe, method, tokenizer, folder, 1, {}, embeddings=896)
+    manifest = prepare.prepare(experiment, folder, 1, {})
     assert any(896 in row["input_ids"] for row in shards.rows(folder, manifest))
-    assert (
-        len(train.load_rows(recipe, method, tokenizer, folder, True, 900)[0]) == 64
-    )  # a model with more embeddings
+    wider.base.config.vocab_size = 900  # a model with more embeddings
+    assert len(dataset.load_rows(wider, True)[0]) == 64
     with pytest.raises(
         BadInput, match=r"row \d+: it has the token id 896, and the model has embeddings for 0 to 895 alone"
     ):
-        train.load_rows(recipe, method, tokenizer, folder, True, 896)
+        dataset.load_rows(experiment, True)
 
 
 def test_evaluate_refuses_them_in_a_line(more, more_tokens, tmp_path, tiny_text, monkeypatch):
