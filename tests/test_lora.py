@@ -236,10 +236,8 @@ def test_group_size(recipe_file):
         return Experiment.of(config.load(recipe_file(), overrides), method)
 
     assert found("longlora").attended == 128
-    assert (
-        found("endprompt").attended == 64
-        and "s2_group_size" not in found("endprompt").options.model_fields_set
-    )
+    other = found("endprompt")
+    assert other.attended == other.row_length and "s2_group_size" not in other.method.Options.model_fields
     for key in ("method_options", "model"):  # the second is what it was called before
         assert found("longlora", f"{key}.s2_group_size=96").attended == 96
         with pytest.raises(BadInput, match="s2_group_size: .*greater than 1"):
@@ -369,7 +367,8 @@ def test_a_careless_merge_under_zero3_is_refused(recipe, tmp_path, patch):
     folder = prepared(recipe, "longlora", tmp_path)
     script = tmp_path / "careless.py"
     script.write_text(
-        f"import contextlib\nfrom endprompt.training import lora\n{patch}\nfrom endprompt.cli import main\nmain()\n"
+        "import contextlib\nfrom endprompt.training import lora\n"
+        f"{patch}\nfrom endprompt.cli import main\nmain()\n"
     )
     output = run([*TORCHRUN, script, "train", recipe, "longlora", "--out", tmp_path], expect=1)
     assert re.search(
