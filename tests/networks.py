@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from endprompt.methods import table as methods
+from endprompt.positions import plans
 
 THETA = 500000.0
 
@@ -111,7 +111,7 @@ def short_everywhere(folder: Path, model_max_length: int) -> None:
 def row(a: int, b: int, target: int, vocabulary: int, seed: int = 0, prompt_weight: float = 0.1) -> dict:
     """A shard row of random tokens: the ``endprompt`` method's if b > 0, else a contiguous one."""
     rng = np.random.default_rng(seed)
-    plan = methods.get("endprompt" if b else "short").plan
+    plan = plans.text_then_end_prompt if b else plans.contiguous
     weights = [0.0] + [1.0] * (a - 1) + [prompt_weight] * b
     return {
         "input_ids": rng.integers(3, vocabulary, a + b).tolist(),

@@ -495,7 +495,7 @@ def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monke
 def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
     """Also where they stand in the recipe itself, and where they have a section checkpoint of their own."""
     from endprompt.recipe import schema as config
-    from endprompt.training.run import loading_universal
+    from endprompt.training.arguments import loading_universal
 
     options = {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail"}}
     loaded = config.load(train_recipe, [f"train.deepspeed={json.dumps(options)}"])
@@ -508,7 +508,7 @@ def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
 
 
 def test_a_step_keeps_its_rows_on_other_ranks():
-    from endprompt.training.run import resumed_shape
+    from endprompt.training.arguments import resumed_shape
 
     before = {"world_size": 8, "rows_per_step": 64}
     assert resumed_shape((4, 2), 8, before) == (4, 2)
@@ -531,7 +531,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
     folder = shards_of(tmp_path)
     slow = patched(
         tmp_path,
-        "import time\nfrom endprompt import watch\nwatch.Report.on_step_end = lambda self, args, state,"
+        "import time\nfrom endprompt.training import watch\n"
+        "watch.Report.on_step_end = lambda self, args, state,"
         " control, **kwargs: time.sleep(0.7)\n",
     )
     process = subprocess.Popen(
@@ -720,7 +721,8 @@ def test_ranks_end_with_a_killed_launcher_before_they_have_met(train_recipe, sha
     folder = shards_of(tmp_path)
     script = patched(
         tmp_path,
-        "from endprompt import model\nimport time\nmodel.load_tokenizer = lambda recipe: time.sleep(600)\n",
+        "from endprompt.bases import model\nimport time\n"
+        "model.load_tokenizer = lambda *given: time.sleep(600)\n",
     )
     process = subprocess.Popen(
         [*map(str, TORCHRUN), str(script), "train", str(train_recipe), "endprompt", "--out", str(tmp_path)],

@@ -15,8 +15,10 @@ from test_train import TORCHRUN, assert_same, prepared, run, train, weights
 
 from endprompt import BadInput
 from endprompt.methods import table as methods
+from endprompt.methods.longlora import s2
 from endprompt.positions import rope
 from endprompt.recipe import schema as config
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
 from endprompt.rows.collate import Collator
 from endprompt.training import lora, loss
@@ -194,9 +196,8 @@ def test_the_recipe_says_what_is_adapted(recipe_file):
     path = recipe_file()
 
     def settings(method: str, *overrides):
-        return config.load(path, [f"train.lora{override}" for override in overrides]).lora(
-            methods.get(method)
-        )
+        recipe = config.load(path, [f"train.lora{override}" for override in overrides])
+        return Experiment.of(recipe, method).adapters
 
     assert (
         settings("endprompt") is None
@@ -210,7 +211,7 @@ def test_the_recipe_says_what_is_adapted(recipe_file):
     )
     loaded = config.load(path, ["train.lora.r=4"])
     again = path.with_name("again.yaml")
-    again.write_text(loaded.dump("longlora"))
+    again.write_text(Experiment.of(loaded, "longlora").dump())
     assert config.load(again).train == loaded.train and loaded.train["lora"] == {"r": 4}
 
 
@@ -231,21 +232,27 @@ def test_bad_settings_are_named(recipe_file, override, words):
 
 
 def test_group_size(recipe_file):
-    path, longlora = recipe_file(), methods.get("longlora")
-    assert (
-        config.load(path).group_size(longlora) == 128
-        and config.load(path).group_size(methods.get("endprompt")) is None
-    )
-    assert config.load(path, ["model.s2_group_size=96"]).group_size(longlora) == 96
-    with pytest.raises(BadInput, match="model.s2_group_size"):
-        config.load(path, ["model.s2_group_size=1"])
+    def found(method: str, *overrides):
+        return Experiment.of(config.load(recipe_file(), overrides), method)
+
+    assert found("longlora").attended == 128
+    other = found("endprompt")
+    assert other.attended == other.row_length and "s2_group_size" not in other.method.Options.model_fields
+    for key in ("method_options", "model"):  # the second is what it was called before
+        assert found("longlora", f"{key}.s2_group_size=96").attended == 96
+        with pytest.raises(BadInput, match="s2_group_size: .*greater than 1"):
+            found("longlora", f"{key}.s2_group_size=1")
 
 
 def test_longlora_is_what_its_authors_trained():
-    method = methods.get("longlora")
-    assert method.attention == "s2" and method.row_length == "target" and method.rope == "linear"
-    assert method.lora == {"r": 8, "alpha": 16.0, "train_embed_norm": True}
-    assert {one.attention for one in methods.METHODS.values() if one.name != "longlora"} == {None}
+    method, model = methods.get("longlora"), network(configuration())
+    assert method.fills == "target" and method.rope == "linear"
+    with method.attention(model, method.Options(), 64):
+        assert model.config._attn_implementation == s2.NAME
+    assert model.config._attn_implementation != s2.NAME
+    assert method.adapters == {"r": 8, "alpha": 16.0, "train_embed_norm": True}
+    others = {type(one).attention for one in methods.METHODS.values() if one.name != "longlora"}
+    assert others == {methods.Method.attention}
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +367,8 @@ def test_a_careless_merge_under_zero3_is_refused(recipe, tmp_path, patch):
     folder = prepared(recipe, "longlora", tmp_path)
     script = tmp_path / "careless.py"
     script.write_text(
-        f"import contextlib\nfrom endprompt import lora\n{patch}\nfrom endprompt.cli import main\nmain()\n"
+        "import contextlib\nfrom endprompt.training import lora\n"
+        f"{patch}\nfrom endprompt.cli import main\nmain()\n"
     )
     output = run([*TORCHRUN, script, "train", recipe, "longlora", "--out", tmp_path], expect=1)
     assert re.search(

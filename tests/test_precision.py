@@ -17,10 +17,10 @@ from training import ENVIRONMENT, prepared, run, train, weights
 
 from endprompt import BadInput, Failure
 from endprompt.bases import model
-from endprompt.methods import table as methods
 from endprompt.planning import estimate
 from endprompt.recipe import schema as config
 from endprompt.recipe import zero_file
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
 from endprompt.training import loss, precision
 from endprompt.training.arguments import training_arguments
@@ -127,8 +127,8 @@ def test_bare_bf16_weights_are_refused_and_would_lose_most_updates(alone, train_
 
 def test_the_states_are_those_that_the_plan_counts(alone, train_recipe):
     recipe = config.load(train_recipe, ["train.bf16=true", "train.deepspeed=null"])
-    about = estimate.shape(recipe)
-    expected = estimate.training_memory(recipe, methods.get("endprompt"), about, 1)
+    about, experiment = estimate.shape(recipe), Experiment.of(recipe, "endprompt")
+    expected = estimate.training_memory(experiment, about, 1)
     count = estimate.parameter_count(about)
     checkpoint = alone / "checkpoints/checkpoint-8"
     assert (
@@ -140,7 +140,7 @@ def test_the_states_are_those_that_the_plan_counts(alone, train_recipe):
         and expected.optimizer == 8 * count
     )
     assert expected.gradients == 4 * count and expected.gathered == 2 * count and expected.buckets == 0
-    assert estimate.training_memory(recipe, methods.get("endprompt"), about, 2).buckets == 4 * count
+    assert estimate.training_memory(experiment, about, 2).buckets == 4 * count
 
 
 def test_activations_under_autocast_are_those_that_a_real_model_keeps():
@@ -183,7 +183,8 @@ def test_adapters_have_masters(options, train_recipe, tmp_path):
             train_recipe,
             ["train.bf16=true", "train.deepspeed=null", "train.lora.r=4", "train.lora.train_embed_norm=true"],
         )
-        expected = estimate.training_memory(recipe, methods.get("endprompt"), estimate.shape(recipe), 1)
+        about, experiment = estimate.shape(recipe), Experiment.of(recipe, "endprompt")
+        expected = estimate.training_memory(experiment, about, 1)
         states = (folder / "checkpoints/checkpoint-8/optimizer.pt").stat().st_size
         assert expected.optimizer == pytest.approx(states, rel=0.1)
 
@@ -230,6 +231,11 @@ def test_what_is_frozen_or_unknown_to_the_optimizer_is_refused():
     precision.verify(model, optimizer_of(model), whole=False)
 
 
+def built(recipe):
+    experiment = Experiment.of(recipe, "endprompt")
+    return model.build(experiment.base, experiment.scaling, torch.float32, False)
+
+
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 def test_the_config_s_dtype_is_not_what_is_trained(stored, recipe_file, base, tmp_path):
     copy = copied(base, tmp_path / "base", dtype=stored)
@@ -239,7 +245,7 @@ def test_the_config_s_dtype_is_not_what_is_trained(stored, recipe_file, base, tm
     }
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     recipe = config.load(recipe_file(model={"name_or_path": str(copy)}))
-    found = model.build(recipe, methods.get("endprompt"), torch.float32, False)
+    found = built(recipe)
     assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
 
 
@@ -355,13 +361,13 @@ def test_deepspeed_sums_them_so(zero3, train_recipe, tmp_path):
 
 
 def test_the_plan_counts_the_sums(train_recipe):
-    about, method = estimate.shape(config.load(train_recipe)), methods.get("endprompt")
+    about = estimate.shape(config.load(train_recipe))
     count = estimate.parameter_count(about)
 
     def gradients(*overrides, **options):
-        recipe = config.load(train_recipe, list(overrides))
-        options = {**recipe.deepspeed, **options}
-        return estimate.training_memory(recipe, method, about, 2, options).gradients * 2 / count
+        experiment = Experiment.of(config.load(train_recipe, list(overrides)), "endprompt")
+        options = {**experiment.recipe.deepspeed, **options}
+        return estimate.training_memory(experiment, about, 2, options).gradients * 2 / count
 
     assert gradients() == 4 and gradients("train.gradient_accumulation_steps=1") == 2
     assert gradients(data_types={"grad_accum_dtype": "bf16"}) == 2
@@ -410,7 +416,7 @@ def separated(base: Path, folder: Path) -> Path:
 def test_the_separator_s_row_has_a_gradient_though_it_is_the_pad(recipe_file, base, tmp_path):
     folder = separated(base, tmp_path / "base")
     recipe = config.load(recipe_file(model={"name_or_path": str(folder)}))
-    found = model.build(recipe, methods.get("endprompt"), torch.float32, False)
+    found = built(recipe)
     eos = found.config.eos_token_id
     assert found.config.pad_token_id == eos
     ids = torch.tensor([[5, 6, eos, 7, 8, 9]])

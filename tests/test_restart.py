@@ -71,7 +71,7 @@ def test_a_start_after_the_last_checkpoint_trains_nothing_more(end, ranks, train
 def test_so_does_one_after_a_guard_of_the_saving_has_failed(train_recipe, two_ranks, tmp_path):
     folder = fresh(two_ranks, tmp_path)
     broken = (
-        "from endprompt import Failure, checkpoint\n"
+        "from endprompt import Failure\nfrom endprompt.training import checkpoint\n"
         "def fail(*args, **kwargs):\n    raise Failure('saved model: broken on purpose')\n"
         "checkpoint.verify_saved = fail"
     )
@@ -101,7 +101,7 @@ def test_the_twin_asked_only_after_a_step_one_more_is_trained(train_recipe, two_
     whole = fresh(two_ranks, tmp_path / "whole")
     ended(train_recipe, whole, 1, settings)
     again = fresh(whole, tmp_path / "again", checkpoints=True)
-    careless = "from endprompt import trainer\ntrainer.is_over = lambda state: False"
+    careless = "from endprompt.training import trainer\ntrainer.is_over = lambda state: False"
     ended(train_recipe, again, 1, settings, careless)
     assert steps(again) == expected[1] + 1
     with pytest.raises(AssertionError):

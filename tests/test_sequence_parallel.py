@@ -237,9 +237,9 @@ def test_what_cannot_be_shared_is_refused_in_one_message(name, recipe, tmp_path,
 
 def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
     from endprompt import BadInput
-    from endprompt.methods import table as methods
     from endprompt.recipe import schema as config
-    from endprompt.training.run import batch_shape
+    from endprompt.recipe.experiment import Experiment
+    from endprompt.training.arguments import batch_shape
 
     def shape(method: str, rows: int, accumulation: int, n: int) -> tuple[int, int]:
         loaded = config.load(
@@ -250,7 +250,7 @@ def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
                 f"train.sequence_parallel={n}",
             ],
         )
-        return batch_shape(loaded, methods.get(method))
+        return batch_shape(Experiment.of(loaded, method))
 
     assert shape("full_length", 4, 1, 1) == (1, 1)
     assert shape("full_length", 4, 1, 2) == (2, 1)

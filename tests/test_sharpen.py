@@ -18,8 +18,8 @@ from training import prepared, run, train, weights
 
 from endprompt import Failure
 from endprompt.bases import model, sharpen
-from endprompt.methods import table as methods
 from endprompt.recipe import schema as config
+from endprompt.recipe.experiment import Experiment
 
 
 def test_factor():
@@ -112,8 +112,7 @@ def test_recipe_and_method_say_how_much(recipe_file):
     """The base's window is 256 and the target 512: 9 / 8."""
 
     def found(method, *overrides):
-        recipe = config.load(recipe_file(), overrides)
-        return model.sharpness(recipe, methods.get(method), model.load_config(recipe))
+        return Experiment.of(config.load(recipe_file(), overrides), method).sharpness
 
     assert found("pose") == 1.0
     assert found("pose_sharp") == pytest.approx(9 / 8)
@@ -181,13 +180,12 @@ def test_a_sharpened_base_gets_what_is_missing(
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": start}))
     recipe = config.load(recipe_file(model={"name_or_path": str(done)}, lengths={"target": target}))
-    read = model.load_config(recipe)
-    t = model.sharpness(recipe, methods.get("pose_sharp"), read)
+    t = Experiment.of(recipe, "pose_sharp").sharpness
     assert t == pytest.approx(missing, rel=1e-12)
-    assert model.sharpness(recipe, methods.get("pose"), read) == 1.0  # what is there stays
-    assert model.sharpness(
-        recipe, methods.get("pose_sharp"), SimpleNamespace(max_position_embeddings=start)
-    ) == pytest.approx(twice)
+    assert Experiment.of(recipe, "pose").sharpness == 1.0  # what is there stays
+    power = Experiment.of(recipe, "pose_sharp").method.power(recipe.rope.sharpen)
+    bare = SimpleNamespace(max_position_embeddings=start)
+    assert sharpen.missing(power, bare, start, target) == pytest.approx(twice)
     before = scores(plain)
     sharpen.sharpen(done, t)
     torch.testing.assert_close(scores(done), 11 / 8 * missing * before, atol=1e-4, rtol=1e-4)
@@ -226,9 +224,7 @@ def test_other_notes_of_ours_say_nothing_of_sharpness(recipe_file, base, tmp_pat
         shutil.copytree(base, tmp_path / "model"), method="pose", original_length=64, target_length=256
     )
     recipe = config.load(recipe_file(model={"name_or_path": str(folder)}))
-    assert model.sharpness(recipe, methods.get("pose_sharp"), model.load_config(recipe)) == pytest.approx(
-        9 / 8
-    )
+    assert Experiment.of(recipe, "pose_sharp").sharpness == pytest.approx(9 / 8)
     assert sharpen.inherited(model.load_config(recipe)) == {}
 
 
@@ -291,10 +287,11 @@ def test_what_is_not_trained_is_scored_as_sharp_as_asked(recipe_file, base, tmp_
     """As if it were saved and sharpened; 1 in the recipe is ln L / ln C."""
     from endprompt.evaluation import run as evaluation
 
-    method, ids = methods.get(name), torch.arange(3, 40)[None]
+    ids = torch.arange(3, 40)[None]
 
     def scored(*overrides):
-        network, _, identity = evaluation.load(config.load(recipe_file(), overrides), method, tmp_path, None)
+        experiment = Experiment.of(config.load(recipe_file(), overrides), name, tmp_path)
+        network, _, identity = evaluation.load(experiment, None)
         return network, identity["sharpened"]
 
     plain, t = scored()

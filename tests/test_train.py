@@ -245,9 +245,9 @@ def test_a_folder_trained_under_another_recipe_is_refused(train_recipe, two_rank
 
 def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
     from endprompt import BadInput
-    from endprompt.methods import table as methods
     from endprompt.recipe import schema as config
-    from endprompt.training.run import batch_shape
+    from endprompt.recipe.experiment import Experiment
+    from endprompt.training.arguments import batch_shape
 
     def shape(method: str, rows: int, accumulation: int) -> tuple[int, int]:
         loaded = config.load(
@@ -257,7 +257,7 @@ def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
                 f"train.gradient_accumulation_steps={accumulation}",
             ],
         )
-        return batch_shape(loaded, methods.get(method))
+        return batch_shape(Experiment.of(loaded, method))
 
     assert shape("short", 4, 2) == (4, 2)
     assert shape("full_length", 8, 1) == (1, 1)

@@ -18,13 +18,14 @@ from training import assert_same, prepared, run, train
 from transformers import TrainerCallback, TrainingArguments
 
 from endprompt import BadInput
-from endprompt.methods import table as methods
 from endprompt.recipe import schema as config
 from endprompt.recipe import training_keys, zero_file
+from endprompt.recipe.experiment import Experiment
 from endprompt.reports.markdown import grid, replaced
 from endprompt.rows.collate import Collator
 from endprompt.training import checkpoint, loss, watch
-from endprompt.training import run as training
+from endprompt.training.arguments import batch_shape, set_up_environment, training_arguments
+from endprompt.training.run import CHECKPOINTS_KEPT
 from endprompt.training.trainer import WeightedTrainer
 
 PAGE = REPOSITORY / "docs/training-keys.md"
@@ -90,14 +91,14 @@ class Made:
         checked = {**training_keys.check(kept), **(unchecked or {})}
         recipe = self.recipe.model_copy(update={"train": checked})
         folder = folder or self.folder / str(next(self.counted))
-        shape = training.batch_shape(recipe, methods.get("endprompt"))
-        arguments = training.training_arguments(recipe, shape, folder, cuda=False, universal=False)
+        shape = batch_shape(Experiment.of(recipe, "endprompt"))
+        arguments = training_arguments(recipe, shape, folder, cuda=False, universal=False)
         network = networks.network(networks.configuration())
         network.load_state_dict(self.start)
         loss.attach(network)
         steps = Steps(at_end)
         marking = checkpoint.MarkComplete(
-            checked.get("save_total_limit", training.CHECKPOINTS_KEPT), {"world_size": 1}
+            checked.get("save_total_limit", CHECKPOINTS_KEPT), {"world_size": 1}
         )
         trainer = WeightedTrainer(
             model=network,
@@ -156,7 +157,7 @@ def made(dataset, start, tmp_path, monkeypatch, base, alone):
     ):
         monkeypatch.setenv(name, "")  # so that what is written there is put back afterwards
         monkeypatch.delenv(name)
-    training.set_up_environment()
+    set_up_environment()
     path = tmp_path / "r.yaml"
     tree = {
         "model": {"name_or_path": str(base)},
@@ -536,11 +537,9 @@ def _(made, monkeypatch):
     recipe = made.recipe.model_copy(
         update={"train": training_keys.check({"bf16": False, "dataloader_pin_memory": False})}
     )
-    assert (
-        training.training_arguments(recipe, (1, 1), made.folder, True, False).dataloader_pin_memory is False
-    )
+    assert training_arguments(recipe, (1, 1), made.folder, True, False).dataloader_pin_memory is False
     recipe.train.pop("dataloader_pin_memory")
-    assert training.training_arguments(recipe, (1, 1), made.folder, True, False).dataloader_pin_memory is True
+    assert training_arguments(recipe, (1, 1), made.folder, True, False).dataloader_pin_memory is True
 
 
 @effect("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
