@@ -243,7 +243,7 @@ class Scorer:
         asked = {**self.metadata, "max_seq_lengths": [length], "chat_template": templated}
         return engine.run(self.lm, name, asked, generation=generation, chat_template=templated)[name]
 
-    def _ruler(self, name: str, length: int, documents: list[dict], answers: list[str]) -> dict:
+    def _ruler(self, name: str, length: int, documents: list[dict], answers: list) -> dict:
         """What a result of RULER says beside its mean."""
         return {
             "metric": "string_match_part" if name.startswith("qa_") else "string_match_all",
@@ -267,7 +267,7 @@ def _mean(scores: list[float]) -> dict:
     return {"score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
 
 
-def _longbench(name: str, documents: list[dict], answers: list[str]) -> dict:
+def _longbench(name: str, documents: list[dict], answers: list) -> dict:
     """What a result of LongBench says beside its mean."""
     about = longbench_scores.get(name)
     references = [document["answers"] for document in documents]
@@ -279,7 +279,7 @@ def _longbench(name: str, documents: list[dict], answers: list[str]) -> dict:
     }
 
 
-def _predictions(documents: list[dict], answers: list[str], before: Sequence[str], after: Sequence[str]):
+def _predictions(documents: list[dict], answers: list, before: Sequence[str], after: Sequence[str]):
     """Each answer as "pred" between the fields ``before`` and ``after`` it, in the official order."""
     return [
         {
