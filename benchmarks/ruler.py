@@ -39,7 +39,11 @@ def main() -> None:
         for _ in ("made", "found"):
             started = time.perf_counter()
             paths = ruler.ensure(
-                tasks, [arguments.length], folder / "tokenizer", arguments.samples, cache=folder / "cache"
+                tasks,
+                [arguments.length],
+                folder / "tokenizer",
+                ruler.Draw(arguments.samples),
+                cache=folder / "cache",
             )
             seconds.append(time.perf_counter() - started)
         size = sum(path.stat().st_size for path in paths.values())

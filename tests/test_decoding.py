@@ -95,7 +95,7 @@ def asked(texts, **options):
 
 
 def keys(tokenizer, length=200, samples=4):
-    return passkey.documents(tokenizer, [length], samples, 2, 1)
+    return passkey.documents(tokenizer, [length], passkey.Design(samples, 2, 1))
 
 
 def share(lm, tests):
@@ -288,7 +288,7 @@ def test_ruler_keeps_room_for_the_template(base, tmp_path):
     )
     loaded = AutoTokenizer.from_pretrained(folder)
     plain, roomy = (
-        ruler.generate(["vt"], [1280], folder, 1, cache=tmp_path / "cache", chat=chat)["vt", 1280][0]
+        ruler.generate(["vt"], [1280], folder, ruler.Draw(1, chat=chat), tmp_path / "cache")["vt", 1280][0]
         for chat in (False, True)
     )
     tokens = ruler.ruler_package.tokens_to_generate("vt")

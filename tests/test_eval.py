@@ -137,7 +137,7 @@ def test_named_keys(tokenizer):
     """Four names and keys in the filler, each once; the question names the one whose key is the answer, at
     the depth that the test says.
     """
-    tests, depths = passkey.documents(tokenizer, [400], 40, 5, 1, "multikey"), set()
+    tests, depths = passkey.documents(tokenizer, [400], passkey.Design(40, 5, 1, "multikey")), set()
     for test in tests:
         found = dict(re.findall(r"The pass key of (\w+) is (\d{5})\.", test["prompt"]))
         asked = re.search(r"What is the pass key of (\w+)\? The pass key of \1 is$", test["prompt"])[1]
@@ -157,11 +157,11 @@ def test_named_keys(tokenizer):
     assert depths == {0, 1, 2, 3}  # no habit gives the answer away
     assert (
         tests
-        == passkey.documents(tokenizer, [400], 40, 5, 1, "multikey")
-        != passkey.documents(tokenizer, [400], 40, 5, 2, "multikey")
+        == passkey.documents(tokenizer, [400], passkey.Design(40, 5, 1, "multikey"))
+        != passkey.documents(tokenizer, [400], passkey.Design(40, 5, 2, "multikey"))
     )
     with pytest.raises(ValueError, match="too few for a passkey prompt"):
-        passkey.documents(tokenizer, [60], 1, 1, 1, "multikey")
+        passkey.documents(tokenizer, [60], passkey.Design(1, 1, 1, "multikey"))
 
 
 def test_too_short_a_length_is_refused(tokenizer):
@@ -280,19 +280,21 @@ def test_score_among_named_keys(base, which, expected):
 def test_the_model_is_asked_the_prompt_itself(base, tokenizer):
     """Nothing is stripped from it, added, or put in another order."""
     _, known = ask_passkey(lambda prompt: "", base)
-    assert known.prompts == [test["prompt"] for test in passkey.documents(tokenizer, [300], 12, 5, 1)]
+    assert known.prompts == [
+        test["prompt"] for test in passkey.documents(tokenizer, [300], passkey.Design(12, 5, 1))
+    ]
 
 
 def test_keys_depend_on_seed_and_length_only(tokenizer):
     def keys(length, seed):
-        return [test["key"] for test in passkey.documents(tokenizer, [length], 6, 3, seed)]
+        return [test["key"] for test in passkey.documents(tokenizer, [length], passkey.Design(6, 3, seed))]
 
     assert keys(200, 1) == keys(200, 1) and len(set(keys(200, 1))) > 1
     assert keys(200, 1) != keys(200, 2) and keys(200, 1) != keys(220, 1)
     assert all(10000 <= int(key) <= 99999 for key in keys(200, 1))
-    assert [test["key"] for test in passkey.documents(tokenizer, [200, 220], 6, 3, 1)] == keys(200, 1) + keys(
-        220, 1
-    )
+    assert [
+        test["key"] for test in passkey.documents(tokenizer, [200, 220], passkey.Design(6, 3, 1))
+    ] == keys(200, 1) + keys(220, 1)
 
 
 def test_fewer_samples_than_depths(base):

@@ -56,7 +56,9 @@ def made(llama2, cache) -> dict[str, list[dict]]:
     """Every task's samples at 4096 for the Llama-2 tokenizer."""
     return {
         task: samples
-        for (task, _), samples in ruler.generate(names.RULER, [4096], llama2, SAMPLES, cache=cache).items()
+        for (task, _), samples in ruler.generate(
+            names.RULER, [4096], llama2, ruler.Draw(SAMPLES), cache
+        ).items()
     }
 
 
@@ -546,13 +548,13 @@ def test_documents_hold_the_answer(made, task):
 
 
 def test_same_seed_same_bytes(base, tmp_path, cache):
-    tasks, key = ["vt", "fwe", "cwe"], {"samples": 2, "tokenizer": base, "lengths": [2048], "processes": 1}
-    first = ruler.generate(tasks, **key, cache=tmp_path / "a")
-    assert ruler.generate(tasks, **key, cache=tmp_path / "b") == first
+    tasks, key = ["vt", "fwe", "cwe"], {"tokenizer": base, "lengths": [2048], "processes": 1}
+    first = ruler.generate(tasks, **key, draw=ruler.Draw(2), cache=tmp_path / "a")
+    assert ruler.generate(tasks, **key, draw=ruler.Draw(2), cache=tmp_path / "b") == first
     assert [path.read_bytes() for path in sorted((tmp_path / "a").iterdir())] == [
         path.read_bytes() for path in sorted((tmp_path / "b").iterdir())
     ]
-    other = ruler.generate(tasks, **key, seed=43, cache=tmp_path / "a")
+    other = ruler.generate(tasks, **key, draw=ruler.Draw(2, 43), cache=tmp_path / "a")
     for task in tasks:
         assert all(
             a["input"] != b["input"] and a["outputs"] != b["outputs"]
@@ -561,7 +563,7 @@ def test_same_seed_same_bytes(base, tmp_path, cache):
 
 
 def test_cache_is_read_and_what_is_damaged_made_again(base, tmp_path, monkeypatch, capsys):
-    key = {"tasks": ["vt"], "lengths": [1024], "tokenizer": base, "samples": 2, "cache": tmp_path}
+    key = {"tasks": ["vt"], "lengths": [1024], "tokenizer": base, "draw": ruler.Draw(2), "cache": tmp_path}
     first = ruler.generate(**key)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -590,7 +592,7 @@ def test_longest_first(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ruler, "_make", lambda missing, *_: order.extend(question["length"] for question, _ in missing)
     )
-    paths = ruler.ensure(["vt", "fwe", "vt"], [1024, 4096, 2048], base, 1, cache=tmp_path)
+    paths = ruler.ensure(["vt", "fwe", "vt"], [1024, 4096, 2048], base, ruler.Draw(1), cache=tmp_path)
     assert order == [4096, 4096, 2048, 2048, 1024, 1024]
     assert (
         list(paths) == [(task, length) for length in (1024, 4096, 2048) for task in ("vt", "fwe")]
@@ -611,7 +613,7 @@ def test_overruns_are_said(base, tmp_path, monkeypatch, capsys):
         "_make",
         lambda missing, *_: [ruler._write(path, question, body, [1000, 1030]) for question, path in missing],
     )
-    found = ruler.generate(["fwe"], [1024], base, 2, cache=tmp_path)
+    found = ruler.generate(["fwe"], [1024], base, ruler.Draw(2), cache=tmp_path)
     assert found == {("fwe", 1024): [{"index": 0, "counted": 1000}, {"index": 1, "counted": 1030}]}
     assert (
         capsys.readouterr().err
@@ -665,7 +667,7 @@ def test_too_short_a_length_ends_in_seconds(base, tmp_path, capsys, task, length
 def test_first_failure_ends_the_others(base, tmp_path):
     start = time.monotonic()
     with pytest.raises(BadInput, match="ruler_vt at 256: too short"):
-        ruler.generate(["vt", "niah_single_2"], [256, 131072], base, 5000, cache=tmp_path, processes=3)
+        ruler.generate(["vt", "niah_single_2"], [256, 131072], base, ruler.Draw(5000), tmp_path, processes=3)
     assert time.monotonic() - start < 30 and not list(tmp_path.iterdir())
 
 
@@ -677,10 +679,10 @@ def test_first_failure_ends_the_others(base, tmp_path):
         ({"lengths": []}, "one length"),
         ({"lengths": [0]}, "eval.lengths: a whole number"),
         ({"lengths": ["4096"]}, "eval.lengths"),
-        ({"samples": 0}, "eval.samples"),
-        ({"seed": -1}, "eval.seed"),
+        ({"draw": ruler.Draw(0)}, "eval.samples"),
+        ({"draw": ruler.Draw(1, -1)}, "eval.seed"),
         ({"processes": 0}, "processes"),
-        ({"tasks": ["qa_1"], "samples": 5929}, "ruler_qa_1 has 5928 questions"),
+        ({"tasks": ["qa_1"], "draw": ruler.Draw(5929)}, "ruler_qa_1 has 5928 questions"),
         ({"tokenizer": "/nowhere/at/all"}, "tokenizer: /nowhere/at/all cannot be loaded"),
     ],
 )
@@ -691,7 +693,7 @@ def test_bad_arguments(base, tmp_path, options, match):
                 "tasks": ["vt"],
                 "lengths": [1024],
                 "tokenizer": base,
-                "samples": 1,
+                "draw": ruler.Draw(1),
                 "cache": tmp_path / "cache",
                 **options,
             }
@@ -736,10 +738,10 @@ def test_wrong_checksums_are_refused(monkeypatch, uncached, base, tmp_path):
                 BadInput,
                 match=f"{name} is not the wheel's .* pip install --force-reinstall|{name} is not the wheel's",
             ):
-                ruler.generate(["vt"], [1024], base, 1, cache=tmp_path / "cache")
+                ruler.generate(["vt"], [1024], base, ruler.Draw(1), cache=tmp_path / "cache")
     monkeypatch.setattr(ruler_package, "WORDS", {"0" * 64: "2.2.0"})
     with pytest.raises(BadInput, match=r"wonderwords .* no known ones"):
-        ruler.generate(["vt"], [1024], base, 1, cache=tmp_path / "cache")
+        ruler.generate(["vt"], [1024], base, ruler.Draw(1), cache=tmp_path / "cache")
 
 
 def test_other_versions_are_refused(monkeypatch, uncached):

@@ -52,7 +52,7 @@ def test_the_first_so_many_are_taken_without_the_packages_data(folder, base, mon
     assert [row["input"] for row in found] == ["prompt 0", "prompt 1", "prompt 2"] and found[0][
         "max_length"
     ] == 1024
-    path, question = ruler_samples.find(folder, "vt", 1024, 5, 42, ruler.load_tokenizer(base))
+    path, question = ruler_samples.find(folder, "vt", 1024, ruler.Draw(5), ruler.load_tokenizer(base))
     assert path.parent == folder and ruler_samples.generator(question) == {
         "generation": ruler_package.GENERATION,
         "words": "w",
@@ -66,14 +66,14 @@ def test_the_first_so_many_are_taken_without_the_packages_data(folder, base, mon
 @pytest.mark.parametrize(
     "asked, why",
     [
-        ({"samples": 6}, "what is there has 5"),
-        ({"seed": 1}, "what is there differs in seed"),
+        ({"draw": ruler.Draw(6)}, "what is there has 5"),
+        ({"draw": ruler.Draw(3, 1)}, "what is there differs in seed"),
         ({"length": 2048}, "at 2048 for this"),
         ({"task": "fwe"}, "no 3 samples of ruler_fwe"),
     ],
 )
 def test_what_is_not_there_is_refused_with_the_command_that_makes_it(folder, base, asked, why):
-    wanted = {"task": "vt", "length": 1024, "samples": 3, "seed": 42, **asked}
+    wanted = {"task": "vt", "length": 1024, "draw": ruler.Draw(3), **asked}
     with pytest.raises(
         BadInput, match=f"eval.ruler_samples: .*{why}.*python -m endprompt.evaluation.ruler --cache FOLDER"
     ):
@@ -86,15 +86,15 @@ def test_another_tokenizer_and_damage_are_refused(folder, base):
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b"prompt 4", b"prompt 5"))
     with pytest.raises(BadInput, match="is damaged"):
-        ruler_samples.take(folder, "vt", 1024, 3, 42, loaded)
+        ruler_samples.take(folder, "vt", 1024, ruler.Draw(3), loaded)
     head = json.loads(whole.split(b"\n")[0])
     head["question"]["tokenizer"] = "other"
     file.write_bytes(json.dumps(head).encode() + b"\n")
     with pytest.raises(BadInput, match="differs in tokenizer"):
-        ruler_samples.take(folder, "vt", 1024, 3, 42, loaded)
+        ruler_samples.take(folder, "vt", 1024, ruler.Draw(3), loaded)
     file.write_bytes(b"{")
     with pytest.raises(BadInput, match="holds no 3 samples"):
-        ruler_samples.take(folder, "vt", 1024, 3, 42, loaded)
+        ruler_samples.take(folder, "vt", 1024, ruler.Draw(3), loaded)
 
 
 def test_scoring_needs_the_scorers_alone(monkeypatch):

@@ -36,7 +36,7 @@ def network(recipe):
 
 @pytest.fixture(scope="module")
 def result(recipe):
-    return theory.run(recipe, TEXT, tokens=128, heads=12, pairs=4)
+    return theory.run(recipe, TEXT, theory.Sampling(tokens=128, heads=12, pairs=4))
 
 
 @pytest.fixture(scope="module")

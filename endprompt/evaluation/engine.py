@@ -349,42 +349,48 @@ def _own_tasks():
 
 
 def run(
+    lm, task: str, metadata: dict, *, generation: dict | None = None, chat_template: bool = False
+) -> dict[str, list[dict]]:
+    """{task: the harness' samples} of one of the tasks in endprompt/evaluation/tasks on ``lm``, greedy.
+
+    ``metadata`` reaches the task's data function (tokenizer, max_seq_lengths, samples, seed, ...).
+    ``generation``: what is passed to ``generate`` beyond the task's own settings.  Errors of the data
+    function pass through.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    return _samples(lm, task, manager, gen_kwargs=generation, apply_chat_template=chat_template)
+
+
+def run_own(
     lm,
     task: str,
-    metadata: dict,
     *,
-    defaults: bool = False,
     few_shots: int | None = None,
-    generation: dict | None = None,
     limit: int | None = None,
     chat_template: bool = False,
     unsafe_code: bool = False,
 ) -> dict[str, list[dict]]:
-    """{task or subtask: the harness' samples} of ``task`` on ``lm``, greedy.
+    """{task or subtask: the harness' samples} of one of the harness' own tasks on ``lm``, greedy.
 
-    ``metadata`` reaches the task's data function (tokenizer, max_seq_lengths, samples, seed, ...).
-    ``defaults``: whether ``task`` is one of the harness' own, not of endprompt/evaluation/tasks.
-    ``generation``: what is passed to ``generate`` beyond the task's own settings.  Errors of the data
-    function pass through.
+    ``limit``: samples a subtask; None: all.  ``unsafe_code``: whether code that the model writes may run.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = (
-        _own_tasks()
-        if defaults
-        else TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
-    )
-    found = simple_evaluate(
+    return _samples(
         lm,
-        tasks=[task],
+        task,
+        _own_tasks(),
         num_fewshot=few_shots,
-        gen_kwargs=generation,
         limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=True,
         apply_chat_template=chat_template,
         confirm_run_unsafe_code=unsafe_code,
     )
-    return found["samples"]
+
+
+def _samples(lm, task: str, manager, **options) -> dict[str, list[dict]]:
+    """What ``manager``'s ``task`` gives under the harness' ``options``, without its own intervals."""
+    from lm_eval import simple_evaluate
+
+    return simple_evaluate(
+        lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+    )["samples"]

@@ -136,14 +136,13 @@ def lines(
     ``limits`` of the vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names,
     as dashed lines in the same colours.
     """
-    plt = _pyplot()
     paper = paper or {}
     names, every = (
         list(dict.fromkeys([*paper, *results])),
         sorted(set[int]().union(*results.values(), *paper.values())),
     )
     crowded, colours, drawn = len(results) + len(paper) > 5, _colours(names), []
-    figure, axis = plt.subplots(figsize=(8.4 if crowded else 6.4, 4), layout="constrained")
+    figure, axis = _pyplot().subplots(figsize=(8.4 if crowded else 6.4, 4), layout="constrained")
     for number, name in enumerate(names):
         style = {"marker": "os^Dvph<>"[number % 9], "markersize": 4, "linewidth": 1.2, "color": colours[name]}
         cells, printed = results.get(name, {}), paper.get(name, {})
@@ -165,24 +164,29 @@ def lines(
                 markerfacecolor="white",
                 **style,
             )
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(every, [str(length) for length in every])
-    axis.minorticks_off()
+    _scales(axis, every, limits)
     axis.set(xlabel="length in tokens", ylabel=f"{label}, with 95 % interval" if results else label)
-    if limits:
-        axis.set_ylim(*limits)
-    else:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
-    axis.grid(alpha=0.3)
     (
         figure.legend(handles=drawn, fontsize=8, loc="outside right upper")
         if crowded
         else axis.legend(handles=drawn, fontsize=8)
     )
     _save(figure, path, title)
+
+
+def _scales(axis, lengths: list[int], limits: tuple[float, float] | None) -> None:
+    """Lengths across on a logarithmic scale; up, the ``limits``, or a logarithmic scale if there are none."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.minorticks_off()
+    if limits:
+        axis.set_ylim(*limits)
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(_pyplot().matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+    axis.grid(alpha=0.3)
 
 
 def curves(panels: dict[str, dict[str, dict[int, dict]]], path: Path, title: str | None = None) -> None:

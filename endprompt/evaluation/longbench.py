@@ -237,6 +237,34 @@ def _task_rows(task: str, data: str | Path | None) -> Iterator[tuple[str, dict]]
     return _packed(task) if data is None else _local(task, Path(data).expanduser())
 
 
+def _references(task: str, where: str, row: dict) -> tuple[list[str], list[str] | None]:
+    """(answers, names of all classes) of a row, as the task's scorer needs them."""
+    answers = _field(row, where, "answers", "gold")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise BadInput(f"{where}: 'answers' is no list of texts; restore the file")
+    classes = row.get("all_classes")
+    if get(task).metric == "classification" and not (
+        isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
+    ):
+        raise BadInput(
+            f"{where}: 'all_classes' is no list of names, from which {task} is scored; restore the file"
+        )
+    return answers, classes
+
+
+def _prompt(task: str, where: str, row: dict) -> tuple[str, str]:
+    """(a row's whole prompt, whose wording it has: the "file"'s or the "official" one)."""
+    if "prompt" in row or "origin_prompt" in row:
+        whole = _field(row, where, "prompt", "origin_prompt")
+        if not isinstance(whole, str):
+            raise BadInput(f"{where}: the prompt is no text; restore the file")
+        return whole, "file"
+    context, question = _field(row, where, "context"), _field(row, where, "input")
+    if not isinstance(context, str) or not isinstance(question, str):
+        raise BadInput(f"{where}: input or context is no text; restore the file")
+    return template(task).format(context=context, input=question), "official"
+
+
 def samples(
     task: str, data: str | Path | None, tokenizer, max_length: int = LENGTH, limit: int | None = None
 ) -> list[dict]:
@@ -250,36 +278,13 @@ def samples(
     answer, as in the original: ``max_length`` + ``new_tokens`` must fit the model. Raises BadInput on missing
     or damaged data.
     """
-    about = get(task)
+    get(task)  # which refuses unknown names before anything is read
     if limit is not None and limit < 1:
         raise BadInput(f"samples is {limit}; give 1 or more, or leave it out for all of them")
     found: list[dict] = []
     for where, row in _task_rows(task, data):
-        answers = _field(row, where, "answers", "gold")
-        if (
-            not isinstance(answers, list)
-            or not answers
-            or not all(isinstance(answer, str) for answer in answers)
-        ):
-            raise BadInput(f"{where}: 'answers' is no list of texts; restore the file")
-        classes = row.get("all_classes")
-        if about.metric == "classification" and not (
-            isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
-        ):
-            raise BadInput(
-                f"{where}: 'all_classes' is no list of names, from which {task} is scored; restore the file"
-            )
-        ready = "prompt" in row or "origin_prompt" in row
-        parts = (
-            [_field(row, where, "prompt", "origin_prompt")]
-            if ready
-            else [_field(row, where, "context"), _field(row, where, "input")]
-        )
-        if not all(isinstance(part, str) for part in parts):
-            raise BadInput(
-                f"{where}: {'the prompt' if ready else 'input or context'} is no text; restore the file"
-            )
-        whole = parts[0] if ready else template(task).format(context=parts[0], input=parts[1])
+        answers, classes = _references(task, where, row)
+        whole, wording = _prompt(task, where, row)
         prompt, tokens = truncate(whole, tokenizer, max_length)
         found.append(
             {
@@ -288,7 +293,7 @@ def samples(
                 "prompt": prompt,
                 "tokens": tokens,
                 "truncated": prompt != whole,
-                "template": "file" if ready else "official",
+                "template": wording,
                 "answers": answers,
                 "all_classes": classes,
                 "length": row.get("length"),

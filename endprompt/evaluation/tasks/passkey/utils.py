@@ -22,11 +22,8 @@ def tests(
 ):
     """``chat_template``: whether the harness is told to apply it, which it does after the prompt is made."""
     known = AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False)
-    return {
-        "test": datasets.Dataset.from_list(
-            passkey.documents(known, max_seq_lengths, samples, depths, seed, task, chat_template)
-        )
-    }
+    design = passkey.Design(samples, depths, seed, task, chat_template)
+    return {"test": datasets.Dataset.from_list(passkey.documents(known, max_seq_lengths, design))}
 
 
 named = functools.partial(tests, "multikey")
