@@ -226,110 +226,184 @@ class Memory:
         return self.states + self.gathered + self.activations + self.loss + self.buckets
 
 
-def memory(
-    about,
-    zero: dict,
-    gpus: int,
-    rows: int,
-    length: int,
-    checkpointing: bool,
-    adapters=None,
-    element: int = 2,
-    summed: int | None = None,
-) -> Memory:
-    """Of one GPU in training.
+@dataclass(frozen=True)
+class Training:
+    """What one GPU computes in a micro-batch.
 
-    zero: a DeepSpeed file's ``zero_optimization``; rows: of ``length`` tokens a micro-batch; element: bytes
-    of what matrix products take (2: bfloat16; 4: float32).  From stage 1 on weights are of that type, with
-    float32 copies in the optimizer; at stage 0, or without DeepSpeed, what is trained is float32 itself, and
-    autocast makes copies.  summed: bytes in which ZeRO sums gradients, ``element`` unless given.
+    rows: of ``length`` tokens; element: bytes of what matrix products take (2: bfloat16; 4: float32);
+    summed: bytes in which ZeRO sums gradients, ``element`` unless given.
     """
-    import torch
 
-    from endprompt.training import loss as losses
+    rows: int
+    length: int
+    checkpointing: bool
+    adapters: Any = None
+    element: int = 2
+    summed: int | None = None
 
-    count, share, stage = parameter_count(about), trained_share(about, adapters), zero.get("stage", 0)
-    trained = count * share
-    off_optimizer, off_weights = (
-        (zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme")
-        for what in ("optimizer", "param")
-    )
-    autocast = (
-        stage == 0 and element == 2 and (adapters is None or adapters.train_embed_norm)
-    )  # between layers; always in adapters
-    if stage == 0:
-        weights, gradients, optimizer = element * (count - trained) + 4 * trained, 4 * trained, 8 * trained
-    else:
-        weights = element * count / (gpus if stage == 3 else 1)
-        gradients = (summed or element) * trained / (gpus if stage >= 2 else 1)
-        optimizer = 12 * trained / gpus
-    host = 0.0
-    if off_optimizer:
-        host += optimizer + 4 * trained / gpus
-        optimizer = gradients = 0.0
-    if off_weights and stage == 3:
-        host += weights
-        weights = 0.0
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
 
-    def number(key: str, automatic: float, default: float) -> float:
-        value = zero.get(key, default)
+
+@dataclass(frozen=True)
+class _Case:
+    """A model, a DeepSpeed file's ``zero_optimization``, a number of GPUs, and what each of them computes."""
+
+    about: Any
+    zero: dict
+    gpus: int
+    training: Training
+
+    @property
+    def stage(self) -> int:
+        return self.zero.get("stage", 0)
+
+    @property
+    def share(self) -> float:
+        return trained_share(self.about, self.training.adapters)
+
+    @property
+    def trained(self) -> float:
+        return parameter_count(self.about) * self.share
+
+    @property
+    def head(self) -> int:
+        """Weights of the output layer."""
+        return self.about.vocab_size * self.about.hidden_size
+
+    @property
+    def head_trained(self) -> bool:
+        adapters = self.training.adapters
+        return self.share == 1.0 or (
+            adapters is not None and adapters.train_embed_norm and self.about.tie_word_embeddings
+        )
+
+    @property
+    def autocast(self) -> bool:
+        """Between layers; it always is in adapters."""
+        adapters = self.training.adapters
+        return (
+            self.stage == 0 and self.training.element == 2 and (adapters is None or adapters.train_embed_norm)
+        )
+
+    def offloads(self, what: str) -> bool:
+        return (self.zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme")
+
+    def number(self, key: str, automatic: float, default: float) -> float:
+        value = self.zero.get(key, default)
         return automatic if value == "auto" else float(value)
 
-    width, head = about.hidden_size, about.vocab_size * about.hidden_size
-    gathered = (
-        element * trained if stage == 0 and element == 2 else 0.0
-    )  # autocast's copies live as long as the step's graph
-    if stage == 3:
+
+def memory(about, zero: dict, gpus: int, training: Training) -> Memory:
+    """Of one GPU in training.
+
+    zero: a DeepSpeed file's ``zero_optimization``.  From stage 1 on weights are of ``training.element``, with
+    float32 copies in the optimizer; at stage 0, or without DeepSpeed, what is trained is float32 itself, and
+    autocast makes copies.
+    """
+    case = _Case(about, zero, gpus, training)
+    weights, gradients, optimizer, host = _states(case)
+    return Memory(
+        weights,
+        gradients,
+        optimizer,
+        _gathered(case),
+        _kept_activations(case),
+        _loss(case),
+        _buckets(case),
+        host,
+    )
+
+
+def _states(case: _Case) -> tuple[float, float, float, float]:
+    """Bytes of (weights, gradients, optimizer) on a GPU, and of what is offloaded on the host."""
+    count, trained, element, gpus = (
+        parameter_count(case.about),
+        case.trained,
+        case.training.element,
+        case.gpus,
+    )
+    if case.stage == 0:
+        weights, gradients, optimizer = element * (count - trained) + 4 * trained, 4 * trained, 8 * trained
+    else:
+        weights = element * count / (gpus if case.stage == 3 else 1)
+        gradients = (case.training.summed or element) * trained / (gpus if case.stage >= 2 else 1)
+        optimizer = 12 * trained / gpus
+    host = 0.0
+    if case.offloads("optimizer"):
+        host += optimizer + 4 * trained / gpus
+        optimizer = gradients = 0.0
+    if case.offloads("param") and case.stage == 3:
+        host += weights
+        weights = 0.0
+    return weights, gradients, optimizer, host
+
+
+def _gathered(case: _Case) -> float:
+    element = case.training.element
+    if case.stage == 3:
         # Layers stay gathered as long as they are reused soon, up to this many; the output layer or embedding
         # comes on top, and its gradient is whole before it is reduced.
-        live = min(count - head, number("stage3_max_live_parameters", 1e9, 1e9))
-        gathered = element * (live + head + head * (share == 1.0))
-    bucket = number("reduce_bucket_size", width * width, 5e8)
-    buckets = element * (
-        bucket * (2 if zero.get("overlap_comm") else 1)
-        + (
-            number("stage3_prefetch_bucket_size", 0.9 * width * width, 5e7)
-            if stage == 3
-            else number("allgather_bucket_size", 5e8, 5e8)
-            if stage
-            else 0
+        live = min(
+            parameter_count(case.about) - case.head, case.number("stage3_max_live_parameters", 1e9, 1e9)
         )
+        return element * (live + case.head + case.head * (case.share == 1.0))
+    # autocast's copies live as long as the step's graph
+    return element * case.trained if case.stage == 0 and element == 2 else 0.0
+
+
+def _buckets(case: _Case) -> float:
+    if case.stage == 0:  # DistributedDataParallel sums gradients in a copy of them
+        return 4 * case.trained * (case.gpus > 1)
+    width = case.about.hidden_size
+    bucket = case.number("reduce_bucket_size", width * width, 5e8)
+    gathering = (
+        case.number("stage3_prefetch_bucket_size", 0.9 * width * width, 5e7)
+        if case.stage == 3
+        else case.number("allgather_bucket_size", 5e8, 5e8)
     )
-    if stage == 0:  # DistributedDataParallel sums gradients in a copy of them
-        buckets = 4 * trained * (gpus > 1)
-    layer, rest = activations(
-        about, rows, length, torch.bfloat16 if element == 2 else torch.float32, autocast
-    )
-    tokens = rows * length
-    working = (
-        3 * element * tokens * about.intermediate_size
-    )  # gradients of the feed-forward layer, the widest place of the backward pass
-    stream = 4 if autocast else element  # of what layers hand on
+    return case.training.element * (bucket * (2 if case.zero.get("overlap_comm") else 1) + gathering)
+
+
+def _kept_activations(case: _Case) -> float:
+    import torch
+
+    about, training, element = case.about, case.training, case.training.element
+    dtype = torch.bfloat16 if element == 2 else torch.float32
+    layer, rest = activations(about, training.rows, training.length, dtype, case.autocast)
+    # Gradients of the feed-forward layer, the widest place of the backward pass.
+    working = 3 * element * training.tokens * about.intermediate_size
+    stream = 4 if case.autocast else element  # of what layers hand on
     kept = (
-        about.num_hidden_layers * stream * tokens * width + layer
-        if checkpointing
+        about.num_hidden_layers * stream * training.tokens * about.hidden_size + layer
+        if training.checkpointing
         else about.num_hidden_layers * layer
     )
-    head_trained = share == 1.0 or (
-        adapters is not None and adapters.train_embed_norm and about.tie_word_embeddings
-    )
-    # A GPU's form: logits in place; the weight's gradient, in float32 too for many chunks, and scaled in the
-    # backward pass.
+    return kept + rest + working
+
+
+def _loss(case: _Case) -> float:
+    """A GPU's form: logits in place; the weight's gradient, in float32 too for many chunks, and scaled in the
+    backward pass.
+    """
+    from endprompt.training import loss as losses
+
+    about, tokens, element = case.about, case.training.tokens, case.training.element
+    head, width = case.head, case.about.hidden_size
     if element == 2:
         chunk = losses._chunk(about.vocab_size, True)
-        held, scaled = element * min(chunk, tokens) * about.vocab_size, element * head * head_trained
-        loss = (
+        held, scaled = element * min(chunk, tokens) * about.vocab_size, element * head * case.head_trained
+        return (
             element * tokens * width
-            + (element + 4 * (tokens > losses.ROUNDINGS * chunk)) * head * head_trained
+            + (element + 4 * (tokens > losses.ROUNDINGS * chunk)) * head * case.head_trained
             + max(held, scaled)
         )
-    else:
-        loss = (
-            min(losses.CHUNK_ELEMENTS, tokens * about.vocab_size) * (4 + element)
-            + element * tokens * width
-            + 4 * head * head_trained
-        )
-    return Memory(weights, gradients, optimizer, gathered, kept + rest + working, loss, buckets, host)
+    return (
+        min(losses.CHUNK_ELEMENTS, tokens * about.vocab_size) * (4 + element)
+        + element * tokens * width
+        + 4 * head * case.head_trained
+    )
 
 
 def zero_options(recipe: Recipe) -> tuple[str, dict]:
@@ -373,12 +447,14 @@ def training_memory(
         about,
         options.get("zero_optimization") or {},
         gpus,
-        rows,
-        experiment.row_length,
-        recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]),
-        experiment.adapters,
-        2 if half else 4,
-        {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind or ""),
+        Training(
+            rows,
+            experiment.row_length,
+            recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]),
+            experiment.adapters,
+            2 if half else 4,
+            {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind or ""),
+        ),
     )
 
 
