@@ -271,10 +271,10 @@ class _Training:
     def _counting(self, first: bool):
         """Counts what autograd keeps, in the first step where no GPU knows it, and nothing compiled is in the
         way."""
-        from endprompt.planning import estimate
+        from endprompt.planning.activations import Kept
 
         wanted = not self.cuda and first and not self.compiled
-        return estimate.Kept(self.network) if wanted else contextlib.nullcontext()
+        return Kept(self.network) if wanted else contextlib.nullcontext()
 
     def flops_per_token(self) -> float:
         from endprompt.training.trainer import flops_per_token
