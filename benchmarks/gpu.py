@@ -118,10 +118,10 @@ def steps_of(
     the target ``middle``.
     """
 
+    within = efficiency.Limits(deadline=deadline, seconds=STEP_SECONDS, **limits)
+
     def go(settings: list[dict]) -> list[dict]:
-        return efficiency.measure_all(
-            shape, settings, out, deadline=deadline, seconds=STEP_SECONDS, **limits
-        )["entries"]
+        return efficiency.measure_all(shape, settings, out, within)["entries"]
 
     first = {"target": middle}
     plain = [first, {**first, "attention": "cudnn"}, {**first, "attention": "flash"}]
@@ -154,12 +154,7 @@ def steps_of(
         ]
     )
     return efficiency.measure_all(
-        shape,
-        [{**first, **options, "checkpointing": "full", "rows": max(rows)}],
-        out,
-        deadline=deadline,
-        seconds=STEP_SECONDS,
-        **limits,
+        shape, [{**first, **options, "checkpointing": "full", "rows": max(rows)}], out, within
     )
 
 

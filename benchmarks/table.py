@@ -293,13 +293,13 @@ def main() -> None:
                 f"{', '.join(stale)}: not what results/ says; run python benchmarks/table.py", file=sys.stderr
             )
         raise SystemExit(bool(stale))
-    from endprompt.planning import efficiency
+    from endprompt.reports import costs
 
     for path in sorted(
         RESULTS.glob("*.json")
     ):  # the last one stays: a GPU's, if there is one (cpu-..., then h100-...)
         for result in (json.loads(path.read_text(encoding="utf-8")).get("efficiency") or {}).values():
-            efficiency.draw(result, PICTURE)
+            costs.draw(result, PICTURE)
 
 
 if __name__ == "__main__":

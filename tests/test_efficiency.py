@@ -1,5 +1,6 @@
 """The efficiency harness: one real setting, and what is made of many."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ from matplotlib import image
 
 from endprompt import BadInput
 from endprompt.planning import efficiency, step
+from endprompt.reports import costs
 from endprompt.training.trainer import flops_per_token
 
 
@@ -21,7 +23,7 @@ from endprompt.training.trainer import flops_per_token
     [("endprompt", 512), ("pose", 512), ("pose_recall", 512), ("full_length", 1024), ("longlora", 1024)],
 )
 def test_a_setting_is_measured(method, length):
-    found = efficiency.measure("small", method, 1024, 1, "none", steps=1, warm_up=0)
+    found = efficiency.measure(efficiency.Asked("small", method, 1024, 1, "none", steps=1, warm_up=0))
     assert found["row_length"] == found["tokens"] == length and found["mfu"] is None
     assert set(found["parts"]) == {"data", "forward", "backward", "optimizer"} and all(
         seconds > 0 for seconds in found["parts"].values()
@@ -47,7 +49,7 @@ def test_flops_are_those_of_the_issue():
 
 def test_memory_follows_the_row_not_the_target():
     kept = {
-        (method, target): efficiency.measure("small", method, target, 1, way, 1, 0)[
+        (method, target): efficiency.measure(efficiency.Asked("small", method, target, 1, way, 1, 0))[
             "memory_above_states_bytes"
         ]
         for method, target, way in (
@@ -58,7 +60,9 @@ def test_memory_follows_the_row_not_the_target():
     }
     assert kept["endprompt", 1024] == kept["endprompt", 4096] < 0.6 * kept["full_length", 1024]
     assert (
-        efficiency.measure("small", "endprompt", 1024, 1, "full", 1, 0)["memory_above_states_bytes"]
+        efficiency.measure(efficiency.Asked("small", "endprompt", 1024, 1, "full", 1, 0))[
+            "memory_above_states_bytes"
+        ]
         < 0.6 * kept["endprompt", 1024]
     )
 
@@ -101,11 +105,11 @@ def test_ratios_compare_each_at_its_best_and_memory_under_one_policy():
 
 
 def test_the_picture_stands_beside_the_paper_s(tmp_path):
-    efficiency.draw({"entries": ENTRIES, "shape": "small", "device": "CPU: some"}, tmp_path / "costs.png")
+    costs.draw({"entries": ENTRIES, "shape": "small", "device": "CPU: some"}, tmp_path / "costs.png")
     pixels = image.imread(tmp_path / "costs.png")
     assert pixels.shape[0] > 300 and pixels.std() > 0.05
     with pytest.raises(BadInput, match="no target length was measured for all"):
-        efficiency.draw(
+        costs.draw(
             {"entries": [ENTRIES[0], entry("full_length", 128, 1.0, 1)], "shape": "small", "device": "x"},
             tmp_path / "none.png",
         )
@@ -145,9 +149,12 @@ def test_one_process_serves_until_the_kernels_change():
     assert first == second != third
 
 
+ASKED = json.dumps(dataclasses.asdict(step.Asked("small", "endprompt", 1024, 1, "none", 1, 0))) + "\n"
+
+
 def test_what_runs_out_of_memory_in_the_serving_process(monkeypatch, capsys):
     def fails(error):
-        def measure(**_):
+        def measure(_):
             raise error
 
         return measure
@@ -158,7 +165,7 @@ def test_what_runs_out_of_memory_in_the_serving_process(monkeypatch, capsys):
         (RuntimeError("No available kernel.\nmore"), {"fits": False, "reason": "No available kernel."}),
     ):
         monkeypatch.setattr(step, "measure", fails(error))
-        monkeypatch.setattr(sys, "stdin", io.StringIO('{"method_name": "endprompt"}\n' * 2))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(ASKED * 2))
         monkeypatch.setattr(sys, "stdout", answers := io.StringIO())
         step.serve()
         assert [json.loads(line) for line in answers.getvalue().splitlines()] == [found]
@@ -225,7 +232,10 @@ def test_a_file_is_gone_on_with(monkeypatch, tmp_path, capsys):
 def test_a_budget_leaves_what_would_take_longer(monkeypatch, tmp_path):
     monkeypatch.setattr(efficiency, "Worker", Stand)
     found = efficiency.measure_all(
-        "small", [{"target": 1024}], tmp_path / "r.json", deadline=time.monotonic() + 1
+        "small",
+        [{"target": 1024}],
+        tmp_path / "r.json",
+        limits=efficiency.Limits(deadline=time.monotonic() + 1),
     )
     assert (
         found["entries"] == []
@@ -233,14 +243,19 @@ def test_a_budget_leaves_what_would_take_longer(monkeypatch, tmp_path):
         and found["left"][0]["predicted_seconds"] >= 1
     )
     found = efficiency.measure_all(
-        "small", [{"target": 1024}], tmp_path / "r.json", deadline=time.monotonic() + 1000
+        "small",
+        [{"target": 1024}],
+        tmp_path / "r.json",
+        limits=efficiency.Limits(deadline=time.monotonic() + 1000),
     )
     assert len(found["entries"]) == 1 and found["left"] == []
 
 
 def test_time_that_is_up_leaves_one_step():
     assert (
-        efficiency.measure("small", "endprompt", 1024, 1, "none", steps=50, warm_up=50, seconds=1e-3)["steps"]
+        efficiency.measure(
+            efficiency.Asked("small", "endprompt", 1024, 1, "none", steps=50, warm_up=50, seconds=1e-3)
+        )["steps"]
         == 1
     )
 
@@ -250,22 +265,22 @@ def test_options_reach_the_model(monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self).__name__, options))
     )
-    plain = efficiency.measure("small", "endprompt", 1024, 1, "none", 1, 0)
+    plain = efficiency.measure(efficiency.Asked("small", "endprompt", 1024, 1, "none", 1, 0))
     found = efficiency.measure(
-        "small", "endprompt", 1024, 1, "none", 1, 0, compiled="layers", attention="flash"
+        efficiency.Asked("small", "endprompt", 1024, 1, "none", 1, 0, compiled="layers", attention="flash")
     )
     assert compiled == [("LlamaDecoderLayer", {"dynamic": False})] * 4 and found["loss"] == pytest.approx(
         plain["loss"], rel=1e-5
     )
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(BadInput, match="the package liger-kernel is not installed"):
-        efficiency.measure("small", "endprompt", 1024, 1, "none", 1, 0, kernels="liger")
+        efficiency.measure(efficiency.Asked("small", "endprompt", 1024, 1, "none", 1, 0, kernels="liger"))
 
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_loss():
     plain, found = (
-        efficiency.measure("small", "endprompt", 1024, 1, "none", 1, 0, compiled=compiled)
+        efficiency.measure(efficiency.Asked("small", "endprompt", 1024, 1, "none", 1, 0, compiled=compiled))
         for compiled in ("no", "layers")
     )
     assert found["loss"] == pytest.approx(plain["loss"], rel=1e-5)
@@ -303,7 +318,7 @@ def test_the_command(tmp_path):
         and result.stderr.strip() == "endprompt: --targets: 256 does not exceed the window of 512"
     )
     result = subprocess.run(
-        [*command[:3], "--picture", str(tmp_path / "none.json")],
+        [*command[:2], "endprompt.reports.costs", str(tmp_path / "none.json")],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -88,7 +88,10 @@ def test_states_are_those_that_zero_keeps(train_recipe, two_ranks):
     """
     about = LlamaConfig.from_pretrained(two_ranks / "model")
     expected = estimate.memory(
-        about, estimate.zero_options(config.load(train_recipe))[1], 2, 2, 128, True, element=4
+        about,
+        estimate.zero_options(config.load(train_recipe))[1],
+        2,
+        estimate.Training(2, 128, True, element=4),
     )
     for path in (two_ranks / "checkpoints/checkpoint-8/global_step8").glob("*optim_states.pt"):
         assert path.stat().st_size == pytest.approx(expected.optimizer, rel=0.02)
@@ -100,7 +103,10 @@ def test_states_are_those_that_zero_keeps(train_recipe, two_ranks):
 def test_zero_and_lora_change_what_they_change():
     about = shape_of("untied, many heads")
     zero3, zero2, none = ({"stage": stage} for stage in (3, 2, 0))
-    one, two, three = (estimate.memory(about, options, 4, 1, 128, False) for options in (none, zero2, zero3))
+    one, two, three = (
+        estimate.memory(about, options, 4, estimate.Training(1, 128, False))
+        for options in (none, zero2, zero3)
+    )
     count = estimate.parameter_count(about)
     assert (one.weights, one.gradients, one.optimizer) == (
         4 * count,
@@ -119,14 +125,12 @@ def test_zero_and_lora_change_what_they_change():
         about,
         {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
         4,
-        1,
-        128,
-        False,
+        estimate.Training(1, 128, False),
     )
     assert offloaded.states == 0 and offloaded.host > three.states
     from endprompt.recipe.training_keys import Lora
 
-    adapted = estimate.memory(about, zero3, 4, 1, 128, False, Lora(r=4))
+    adapted = estimate.memory(about, zero3, 4, estimate.Training(1, 128, False, Lora(r=4)))
     assert adapted.weights == three.weights and adapted.optimizer == pytest.approx(
         three.optimizer * estimate.trained_share(about, Lora(r=4))
     )

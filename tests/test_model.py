@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt import BadInput, Failure
-from endprompt.bases import model
+from endprompt.bases import model, refusals
 from endprompt.evaluation import engine
 from endprompt.evaluation import run as evaluation
 from endprompt.positions import rope
@@ -267,7 +267,7 @@ def test_refusing_them_is_what_keeps_them_out(recipe, base, tmp_path, monkeypatc
     """transformers loads such a base, ignores the key, and writes it into what it saves."""
     folder = saved(tmp_path / "model", base)
     change_config(folder, dual_chunk_attention_config={"chunk_size": 128})
-    monkeypatch.setattr(model, "CHANGES_ATTENTION", ())
+    monkeypatch.setattr(refusals, "CHANGES_ATTENTION", ())
     build(recipe(folder)).save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dual_chunk_attention_config"] == {
         "chunk_size": 128

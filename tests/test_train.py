@@ -297,8 +297,8 @@ def test_options_that_would_change_the_loss_or_the_positions_are_refused(monkeyp
 def test_torch_compile_goes_layer_by_layer_and_leaves_the_loss_alone(monkeypatch):
     from accelerate.utils import TorchDynamoPlugin
 
-    from endprompt.recipe.training_keys import speed_options
     from endprompt.training import loss
+    from endprompt.training.arguments import speed_options
 
     monkeypatch.setattr(loss.LossHead, "forward", loss.LossHead.forward)
     monkeypatch.setenv(

@@ -8,7 +8,8 @@ model's shape with random weights.
     python -m endprompt.planning.efficiency --shape llama-3.2-1b --rows 1 2 4 --checkpointing none full \
         --out \
         FILE
-    python -m endprompt.planning.efficiency --picture FILE --out PICTURE
+
+endprompt/reports/costs.py draws FILE.
 
 Each setting is a step of ``endprompt/planning/step.py`` in a process without a past (one process serves until
 a setting fails or wants other kernels).  A step is data (rows to tensors on the device), forward with the
@@ -31,32 +32,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput, storage
 from endprompt.methods import table as methods
+from endprompt.planning.entries import SETTING, best, key, ratios, tell
 from endprompt.planning.step import (
     ATTENTION,
     COMPILE,
     KERNELS,
     SHAPES,
+    Asked,
     attention_backend,
     config_of,
     measure,
     serve,
 )
 
-__all__ = ["SHAPES", "attention_backend", "config_of", "measure"]
-SETTING = {
-    "method": "endprompt",
-    "target": None,
-    "rows": 1,
-    "checkpointing": "none",
-    "kernels": "torch",
-    "compiled": "no",
-    "attention": "auto",
-}
+__all__ = ["SHAPES", "Asked", "attention_backend", "best", "config_of", "measure"]
 START_SECONDS = 15  # of a process, its model and its first kernels
 
 
@@ -123,57 +118,6 @@ class Worker:
         return found
 
 
-def key(entry: dict) -> tuple:
-    return tuple(entry.get(name, default) for name, default in SETTING.items())
-
-
-def best(entries: list[dict], method: str, target: int, checkpointing: str | None = None) -> dict | None:
-    """The fastest of the settings of a method and target that fit, with one way of checkpointing or with
-    any.
-    """
-    found = [
-        entry
-        for entry in entries
-        if entry["fits"]
-        and (entry["method"], entry["target"]) == (method, target)
-        and checkpointing in (None, entry["checkpointing"])
-    ]
-    return max(found, key=lambda entry: entry["tokens_per_second"], default=None)
-
-
-def ratios(entries: list[dict]) -> dict:
-    """endprompt against full_length at each target: tokens/s each at its best, memory above the states under
-    the same checkpointing and kernels; and how flat endprompt is from target to target, each at its best.
-    """
-    targets, found = sorted({entry["target"] for entry in entries}), {}
-    for target in targets:
-        one, other = best(entries, "endprompt", target), best(entries, "full_length", target)
-        if one and other:
-            found[str(target)] = {
-                "speedup": one["tokens_per_second"] / other["tokens_per_second"],
-                "arithmetic": other["flops_per_token"] / one["flops_per_token"],
-            }
-            for way in sorted({entry["checkpointing"] for entry in entries}):
-                if other := best(entries, "full_length", target, way):
-                    alike = [
-                        entry
-                        for entry in entries
-                        if entry["fits"]
-                        and key({**entry, "rows": 1}) == key({**other, "method": "endprompt", "rows": 1})
-                    ]
-                    if alike and other["memory_above_states_bytes"]:
-                        least = min(alike, key=lambda entry: entry["rows"])
-                        found[str(target)][f"memory_share_{way}"] = (
-                            least["memory_above_states_bytes"] / other["memory_above_states_bytes"]
-                        )
-    flat = [entry for target in targets if (entry := best(entries, "endprompt", target))]
-    if len(flat) > 1:
-        found["endprompt_slowest_of_fastest_target"] = max(
-            entry["seconds"] / entry["tokens"] for entry in flat
-        ) / min(entry["seconds"] / entry["tokens"] for entry in flat)
-    return found
-
-
 def earlier(out: Path | None, shape: str, device: str) -> list[dict]:
     """The entries of ``out``, if it is there.  Raises BadInput if they are of another shape or device."""
     if not (out and out.exists()):
@@ -203,151 +147,149 @@ def predicted_seconds(shape: str, setting: dict, steps: int) -> float:
     )
 
 
-def measure_all(
-    shape: str,
-    settings: list[dict],
-    out: Path | None = None,
-    steps: int = 5,
-    warm_up: int = 2,
-    seconds: float | None = None,
-    deadline: float | None = None,
-) -> dict:
+@dataclass(frozen=True)
+class Limits:
+    """Of a measurement: steps after those of warm-up; seconds: a setting's steps end after so many; deadline:
+    on time.monotonic, what is predicted to end after it is named in "left" instead.
+    """
+
+    steps: int = 5
+    warm_up: int = 2
+    seconds: float | None = None
+    deadline: float | None = None
+
+    def exceeded_by(self, seconds: float) -> bool:
+        return self.deadline is not None and time.monotonic() + seconds > self.deadline
+
+    def seconds_left(self) -> float | None:
+        """For a process that is asked now; 10 at the least."""
+        return self.deadline and max(10.0, self.deadline - time.monotonic())
+
+
+USUAL = Limits()
+
+
+class Results:
+    """The entries of a shape on this device, those of ``out`` first, and what was left; written to ``out``
+    when asked for.
+
+    Raises BadInput if ``out`` is of another shape or device.
+    """
+
+    def __init__(self, shape: str, out: Path | None):
+        from endprompt.runs import provenance
+
+        self.shape, self.out, self.stamp = shape, out, provenance.stamp()
+        self.entries = earlier(out, shape, self.stamp["device"])
+        self.left: list[dict] = []
+
+    def written(self) -> dict:
+        found = {
+            "shape": self.shape,
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "entries": self.entries,
+            "left": self.left,
+            "ratios": ratios(self.entries),
+            "command": " ".join(["python -m endprompt.planning.efficiency", *sys.argv[1:]]),
+            **self.stamp,
+        }
+        if self.out:
+            storage.write_json(self.out, found)
+        return found
+
+    def add(self, setting: dict, found: dict) -> None:
+        stamp = {"commit": self.stamp["commit"], "date": self.stamp["date"]}
+        self.entries.append({**setting, **found, **stamp})
+        self.written()
+        print(tell(self.entries[-1]), file=sys.stderr, flush=True)
+
+    def leave(self, setting: dict, seconds: float) -> None:
+        self.left.append({**setting, "predicted_seconds": round(seconds)})
+        self.written()
+
+    def has(self, setting: dict) -> bool:
+        """Whether ``setting`` was measured; what failed for a reason is taken out, to be made anew."""
+        before = next((entry for entry in self.entries if key(entry) == key(setting)), None)
+        if before is None:
+            return False
+        if "reason" in before:
+            self.entries.remove(before)
+            return False
+        return True
+
+    def too_long(self, setting: dict) -> bool:
+        """What did not fit at a shorter row will not at a longer one."""
+        return methods.get(setting["method"]).fills == "target" and any(
+            not entry["fits"]
+            and "reason" not in entry
+            and entry["target"] < setting["target"]
+            and key({**entry, "target": 0}) == key({**setting, "target": 0})
+            for entry in self.entries
+        )
+
+
+def measure_all(shape: str, settings: list[dict], out: Path | None = None, limits: Limits = USUAL) -> dict:
     """All ``settings`` (``SETTING`` with changes) that ``out`` lacks, or that failed there for a reason, in
     order, each written to ``out`` when it is done. Returns what ``out`` then holds.
 
-    seconds: a setting's steps end after so many.  deadline: on time.monotonic; what is predicted to end after
-    it is named in "left" instead. Raises BadInput on a setting that no method has, or an ``out`` of another
-    shape or device.
+    Raises BadInput on a setting that no method has, or an ``out`` of another shape or device.
     """
-    from endprompt.runs import provenance
-
-    stamp = provenance.stamp()
-    entries = earlier(out, shape, stamp["device"])
-    left: list[dict] = []
-
-    def result() -> dict:
-        found = {
-            "shape": shape,
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-            "entries": entries,
-            "left": left,
-            "ratios": ratios(entries),
-            "command": " ".join(["python -m endprompt.planning.efficiency", *sys.argv[1:]]),
-            **stamp,
-        }
-        if out:
-            storage.write_json(out, found)
-        return found
-
+    results = Results(shape, out)
     with Worker() as worker:
         for setting in ({**SETTING, **setting} for setting in settings):
-            method, window = methods.get(setting["method"]), SHAPES[shape][6]
-            if not method.trained:
-                raise BadInput(f"--methods: {method.name} trains nothing")
-            if setting["target"] <= window:
-                raise BadInput(f"--targets: {setting['target']} does not exceed the window of {window}")
-            if before := next((entry for entry in entries if key(entry) == key(setting)), None):
-                if "reason" not in before:
-                    continue
-                entries.remove(before)
-            # What did not fit at a shorter row will not at a longer one.
-            if method.fills == "target" and any(
-                not entry["fits"]
-                and "reason" not in entry
-                and entry["target"] < setting["target"]
-                and key({**entry, "target": 0}) == key({**setting, "target": 0})
-                for entry in entries
-            ):
-                found = {"fits": False}
-            elif deadline and time.monotonic() + (needed := predicted_seconds(shape, setting, 2)) > deadline:
-                left.append({**setting, "predicted_seconds": round(needed)})
-                result()
+            _refuse(shape, setting)
+            if results.has(setting):
                 continue
+            if results.too_long(setting):
+                results.add(setting, {"fits": False})
+            elif limits.deadline and limits.exceeded_by(needed := predicted_seconds(shape, setting, 2)):
+                results.leave(setting, needed)
             else:
-                asked = {
-                    "shape": shape,
-                    "method_name": method.name,
-                    "steps": steps,
-                    "warm_up": warm_up,
-                    "seconds": seconds,
-                    **{name: value for name, value in setting.items() if name != "method"},
-                }
-                found = worker.run(asked, deadline and max(10.0, deadline - time.monotonic()))
-            entries.append({**setting, **found, "commit": stamp["commit"], "date": stamp["date"]})
-            result()
-            print(tell(entries[-1]), file=sys.stderr, flush=True)
-    return result()
+                results.add(setting, worker.run(_asked(shape, setting, limits), limits.seconds_left()))
+    return results.written()
 
 
-def tell(entry: dict) -> str:
-    """An entry in one line."""
-    name = (
-        f"{entry['method']:12} target {entry['target']:8} rows {entry['rows']} checkpointing"
-        f" {entry['checkpointing']:4}"
-    )
-    options = "".join(
-        f" {entry[option]}"
-        for option in ("kernels", "compiled", "attention")
-        if entry[option] != SETTING[option]
-    )
-    if not entry["fits"]:
-        return f"{name}{options}: {entry.get('reason', 'does not fit')}"
-    mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
-    memory = (
-        f", {entry['memory_above_states_bytes'] / 2**20:.0f} MiB above the states"
-        if entry["memory_above_states_bytes"]
-        else ""
-    )
-    return f"{name}{options}: {entry['tokens_per_second']:.0f} tokens/s{mfu}{memory}"
+def _refuse(shape: str, setting: dict) -> None:
+    """Raises BadInput on a setting that no method has."""
+    method, window = methods.get(setting["method"]), SHAPES[shape][6]
+    if not method.trained:
+        raise BadInput(f"--methods: {method.name} trains nothing")
+    if setting["target"] <= window:
+        raise BadInput(f"--targets: {setting['target']} does not exceed the window of {window}")
 
 
-def draw(results: dict, path: Path) -> None:
-    """The paper's two bars (Figure 4), time and memory, ours beside them, at the longest target that both
-    endprompt and full_length were measured at.
-    """
-    from endprompt.evaluation import figures
-    from endprompt.reports import paper
-
-    entries = results["entries"]
-    names = [
-        name
-        for name in methods.METHODS
-        if any(entry["method"] == name and entry["fits"] for entry in entries)
-    ]
-    shared = [
-        target
-        for target in sorted({entry["target"] for entry in entries})
-        if all(best(entries, name, target) for name in names)
-    ]
-    if not shared:
-        raise BadInput("--picture: no target length was measured for all methods that the file holds")
-    target, printed = shared[-1], paper.tables()["figure_4_64k"].printed
-    chosen = {name: entry for name in names if (entry := best(entries, name, target))}
-    hours = [1e9 / chosen[name]["tokens_per_second"] / 3600 for name in names]
-    memory = [chosen[name]["memory_above_states_bytes"] / 2**30 for name in names]
-
-    def of_paper(column: str) -> list[float | None]:
-        return [float(printed[name][column]) if name in printed else None for name in names]
-
-    paper_s = "paper (8B)"
-    panels = [
-        (f"time, target {target}", "hours for 1e9 tokens", names, {"ours": hours}),
-        ("time, target 64K", "hours, 8 x A800", names, {paper_s: of_paper("hours")}),
-        (f"memory above the states, target {target}", "GiB", names, {"ours": memory}),
-        ("peak memory, target 64K", "GB a GPU", names, {paper_s: of_paper("memory_gb")}),
-    ]
-    figures.costs(
-        panels,
-        path,
-        f"What training costs: shape {results['shape']} on {results['device'][:40]}, and the paper's"
-        " Figure 4",
-    )
+def _asked(shape: str, setting: dict, limits: Limits) -> dict:
+    """The fields of ``step.Asked``."""
+    return {
+        "shape": shape,
+        "method_name": methods.get(setting["method"]).name,
+        "steps": limits.steps,
+        "warm_up": limits.warm_up,
+        "seconds": limits.seconds,
+        **{name: value for name, value in setting.items() if name != "method"},
+    }
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m endprompt.planning.efficiency", description=__doc__.partition("\n")[0]
     )
+    _add_settings(parser)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="end by then, leaving what would take longer; the same command goes on",
+    )
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--methods", nargs="+", default=["endprompt", "full_length"])
     parser.add_argument(
@@ -386,55 +328,34 @@ def main() -> None:
         default=["auto"],
         help="the kernel that scaled_dot_product_attention must take",
     )
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=None,
-        metavar="SECONDS",
-        help="end by then, leaving what would take longer; the same command goes on",
-    )
-    parser.add_argument(
-        "--picture", type=Path, default=None, help="draw this result file instead of measuring"
-    )
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     if arguments.serve:
         serve()
         return
     try:
-        if arguments.picture:
-            draw(
-                json.loads(arguments.picture.read_text()),
-                arguments.out or arguments.picture.with_suffix(".png"),
-            )
-            return
-        for number in [*(arguments.targets or []), *arguments.rows, arguments.steps]:
-            if number < 1:
-                raise BadInput(
-                    f"efficiency: {number} is no number of positions, rows or steps; use 1 or more"
-                )
-        deadline = None if arguments.budget is None else time.monotonic() + arguments.budget
-        found = measure_all(
-            arguments.shape,
-            _settings(arguments),
-            arguments.out,
-            arguments.steps,
-            arguments.warm_up,
-            deadline=deadline,
-        )
-        print(json.dumps(found["ratios"], indent=2))
-        if failed := next((entry for entry in found["entries"] if "reason" in entry), None):
-            raise BadInput(f"efficiency: {tell(failed)}")
+        _measure(arguments)
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, ValueError, KeyError) as error:
-        which, path = ("--picture", arguments.picture) if arguments.picture else ("--out", arguments.out)
-        print(f"endprompt: {which} {path}: cannot be read: {error!r}", file=sys.stderr)
+        print(f"endprompt: --out {arguments.out}: cannot be read: {error!r}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    """What the command asks for, with the ratios on standard output.  Raises BadInput if a setting failed."""
+    for number in [*(arguments.targets or []), *arguments.rows, arguments.steps]:
+        if number < 1:
+            raise BadInput(f"efficiency: {number} is no number of positions, rows or steps; use 1 or more")
+    deadline = None if arguments.budget is None else time.monotonic() + arguments.budget
+    limits = Limits(arguments.steps, arguments.warm_up, deadline=deadline)
+    found = measure_all(arguments.shape, _settings(arguments), arguments.out, limits)
+    print(json.dumps(found["ratios"], indent=2))
+    if failed := next((entry for entry in found["entries"] if "reason" in entry), None):
+        raise BadInput(f"efficiency: {tell(failed)}")
 
 
 def _settings(arguments) -> list[dict]:

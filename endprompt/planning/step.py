@@ -13,6 +13,8 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import dataclass
+from typing import Any
 
 from endprompt import BadInput
 from endprompt.methods import table as methods
@@ -133,154 +135,264 @@ class _Clock:
         return [end - start for start, end in zip(self.points, self.points[1:], strict=False)]
 
 
-def measure(
-    shape: str,
-    method_name: str,
-    target: int,
-    rows: int,
-    checkpointing: str,
-    steps: int,
-    warm_up: int,
-    kernels: str = "torch",
-    compiled: str = "no",
-    attention: str = "auto",
-    seconds: float | None = None,
-) -> dict:
+@dataclass(frozen=True)
+class Asked:
+    """One setting of a step, and how long it is measured; what a line of ``serve``'s input holds.
+
+    seconds: once so many are spent on steps, what is measured ends, after at least one step (and one of
+    warm-up, if there is any).
+    """
+
+    shape: str
+    method_name: str
+    target: int
+    rows: int
+    checkpointing: str
+    steps: int
+    warm_up: int
+    kernels: str = "torch"
+    compiled: str = "no"
+    attention: str = "auto"
+    seconds: float | None = None
+
+
+def measure(asked: Asked) -> dict:
     """One setting, in this process.  Returns seconds a step by part, tokens/s, MFU where the device's peak is
     known, and memory.
 
-    seconds: once so many are spent on steps, what is measured ends, after at least one step (and one of
-    warm-up, if there is any). Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where an
-    attention kernel cannot run.
+    Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where an attention kernel cannot
+    run.
     """
-    import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from endprompt.methods.base import Setting
-    from endprompt.planning import estimate
-    from endprompt.positions import rope
-    from endprompt.rows.collate import Collator
-    from endprompt.rows.stream import Cursor
-    from endprompt.training import lora, loss
-    from endprompt.training.trainer import PEAK_FLOPS, flops_per_token
-
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    method, config = methods.get(method_name), config_of(shape)
-    window = config.max_position_embeddings
-    length, options = method.row_length(window, target), method.Options()
-    scaling = method.scaling(None, window, target)
-    theta = config.rope_parameters["rope_theta"]
-    rope.apply(config, scaling, target)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    rope.verify(model.get_decoder().rotary_emb, model.config, scaling, theta)
-    method.attention(model, options, length).__enter__()
-    loss.attach(model)
-    use_kernels(model, kernels)
-    if method.adapters:
-        from endprompt.recipe.training_keys import Lora
-
-        lora.inject(model, Lora.model_validate(method.adapters), 0)
-    model.train()
-    if checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    use_compiler(model, compiled)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    masters = (
-        [parameter.detach().float().requires_grad_() for parameter in parameters] if cuda else parameters
-    )
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=cuda)
-    collate = Collator(0, target)
-    rng = np.random.default_rng(0)
-
-    rows_of = method.rows(Setting(method.name, options, length, target, "cut", 0, FixedPrompt()))
-    cursor = Cursor(((("", rng.integers(config.vocab_size, size=length)) for _ in itertools.count())), 0, 0)
-
-    def batch():
-        made = [row for number in range(rows) if (row := rows_of(number, cursor)) is not None]
-        found = {
-            name: tensor
-            for name, tensor in collate(made).items()
-            if name not in ("shift_prompt", "row_numbers")
-        }
-        divisor = float(
-            found["shift_weights"].sum()
-        )  # before it lies on the device, which would have to be waited for
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}, divisor
-
-    parts: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "optimizer")}
-    states = kept = peak = 0
-    started, first, step = time.perf_counter(), None, 0
-    with attention_backend(attention):
-        while step < warm_up + steps:
-            if step == warm_up and cuda:
-                states = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-            clock = _Clock(cuda)
-            clock.mark()
-            inputs, divisor = batch()
-            clock.mark()
-            with (
-                estimate.Kept(model)
-                if not cuda and step == 0 and compiled == "no"
-                else contextlib.nullcontext()
-            ) as counting:
-                total = model(**inputs)["loss_sum"] / divisor
-            kept = counting.bytes if counting else kept
-            clock.mark()
-            total.backward()
-            clock.mark()
-            if cuda:
-                for master, parameter in zip(masters, parameters, strict=True):
-                    master.grad = parameter.grad.float()
-                    parameter.grad = None
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if cuda:
-                with torch.no_grad():
-                    torch._foreach_copy_(parameters, masters)
-            clock.mark()
-            spent = clock.seconds()
-            first = first or time.perf_counter() - started
-            if step >= warm_up:
-                for name, value in zip(parts, spent, strict=True):
-                    parts[name].append(value)
-            step += 1
-            if seconds and time.perf_counter() - started > seconds:
-                if step > warm_up:
-                    break
-                step = warm_up
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
-    found = statistics.median(map(sum, zip(*parts.values(), strict=True)))
-    speed = rows * length / found
-    flops = flops_per_token(
-        config,
-        method.attended(options, length),
-        bool(method.adapters),
-        not model.get_output_embeddings().weight.requires_grad,
-    )
-    gpu = torch.cuda.get_device_name() if cuda else None
-    limit = next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
+    training = _Training(asked, torch.cuda.is_available())
+    timed = _timed(training, asked)
+    found = statistics.median(map(sum, zip(*timed.parts.values(), strict=True)))
+    speed = asked.rows * training.length / found
+    flops = training.flops_per_token()
+    limit = _peak_flops()
     return {
-        "row_length": length,
-        "tokens": rows * length,
+        "row_length": training.length,
+        "tokens": asked.rows * training.length,
         "seconds": found,
-        "parts": {part: statistics.median(values) for part, values in parts.items()},
-        "steps": len(parts["data"]),
-        "first_step_seconds": first,
-        "loss": float(total.detach()),
+        "parts": {part: statistics.median(values) for part, values in timed.parts.items()},
+        "steps": len(timed.parts["data"]),
+        "first_step_seconds": timed.first,
+        "loss": float(training.loss.detach()),
         "tokens_per_second": speed,
         "flops_per_token": flops,
         "flops_per_second": speed * flops,
         "mfu": speed * flops / limit if limit else None,
-        "trained_parameters": sum(parameter.numel() for parameter in parameters),
-        "states_bytes": states if cuda else None,
-        "peak_bytes": peak if cuda else None,
-        "memory_above_states_bytes": peak - states if cuda else kept or None,
+        "trained_parameters": sum(parameter.numel() for parameter in training.optimizer.parameters),
+        **_memory(training, timed),
+    }
+
+
+def _peak_flops() -> float | None:
+    """Of this process's GPU; None without one, or where it is not known."""
+    import torch
+
+    from endprompt.training.trainer import PEAK_FLOPS
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
+
+
+class _Training:
+    """A model with its rows and optimizer, trained step by step.  inputs and loss are the last step's; kept:
+    the bytes that autograd kept in the first step on a CPU.
+    """
+
+    inputs: dict
+    loss: Any
+
+    def __init__(self, asked: Asked, cuda: bool):
+        self.cuda, self.kept = cuda, 0
+        self.compiled = asked.compiled != "no"
+        self.method, self.config = methods.get(asked.method_name), config_of(asked.shape)
+        self.length = self.method.row_length(self.config.max_position_embeddings, asked.target)
+        self.options = self.method.Options()
+        self.network = self._network(asked)
+        self.optimizer = _Optimizer(
+            [parameter for parameter in self.network.parameters() if parameter.requires_grad], cuda
+        )
+        self.rows = _Rows(self, asked)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
+
+    def _network(self, asked: Asked):
+        """The model with random weights, as a run would train it."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from endprompt.positions import rope
+        from endprompt.training import loss
+
+        scaling = self.method.scaling(None, self.config.max_position_embeddings, asked.target)
+        theta = self.config.rope_parameters["rope_theta"]
+        rope.apply(self.config, scaling, asked.target)
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if self.cuda else torch.float32
+        with torch.device(self.device):
+            network = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+        rope.verify(network.get_decoder().rotary_emb, network.config, scaling, theta)
+        self.method.attention(network, self.options, self.length).__enter__()
+        loss.attach(network)
+        use_kernels(network, asked.kernels)
+        if self.method.adapters:
+            from endprompt.recipe.training_keys import Lora
+            from endprompt.training import lora
+
+            lora.inject(network, Lora.model_validate(self.method.adapters), 0)
+        network.train()
+        if asked.checkpointing == "full":
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        use_compiler(network, asked.compiled)
+        return network
+
+    def step(self, first: bool) -> list[float]:
+        """One step; returns the seconds of its data, forward, backward and optimizer."""
+        clock = _Clock(self.cuda)
+        clock.mark()
+        self.inputs, divisor = self.rows.batch()
+        clock.mark()
+        with self._counting(first) as counting:
+            self.loss = self.network(**self.inputs)["loss_sum"] / divisor
+        self.kept = counting.bytes if counting else self.kept
+        clock.mark()
+        self.loss.backward()
+        clock.mark()
+        self.optimizer.step()
+        clock.mark()
+        return clock.seconds()
+
+    def _counting(self, first: bool):
+        """Counts what autograd keeps, in the first step where no GPU knows it, and nothing compiled is in the
+        way."""
+        from endprompt.planning.activations import Kept
+
+        wanted = not self.cuda and first and not self.compiled
+        return Kept(self.network) if wanted else contextlib.nullcontext()
+
+    def flops_per_token(self) -> float:
+        from endprompt.training.trainer import flops_per_token
+
+        return flops_per_token(
+            self.config,
+            self.method.attended(self.options, self.length),
+            bool(self.method.adapters),
+            not self.network.get_output_embeddings().weight.requires_grad,
+        )
+
+
+class _Optimizer:
+    """AdamW in float32 over ``parameters``; on a GPU over copies of them, as under DeepSpeed."""
+
+    def __init__(self, parameters: list, cuda: bool):
+        import torch
+
+        self.parameters, self.cuda = parameters, cuda
+        self.masters = (
+            [parameter.detach().float().requires_grad_() for parameter in parameters] if cuda else parameters
+        )
+        self.adamw = torch.optim.AdamW(self.masters, lr=1e-5, fused=cuda)
+
+    def step(self) -> None:
+        import torch
+
+        if self.cuda:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.cuda:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+
+
+class _Rows:
+    """Batches of random tokens in rows of the method's own plan."""
+
+    def __init__(self, training: _Training, asked: Asked):
+        import numpy as np
+
+        from endprompt.methods.base import Setting
+        from endprompt.rows.collate import Collator
+        from endprompt.rows.stream import Cursor
+
+        self.count, self.device = asked.rows, training.device
+        self.collate = Collator(0, asked.target)
+        rng, method, length = np.random.default_rng(0), training.method, training.length
+        self.rows_of = method.rows(
+            Setting(method.name, training.options, length, asked.target, "cut", 0, FixedPrompt())
+        )
+        vocabulary = training.config.vocab_size
+        self.cursor = Cursor(((("", rng.integers(vocabulary, size=length)) for _ in itertools.count())), 0, 0)
+
+    def batch(self) -> tuple[dict, float]:
+        """(the model's inputs on the device, the sum of their weights)"""
+        made = [row for number in range(self.count) if (row := self.rows_of(number, self.cursor)) is not None]
+        found = {
+            name: tensor
+            for name, tensor in self.collate(made).items()
+            if name not in ("shift_prompt", "row_numbers")
+        }
+        # Before it lies on the device, which would have to be waited for.
+        divisor = float(found["shift_weights"].sum())
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in found.items()}, divisor
+
+
+@dataclass
+class _Timed:
+    """Seconds of every measured step by part; first: of the very first step; states and peak: bytes on the
+    GPU between two steps, and at most.
+    """
+
+    parts: dict[str, list[float]]
+    first: float | None = None
+    states: int = 0
+    peak: int = 0
+
+
+def _timed(training: _Training, asked: Asked) -> _Timed:
+    import torch
+
+    found = _Timed({name: [] for name in ("data", "forward", "backward", "optimizer")})
+    started, step = time.perf_counter(), 0
+    with attention_backend(asked.attention):
+        while step < asked.warm_up + asked.steps:
+            if step == asked.warm_up and training.cuda:
+                found.states = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            spent = training.step(step == 0)
+            found.first = found.first or time.perf_counter() - started
+            if step >= asked.warm_up:
+                for name, value in zip(found.parts, spent, strict=True):
+                    found.parts[name].append(value)
+            step += 1
+            if asked.seconds and time.perf_counter() - started > asked.seconds:
+                if step > asked.warm_up:
+                    break
+                step = asked.warm_up
+    if training.cuda:
+        found.peak = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _memory(training: _Training, timed: _Timed) -> dict[str, int | None]:
+    if training.cuda:
+        return {
+            "states_bytes": timed.states,
+            "peak_bytes": timed.peak,
+            "memory_above_states_bytes": timed.peak - timed.states,
+        }
+    return {
+        "states_bytes": None,
+        "peak_bytes": None,
+        "memory_above_states_bytes": training.kept or None,
     }
 
 
@@ -308,7 +420,7 @@ def serve() -> None:
             torch.compiler.reset()
         before = shapes
         try:
-            found = {"fits": True, **measure(**settings)}
+            found = {"fits": True, **measure(Asked(**settings))}
         except (torch.OutOfMemoryError, MemoryError):
             found = {"fits": False}
         except (RuntimeError, BadInput, ImportError) as error:

@@ -358,57 +358,85 @@ def check(train: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
+class Rule(NamedTuple):
+    """A key that is refused where ``wrong`` holds, and why."""
+
+    key: str
+    wrong: Any
+    why: str
+
+
 def _together(train: dict[str, Any]) -> None:
     """Raises BadInput where a key would be without effect, or harm, beside another."""
-    optim, schedule, deepspeed = (
-        train.get("optim"),
-        train.get("lr_scheduler_type", DEFAULTS["lr_scheduler_type"]),
-        train.get("deepspeed"),
-    )
-    plain = optim in ADAMW
-    rules = [
-        (
+    optim = train.get("optim")
+    schedule = train.get("lr_scheduler_type", DEFAULTS["lr_scheduler_type"])
+    for rule in (
+        *_rules_of_steps(train, schedule),
+        *_rules_of_optimizer(train, optim),
+        *_rules_of_processes(train),
+        *_rules_of_layers(train),
+    ):
+        if rule.key in train and rule.wrong:
+            raise BadInput(f"train.{rule.key}: {rule.why}")
+    if "optim_args" in train:
+        _optim_args(train["optim_args"], optim or "adamw_torch")
+    if "lr_scheduler_type" in train or "lr_scheduler_kwargs" in train:
+        _schedule(train, schedule)
+
+
+def _rules_of_steps(train: dict[str, Any], schedule: str) -> list[Rule]:
+    return [
+        Rule(
             "max_steps",
             train.get("max_steps") == 0,
             "0 steps train nothing; give a number above, or -1 for num_train_epochs",
         ),
-        (
+        Rule(
             "num_train_epochs",
             train.get("max_steps", -1) > 0,
             "max_steps says already when training ends; keep one of the two",
         ),
-        (
+        Rule(
             "warmup_steps",
             schedule == "constant" and train.get("warmup_steps"),
             "lr_scheduler_type constant has no warm-up; write constant_with_warmup, or remove it",
         ),
-        (
+        Rule(
             "lr_scheduler_kwargs",
             schedule in ("constant", "constant_with_warmup") and train.get("lr_scheduler_kwargs"),
             f"lr_scheduler_type {schedule} reads none of it; remove it",
         ),
-        (
+    ]
+
+
+def _rules_of_optimizer(train: dict[str, Any], optim: str | None) -> list[Rule]:
+    plain, deepspeed = optim in ADAMW, train.get("deepspeed") is not None
+    return [
+        Rule(
             "optim",
-            deepspeed is not None and not plain,
-            (
-                f"DeepSpeed hands {optim} flat pieces of weights, and converts AdamW's states alone for other"
-                " numbers of ranks; take adamw_torch, or train.deepspeed=null"
-            ),
+            deepspeed and not plain,
+            f"DeepSpeed hands {optim} flat pieces of weights, and converts AdamW's states alone for other"
+            " numbers of ranks; take adamw_torch, or train.deepspeed=null",
         ),
         *(
-            (key, not plain, f"{optim} does not read it; remove it")
+            Rule(key, not plain, f"{optim} does not read it; remove it")
             for key in ("adam_beta1", "adam_beta2", "adam_epsilon")
         ),
+    ]
+
+
+def _rules_of_processes(train: dict[str, Any]) -> list[Rule]:
+    return [
         *(
-            (
+            Rule(
                 key,
-                deepspeed is not None,
+                train.get("deepspeed") is not None,
                 "it is of DistributedDataParallel, which DeepSpeed replaces; remove it",
             )
             for key in ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers")
         ),
         *(
-            (
+            Rule(
                 key,
                 train.get(key) and not train.get("dataloader_num_workers"),
                 "there are no such processes; set dataloader_num_workers",
@@ -419,18 +447,23 @@ def _together(train: dict[str, Any]) -> None:
                 "dataloader_multiprocessing_context",
             )
         ),
-        (
+        Rule(
             "logging_steps",
             train.get("logging_strategy") == "epoch",
             "logging_strategy epoch does not read it; keep one of the two",
         ),
-        (
+    ]
+
+
+def _rules_of_layers(train: dict[str, Any]) -> list[Rule]:
+    return [
+        Rule(
             "liger_kernel_config",
             not train.get("use_liger_kernel"),
             "it chooses among Liger's layers; set use_liger_kernel: true, or remove it",
         ),
         *(
-            (
+            Rule(
                 key,
                 train.get("torch_compile") is False,
                 "it switches torch_compile on, which is false; keep one of the two",
@@ -438,13 +471,6 @@ def _together(train: dict[str, Any]) -> None:
             for key in ("torch_compile_backend", "torch_compile_mode")
         ),
     ]
-    for key, wrong, why in rules:
-        if key in train and wrong:
-            raise BadInput(f"train.{key}: {why}")
-    if "optim_args" in train:
-        _optim_args(train["optim_args"], optim or "adamw_torch")
-    if "lr_scheduler_type" in train or "lr_scheduler_kwargs" in train:
-        _schedule(train, schedule)
 
 
 def _optim_args(text: str, optim: str) -> None:
@@ -534,23 +560,25 @@ def _refuse_speed(train: dict[str, Any]) -> None:
         )
 
 
+def compiles(train: dict) -> bool:
+    """Whether a recipe's ``train`` asks for torch.compile, of which the loss is to be kept out."""
+    return any(train.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"))
+
+
 def speed_options(train: dict) -> dict:
     """What a recipe's ``train`` needs beside its own keys for compiled layers and Liger (docs/speed.md).
 
     Raises BadInput on options that would change the loss or the positions, and where Liger is not installed.
     """
-    from endprompt.training import loss
-
     _refuse_speed(train)
     if train.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
         raise BadInput(
             "train.use_liger_kernel: the package is not installed; pip install liger-kernel, or remove it"
         )
-    if any(train.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")):
+    if compiles(train):
         # Layer by layer: compiled as one, transformers cannot look whether the mask is all ones, and builds
         # the square of it, which no flash kernel takes.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
-        loss.leave_uncompiled()
     # Where nothing is said, Liger's loss is on.
     liger = train.get("liger_kernel_config") or {}
     return (

@@ -274,6 +274,34 @@ def report() -> str:
     """Markdown: every printed average beside the recomputed one, and what else the printed figures say about
     one another.
     """
+    return "\n".join(
+        [
+            *_recomputed(),
+            "",
+            "## At the target length",
+            "",
+            _at_the_target(tables()["table_derived_64k"]),
+            "",
+            "## Rows that differ by one constant",
+            "",
+            "In every column, the average aside; measurements do not do that.",
+            "",
+            *(
+                f"- {tables()[other].source}, {other_row} = {tables()[table].source}, {row}"
+                f" {shift[0]} {shift[1:]}"
+                for table, row, other, other_row, shift in shifted_rows()
+            ),
+            "",
+            "## The same figure in two places",
+            "",
+            *([f"- {item}" for item in disagreements()] or ["Nothing else disagrees beyond rounding."]),
+            "",
+        ]
+    )
+
+
+def _recomputed() -> list[str]:
+    """The head of the report, and its table of averages."""
     every = [
         average
         for table in tables().values()
@@ -281,7 +309,7 @@ def report() -> str:
         if table.name != "table_derived_64k"
     ]
     wrong = [average for average in every if not average.follows]
-    lines = [
+    return [
         "# The paper's figures, recomputed",
         "",
         (
@@ -292,42 +320,20 @@ def report() -> str:
         "",
         "| table | row | printed | recomputed | follows |",
         "|---|---|---|---|---|",
+        *(
+            f"| {tables()[average.table].source} | {average.row} | {average.printed} |"
+            f" {float(average.recomputed):.3f} | {'yes' if average.follows else '**no**'} |"
+            for average in every
+        ),
     ]
-    lines += [
-        f"| {tables()[average.table].source} | {average.row} | {average.printed} |"
-        f" {float(average.recomputed):.3f} | {'yes' if average.follows else '**no**'} |"
-        for average in every
-    ]
-    derived = tables()["table_derived_64k"]
+
+
+def _at_the_target(derived: Table) -> str:
     cells = [
         float(value) for row in derived.printed.values() for column, value in row.items() if column != "avg"
     ]
-    lines += [
-        "",
-        "## At the target length",
-        "",
+    best_first = sorted(derived.printed.items(), key=lambda item: -float(item[1]["avg"]))
+    return (
         f"The {len(cells)} cells derived for 64K lie between {min(cells):.2f} and {max(cells):.2f}."
-        " Averages: "
-        + ", ".join(
-            f"{row} {value['avg']}"
-            for row, value in sorted(derived.printed.items(), key=lambda item: -float(item[1]["avg"]))
-        )
-        + ".",
-        "",
-        "## Rows that differ by one constant",
-        "",
-        "In every column, the average aside; measurements do not do that.",
-        "",
-    ]
-    lines += [
-        f"- {tables()[other].source}, {other_row} = {tables()[table].source}, {row} {shift[0]} {shift[1:]}"
-        for table, row, other, other_row, shift in shifted_rows()
-    ]
-    lines += [
-        "",
-        "## The same figure in two places",
-        "",
-        *([f"- {item}" for item in disagreements()] or ["Nothing else disagrees beyond rounding."]),
-        "",
-    ]
-    return "\n".join(lines)
+        " Averages: " + ", ".join(f"{row} {value['avg']}" for row, value in best_first) + "."
+    )

@@ -262,97 +262,75 @@ def jobs(
             f" {recipe.stem}; name it with --recipe, or use --tables main"
         )
     known = {(job.recipe.stem, job.method, "") for job in found}
-    later, tuned = [], []
+    return [
+        *found,
+        *_other_runs(recipe, out, overrides, known),
+        *_tuned(recipe, out, overrides, given),
+    ]
+
+
+def _other_runs(
+    recipe: Path, out: Path, overrides: tuple[str, ...], known: set[tuple[str, str, str]]
+) -> list[Job]:
+    """The runs behind the paper's tables whose (recipe, method, suffix) is not among ``known``."""
+    known, found = set(known), []
+    named = {(run.recipe, run.method, run.suffix) for run in paper.runs().values()}
     for table in paper.tables().values():
+        cost = table.columns == "cost"
         for run in table.rows.values():
             key = (run.recipe, run.method, run.suffix)
-            path = recipe.parent / f"{run.recipe}{recipe.suffix}"
-            if key not in known and (
-                table.columns != "cost"
-                or not any(key == (r.recipe, r.method, r.suffix) for r in paper.runs().values())
-            ):
-                known.add(key)
-                settings = (*run.overrides, *tree["evaluate"], *overrides)
-                later.append(
-                    Job(
-                        "train" if table.columns == "cost" else "run",
-                        path,
-                        run.method,
-                        out / run.suffix,
-                        settings,
-                    )
-                )
-            if table.after:
-                job = Job(
-                    "sft",
-                    path,
+            if key in known or (cost and key in named):
+                continue
+            known.add(key)
+            found.append(
+                Job(
+                    "train" if cost else "run",
+                    recipe.parent / f"{run.recipe}{recipe.suffix}",
                     run.method,
                     out / run.suffix,
-                    overrides,
-                    given.get(run.method) or str(out / run.suffix / run.recipe / run.method / "model"),
+                    (*run.overrides, *paper.load()["evaluate"], *overrides),
                 )
-                # HumanEval runs what a model writes: only where the user allows it.
-                short = [
-                    task
-                    for task in names.SHORT_TEXT
-                    if task != "humaneval"
-                    or any(item.replace(" ", "") == "eval.run_unsafe_code=true" for item in overrides)
-                ]
-                tuned += [
-                    job,
-                    Job(
-                        "evaluate",
-                        path,
-                        run.method,
-                        job.out,
-                        (*overrides, f"eval.tasks=[{','.join(short)}]"),
-                        str(job.folder / "sft"),
-                    ),
-                ]
-    return [*found, *later, *tuned]
+            )
+    return found
+
+
+def _tuned(recipe: Path, out: Path, overrides: tuple[str, ...], given: dict[str, str]) -> list[Job]:
+    """Fine-tuning and then its evaluation, for each row of the paper's tables after it."""
+    # HumanEval runs what a model writes: only where the user allows it.
+    allowed = any(item.replace(" ", "") == "eval.run_unsafe_code=true" for item in overrides)
+    short = [task for task in names.SHORT_TEXT if task != "humaneval" or allowed]
+    tasks = f"eval.tasks=[{','.join(short)}]"
+    found = []
+    for run in [run for table in paper.tables().values() if table.after for run in table.rows.values()]:
+        path = recipe.parent / f"{run.recipe}{recipe.suffix}"
+        there = out / run.suffix
+        trained = given.get(run.method) or str(there / run.recipe / run.method / "model")
+        job = Job("sft", path, run.method, there, overrides, trained)
+        tuned = str(job.folder / "sft")
+        found += [job, Job("evaluate", path, run.method, there, (*overrides, tasks), tuned)]
+    return found
+
+
+def _hours(value: float | None) -> str:
+    if value is None:
+        return "?"
+    if value == 0:
+        return "-"
+    if value < 0.01:
+        return "<0.01"
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
 
 def table(planned: list[Planned], gpu: str, peak: float, gpus: int, mfu: float) -> str:
-    def hours(value: float | None) -> str:
-        return (
-            "?"
-            if value is None
-            else (
-                "-"
-                if value == 0
-                else "<0.01"
-                if value < 0.01
-                else f"{value:,.2f}"
-                if value < 10
-                else f"{value:,.1f}"
-            )
-        )
-
-    rows = [("run", "to do", "state", "GB a GPU", "training, GPU h", "prompts, GPU h")]
-    rows += [
-        (
-            str(item.job.folder),
-            "-" if item.done else item.job.kind,
-            item.state,
-            "-" if item.memory is None else f"{item.memory / 1e9:.1f}",
-            hours(item.train_hours),
-            hours(item.evaluate_hours),
-        )
-        for item in planned
-    ]
     train, evaluate = (
         math.fsum(getattr(item, key) or 0 for item in planned) for key in ("train_hours", "evaluate_hours")
     )
-    rows.append(
-        (
-            "total",
-            "",
-            f"{sum(item.done for item in planned)} of {len(planned)} done",
-            "",
-            hours(train),
-            hours(evaluate),
-        )
-    )
+    done = f"{sum(item.done for item in planned)} of {len(planned)} done"
+    rows = [
+        ("run", "to do", "state", "GB a GPU", "training, GPU h", "prompts, GPU h"),
+        *map(_row, planned),
+        ("total", "", done, "", _hours(train), _hours(evaluate)),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = [
         "  ".join(
@@ -361,23 +339,38 @@ def table(planned: list[Planned], gpu: str, peak: float, gpus: int, mfu: float) 
         ).rstrip()
         for row in rows
     ]
-    tuned = any(item.job.kind == "sft" and not item.done for item in planned)
-    short = any(item.evaluate_hours is None for item in planned)
-    left_out = [
-        "generating answers (often longer than the prompts' pass)",
-        "start-up and data",
-        *(["fine-tuning"] if tuned else []),
-        *(["short text"] if short else []),
-    ]
     return "\n".join(
         [
             *lines,
             "",
             f"Estimated, not measured: {gpu} at {peak / 1e12:.0f} TFLOP/s (dense bf16) x MFU {mfu:.0%}"
-            + (f"; training on {gpus} GPUs takes {hours(train / gpus)} h of wall-clock." if train else "."),
-            f"Left out: {', '.join(left_out)}; ? is not known.",
+            + (f"; training on {gpus} GPUs takes {_hours(train / gpus)} h of wall-clock." if train else "."),
+            f"Left out: {', '.join(_left_out(planned))}; ? is not known.",
         ]
     )
+
+
+def _row(item: Planned) -> tuple[str, ...]:
+    return (
+        str(item.job.folder),
+        "-" if item.done else item.job.kind,
+        item.state,
+        "-" if item.memory is None else f"{item.memory / 1e9:.1f}",
+        _hours(item.train_hours),
+        _hours(item.evaluate_hours),
+    )
+
+
+def _left_out(planned: list[Planned]) -> list[str]:
+    """What the hours do not hold."""
+    tuned = any(item.job.kind == "sft" and not item.done for item in planned)
+    short = any(item.evaluate_hours is None for item in planned)
+    return [
+        "generating answers (often longer than the prompts' pass)",
+        "start-up and data",
+        *(["fine-tuning"] if tuned else []),
+        *(["short text"] if short else []),
+    ]
 
 
 def make(arguments: argparse.Namespace) -> tuple[list[Planned], float]:
@@ -408,12 +401,39 @@ def make(arguments: argparse.Namespace) -> tuple[list[Planned], float]:
     return [inspect(job, peak * arguments.mfu * 3600, arguments.gpus) for job in found], peak
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m endprompt.reports.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_runs(parser)
+    parser.add_argument(
+        "--gpu", default="A800", metavar="NAME", help="A100, A800, H100, ...: for the hours (default: A800)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=8, metavar="N", help="for the hours of wall-clock (default: 8)"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="share of the peak that is reached, an assumption (default: 0.4)",
+    )
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help=(
+            "print what is to be done for a shell to follow: a line a step, its fields separated by the"
+            " character 31"
+        ),
+    )
+    return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is to be run."""
     parser.add_argument(
         "--recipe",
         type=Path,
@@ -450,28 +470,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs"), metavar="DIR", help="where runs are and go (default: runs)"
     )
-    parser.add_argument(
-        "--gpu", default="A800", metavar="NAME", help="A100, A800, H100, ...: for the hours (default: A800)"
-    )
-    parser.add_argument(
-        "--gpus", type=int, default=8, metavar="N", help="for the hours of wall-clock (default: 8)"
-    )
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        metavar="X",
-        help="share of the peak that is reached, an assumption (default: 0.4)",
-    )
-    parser.add_argument(
-        "--steps",
-        action="store_true",
-        help=(
-            "print what is to be done for a shell to follow: a line a step, its fields separated by the"
-            " character 31"
-        ),
-    )
-    arguments = parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
     try:
         planned, peak = make(arguments)
         text = (

@@ -103,19 +103,7 @@ class Page:
 
     def draw(self, out: Path) -> None:
         for task in passkey.TASKS:
-            if rows := {
-                method: kept
-                for method, found in self.methods.items()
-                if (kept := [found.found[task, length] for length in found.lengths(task)])
-            }:
-                figures.heatmaps(
-                    rows, self._picture(out, task), f"{self.name}: {task} retrieval by length and depth"
-                )
-                figures.lines(
-                    self.by_length(task),
-                    self._picture(out, f"{task}_lines"),
-                    f"{self.name}: {task} retrieval",
-                )
+            self._draw_passkey(out, task)
         if curves := self.by_length(PERPLEXITY):
             figures.lines(
                 curves,
@@ -128,6 +116,26 @@ class Page:
             figures.lines(
                 curves, self._picture(out, "ruler"), f"{self.name}: RULER, mean of the 13 tasks", "score in %"
             )
+        self._draw_longbench(out)
+        if self.trained:
+            self._draw_training(out)
+
+    def _draw_passkey(self, out: Path, task: str) -> None:
+        if rows := {
+            method: kept
+            for method, found in self.methods.items()
+            if (kept := [found.found[task, length] for length in found.lengths(task)])
+        }:
+            figures.heatmaps(
+                rows, self._picture(out, task), f"{self.name}: {task} retrieval by length and depth"
+            )
+            figures.lines(
+                self.by_length(task),
+                self._picture(out, f"{task}_lines"),
+                f"{self.name}: {task} retrieval",
+            )
+
+    def _draw_longbench(self, out: Path) -> None:
         categories = paper.COLUMNS["longbench"]
         bars = {
             method: [
@@ -143,27 +151,24 @@ class Page:
                 self._picture(out, "longbench"),
                 f"{self.name}: LongBench by category",
             )
-        if self.trained:
-            units = [
-                ("largest memory", "GiB", "final_peak_memory_gib"),
-                ("time of training", "seconds", "seconds"),
+
+    def _draw_training(self, out: Path) -> None:
+        units = [
+            ("largest memory", "GiB", "final_peak_memory_gib"),
+            ("time of training", "seconds", "seconds"),
+        ]
+        # A run that was resumed knows the seconds since then only.
+        known = {
+            key: [
+                None if key == "seconds" and record.get("resumed_from") else record.get(key)
+                for record in self.trained.values()
             ]
-            # A run that was resumed knows the seconds since then only.
-            known = {
-                key: [
-                    None if key == "seconds" and record.get("resumed_from") else record.get(key)
-                    for record in self.trained.values()
-                ]
-                for _, _, key in units
-            }
-            panels = [(title, unit, list(self.trained), {"ours": known[key]}) for title, unit, key in units]
-            where = (
-                "on CPU, resident memory of a process"
-                if self._on_cpu()
-                else "on "
-                + ", ".join(sorted({str(record.get("device")) for record in self.trained.values()}))
-            )
-            figures.costs(panels, self._picture(out, "training"), f"{self.name}: training, {where}")
+            for _, _, key in units
+        }
+        panels = [(title, unit, list(self.trained), {"ours": known[key]}) for title, unit, key in units]
+        devices = sorted({str(record.get("device")) for record in self.trained.values()})
+        where = "on CPU, resident memory of a process" if self._on_cpu() else "on " + ", ".join(devices)
+        figures.costs(panels, self._picture(out, "training"), f"{self.name}: training, {where}")
 
     def _on_cpu(self) -> bool:
         return any(str(record.get("device")).startswith("CPU") for record in self.trained.values())
@@ -186,136 +191,109 @@ class Page:
                 if self.name in known
                 else "The paper has no figures for this recipe."
             ),
+            *self._passkey_and_perplexity(),
+            *self._ruler(),
+            *self._longbench(),
+            *self._short_text(),
+            *self._training(),
+            *(f"![{picture}]({picture})" for picture in self.pictures),
+            "\n".join(f"- {note}" for note in self._notes()),
         ]
-        ruler = self.tasks(names.GROUPS["ruler"])
-        if columns := [
+        return "\n\n".join(parts) + "\n"
+
+    def _passkey_and_perplexity(self) -> list[str]:
+        columns = [
             (task, length)
             for task in self.tasks((*passkey.TASKS, PERPLEXITY))
             for length in self.lengths([task])
-        ]:
-            parts.append(
-                "## Passkey and perplexity" if ruler else "## In place of RULER: passkey and perplexity"
+        ]
+        if not columns:
+            return []
+        ruler = self.tasks(names.GROUPS["ruler"])
+        instead = (
+            "RULER was not run for this recipe, and these do not replace it: passkey retrieval"
+            " asks for one number in filler text. "
+        )
+        return [
+            "## Passkey and perplexity" if ruler else "## In place of RULER: passkey and perplexity",
+            ("" if ruler else instead)
+            + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval."
+            " Perplexity: of the same held-out tokens at every length; it hardly separates methods that"
+            " retrieve very differently.",
+            grid(
+                "method",
+                [f"{task} {length}" for task, length in columns],
+                [
+                    (method, [shown(found.mean([column])) for column in columns])
+                    for method, found in self.methods.items()
+                ],
+            ),
+        ]
+
+    def _ruler(self) -> list[str]:
+        ruler = self.tasks(names.GROUPS["ruler"])
+        if not ruler:
+            return []
+        lengths = self.lengths(ruler)
+        rows = [
+            (
+                f"{method}, {task.removeprefix('ruler_')}",
+                [shown(found.mean([(task, length)])) for length in lengths],
             )
-            parts.append(
-                (
-                    ""
-                    if ruler
-                    else (
-                        "RULER was not run for this recipe, and these do not replace it: passkey retrieval"
-                        " asks for one number in filler text. "
-                    )
-                )
-                + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval."
-                " Perplexity: of the same held-out tokens at every length; it hardly separates methods that"
-                " retrieve very differently."
+            for method, found in self.methods.items()
+            for task in ruler
+            if found.lengths(task)
+        ]
+        rows += [
+            (
+                f"**{method}, mean of the 13 tasks**",
+                [shown(found.mean([(task, length) for task in names.GROUPS["ruler"]])) for length in lengths],
             )
+            for method, found in self.methods.items()
+        ]
+        parts = ["## RULER", grid("method and task", [str(length) for length in lengths], rows)]
+        if absent := [task for task in names.RULER if f"ruler_{task}" not in ruler]:
             parts.append(
-                grid(
-                    "method",
-                    [f"{task} {length}" for task, length in columns],
-                    [
-                        (method, [shown(found.mean([column])) for column in columns])
-                        for method, found in self.methods.items()
-                    ],
-                )
+                f"No mean over RULER: {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run."
             )
-        if ruler:
-            lengths = self.lengths(ruler)
-            rows = [
-                (
-                    f"{method}, {task.removeprefix('ruler_')}",
-                    [shown(found.mean([(task, length)])) for length in lengths],
-                )
-                for method, found in self.methods.items()
-                for task in ruler
-                if found.lengths(task)
-            ]
-            rows += [
-                (
-                    f"**{method}, mean of the 13 tasks**",
-                    [
-                        shown(found.mean([(task, length) for task in names.GROUPS["ruler"]]))
-                        for length in lengths
-                    ],
-                )
-                for method, found in self.methods.items()
-            ]
-            parts += ["## RULER", grid("method and task", [str(length) for length in lengths], rows)]
-            if absent := [task for task in names.RULER if f"ruler_{task}" not in ruler]:
-                parts.append(
-                    f"No mean over RULER: {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not"
-                    " run."
-                )
-        if tasks := self.tasks(names.GROUPS["longbench"] + names.GROUPS["longbench_zh"]):
-            averaged = [(task.removeprefix("longbench_"), (task,)) for task in tasks] + [
-                (f"**{name}**", members) for name, members in paper.COLUMNS["longbench"].items()
-            ]
-            parts += [
-                "## LongBench",
-                grid(
-                    "task, category (mean of its tasks), avg (mean of the 16)",
-                    list(self.methods),
-                    [
-                        (
-                            name,
-                            [
-                                shown(found.mean([(task, self._cut(found, task)) for task in members]))
-                                for found in self.methods.values()
-                            ],
-                        )
-                        for name, members in averaged
-                    ],
-                ),
-            ]
-        if tasks := self.tasks(names.GROUPS["short_text"]):
-            parts += [
-                "## Short text",
-                grid(
-                    "method",
-                    tasks,
-                    [
-                        (method, [shown(found.mean([(task, None)])) for task in tasks])
-                        for method, found in self.methods.items()
-                    ],
-                ),
-            ]
-        if self.trained:
-            rows = [
-                (
-                    method,
-                    [
-                        (
-                            f"{record['final_peak_memory_gib']:.2f}"
-                            if record.get("final_peak_memory_gib") is not None
-                            else "-"
-                        ),
-                        (
-                            f"resumed from {record['resumed_from']}"
-                            if record.get("resumed_from")
-                            else f"{record['seconds']:.0f}"
-                        ),
-                        f"{record.get('tokens', 0):,}",
-                        f"{record.get('world_size')} ranks on {record.get('device')}",
-                    ],
-                )
-                for method, record in self.trained.items()
-            ]
-            parts += [
-                "## Training",
-                grid(
-                    "method",
-                    [
-                        "largest memory, GiB"
-                        + (" (resident, of a process)" if self._on_cpu() else " (of a GPU)"),
-                        "seconds",
-                        "tokens",
-                        "on",
-                    ],
-                    rows,
-                ),
-            ]
-        parts += [f"![{picture}]({picture})" for picture in self.pictures]
-        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in self._notes())]) + "\n"
+        return parts
+
+    def _longbench(self) -> list[str]:
+        tasks = self.tasks(names.GROUPS["longbench"] + names.GROUPS["longbench_zh"])
+        if not tasks:
+            return []
+        averaged = [(task.removeprefix("longbench_"), (task,)) for task in tasks] + [
+            (f"**{name}**", members) for name, members in paper.COLUMNS["longbench"].items()
+        ]
+        rows = [
+            (
+                name,
+                [
+                    shown(found.mean([(task, self._cut(found, task)) for task in members]))
+                    for found in self.methods.values()
+                ],
+            )
+            for name, members in averaged
+        ]
+        corner = "task, category (mean of its tasks), avg (mean of the 16)"
+        return ["## LongBench", grid(corner, list(self.methods), rows)]
+
+    def _short_text(self) -> list[str]:
+        tasks = self.tasks(names.GROUPS["short_text"])
+        if not tasks:
+            return []
+        rows = [
+            (method, [shown(found.mean([(task, None)])) for task in tasks])
+            for method, found in self.methods.items()
+        ]
+        return ["## Short text", grid("method", tasks, rows)]
+
+    def _training(self) -> list[str]:
+        if not self.trained:
+            return []
+        memory = "largest memory, GiB" + (" (resident, of a process)" if self._on_cpu() else " (of a GPU)")
+        rows = [(method, _trained_cells(record)) for method, record in self.trained.items()]
+        return ["## Training", grid("method", [memory, "seconds", "tokens", "on"], rows)]
 
     def _notes(self) -> list[str]:
         notes = []
@@ -384,6 +362,17 @@ class Page:
                     )
                 )
         return out.getvalue()
+
+
+def _trained_cells(record: dict) -> list[str]:
+    """Memory, seconds, tokens and device of a train.json."""
+    memory, resumed = record.get("final_peak_memory_gib"), record.get("resumed_from")
+    return [
+        "-" if memory is None else f"{memory:.2f}",
+        f"resumed from {resumed}" if resumed else f"{record['seconds']:.0f}",
+        f"{record.get('tokens', 0):,}",
+        f"{record.get('world_size')} ranks on {record.get('device')}",
+    ]
 
 
 def _cell(ours: Estimate | Missing) -> dict | None:

@@ -328,18 +328,25 @@ def _interval(ours: Estimate | Missing) -> dict | None:
     return {"mean": ours.score, "low": ours.low, "high": ours.high} if isinstance(ours, Estimate) else None
 
 
+def _titled(title: str, *tables: Filled) -> str:
+    run = any(
+        isinstance(cell.ours, Estimate)
+        for table in tables
+        for column in table.cells.values()
+        for cell in column.values()
+    )
+    return title if run else f"{title}\n(ours: not run)"
+
+
 def draw(filled: dict[str, Filled], out: Path) -> None:
     """The pictures of the paper's tables into ``out``, each noted in the tables it belongs to."""
+    _draw_lengths(filled, out)
+    for name in ("table_2", "table_5", "figure_2", "figure_3"):
+        _draw_bars(filled[name], out)
+    _draw_costs(filled, out)
 
-    def titled(title: str, *tables: Filled) -> str:
-        run = any(
-            isinstance(cell.ours, Estimate)
-            for table in tables
-            for column in table.cells.values()
-            for cell in column.values()
-        )
-        return title if run else f"{title}\n(ours: not run)"
 
+def _draw_lengths(filled: dict[str, Filled], out: Path) -> None:
     by_length = {
         4096: "table_6",
         8192: "table_7",
@@ -364,24 +371,28 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
     figures.lines(
         {row: cells for row, cells in ours.items() if cells},
         out / "ruler_by_length.png",
-        titled("RULER, mean of the 13 tasks (paper at 65536: derived)", *tables),
+        _titled("RULER, mean of the 13 tasks (paper at 65536: derived)", *tables),
         "score in %",
         paper=printed,
     )
     for table in (filled["table_1"], *tables):
         table.pictures.append("ruler_by_length.png")
-    for name in ("table_2", "table_5", "figure_2", "figure_3"):
-        table = filled[name]
-        rows = list(table.about.printed)
-        groups = list(table.cells.values())
-        figures.bars(
-            [column.removesuffix("_avg") for column in table.cells],
-            {row: [_interval(cells[row].ours) for cells in groups] for row in rows},
-            out / f"{name}.png",
-            titled(table.about.title, table),
-            {row: [_printed(cells[row]) for cells in groups] for row in rows},
-        )
-        table.pictures.append(f"{name}.png")
+
+
+def _draw_bars(table: Filled, out: Path) -> None:
+    name, rows = table.about.name, list(table.about.printed)
+    groups = list(table.cells.values())
+    figures.bars(
+        [column.removesuffix("_avg") for column in table.cells],
+        {row: [_interval(cells[row].ours) for cells in groups] for row in rows},
+        out / f"{name}.png",
+        _titled(table.about.title, table),
+        {row: [_printed(cells[row]) for cells in groups] for row in rows},
+    )
+    table.pictures.append(f"{name}.png")
+
+
+def _draw_costs(filled: dict[str, Filled], out: Path) -> None:
     panels = []
     for name, size in (("figure_4_64k", "64K"), ("figure_4_32k", "32K")):
         table = filled[name]
@@ -406,7 +417,7 @@ def draw(filled: dict[str, Filled], out: Path) -> None:
     figures.costs(
         panels,
         out / "figure_4.png",
-        titled("Memory and time of training", filled["figure_4_64k"], filled["figure_4_32k"]),
+        _titled("Memory and time of training", filled["figure_4_64k"], filled["figure_4_32k"]),
     )
 
 

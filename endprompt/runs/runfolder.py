@@ -124,6 +124,19 @@ def _ago(seconds: float) -> str:
     )
 
 
+COPIED = (  # of what status.json says
+    "reason",
+    "step",
+    "max_steps",
+    "loss",
+    "text_loss",
+    "end_prompt_loss",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "world_size",
+)
+
+
 def summary(run: Path) -> dict:
     """What ``endprompt status`` prints of a run's folder, as a dictionary.  Raises BadInput if ``run`` is no
     run's folder.
@@ -135,61 +148,56 @@ def summary(run: Path) -> dict:
             f"status: {run} is no run's folder; name one that `endprompt prepare` or `train` wrote,"
             " OUT/<recipe>/<method>"
         )
-    found: dict = {"run": str(run)}
-    with contextlib.suppress(BadInput):
-        manifest = shards.read_manifest(run / "shards")
-        found["shards"] = f"{manifest['rows']} rows, {manifest['tokens']} tokens"
-    if "shards" not in found:
-        for path in sorted([*(run / "shards").glob("part-*.json"), *(run / "shards").glob("progress*.json")]):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                state = json.loads(path.read_text(encoding="utf-8"))
-                found.setdefault("preparing", []).append(
-                    f"{path.stem}: {sum(shard['rows'] for shard in state['shards'])} rows"
-                )
+    found: dict = {"run": str(run), **_prepared(run)}
     whole = checkpoint_files.newest(run / "checkpoints")
     found["checkpoint"] = whole.name if whole else None
     status = read_status(run)
     working = {
-        name: who
+        path.name.strip(".").removesuffix(".lock"): who
         for path in sorted(run.glob(".*.lock"))
         if (who := holder(path))
-        for name in [path.name.strip(".").removesuffix(".lock")]
     }
     if working:
         found["held"] = [f"{name} on {who}" for name, who in working.items()]
-    state = status.get("state")
-    if (run / "model").is_dir():
-        state = "finished"
-    elif state in ("starting", "training") and "train" not in working:
-        state = (
-            "ended without a word (killed, or its node lost); the same command goes on from the checkpoint"
-        )
-    elif state is None:
-        state = "preparing" if working else "prepared, not trained" if "shards" in found else "not prepared"
-    found["state"] = state
-    for key in (
-        "reason",
-        "step",
-        "max_steps",
-        "loss",
-        "text_loss",
-        "end_prompt_loss",
-        "tokens_per_second",
-        "peak_memory_gib",
-        "world_size",
-    ):
-        if status.get(key) is not None:
-            found[key] = status[key]
+    found["state"] = _state(run, status.get("state"), working, "shards" in found)
+    found |= {key: status[key] for key in COPIED if status.get(key) is not None}
     if "updated" in status:
         found["updated"] = f"{_ago(max(0.0, time.time() - status['updated']))} ago"
-    left, speed, each = (
-        status.get("max_steps", 0) - status.get("step", 0),
-        status.get("tokens_per_second"),
-        status.get("tokens_per_step"),
-    )
-    if state == "training" and speed and each:
-        found["eta"] = _ago(left * each / speed)
+    if found["state"] == "training" and (seconds := _seconds_left(status)) is not None:
+        found["eta"] = _ago(seconds)
     return found
+
+
+def _prepared(run: Path) -> dict:
+    """{"shards": ...} of rows that are whole, {"preparing": [...]} of those that are being made."""
+    with contextlib.suppress(BadInput):
+        manifest = shards.read_manifest(run / "shards")
+        return {"shards": f"{manifest['rows']} rows, {manifest['tokens']} tokens"}
+    found: dict = {}
+    for path in sorted([*(run / "shards").glob("part-*.json"), *(run / "shards").glob("progress*.json")]):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads(path.read_text(encoding="utf-8"))
+            found.setdefault("preparing", []).append(
+                f"{path.stem}: {sum(shard['rows'] for shard in state['shards'])} rows"
+            )
+    return found
+
+
+def _state(run: Path, said: str | None, working: dict[str, str], prepared: bool) -> str | None:
+    """said: the state in status.json; working: who holds which lock."""
+    if (run / "model").is_dir():
+        return "finished"
+    if said in ("starting", "training") and "train" not in working:
+        return "ended without a word (killed, or its node lost); the same command goes on from the checkpoint"
+    if said is None:
+        return "preparing" if working else "prepared, not trained" if prepared else "not prepared"
+    return said
+
+
+def _seconds_left(status: dict) -> float | None:
+    left = status.get("max_steps", 0) - status.get("step", 0)
+    speed, each = status.get("tokens_per_second"), status.get("tokens_per_step")
+    return left * each / speed if speed and each else None
 
 
 def describe(found: dict) -> str:

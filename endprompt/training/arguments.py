@@ -16,7 +16,7 @@ from endprompt.recipe import training_keys, zero_file
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.recipe.training_keys import DEFAULTS
-from endprompt.training import precision, sequence
+from endprompt.training import loss, precision, sequence
 
 
 def batch_shape(experiment: Experiment) -> tuple[int, int]:
@@ -93,6 +93,14 @@ def loading_universal(options: dict) -> dict:
     return {**options, "checkpoint": {**options.get("checkpoint", {}), "load_universal": True}}
 
 
+def speed_options(train: dict) -> dict:
+    """Those of ``training_keys.speed_options``; the loss is kept out of what they compile."""
+    options = training_keys.speed_options(train)
+    if training_keys.compiles(train):
+        loss.leave_uncompiled()
+    return options
+
+
 def training_arguments(
     recipe: Recipe, shape: tuple[int, int], run: Path, cuda: bool, universal: bool
 ) -> TrainingArguments:
@@ -130,7 +138,7 @@ def training_arguments(
                 "gradient_accumulation_steps": accumulation,
                 "logging_nan_inf_filter": False,
                 "do_train": True,
-                **training_keys.speed_options(recipe.train),
+                **speed_options(recipe.train),
                 **(
                     {
                         "parallelism_config": sequence.parallelism(

@@ -1,0 +1,214 @@
+"""Reading a base model: its config, its tokenizer and its weights."""
+
+import contextlib
+import os
+import sys
+
+from endprompt import BadInput
+from endprompt.bases import sharpen
+from endprompt.bases.locating import Named, locate
+from endprompt.bases.refusals import (
+    refuse_contradictions,
+    refuse_foreign_keys,
+    refuse_kernels,
+    refuse_theta,
+    refuse_untied,
+)
+from endprompt.bases.unreadable import MEND, UNREADABLE, reason
+from endprompt.positions import rope
+
+SUPPORTED = ("llama", "mistral", "qwen2")
+
+
+@contextlib.contextmanager
+def without_reports():
+    """Inside, transformers logs errors alone, and draws no bars into what is no terminal."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _loading(what: str, recipe: Named, function):
+    try:
+        with without_reports():
+            return function()
+    except BadInput:
+        raise
+    except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
+        raise BadInput(
+            f"model.name_or_path: {what} of {recipe.model.name_or_path!r} cannot be loaded: {reason(error)};"
+            f" {MEND}"
+        ) from None
+
+
+def load_config(recipe: Named, where: dict | None = None):
+    """The base model's config.  Raises BadInput on a type we do not know, a scaled RoPE, attention that is
+    not plain, what contradicts itself, or a target that extends nothing.
+
+    transformers fills a missing window or rope_theta with a default of its own: the window is then an error,
+    the theta a warning.
+    """
+    from transformers import AutoConfig
+
+    where = where or locate(recipe)
+    config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
+    refuse_kernels(config, "model")
+    if config.model_type not in SUPPORTED:
+        raise BadInput(
+            f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)}"
+            " models is"
+        )
+    rope.refuse_scaled(config)
+    written = {} if recipe.model.gguf_file else _written(recipe, where, config)
+    refuse_theta(config)
+    windowed = _windowed(config, recipe.lengths.target)
+    original = original_length(recipe, config)
+    if type(original) is not int or original < 1:
+        raise BadInput(
+            f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of"
+            " tokens; mend it, or set model.original_length"
+        )
+    refuse_foreign_keys(config, written, windowed)
+    refuse_contradictions(config, written, original)
+    sharpen.inherited(config)
+    if recipe.lengths.target <= original:
+        raise BadInput(
+            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original};"
+            " raise it (or set model.original_length, if config.json overstates the window it was"
+            " trained on)"
+        )
+    return config
+
+
+def _written(recipe: Named, where: dict, config) -> dict:
+    """config.json as it is written.  Raises BadInput if it names no window, and warns of an assumed theta."""
+    from transformers import PretrainedConfig
+
+    written = _loading(
+        "config",
+        recipe,
+        lambda: PretrainedConfig.get_config_dict(**{**where, "trust_remote_code": False})[0],
+    )
+    if "max_position_embeddings" not in written and recipe.model.original_length is None:
+        raise BadInput(
+            "model: its config.json has no max_position_embeddings, the window to extend; set"
+            " model.original_length"
+        )
+    if "rope_theta" not in {**written, **(written.get("rope_parameters") or {})}:
+        print(
+            f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is"
+            f" assumed, the default of {config.model_type}",
+            file=sys.stderr,
+        )
+    return written
+
+
+def _windowed(config, target: int) -> int | None:
+    """Tokens of the attention window in use, None without.  Raises BadInput if it would cut a row."""
+    # use_sliding_window is a key of qwen2; a mistral model has its window whatever that says.
+    unused = config.model_type != "mistral" and not getattr(config, "use_sliding_window", True)
+    windowed = None if unused else getattr(config, "sliding_window", None)
+    if windowed and type(windowed) is not int:
+        raise BadInput(
+            f"model: sliding_window in its config.json is {windowed!r:.60}, no number of tokens; mend it"
+        )
+    if windowed and windowed < target:
+        raise BadInput(
+            f"model: attention is limited to a sliding window of {windowed} tokens, which would cut a row;"
+            " use a base model without one"
+        )
+    return windowed
+
+
+def original_length(recipe: Named, config) -> int:
+    return recipe.model.original_length or config.max_position_embeddings
+
+
+def load_tokenizer(recipe: Named, where: dict | None = None):
+    """The model's own fast tokenizer.  Raises BadInput if there is none, or if it has no end-of-sequence
+    token.
+    """
+    from transformers import AutoTokenizer
+
+    where = where or locate(recipe)
+    tokenizer = _loading("tokenizer", recipe, lambda: AutoTokenizer.from_pretrained(**where))
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"model: {recipe.model.name_or_path!r} has no fast tokenizer (tokenizer.json); convert it once"
+            " with transformers and save it"
+        )
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"model: the tokenizer of {recipe.model.name_or_path!r} has no end-of-sequence token, which joins"
+            " documents; set eos_token"
+        )
+    return tokenizer
+
+
+def load_weights(where: str, **arguments):
+    """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from
+    the files.
+
+    Raises BadInput beginning with ``where`` if files are unusable, if weights are missing from them or have
+    another shape than config.json says, which transformers would fill with random values, or if what
+    ``refuse_untied`` refuses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "gguf_file" not in arguments:
+        arguments |= {
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,
+        }  # mismatches are looked at below, and told in one line
+    try:
+        with without_reports():
+            network, found = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True)
+    except UNREADABLE as error:
+        raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
+    except RuntimeError as error:
+        if not (
+            mismatch := next(
+                (
+                    line.strip()
+                    for line in str(error).splitlines()
+                    if "size mismatch" in line or "negative dimension" in line
+                ),
+                None,
+            )
+        ):
+            raise
+        raise BadInput(
+            f"{where} do not fit config.json: {mismatch}; mend the folder"
+        ) from None  # as partitioned loading tells it
+    if found["mismatched_keys"]:
+        name, there, wanted = sorted(found["mismatched_keys"])[0]
+        raise BadInput(
+            f"{where} do not fit config.json: {name} is {list(there)} in the files, and {list(wanted)} by"
+            f" config.json ({len(found['mismatched_keys'])} such); mend the folder"
+        )
+    if found["missing_keys"]:
+        raise BadInput(
+            f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place;"
+            f" {MEND}"
+        )
+    if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a"
+            f" {network.config.model_type} model and are left out, first"
+            f" {sorted(found['unexpected_keys'])[:3]}",
+            file=sys.stderr,
+        )
+    if "gguf_file" not in arguments:
+        refuse_untied(
+            where, arguments["pretrained_model_name_or_path"], network.config, arguments.get("revision")
+        )
+    return network

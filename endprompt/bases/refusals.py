@@ -1,0 +1,272 @@
+"""What is refused of a base model: other kinds of models, keys that change attention or positions, what
+contradicts itself, ids without an embedding.
+"""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from endprompt import BadInput
+from endprompt.bases.unreadable import UNREADABLE
+
+
+def refuse_kernels(config, key: str) -> None:
+    """Raises BadInput beginning with ``key`` if config.json names attention on the hub, which transformers
+    would fetch and run whatever it is told to use.
+    """
+    found = getattr(config, "_attn_implementation", None)
+    if found is not None and (not isinstance(found, str) or "/" in found):
+        raise BadInput(
+            f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers;"
+            " take attn_implementation out of it"
+        )
+
+
+def refuse_other_kinds(config, where: str) -> None:
+    """Raises BadInput beginning with ``where`` unless a model of ``config`` continues text, reading it from
+    left to right."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    known = named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    two_way = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and getattr(config, "is_decoder", True) is False
+    )
+    if getattr(config, "is_encoder_decoder", False) or two_way or ("For" in named and not known):
+        raise BadInput(
+            f"{where} is a {named} of type {config.model_type!r}, and no decoder that continues text; "
+            "name a causal language model"
+        )
+
+
+# What a config.json may hold that changes attention, positions or logits in transformers or in an engine that
+# serves the model, and that is neither trained nor checked here: (its keys, what it does).  Null, false, 0
+# and empty values switch it off.
+CHANGES_ATTENTION = (
+    (
+        r"(use_)?dual_chunk(_attention|_attn)?(_config)?",
+        "dual chunk attention (Qwen2.5-1M), by which vLLM moves positions",
+    ),
+    (r"(use_)?(block_)?sparse_att(entio)?n(_\w+)?", "sparse attention, by which an engine leaves keys out"),
+    (r"use_logn_attn", "log-n attention (Qwen-1), which multiplies scores a second time"),
+    (r"use_dynamic_ntk", "dynamic NTK (Qwen-1), by which RoPE changes with the row's length"),
+    (r"(use_)?alibi(_\w+)?", "ALiBi, which adds distances to scores in place of RoPE"),
+    (r"(attn|attention|final)_logits?_soft_?cap(ping)?", "soft-capping of logits (Gemma-2)"),
+    (r"(attention_chunk|chunk_attention)_size", "chunked attention (Llama-4), by which rows are cut"),
+    (r"interleaved_sliding_window|sliding_window_pattern", "sliding windows in some layers"),
+    (r"no_rope_layer_interval|nope_layer_interval", "layers without RoPE (SmolLM3, Llama-4)"),
+    (r"attn_temperature_tuning|llama_4_scaling(_\w+)?", "scores that grow with the position (Llama-4)"),
+    (r"use_qk_norm|qk_layernorm|qk_norm", "normalized queries and keys, unknown to this type"),
+    (r"rope_(scaling_type|local_base_freq)", "a scaled RoPE under another name"),
+    (r"use_bidirectional_attention|bidirectional(_attention)?", "attention to later tokens"),
+)
+# The same for factors, which 1 switches off.
+FACTORS = (
+    (r"partial_rotary_factor|rotary_pct|rotary_percent(age)?", "RoPE on a part of each head (GLM-4, Phi)"),
+    (r"rope_(scaling_factor|freq_scale)", "a scaled RoPE under another name"),
+    (r"rope_ratio", "a RoPE base multiplied by it (ChatGLM)"),
+    (r"logits?_scal(e|ing)", "scaled logits (Granite, Cohere), which the loss would not see"),
+    (r"(attention|residual|embedding)_multiplier", "scaled attention, residuals or embeddings (Granite)"),
+)
+
+
+def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
+    """Raises BadInput if ``config`` or config.json as ``written`` has a key set by which attention, positions
+    or logits differ from a plain model's.  transformers ignores some that engines heed: what is trained and
+    scored here would be served otherwise.
+
+    windowed: tokens of the attention window in use; None without.
+    """
+
+    def refuse(key: str, value, why: str) -> None:
+        raise BadInput(
+            f"model: {key} in its config.json is {value!r:.60}: {why}, which is neither trained nor checked "
+            "here; take another base, or take the key out if the weights were trained without it"
+        )
+
+    found = config.to_dict() | written
+    parameters = found.get("rope_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    nested = {f"rope_parameters.{key}": value for key, value in parameters.items()}
+    for key, value in {**found, **nested}.items():
+        name = key.removeprefix("rope_parameters.")
+        why = next((why for pattern, why in CHANGES_ATTENTION if value and re.fullmatch(pattern, name)), None)
+        if value not in (None, 0, 1):  # True and False too
+            why = why or next((why for pattern, why in FACTORS if re.fullmatch(pattern, name)), None)
+            if why is None and key in nested and name not in ("rope_theta", "rope_type", "type"):
+                why = "a part of a RoPE scaling that is not there"
+        if why:
+            refuse(key, value, why)
+    plain: tuple[Any, ...]
+    for key, plain in (("position_embedding_type", ("rope", "rotary")), ("is_causal", (True,))):
+        if found.get(key) is not None and found[key] not in plain:
+            refuse(key, found[key], "no causal attention with RoPE")
+    kinds = ("full_attention", "sliding_attention") if windowed else ("full_attention",)
+    for key, plain in (("no_rope_layers", (1,)), ("layer_types", kinds)):
+        values = found.get(key) or ()
+        if not isinstance(values, (list, tuple)) or any(value not in plain for value in values):
+            refuse(key, values, "layers that attend in another way than the rest")
+
+
+def refuse_contradictions(config, written: dict, original: int) -> None:
+    """Raises BadInput if config.json as ``written`` says one thing in two ways, of which engines read one or
+    the other."""
+
+    def told(parameters: dict) -> dict:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        rest = {
+            key: value
+            for key, value in parameters.items()
+            if key not in ("type", "rope_theta") and value is not None
+        }
+        return {"rope_type": kind} | rest
+
+    old, new = written.get("rope_scaling") or {}, written.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise BadInput("model: rope_scaling or rope_parameters in its config.json is no mapping; mend it")
+    if old and new and told(old) != told(new):
+        raise BadInput(
+            "model: rope_scaling and rope_parameters in its config.json disagree, and engines read one or "
+            "the other; keep the right one"
+        )
+    thetas = [place["rope_theta"] for place in (written, old, new) if place.get("rope_theta") is not None]
+    if any(theta != thetas[0] for theta in thetas):
+        raise BadInput(
+            f"model: rope_theta in its config.json is {' and '.join(map(str, thetas)):.60}, and engines read "
+            "one or the other; keep the right one"
+        )
+    before = getattr(config, "original_max_position_embeddings", None)
+    if before and before != original:
+        raise BadInput(
+            f"model: original_max_position_embeddings in its config.json is {before!r:.60}, and its window "
+            f"{original}; engines would scale from one or the other; take it out, or set "
+            "model.original_length"
+        )
+
+
+def refuse_theta(config) -> None:
+    """Raises BadInput unless the base of the RoPE is a positive number."""
+    theta: Any = (config.rope_parameters or {}).get("rope_theta")
+    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+        raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
+
+
+def _tensor(folder: Path, name: str) -> tuple[Path, str] | None:
+    """(file, its full name there) of the tensor ``name`` in the safetensors that transformers would read of
+    ``folder``; None: no such.
+
+    Some files leave out what ``name`` begins with: its last two parts count.  Raises what JSON and
+    safetensors raise on damaged files.
+    """
+    from safetensors import safe_open
+
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.is_file():
+        with safe_open(file, "pt") as opened:
+            places = dict.fromkeys(opened.keys(), file.name)
+    elif index.is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        return None
+    return next(
+        (
+            (folder / there, key)
+            for key, there in places.items()
+            if key.split(".")[-2:] == name.split(".")[-2:]
+        ),
+        None,
+    )
+
+
+def refuse_untied(where: str, source: str, config, revision: str | None = None) -> None:
+    """Raises BadInput beginning with ``where`` if ``config`` says that input and output embeddings are one
+    matrix, and the safetensors of ``source`` (a folder, or a hub id as far as it was fetched) hold two that
+    differ.
+
+    transformers trains both, with a warning; the harness, and engines that go by config.json, use the input's
+    for both.  Two equal copies are one matrix.  A GGUF file says nothing of its own about it: its config is
+    read off the tensors that are there.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False) or (folder := _snapshot(source, revision)) is None:
+        return
+    known = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None), "_tied_weights_keys", None)
+    known = known if isinstance(known, dict) else {"lm_head.weight": "model.embed_tokens.weight"}
+    for one, other in known.items():
+        try:
+            places = [place for name in (other, one) if (place := _tensor(folder, name))]
+            if len(places) < 2:
+                continue
+            with contextlib.ExitStack() as stack:
+                first, second = (
+                    stack.enter_context(safe_open(file, "pt")).get_slice(key) for file, key in places
+                )
+                same, rows = first.get_shape() == second.get_shape(), first.get_shape()[0]
+                same = same and all(
+                    torch.equal(first[row : row + 4096].float(), second[row : row + 4096].float())
+                    for row in range(0, rows, 4096)
+                )
+        except (*UNREADABLE, RuntimeError):  # whoever loads the files says what is wrong with them
+            return
+        if not same:
+            raise BadInput(
+                f"{where}: config.json says tie_word_embeddings, one matrix for input and output, but"
+                f" {places[1][1]} in {places[1][0].name} is another than {places[0][1]}; set"
+                f" tie_word_embeddings to false in config.json, or take {places[1][1]} out of the files"
+            )
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of ``name``: itself, or where the hub's client keeps what it fetched of it; None if nothing
+    is there.
+    """
+    from transformers.utils import cached_file
+
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(cached_file(name, "config.json", revision=revision, local_files_only=True)).parent
+    except (OSError, ValueError):
+        return None
+
+
+def check_vocabulary(tokenizer, config, where: str) -> None:
+    """Raises BadInput beginning with ``where`` if ``tokenizer`` writes ids that a model of ``config`` has no
+    embedding for.
+
+    Tokens added to it later may have none: ``check_ids`` refuses texts that hold them.
+    """
+    greatest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
+    if greatest >= config.vocab_size:
+        raise BadInput(
+            f"{where} writes ids up to {greatest}, but the model has embeddings for 0 to"
+            f" {config.vocab_size - 1} alone; give it its own tokenizer"
+        )
+
+
+def check_ids(ids, tokenizer, embeddings: int, where: str) -> None:
+    """Raises BadInput naming the first of ``ids`` (numbers, or an array of them) that a model with
+    ``embeddings`` rows has no embedding for.
+
+    Tokens that were added to a tokenizer and not to its model do no harm until a text holds them.
+    """
+    if len(ids) and (max(ids) if isinstance(ids, list) else ids.max()) >= embeddings:
+        token = next(int(token) for token in ids if token >= embeddings)
+        raise BadInput(
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), and the model has"
+            f" embeddings for 0 to {embeddings - 1} alone; take it out of the text, or use a model whose"
+            " embeddings were resized for its tokenizer"
+        )
