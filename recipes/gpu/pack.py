@@ -192,7 +192,7 @@ def calls(folder: Path, count: int, chosen: tuple[str, ...] = METHODS) -> str:
     # Rows of the target length train four times as long (docs/gpu.md).
     run = [
         f"bash recipes/gpu/gpu.sh run {name} --out $OUT --budget"
-        f" {540 if methods.METHODS[name].row_length == 'target' else 400}"
+        f" {540 if methods.METHODS[name].fills == 'target' else 400}"
         for name in chosen
     ]
     return "\n".join(
