@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -317,11 +318,13 @@ def test_gpu_keeps_the_later_stages_their_share_and_says_what_failed(monkeypatch
     given = []
 
     def stage(name, arguments, deadline):
-        given.append((name, round(deadline - time.monotonic())))
+        given.append((name, deadline - now))
         if name == "train":
             raise RuntimeError("no such thing\nmore")
         return {"measured": 1}
 
+    now = 1000.0
+    monkeypatch.setattr(gpu, "time", types.SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(gpu, "_stage", stage)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--out", str(tmp_path), "--budget", "540"])
     gpu.main()
