@@ -62,7 +62,7 @@ def main() -> None:
         recipe = {"model": {"name_or_path": str(folder / "base")}, "lengths": {"physical": window, "target": 8 * window},
                   "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens, "end_prompts": ["EP_1"]},
                   "train": {"deepspeed": str(measure.REPOSITORY / "ds_configs" / "zero3.json"), "per_device_train_batch_size": arguments.rows, "logging_steps": 1,
-                            "warmup_steps": 2, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no"}}
+                            "warmup_steps": 2, "gradient_checkpointing": False, "report_to": [], "save_steps": 10**6}}
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
         changes = [part for value in arguments.set for part in ("--set", value)]
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ,
