@@ -248,16 +248,16 @@ def training_memory(recipe: Recipe, method: Method, about, gpus: int, options: d
 
     Raises BadInput if its step cannot be split into micro-batches.
     """
-    from endprompt import precision
+    from endprompt import zero_file
     from endprompt.train import DEFAULTS, batch_shape
 
     shape, options = batch_shape(recipe, method), (recipe.deepspeed or {}) if options is None else options
     rows = rows or shape[0]
-    kind = (precision.deepspeed_options(options, shape[0] * shape[1] // rows).get("data_types") or {}).get("grad_accum_dtype")
-    half = recipe.train.get("bf16", True) or recipe.train.get("fp16", False)  # as on a GPU
+    sums = zero_file.filled(options, shape[0] * shape[1] // rows).get("data_types") if options else None
+    half = recipe.train.get("bf16", True)  # as on a GPU
     return memory(about, options.get("zero_optimization") or {}, gpus, rows, recipe.row_length(method),
                   recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]), recipe.lora(method), 2 if half else 4,
-                  {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind))
+                  {"fp32": 4, "bf16": 2}.get((sums or {}).get("grad_accum_dtype")))
 
 
 def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: str, mfu: float) -> str:
@@ -281,7 +281,7 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
     checkpointing = recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"])
     adapters = recipe.lora(method)
     found = {name: training_memory(recipe, method, about, gpus, options) for name, options in candidates(recipe).items()}
-    half = "fp16" if recipe.train.get("fp16") else "bf16" if recipe.train.get("bf16", True) else None
+    half = "bf16" if recipe.train.get("bf16", True) else None
     masters = half and not recipe.deepspeed
     weights = f"weights, {half or 'fp32'}" + (f" (none: {'trained ' if adapters else ''}fp32)" if masters else "")
     gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"

@@ -112,7 +112,7 @@ def training_arguments(recipe: Recipe, shape: tuple[int, int], run: Path, cuda: 
     rows, accumulation = shape
     given = {key: value for key, value in recipe.train.items() if key not in ("lora", "sequence_parallel", "save_total_limit")}
     if recipe.deepspeed is not None:
-        options = precision.deepspeed_options(zero_file.filled(recipe.deepspeed), accumulation)
+        options = zero_file.filled(recipe.deepspeed, accumulation)
         given["deepspeed"] = loading_universal(options) if universal else options
     platform = {"bf16": True, "optim": "adamw_torch_fused"} if cuda else {"bf16": False, "use_cpu": True, "ddp_backend": "gloo", "optim": "adamw_torch"}
     # transformers 5.23 renamed gradient_checkpointing; the old name serves all of 5.x.
