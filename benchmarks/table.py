@@ -85,18 +85,18 @@ def figure_4() -> list[str]:
     """Markdown lines: what `endprompt plan` computes for the 8B at 64K on 8 A800, beside the paper's Figure 4."""
     from endprompt import config, estimate, methods
     from endprompt.eval import paper
-    from endprompt.trainer import PEAK_FLOPS, flops_per_token
+    from endprompt.trainer import PEAK_FLOPS
 
     recipe, printed = config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"), paper.tables()["figure_4_64k"].printed
     about = estimate.shape(recipe)
     lines = ["| method | GB a GPU, 1 row of 8K | 2 rows | 4 rows (the recipe) | the paper | hours at 40 % MFU | the paper |", "|---|---|---|---|---|---|---|"]
     for name in ("endprompt", "full_length", "longlora", "lceg"):
         method = methods.get(name)
-        length, adapters = recipe.row_length(method), recipe.lora(method)
+        length = recipe.row_length(method)
         counts = [rows if length == recipe.lengths.physical else 1 for rows in (1, 2, 4)]
         memory = [estimate.training_memory(recipe, method, about, 8, rows=rows).total / 1e9 for rows in counts]
         shown = [f"{value:.1f}" for value in memory] if len(set(counts)) > 1 else [f"{memory[0]:.1f} (a row of 64K)", "", ""]
-        flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), bool(adapters) and not adapters.train_embed_norm)
+        flops = estimate.token_flops(recipe, method, about)
         hours = flops * recipe.data.tokens / (PEAK_FLOPS["A800"] * 8 * 0.4) / 3600
         lines.append(f"| `{name}` | {' | '.join(shown)} | {printed[name]['memory_gb']} | {hours:.1f} | {printed[name]['hours']} |")
     return lines

@@ -273,6 +273,10 @@ def _path(arguments) -> None:
     print(folder)
 
 
+# Commands that know no method, or need not look into the recipe.
+ALONE = {"status": _status, "path": _path, "gpus": lambda _: print(launch.gpus(os.environ))}
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         arguments = parser().parse_args(argv)
@@ -286,14 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         _check_names(arguments)
-        if arguments.command == "status":
-            _status(arguments)
-            return
-        if arguments.command == "path":
-            _path(arguments)
-            return
-        if arguments.command == "gpus":
-            print(launch.gpus(os.environ))
+        if alone := ALONE.get(arguments.command):
+            alone(arguments)
             return
         if arguments.command == "train":
             launch.end_with_launcher()

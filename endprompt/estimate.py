@@ -260,10 +260,20 @@ def training_memory(recipe: Recipe, method: Method, about, gpus: int, options: d
                   {"fp32": 4, "bf16": 2}.get((sums or {}).get("grad_accum_dtype")))
 
 
+def token_flops(recipe: Recipe, method: Method, about) -> float:
+    """Training FLOPs of a token of the method's rows; see ``trainer.flops_per_token``."""
+    from endprompt.trainer import flops_per_token
+
+    adapters, attended = recipe.lora(method), recipe.group_size(method) or recipe.row_length(method)
+    # The output layer is trained under adapters only where it is the embedding, which some methods train.
+    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
+    return flops_per_token(about, attended, bool(adapters), head_frozen)
+
+
 def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: str, mfu: float) -> str:
     """The page that ``endprompt plan`` prints.  gpu_memory: GB (1e9 bytes) a GPU; gpu: a name of trainer.PEAK_FLOPS.  Raises BadInput."""
     from endprompt.train import DEFAULTS, batch_shape
-    from endprompt.trainer import PEAK_FLOPS, flops_per_token
+    from endprompt.trainer import PEAK_FLOPS
 
     if not method.trained:
         raise BadInput(f"plan: {method.name} trains nothing; it takes no more than its evaluation")
@@ -305,8 +315,7 @@ def describe(recipe: Recipe, method: Method, gpus: int, gpu_memory: float, gpu: 
         mend = "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation checkpointing; no ZeRO file here makes it fit"
         lines.append(f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}")
     tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
-    flops = flops_per_token(about, recipe.group_size(method) or length, bool(adapters), head_frozen)
+    flops = token_flops(recipe, method, about)
     hours = flops * tokens / (peak * gpus * mfu) / 3600
     step = gpus * rows * accumulation * length
     lines.append(f"{flops / 1e9:.1f} GFLOP a token, {flops * step / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g} B tokens at {mfu:.0%} MFU of {gpus} x {gpu}: "

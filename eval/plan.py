@@ -52,14 +52,9 @@ class Job:
 
 
 def training_flops(recipe: Recipe, method: Method, about) -> float:
-    from endprompt.trainer import flops_per_token
-
     if not method.trained:
         return 0.0
-    adapters = recipe.lora(method)
-    head_frozen = bool(adapters) and not (adapters.train_embed_norm and about.tie_word_embeddings)
-    return (flops_per_token(about, recipe.group_size(method) or recipe.row_length(method), bool(adapters), head_frozen)
-            * recipe.data.tokens * recipe.train.get("num_train_epochs", 1))
+    return estimate.token_flops(recipe, method, about) * recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
 
 
 def prefill_flops(recipe: Recipe, about) -> float:
