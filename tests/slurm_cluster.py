@@ -109,7 +109,7 @@ SlurmctldTimeout=30
 SlurmdTimeout=5
 KillWait=10
 JobRequeue=1
-MinJobAge=600
+MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory=4000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=4000 State=UNKNOWN

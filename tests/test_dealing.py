@@ -259,7 +259,7 @@ def test_the_twin_without_fillers_two_ranks_train_on_something_else(trained, one
     folder, sums = trained(
         2,
         "--set",
-        "train.max_steps=4",
+        "train.num_train_epochs=1",
         "--set",
         "train.lr_scheduler_type=constant_with_warmup",
         more="trainer.dealing.fill_evenly = lambda loader, ranks: None",

@@ -596,7 +596,7 @@ def filled(made, options, **keys):
     config.load(recipe_with(made, options, **keys))
     arguments = made.build(**{**keys, "deepspeed": None}).arguments
     found = HfTrainerDeepSpeedConfig(
-        zero_file.filled(options)
+        zero_file.filled(options, 1)
     )  # as long as it is there, models are made under ZeRO-3
     found.trainer_config_process(arguments)
     return found
@@ -968,6 +968,18 @@ ZERO = [
         for name in zero_file.BATCH
     ),
     ({**STAGE, "gradient_clipping": 0.5}, {}, "gradient_clipping is 0.5, and train.max_grad_norm 1"),
+    ({**STAGE, "data_types": "bf16"}, {}, "data_types may hold grad_accum_dtype alone"),
+    (
+        {**STAGE, "data_types": {"grad_accum_dtype": ["fp32"]}},
+        {},
+        "data_types may hold grad_accum_dtype alone",
+    ),
+    ({**STAGE, "data_types": {"grad_accum": "fp32"}}, {}, "data_types may hold grad_accum_dtype alone"),
+    (
+        {**STAGE, "bf16": {"bf16_master_weights_and_grads": True}},
+        {},
+        "bf16.bf16_master_weights_and_grads keeps no",
+    ),
     (
         {**STAGE, "gradient_clipping": 1.0},
         {"max_grad_norm": 0.5},
@@ -1067,8 +1079,8 @@ def test_a_file_for_a_gpu_is_refused_on_a_cpu_before_the_model_is_loaded(train_r
 UNFILLED = """
 from endprompt.recipe import zero_file
 whole = zero_file.filled
-def careless(options):
-    found = whole(options)
+def careless(options, accumulation):
+    found = whole(options, accumulation)
     del found["zero_optimization"][zero_file.GATHER]
     return found
 zero_file.filled = careless

@@ -117,7 +117,7 @@ def describe(experiment: Experiment, machine: Machine) -> str:
 
 def _memory_table(experiment: Experiment, found: dict[str, Memory], machine: Machine) -> list[str]:
     recipe, adapters = experiment.recipe, experiment.adapters
-    half = "fp16" if recipe.train.get("fp16") else "bf16" if recipe.train.get("bf16", True) else None
+    half = "bf16" if recipe.train.get("bf16", True) else None
     masters = half and not recipe.deepspeed
     trained = f" (none: {'trained ' if adapters else ''}fp32)" if masters else ""
     gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"

@@ -242,16 +242,14 @@ def training_memory(
 
     Raises BadInput if its step cannot be split into micro-batches.
     """
-    from endprompt.training import precision
+    from endprompt.recipe import zero_file
     from endprompt.training.arguments import DEFAULTS, batch_shape
 
     recipe, shape = experiment.recipe, batch_shape(experiment)
     options = (recipe.deepspeed or {}) if options is None else options
     rows = rows or shape[0]
-    kind = (precision.deepspeed_options(options, shape[0] * shape[1] // rows).get("data_types") or {}).get(
-        "grad_accum_dtype"
-    )
-    half = recipe.train.get("bf16", True) or recipe.train.get("fp16", False)  # as on a GPU
+    sums = zero_file.filled(options, shape[0] * shape[1] // rows).get("data_types") if options else None
+    half = recipe.train.get("bf16", True)  # as on a GPU
     return memory(
         about,
         options.get("zero_optimization") or {},
@@ -262,6 +260,6 @@ def training_memory(
             recipe.train.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]),
             experiment.adapters,
             2 if half else 4,
-            {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind or ""),
+            {"fp32": 4, "bf16": 2}.get((sums or {}).get("grad_accum_dtype", "")),
         ),
     )

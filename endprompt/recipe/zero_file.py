@@ -13,6 +13,9 @@ from endprompt.recipe.training_keys import DEFAULTS, REFUSED
 
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 HALVES = ("bf16", "fp16")
+# Of a section bf16: what keeps bf16 in place of float32 masters, so that small updates are lost.
+MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+SUMS = ("bf16", "fp32")  # what gradients of micro-batches may be summed in
 KNOWN = (
     *BATCH,
     *HALVES,
@@ -88,6 +91,15 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
         )
     for name in HALVES:
         _check_half(name, options.get(name, {}), train.get("bf16") if name == "bf16" else False, wrong)
+    sums = options.get("data_types", {})
+    if (
+        not isinstance(sums, dict)
+        or set(sums) - {"grad_accum_dtype"}
+        or any(kind not in SUMS for kind in sums.values())
+    ):
+        wrong(
+            "data_types", f"may hold grad_accum_dtype alone, one of {', '.join(SUMS)}; leave it out for fp32"
+        )
     if zero.get(GATHER, True) is not True:
         wrong(
             f"zero_optimization.{GATHER}", "is not true, and without it there is no model to save at the end"
@@ -108,6 +120,8 @@ def _check_half(name: str, section: Any, trained: bool | None, wrong: Wrong) -> 
     enabled = section.get("enabled", "auto")
     if enabled != "auto" and type(enabled) is not bool:
         wrong(f"{name}.enabled", f'is {reprlib.repr(enabled)}; write "auto"')
+    if asked := [key for key in MASTERS if section.get(key)]:
+        wrong(f"{name}.{asked[0]}", "keeps no float32 masters, and small updates are lost; take it out")
     if enabled is True and name == "fp16":
         wrong("fp16", f"is enabled: {REFUSED['fp16']}")
     if trained is not None and enabled != "auto" and enabled != trained:
@@ -138,17 +152,21 @@ def _check_optimizer(merged: dict[str, Any], section: Any, wrong: Wrong) -> None
         )
 
 
-def filled(options: dict[str, Any]) -> dict[str, Any]:
+def filled(options: dict[str, Any], accumulation: int) -> dict[str, Any]:
     """``options`` with what the recipe says in the places that they leave out.
 
-    Else gradients would not be clipped, the learning rate would be the optimizer's own, and under ZeRO-3
-    there would be no model to save at the end.
+    Else gradients would not be clipped, the learning rate would be the optimizer's own, DeepSpeed would
+    compute in float32, gradients of ``accumulation`` micro-batches would be summed in the weights' type,
+    and under ZeRO-3 there would be no model to save at the end.
     """
     zero = options["zero_optimization"]
     if zero.get("stage") == 3:
         zero = {GATHER: True, **zero}
     auto = dict.fromkeys((*BATCH, "gradient_clipping"), "auto")
-    found = {**auto, "bf16": {"enabled": "auto"}, **options, "zero_optimization": zero}
+    bf16 = {"enabled": "auto", **options.get("bf16", {})}
+    found = {**auto, **options, "bf16": bf16, "zero_optimization": zero}
+    if accumulation > 1 and zero.get("stage", 0) > 0:
+        found["data_types"] = {"grad_accum_dtype": "fp32", **options.get("data_types", {})}
     if "optimizer" in options:
         params = {**dict.fromkeys(PARAMS, "auto"), **options["optimizer"].get("params", {})}
         found["optimizer"] = {**options["optimizer"], "params": params}

@@ -114,7 +114,7 @@ def training_arguments(
         if key not in ("lora", "sequence_parallel", "save_total_limit")
     }
     if recipe.deepspeed is not None:
-        options = precision.deepspeed_options(zero_file.filled(recipe.deepspeed), accumulation)
+        options = zero_file.filled(recipe.deepspeed, accumulation)
         given["deepspeed"] = loading_universal(options) if universal else options
     platform = (
         {"bf16": True, "optim": "adamw_torch_fused"}

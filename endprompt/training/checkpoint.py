@@ -39,18 +39,10 @@ class MarkComplete(TrainerCallback):
     """
 
     def __init__(self, keep: int | None, about: dict):
-        self.keep, self.about, self.saved = keep, about, 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.saved = state.global_step  # what is resumed from
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if state.global_step == self.saved:  # a kill would leave one that was whole half-written
-            control.should_save = False
+        self.keep, self.about = keep, about
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.saved = state.global_step
         barrier()
         if state.is_local_process_zero:
             flush(folder)

@@ -42,31 +42,6 @@ def lower(network, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def deepspeed_options(options: dict, accumulation: int) -> dict:
-    """DeepSpeed's ``options`` with what they leave unsaid: half precision as the recipe has it, and gradients
-    of ``accumulation`` micro-batches summed in float32.
-
-    Without a ``bf16`` section DeepSpeed 0.19 computes in float32 whatever TrainingArguments say.  Without
-    ``grad_accum_dtype`` it sums gradients in the weights' type.  Raises BadInput if they ask for masters that
-    are not float32.
-    """
-    for section, key in (
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bf16", "bf16_optimizer_states"),
-        ("fp16", "fp16_master_weights_and_grads"),
-    ):
-        if isinstance(options.get(section), dict) and options[section].get(key):
-            raise BadInput(
-                f"train.deepspeed: {section}.{key} keeps {section} in place of float32 masters, which loses"
-                " small updates; take it out of the file"
-            )
-    if not any(name in options for name in ("fp16", "bfloat16", "amp", "torch_autocast")):
-        options = {**options, "bf16": {"enabled": "auto", **(options.get("bf16") or {})}}
-    if accumulation > 1 and (options.get("zero_optimization") or {}).get("stage", 0) > 0:
-        options = {**options, "data_types": {"grad_accum_dtype": "fp32", **(options.get("data_types") or {})}}
-    return options
-
-
 def check(arguments) -> None:
     """Raises BadInput if DeepSpeed's options and the recipe name different types (or other settings), or half
     precision at stage 0.

@@ -82,8 +82,7 @@ class Watch(TrainerCallback):
         losses = [loss for _, loss in self.trainer.micro_batches]
         finite = self._plain_gradients_finite and bool(torch.stack(losses).isfinite().all())
         norm = getattr(self.trainer.model_wrapped, "get_global_grad_norm", lambda: None)()
-        # A scaled loss in fp16 overflows now and then, and DeepSpeed skips that step.
-        finite = finite and (norm is None or args.fp16 or math.isfinite(float(norm)))
+        finite = finite and (norm is None or math.isfinite(float(norm)))
         # One reduction says both; only the first rank looks at the file.
         said = torch.tensor(
             [not finite, self.request.wished() if state.is_world_process_zero else self.request.signalled],
