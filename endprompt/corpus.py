@@ -1,4 +1,6 @@
-"""Reading a corpus: local jsonl / parquet / txt (plain, .gz, .zst; files or folders) or a dataset on the hub, streamed."""
+"""Reading a corpus: local jsonl / parquet / txt (plain, .gz, .zst; files or folders) or a dataset on the hub,
+streamed.
+"""
 
 import gzip
 import hashlib
@@ -20,12 +22,17 @@ PACKED = (".gz", ".zst")
 LONGEST = 2**30  # characters of a document or line; a packed file can hold an endless one
 PIECE = 2**20
 DATASET_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
-HELD_OUT = ("test", "validation", "train")  # the split of a folder that held-out text is read from: the first of these that is there
+HELD_OUT = (
+    "test",
+    "validation",
+    "train",
+)  # the split of a folder that held-out text is read from: the first of these that is there
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the corpus: its number in reading order, its place below what data.corpus names, and what document ids call it.
+    """A file of the corpus: its number in reading order, its place below what data.corpus names, and what
+    document ids call it.
 
     ``inside`` and ``name`` are printable; neither depends on where the corpus lies.
     """
@@ -37,45 +44,65 @@ class File:
 
 
 def printable(text: str) -> str:
-    """``text`` with what cannot be printed escaped, as are the bytes of a file's name that is no UTF-8, and backslashes."""
+    """``text`` with what cannot be printed escaped, as are the bytes of a file's name that is no UTF-8, and
+    backslashes.
+    """
+
     def shown(character: str) -> str:
         if 0xDC80 <= ord(character) <= 0xDCFF:  # what os.fsdecode makes of a byte
             return f"\\x{ord(character) - 0xDC00:02x}"
-        return character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        return (
+            character
+            if character.isprintable() and character != "\\"
+            else character.encode("unicode_escape").decode()
+        )
 
     return "".join(map(shown, text))
 
 
 def _told_apart(found: list[File]) -> list[File]:
-    """``found`` under names: a file's own, and as much of its place before it as no other file's name is the same."""
+    """``found`` under names: a file's own, and as much of its place before it as no other file's name is the
+    same.
+    """
     places = [Path(os.path.abspath(file.path)).parts for file in found]
 
     def name(number: int, level: int) -> str:
         depth = found[number].inside.count("/") + level
-        return found[number].inside.rpartition("/")[2] if level == 0 else printable("/".join(places[number][-depth:]))
+        return (
+            found[number].inside.rpartition("/")[2]
+            if level == 0
+            else printable("/".join(places[number][-depth:]))
+        )
 
     levels, clashing = [0] * len(found), list(range(len(found)))
     while clashing:
         names, users = [name(number, level) for number, level in enumerate(levels)], defaultdict(set)
         for place, called in zip(places, names, strict=True):
             users[called].add(place)
-        clashing = [number for number in range(len(found)) if len(users[names[number]]) > 1 and levels[number] < len(places[number])]
+        clashing = [
+            number
+            for number in range(len(found))
+            if len(users[names[number]]) > 1 and levels[number] < len(places[number])
+        ]
         for number in clashing:
             levels[number] += 1
     return [replace(file, name=called) for file, called in zip(found, names, strict=True)]
 
 
 def kind(path: Path) -> str | None:
-    """".jsonl", ".parquet" or ".txt" of a supported file, None of any other."""
+    """ ".jsonl", ".parquet" or ".txt" of a supported file, None of any other."""
     suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     if suffix not in KINDS or (suffix == ".parquet" and path.suffix in PACKED):
         return None
     return ".jsonl" if suffix == ".json" else suffix
 
 
-def local_files(recipe: Recipe, splits: tuple[str, ...] | None = None, key: str = "data.corpus") -> list[File] | None:
-    """The corpus' files in reading order; None if ``data.corpus`` is a hub id.  A file that is named is read; of a folder, what
-    ``datasets.load_dataset`` takes for the first split of ``splits`` (``data.split``) that is there.
+def local_files(
+    recipe: Recipe, splits: tuple[str, ...] | None = None, key: str = "data.corpus"
+) -> list[File] | None:
+    """The corpus' files in reading order; None if ``data.corpus`` is a hub id.  A file that is named is read;
+    of a folder, what ``datasets.load_dataset`` takes for the first split of ``splits`` (``data.split``) that
+    is there.
 
     Raises BadInput beginning with ``key`` if there is nothing to read.
     """
@@ -90,13 +117,21 @@ def local_files(recipe: Recipe, splits: tuple[str, ...] | None = None, key: str 
         if path is None:
             if len(corpus) == 1 and re.fullmatch(DATASET_ID, entry) and kind(Path(entry)) is None:
                 return None
-            raise BadInput(f"{key}: there is no file or folder {entry!r}; give an existing path, or the id of a dataset on the hub")
+            raise BadInput(
+                f"{key}: there is no file or folder {entry!r}; give an existing path, or the id of a dataset"
+                " on the hub"
+            )
         inside = _inside(path, splits or (recipe.data.split,), key) if path.is_dir() else [path]
         if not inside:
-            raise BadInput(f"{key}: the folder {path} holds no {', '.join(KINDS)} file (nor one packed as .gz or .zst)")
+            raise BadInput(
+                f"{key}: the folder {path} holds no {', '.join(KINDS)} file (nor one packed as .gz or .zst)"
+            )
         for file in inside:
             if kind(file) is None:
-                raise BadInput(f"{key}: {file} is of no known kind; use {', '.join(KINDS)}, plain or packed as .gz or .zst")
+                raise BadInput(
+                    f"{key}: {file} is of no known kind; use {', '.join(KINDS)}, plain or packed as .gz or"
+                    " .zst"
+                )
             if not file.is_file():
                 why = "a link to nothing" if not file.exists() else "no regular file, and would be waited for"
                 raise BadInput(f"{key}: {file} is {why}; put a file there, or remove it")
@@ -106,16 +141,24 @@ def local_files(recipe: Recipe, splits: tuple[str, ...] | None = None, key: str 
 
 
 def _inside(folder: Path, splits: tuple[str, ...], key: str) -> list[Path]:
-    """What ``folder`` and its folders hold of a split under the names of corpus files, sorted; what is passed over is named on stderr."""
+    """What ``folder`` and its folders hold of a split under the names of corpus files, sorted; what is passed
+    over is named on stderr.
+    """
     from endprompt import corpus_folder
 
     paths = {}
     for path in folder.rglob("*"):
         if path.is_symlink() and path.is_dir():
-            print(f"warning: {key}: {path} is a link to a folder and passed over; name the folder itself in {key}", file=sys.stderr)
+            print(
+                f"warning: {key}: {path} is a link to a folder and passed over; name the folder itself in"
+                f" {key}",
+                file=sys.stderr,
+            )
         elif not path.is_dir():
             paths[path.relative_to(folder).as_posix()] = path
-    chosen, left = corpus_folder.choose(folder, sorted(paths), lambda name: kind(paths[name]) is not None, splits, key)
+    chosen, left = corpus_folder.choose(
+        folder, sorted(paths), lambda name: kind(paths[name]) is not None, splits, key
+    )
     if left:
         print(printable(f"warning: {key}: of {folder}, not read: {left}"), file=sys.stderr)
     return sorted(paths[name] for name in chosen)
@@ -144,7 +187,7 @@ class Source(io.FileIO):
         if size is None or size < 0:
             return self.readall()
         buffer = bytearray(size)
-        return bytes(buffer[:self.readinto(buffer)])
+        return bytes(buffer[: self.readinto(buffer)])
 
 
 def _prefix_fault(path: Path, expected: dict[int, str]) -> bool:
@@ -159,15 +202,18 @@ def _prefix_fault(path: Path, expected: dict[int, str]) -> bool:
 
 
 class Ledger:
-    """What was read of a corpus: ``records``, [place, bytes, bytes that were read, their SHA-256] of each file, as far as ``settle`` was told.
+    """What was read of a corpus: ``records``, [place, bytes, bytes that were read, their SHA-256] of each
+    file, as far as ``settle`` was told.
 
-    Documents are read ahead of the rows that are made of them.  What is recorded depends on the documents that were used alone,
-    not on the number of workers, so that the same rows come with the same record.
+    Documents are read ahead of the rows that are made of them.  What is recorded depends on the documents
+    that were used alone, not on the number of workers, so that the same rows come with the same record.
     """
 
     def __init__(self, files: list[File] | None, records: list[list] | None = None):
         """records: those of a run that this one goes on from."""
-        self.records = records or (None if files is None else [[file.inside, file.path.stat().st_size, 0, ""] for file in files])
+        self.records = records or (
+            None if files is None else [[file.inside, file.path.stat().st_size, 0, ""] for file in files]
+        )
         self._given, self._changes = 0, deque()
 
     def note(self, file: File, source: Source) -> None:
@@ -181,7 +227,9 @@ class Ledger:
             yield document
 
     def settle(self, used: int | None) -> None:
-        """Records what was read for the first ``used`` documents of those followed, None for all there are."""
+        """Records what was read for the first ``used`` documents of those followed, None for all there
+        are.
+        """
         while self._changes and (used is None or self._changes[0][0] < used):
             _, index, count, digest = self._changes.popleft()
             if count > self.records[index][2]:  # a run that goes on reads again what was recorded
@@ -190,18 +238,34 @@ class Ledger:
 
 def are_records(value: Any) -> bool:
     """Whether ``value`` has the form of ``Ledger.records``."""
-    return value is None or (isinstance(value, list) and all(
-        isinstance(record, list) and [*map(type, record)] == [str, int, int, str] and 0 <= record[2] <= record[1] for record in value))
+    return value is None or (
+        isinstance(value, list)
+        and all(
+            isinstance(record, list)
+            and [*map(type, record)] == [str, int, int, str]
+            and 0 <= record[2] <= record[1]
+            for record in value
+        )
+    )
 
 
 def changed(files: list[File], records: list[list], *others: list[list]) -> str:
-    """What of ``files`` is not as ``records``, and ``others`` of the same corpus, say it was; "" if all is."""
+    """What of ``files`` is not as ``records``, and ``others`` of the same corpus, say it was; "" if all
+    is.
+    """
     now = [[file.inside, file.path.stat().st_size] for file in files]
     then = [record[:2] for record in records]
     if now != then:
         sizes, before = dict(map(tuple, now)), dict(map(tuple, then))
-        faults = ([f"{name} is missing" for name in before if name not in sizes] + [f"{name} is new" for name in sizes if name not in before]
-                  + [f"{name} has {size} bytes in place of {before[name]}" for name, size in now if before.get(name, size) != size])
+        faults = (
+            [f"{name} is missing" for name in before if name not in sizes]
+            + [f"{name} is new" for name in sizes if name not in before]
+            + [
+                f"{name} has {size} bytes in place of {before[name]}"
+                for name, size in now
+                if before.get(name, size) != size
+            ]
+        )
         faults = faults or ["its files are in another order, or more or fewer of one name"]
     else:
         faults = []
@@ -210,13 +274,17 @@ def changed(files: list[File], records: list[list], *others: list[list]) -> str:
             for one in (records, *others):
                 if one[number][2]:
                     digests[one[number][2]].add(one[number][3])
-            if any(len(found) > 1 for found in digests.values()) or _prefix_fault(file.path, {count: min(found) for count, found in digests.items()}):
+            if any(len(found) > 1 for found in digests.values()) or _prefix_fault(
+                file.path, {count: min(found) for count, found in digests.items()}
+            ):
                 faults.append(f"{file.inside} holds other text of the same length")
     return ", ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
 class _Zstd(io.RawIOBase):
-    """The bytes in a .zst file of any number of frames.  zstandard's own reader takes a file that was cut short for a whole one."""
+    """The bytes in a .zst file of any number of frames.  zstandard's own reader takes a file that was cut
+    short for a whole one.
+    """
 
     def __init__(self, packed: io.RawIOBase):
         self._pieces, self._piece = self._decompressed(packed), memoryview(b"")
@@ -250,10 +318,11 @@ class _Zstd(io.RawIOBase):
 
 
 def open_text(path: Path, source: Source | None = None) -> io.TextIOBase:
-    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst, without the mark of UTF-8 (BOM) that may stand before it.
+    """A file as UTF-8 text, unpacked if its name ends in .gz or .zst, without the mark of UTF-8 (BOM) that
+    may stand before it.
 
-    source: what its bytes are read from, in place of ``path``.  What gzip, zstd and UTF-8 raise comes through.
-    Raises BadInput for a pipe, a socket or a device.
+    source: what its bytes are read from, in place of ``path``.  What gzip, zstd and UTF-8 raise comes
+    through. Raises BadInput for a pipe, a socket or a device.
     """
     if path.exists() and not path.is_dir() and not path.is_file():
         raise BadInput(f"{path} is no regular file, and would be waited for; put a file there")
@@ -271,19 +340,25 @@ def _lines(file: io.TextIOBase, where: Path) -> Iterator[str]:
     while line := file.readline(LONGEST + 1):
         number += 1
         if len(line) > LONGEST:
-            raise BadInput(f"{where} line {number} is longer than {LONGEST} characters; split it, or remove the file")
+            raise BadInput(
+                f"{where} line {number} is longer than {LONGEST} characters; split it, or remove the file"
+            )
         yield line
 
 
 def json_lines(lines: Iterable[str], where: Path | str) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, what stands in it) of every line that is not blank.  Raises BadInput naming a line of ``where`` that is no JSON."""
+    """(line number from 1, what stands in it) of every line that is not blank.  Raises BadInput naming a line
+    of ``where`` that is no JSON.
+    """
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} line {number}: not JSON: {error}; a .jsonl file has one object a line") from None
+            raise BadInput(
+                f"{where} line {number}: not JSON: {error}; a .jsonl file has one object a line"
+            ) from None
 
 
 def jsonl(path: Path, source: Source | None = None) -> Iterator[tuple[int, Any]]:
@@ -297,13 +372,18 @@ def _text(row, column: str, where: str) -> str:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise BadInput(f"data.text_column: {where} has no {column!r}; it has {there}")
     if not isinstance(row[column], str):
-        raise BadInput(f"{where}: {column!r} is {type(row[column]).__name__}, not text; mend or drop that row")
+        raise BadInput(
+            f"{where}: {column!r} is {type(row[column]).__name__}, not text; mend or drop that row"
+        )
     if len(row[column]) > LONGEST:
         raise BadInput(f"{where}: {column!r} is longer than {LONGEST} characters; split it")
     try:
         row[column].encode()
     except UnicodeEncodeError:  # JSON can escape one half of a UTF-16 pair; no tokenizer reads it
-        raise BadInput(f"{where}: {column!r} holds half of a UTF-16 surrogate pair, which is no text; mend or drop that row") from None
+        raise BadInput(
+            f"{where}: {column!r} holds half of a UTF-16 surrogate pair, which is no text; mend or drop"
+            " that row"
+        ) from None
     return row[column]
 
 
@@ -315,12 +395,22 @@ def _file_texts(path: Path, source: Source, column: str) -> Iterator[str]:
             pass
         file = pq.ParquetFile(path)
         if column not in file.schema_arrow.names:
-            raise BadInput(f"data.text_column: {path} has no {column!r}; it has {', '.join(file.schema_arrow.names)}")
+            raise BadInput(
+                f"data.text_column: {path} has no {column!r}; it has {', '.join(file.schema_arrow.names)}"
+            )
         number = 0
         # So many rows at once as are some 256 MiB, if they are alike in size.
         packed = file.metadata.row_group
-        largest = max((packed(index).total_byte_size // max(1, packed(index).num_rows) for index in range(file.metadata.num_row_groups)), default=0)
-        for batch in file.iter_batches(batch_size=max(1, min(256, 2**28 // max(1, largest))), columns=[column]):
+        largest = max(
+            (
+                packed(index).total_byte_size // max(1, packed(index).num_rows)
+                for index in range(file.metadata.num_row_groups)
+            ),
+            default=0,
+        )
+        for batch in file.iter_batches(
+            batch_size=max(1, min(256, 2**28 // max(1, largest))), columns=[column]
+        ):
             for row in batch.to_pylist():
                 number += 1
                 yield _text(row, column, f"{path} row {number}")
@@ -338,10 +428,14 @@ def _file_texts(path: Path, source: Source, column: str) -> Iterator[str]:
             yield _text(row, column, f"{path} line {number}")
 
 
-def documents(recipe: Recipe, files: list[File] | None, ledger: Ledger | None = None) -> Iterator[tuple[str, str]]:
-    """(document id, text) in the corpus' own order; the id names the file and the number of the document in it.
+def documents(
+    recipe: Recipe, files: list[File] | None, ledger: Ledger | None = None
+) -> Iterator[tuple[str, str]]:
+    """(document id, text) in the corpus' own order; the id names the file and the number of the document in
+    it.
 
-    ledger: where it is noted what was read.  Documents without any text are passed over.  Raises BadInput naming file and line where something cannot be read.
+    ledger: where it is noted what was read.  Documents without any text are passed over.  Raises BadInput
+    naming file and line where something cannot be read.
     """
     column = recipe.data.text_column
     if files is None:
@@ -355,8 +449,11 @@ def documents(recipe: Recipe, files: list[File] | None, ledger: Ledger | None = 
                 if text.strip():
                     yield f"{name}#{number}", text
         except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(f"data.corpus: {name!r} is no local path and cannot be streamed from the hub "
-                           f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the id, the network and data.split") from None
+            raise BadInput(
+                f"data.corpus: {name!r} is no local path and cannot be streamed from the hub"
+                f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the"
+                " id, the network and data.split"
+            ) from None
         return
     for file in files:
         try:
@@ -371,5 +468,8 @@ def documents(recipe: Recipe, files: list[File] | None, ledger: Ledger | None = 
         except BadInput:
             raise
         except Exception as error:  # gzip, zstd, Arrow and UTF-8 each raise their own
-            raise BadInput(f"data.corpus: {file.path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-                           "it may be damaged, or not be what its name says") from None
+            raise BadInput(
+                f"data.corpus: {file.path} cannot be read:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}; it may be damaged,"
+                " or not be what its name says"
+            ) from None

@@ -59,8 +59,10 @@ def fill_evenly(loader, ranks: int) -> None:
         return
     shard = loader.batch_sampler
     if not isinstance(shard, BatchSamplerShard):
-        raise Failure(f"train: {type(shard).__name__} deals the batches, and not accelerate's "
-                      "BatchSamplerShard; would rows be trained on twice?")
+        raise Failure(
+            f"train: {type(shard).__name__} deals the batches, and not accelerate's "
+            "BatchSamplerShard; would rows be trained on twice?"
+        )
     if not shard.drop_last:
         ranks = 1 if shard.split_batches else shard.num_processes
         shard.batch_sampler = WholeBatches(shard.batch_sampler, ranks)

@@ -1,7 +1,8 @@
 """Text -> token ids, as fast as an exact tokenizer can be had.
 
-The ids are those of the Rust library tokenizers.  Where the package fastokens is installed and is certain to write the same ids (``fast_texts``), it
-writes them some twenty times as fast.  Whole documents, and a piece of every batch, are written by both, and a difference ends the run.
+The ids are those of the Rust library tokenizers.  Where the package fastokens is installed and is certain to
+write the same ids (``fast_texts``), it writes them some twenty times as fast.  Whole documents, and a piece
+of every batch, are written by both, and a difference ends the run.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ MOST_APART = 5000  # strings that are looked for in every text
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 over the fast tokenizer's whole definition and its end token; truncation and padding settings left out."""
+    """SHA-256 over the fast tokenizer's whole definition and its end token; truncation and padding settings
+    left out.
+    """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition["truncation"] = definition["padding"] = None
     definition["eos"] = tokenizer.eos_token_id
@@ -42,41 +45,69 @@ def _parts(part: dict | None) -> list[dict]:
 
 
 def fast_texts(definition: str) -> re.Pattern | bool:
-    """Which texts fastokens writes as tokenizers does: True for all, False for none, else those that the pattern is not found in.
+    """Which texts fastokens writes as tokenizers does: True for all, False for none, else those that the
+    pattern is not found in.
 
-    All for byte-level tokenizers.  With bytes as a last resort, as Llama-2 has them, it takes a written ``<0x41>``, or another entry of the vocabulary that
-    no merges lead to, for that entry, if a letter beside it is not in the vocabulary.  Where bytes are missing, it joins unknown letters otherwise.
+    All for byte-level tokenizers.  With bytes as a last resort, as Llama-2 has them, it takes a written
+    ``<0x41>``, or another entry of the vocabulary that no merges lead to, for that entry, if a letter beside
+    it is not in the vocabulary.  Where bytes are missing, it joins unknown letters otherwise.
     """
     from tokenizers import Tokenizer
 
     tree = json.loads(definition)
     bpe = tree["model"]
-    if bpe.get("type") != "BPE" or bpe.get("dropout") or bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
+    if (
+        bpe.get("type") != "BPE"
+        or bpe.get("dropout")
+        or bpe.get("continuing_subword_prefix")
+        or bpe.get("end_of_word_suffix")
+    ):
         return False
     if any(part["type"] == "ByteLevel" for part in _parts(tree["pre_tokenizer"])):
         return True
-    spaces = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    if not bpe.get("byte_fallback") or not bpe["vocab"].keys() >= {*BYTES} or not all(part in spaces for part in _parts(tree["normalizer"])):
+    spaces = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    if (
+        not bpe.get("byte_fallback")
+        or not bpe["vocab"].keys() >= {*BYTES}
+        or not all(part in spaces for part in _parts(tree["normalizer"]))
+    ):
         return False
     write = Tokenizer.from_str(definition).model.tokenize
-    apart = [token for token, number in bpe["vocab"].items() if len(token) > 1 and [piece.id for piece in write(token)] != [number]]
+    apart = [
+        token
+        for token, number in bpe["vocab"].items()
+        if len(token) > 1 and [piece.id for piece in write(token)] != [number]
+    ]
     if not apart or len(apart) > MOST_APART:
         return not apart
     # A text's spaces become the letter U+2581, and one is put before it.
-    return re.compile("|".join(re.escape(token.removeprefix("\u2581")).replace("\u2581", "[ \u2581]") for token in apart))
+    return re.compile(
+        "|".join(re.escape(token.removeprefix("\u2581")).replace("\u2581", "[ \u2581]") for token in apart)
+    )
 
 
 class Encoder:
-    """Ids of texts by the tokenizer of ``definition`` (the text of a tokenizer.json), never cut and never padded.
+    """Ids of texts by the tokenizer of ``definition`` (the text of a tokenizer.json), never cut and never
+    padded.
 
-    special_tokens: whether the tokenizer's own (BOS, as a rule) are put around each text.  split_special_tokens: whether the names of special tokens in a
-    text are ordinary text.  ``fast``: whether fastokens is used.
+    special_tokens: whether the tokenizer's own (BOS, as a rule) are put around each text.
+    split_special_tokens: whether the names of special tokens in a text are ordinary text.  ``fast``: whether
+    fastokens is used.
     """
 
     def __init__(self, definition: str, special_tokens: bool = True, split_special_tokens: bool = False):
         from tokenizers import Tokenizer
 
-        self._special, self._split, self._calls, self._seen, self._compared = special_tokens, split_special_tokens, 0, 0, 0
+        self._special, self._split, self._calls, self._seen, self._compared = (
+            special_tokens,
+            split_special_tokens,
+            0,
+            0,
+            0,
+        )
         self._exact = Tokenizer.from_str(definition)
         self._exact.no_truncation()
         self._exact.no_padding()
@@ -102,15 +133,25 @@ class Encoder:
             return None
 
     def _exactly(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(encoding.ids, np.int32) for encoding in self._exact.encode_batch_fast(texts, add_special_tokens=self._special)]
+        return [
+            np.array(encoding.ids, np.int32)
+            for encoding in self._exact.encode_batch_fast(texts, add_special_tokens=self._special)
+        ]
 
     def _quickly(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            ids, ends = self._fast.encode_batch_flat(texts, add_special_tokens=self._special, split_special_tokens=self._split)
+            ids, ends = self._fast.encode_batch_flat(
+                texts, add_special_tokens=self._special, split_special_tokens=self._split
+            )
         except ValueError:
             # It refuses a byte that the vocabulary has no token for, which tokenizers leaves out.
             return self._exactly(texts) if len(texts) == 1 else [self._quickly([text])[0] for text in texts]
-        return [part.astype(np.int32) for part in np.split(np.frombuffer(ids, np.uint32), np.frombuffer(ends, np.uint64)[1:-1].astype(np.int64))]
+        return [
+            part.astype(np.int32)
+            for part in np.split(
+                np.frombuffer(ids, np.uint32), np.frombuffer(ends, np.uint64)[1:-1].astype(np.int64)
+            )
+        ]
 
     def _certain(self, text: str) -> bool:
         return self._same is True or not self._same.search(text)
@@ -119,14 +160,18 @@ class Encoder:
         if not np.array_equal(ids, found := self._exactly([text])[0]):
             count = min(len(ids), len(found))
             at = next(iter(np.flatnonzero(ids[:count] != found[:count])), count)
-            raise Failure(f"fastokens writes other ids than tokenizers from token {at} of the text {text[:40]!r}... on; uninstall fastokens, delete what was "
-                          "prepared with it, and start again")
+            raise Failure(
+                f"fastokens writes other ids than tokenizers from token {at} of the text {text[:40]!r}... on;"
+                " uninstall fastokens, delete what was prepared with it, and start again"
+            )
 
     def _compare(self, texts: list[str], ids: list[np.ndarray]) -> None:
-        """Of ``texts``, of which fastokens wrote ``ids``: a piece of one, and whole ones until they are a share of all that there was."""
+        """Of ``texts``, of which fastokens wrote ``ids``: a piece of one, and whole ones until they are a
+        share of all that there was.
+        """
         text = texts[self._calls % len(texts)]
         start = self._calls * 7919 % max(1, len(text) - COMPARED_CHARACTERS)
-        piece = text[start:start + COMPARED_CHARACTERS]
+        piece = text[start : start + COMPARED_CHARACTERS]
         self._refuse_difference(piece, self._quickly([piece])[0])
         self._calls += 1
         for text, written in zip(texts, ids, strict=True):
@@ -136,7 +181,9 @@ class Encoder:
             self._seen += len(text)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Int32 ids of each of ``texts``.  Raises Failure if fastokens and tokenizers differ on some of them."""
+        """Int32 ids of each of ``texts``.  Raises Failure if fastokens and tokenizers differ on some of
+        them.
+        """
         certain = [self._fast is not None and self._certain(text) for text in texts]
         quick = [text for text, fast in zip(texts, certain, strict=True) if fast]
         exact = iter(self._exactly([text for text, fast in zip(texts, certain, strict=True) if not fast]))
@@ -178,7 +225,8 @@ def _start_worker(definition: str, eos: int) -> None:
         # A killed parent cannot end its pool, whose workers would wait for ever.
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _worker
-    # The Rust tokenizer alone: the same ids as the Python one around it, without importing transformers in each worker.
+    # The Rust tokenizer alone: the same ids as the Python one around it, without importing transformers in
+    # each worker.
     _worker = Encoder(definition), eos
 
 
@@ -186,14 +234,20 @@ def _work(texts: list[str]) -> list[np.ndarray]:
     return _ended(*_worker, texts)
 
 
-def tokenized(documents: Iterable[tuple[str, str]], tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(document id, int32 ids ending in EOS) in order: fastokens on ``workers`` threads, else that many processes with a bounded number of batches in flight."""
+def tokenized(
+    documents: Iterable[tuple[str, str]], tokenizer, workers: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(document id, int32 ids ending in EOS) in order: fastokens on ``workers`` threads, else that many
+    processes with a bounded number of batches in flight.
+    """
     definition, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
     encoder = Encoder(definition)
     if workers <= 1 or encoder.fast:
         for batch in _batches(documents):
-            yield from zip((name for name, _ in batch), _ended(encoder, eos, [text for _, text in batch]), strict=True)
+            yield from zip(
+                (name for name, _ in batch), _ended(encoder, eos, [text for _, text in batch]), strict=True
+            )
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (definition, eos))
     try:

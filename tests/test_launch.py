@@ -1,4 +1,6 @@
-"""What scripts ask of the command line: where a run is, how many ranks to start, and how the training ended."""
+"""What scripts ask of the command line: where a run is, how many ranks to start, and how the training
+ended.
+"""
 
 import json
 import os
@@ -13,7 +15,7 @@ from training import ENVIRONMENT, prepared
 
 from endprompt import launch
 
-# -- where a run is ------------------------------------------------------------------------------------------------------
+# -- where a run is ------------------------------------------------------------------------------------------
 
 
 def test_path_knows_the_recipes_that_come_with_it(tmp_path, monkeypatch):
@@ -92,7 +94,7 @@ def test_no_script_derives_the_folder_of_a_run():
         ), script
 
 
-# -- GPUs ----------------------------------------------------------------------------------------------------------------
+# -- GPUs ----------------------------------------------------------------------------------------------------
 
 PLAIN = "".join(f"GPU {number}: NVIDIA A100-SXM4-80GB (UUID: GPU-{number}aaa-bbbb)\n" for number in range(8))
 MIG = """GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0aaa-bbbb)
@@ -198,15 +200,18 @@ def test_without_nvidia_smi_slurm_counts(tmp_path, monkeypatch):
     )
 
 
-# -- what run.sh starts --------------------------------------------------------------------------------------------------
+# -- what run.sh starts --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def started(recipe_file, tmp_path):
-    """started(recipe, method, **environment) -> the arguments of the torchrun that run.sh would start; None if it starts none."""
+    """started(recipe, method, **environment) -> the arguments of the torchrun that run.sh would start; None
+    if it starts none.
+    """
     fake = tmp_path / "python"
     fake.write_text(
-        f'#!/bin/bash\nif [ "$2" = endprompt ]; then exec {sys.executable} "$@"; fi\nprintf "%s\\n" "$@" >{tmp_path}/started\n'
+        f'#!/bin/bash\nif [ "$2" = endprompt ]; then exec {sys.executable} "$@"; fi\nprintf "%s\\n" "$@"'
+        f" >{tmp_path}/started\n"
     )
     fake.chmod(0o755)
 
@@ -249,7 +254,7 @@ def test_run_sh_starts_a_rank_for_each_gpu_that_it_may_use(recipe_file, started,
     assert started(folder / "recipe.yaml", "short") is None  # no shards: said once, by one process
 
 
-# -- exit codes ----------------------------------------------------------------------------------------------------------
+# -- exit codes ----------------------------------------------------------------------------------------------
 
 
 def test_the_first_exit_code_stays(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""What is trained has float32 masters, with DeepSpeed and without; gradients and the loss' scale keep their digits."""
+"""What is trained has float32 masters, with DeepSpeed and without; gradients and the loss' scale keep their
+digits.
+"""
 
 import json
 import shutil
@@ -393,7 +395,9 @@ def copied(base: Path, folder: Path, **changes) -> Path:
 
 
 def separated(base: Path, folder: Path) -> Path:
-    """The base, untied, with ``pad_token_id`` that of the separator: only the input side trains its embedding."""
+    """The base, untied, with ``pad_token_id`` that of the separator: only the input side trains its
+    embedding.
+    """
     eos = json.loads((base / "config.json").read_text())["eos_token_id"]
     copied(base, folder, pad_token_id=eos, tie_word_embeddings=False)
     tensors = load_file(base / "model.safetensors")

@@ -11,12 +11,16 @@ from training import TORCHRUN, assert_same, losses, run, weights
 # name -> (settings, steps): 64 rows, 8 of them a step on two ranks and 4 on one.
 ENDS = {
     "max_steps": (("train.max_steps=3",), {1: 3, 2: 3}),
-    "max_steps in a second epoch": (("train.max_steps=9", "train.gradient_accumulation_steps=4"),
-                                    {1: 9, 2: 9}),
+    "max_steps in a second epoch": (
+        ("train.max_steps=9", "train.gradient_accumulation_steps=4"),
+        {1: 9, 2: 9},
+    ),
     "a part of an epoch": (("train.num_train_epochs=0.3",), {1: 5, 2: 3}),
     "the recipe's own end": (("train.gradient_accumulation_steps=8",), {1: 4, 2: 2}),
-    "a part of a second epoch": (("train.num_train_epochs=1.25", "train.gradient_accumulation_steps=8"),
-                                 {1: 5, 2: 3}),
+    "a part of a second epoch": (
+        ("train.num_train_epochs=1.25", "train.gradient_accumulation_steps=8"),
+        {1: 5, 2: 3},
+    ),
 }
 
 
@@ -48,8 +52,9 @@ FAST = ("max_steps", "a part of an epoch")
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("end", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-                                 for name in ENDS])
+@pytest.mark.parametrize(
+    "end", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ENDS]
+)
 def test_a_start_after_the_last_checkpoint_trains_nothing_more(end, ranks, train_recipe, two_ranks, tmp_path):
     settings, expected = ENDS[end]
     whole = fresh(two_ranks, tmp_path / "whole")
@@ -65,9 +70,11 @@ def test_a_start_after_the_last_checkpoint_trains_nothing_more(end, ranks, train
 @pytest.mark.distributed
 def test_so_does_one_after_a_guard_of_the_saving_has_failed(train_recipe, two_ranks, tmp_path):
     folder = fresh(two_ranks, tmp_path)
-    broken = ("from endprompt import Failure, checkpoint\n"
-              "def fail(*args, **kwargs):\n    raise Failure('saved model: broken on purpose')\n"
-              "checkpoint.verify_saved = fail")
+    broken = (
+        "from endprompt import Failure, checkpoint\n"
+        "def fail(*args, **kwargs):\n    raise Failure('saved model: broken on purpose')\n"
+        "checkpoint.verify_saved = fail"
+    )
     assert "broken on purpose" in ended(train_recipe, folder, 2, (), broken, expect=1)
     assert not (folder / "model").exists() and (folder / "checkpoints/checkpoint-8/complete.json").exists()
     ended(train_recipe, folder, 2, ())

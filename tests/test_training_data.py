@@ -1,4 +1,6 @@
-"""Training data that was asked for, and no other: which files of a folder are read, what they were, how documents are named, and tokens without an embedding."""
+"""Training data that was asked for, and no other: which files of a folder are read, what they were, how
+documents are named, and tokens without an embedding.
+"""
 
 import gzip
 import itertools
@@ -15,7 +17,18 @@ import zstandard
 from conftest import run_main, write_jsonl
 from datasets import data_files
 
-from endprompt import BadInput, config, corpus, corpus_folder, methods, model, prepare, settings_file, shards, train
+from endprompt import (
+    BadInput,
+    config,
+    corpus,
+    corpus_folder,
+    methods,
+    model,
+    prepare,
+    settings_file,
+    shards,
+    train,
+)
 
 BOM = "\ufeff"
 
@@ -39,30 +52,54 @@ def read(recipe_file):
     """read(folder, split="test") -> [(document id, text), ...]"""
 
     def documents(where, split="train"):
-        recipe = config.load(recipe_file(data={"corpus": [str(one) for one in where] if isinstance(where, list) else str(where), "split": split}))
+        recipe = config.load(
+            recipe_file(
+                data={
+                    "corpus": [str(one) for one in where] if isinstance(where, list) else str(where),
+                    "split": split,
+                }
+            )
+        )
         return list(corpus.documents(recipe, corpus.local_files(recipe)))
 
     return documents
 
 
-# -- which files of a folder -------------------------------------------------------------------------------------------
+# -- which files of a folder ---------------------------------------------------------------------------------
 
 LAYOUTS = {
     "no names of splits": ["a.jsonl", "b/c.jsonl", "d.txt", "constraint.jsonl", "latest.jsonl"],
-    "hidden": ["train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "__pycache__/train.jsonl", ".train.jsonl", "._train.jsonl"],
+    "hidden": [
+        "train.jsonl",
+        ".ipynb_checkpoints/train-checkpoint.jsonl",
+        "__pycache__/train.jsonl",
+        ".train.jsonl",
+        "._train.jsonl",
+    ],
     "hidden alone beside": ["a.jsonl", ".git/b.jsonl", "c/.d/e.jsonl", "c/f.jsonl", "__MACOSX/a.jsonl"],
-    "sharded": ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "dataset_infos.json"],
-    "files": ["train.jsonl", "validation.jsonl", "test.jsonl", "extra.jsonl"], "other words": ["training.jsonl", "dev.jsonl", "eval.jsonl", "testing.jsonl"],
-    "inside names": ["my_train_file.jsonl", "my-test.jsonl", "x.valid.y.jsonl"], "folders": ["train/a.jsonl", "test/b.jsonl", "train/c/d.jsonl"],
-    "about the data": ["a.jsonl", "dataset_infos.json", "dataset_info.json", "config.json"], "test alone": ["test.jsonl", "b.jsonl"],
+    "sharded": [
+        "data/train-00000-of-00001.parquet",
+        "data/test-00000-of-00001.parquet",
+        "dataset_infos.json",
+    ],
+    "files": ["train.jsonl", "validation.jsonl", "test.jsonl", "extra.jsonl"],
+    "other words": ["training.jsonl", "dev.jsonl", "eval.jsonl", "testing.jsonl"],
+    "inside names": ["my_train_file.jsonl", "my-test.jsonl", "x.valid.y.jsonl"],
+    "folders": ["train/a.jsonl", "test/b.jsonl", "train/c/d.jsonl"],
+    "about the data": ["a.jsonl", "dataset_infos.json", "dataset_info.json", "config.json"],
+    "test alone": ["test.jsonl", "b.jsonl"],
     "packed": ["train.jsonl", "test.txt", "c/train.txt"],
 }
 
 
 def by_datasets(folder: Path) -> dict[str, list[str]]:
     """{split: files} as ``datasets`` finds them, among those of a kind that is read here."""
-    found = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns(str(folder)), base_path=str(folder))
-    return {str(split): sorted(os.path.relpath(path, folder) for path in paths) for split, paths in found.items()}
+    found = data_files.DataFilesDict.from_patterns(
+        data_files.get_data_patterns(str(folder)), base_path=str(folder)
+    )
+    return {
+        str(split): sorted(os.path.relpath(path, folder) for path in paths) for split, paths in found.items()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,7 +111,10 @@ def test_a_folder_is_read_as_datasets_reads_it(read, tmp_path, layout):
         if split in expected:
             assert sorted(text for _, text in read(folder, split)) == expected[split]
         else:
-            with pytest.raises(BadInput, match=f"has no files of the split '{split}'.*its files are of {next(iter(expected))}"):
+            with pytest.raises(
+                BadInput,
+                match=f"has no files of the split '{split}'.*its files are of {next(iter(expected))}",
+            ):
                 read(folder, split)
 
 
@@ -92,17 +132,28 @@ def test_without_that_choice_all_are_read(read, tmp_path, monkeypatch):
 
 
 def test_what_is_passed_over_is_said(recipe_file, tmp_path, capsys):
-    folder = filled(tmp_path / "folder", ["train.jsonl", "test.jsonl", ".a/train.jsonl", "dataset_infos.json", "README.md"])
+    folder = filled(
+        tmp_path / "folder",
+        ["train.jsonl", "test.jsonl", ".a/train.jsonl", "dataset_infos.json", "README.md"],
+    )
     corpus.local_files(config.load(recipe_file(data={"corpus": str(folder)})))
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and all(part in told for part in ("1 of the split test (test.jsonl)", "1 hidden", ".a/train.jsonl", "dataset_infos.json"))
-    corpus.local_files(config.load(recipe_file(data={"corpus": str(filled(tmp_path / "plain", ["a.jsonl", "b.txt"]))})))
+    assert told.count("\n") == 1 and all(
+        part in told
+        for part in ("1 of the split test (test.jsonl)", "1 hidden", ".a/train.jsonl", "dataset_infos.json")
+    )
+    corpus.local_files(
+        config.load(recipe_file(data={"corpus": str(filled(tmp_path / "plain", ["a.jsonl", "b.txt"]))}))
+    )
     assert capsys.readouterr().err == ""
 
 
 def test_files_that_are_named_are_read(read, tmp_path):
     folder = filled(tmp_path / "folder", [".hidden.jsonl", "test.jsonl", "train.jsonl", ".dir/a.jsonl"])
-    assert [text for _, text in read([folder / ".hidden.jsonl", folder / "test.jsonl"])] == [".hidden.jsonl", "test.jsonl"]
+    assert [text for _, text in read([folder / ".hidden.jsonl", folder / "test.jsonl"])] == [
+        ".hidden.jsonl",
+        "test.jsonl",
+    ]
     assert [text for _, text in read(folder / ".dir")] == [".dir/a.jsonl"]
 
 
@@ -113,23 +164,41 @@ def test_several_splits(read, tmp_path):
 
 def test_a_readme_says_which_files(read, tmp_path):
     folder = filled(tmp_path / "folder", ["one.jsonl", "two.jsonl"])
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: two.jsonl\n---\nText.\n")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path:"
+        " two.jsonl\n---\nText.\n"
+    )
     assert [text for _, text in read(folder)] == ["two.jsonl"]
     (folder / "README.md").write_text("No header.\n")
     assert [text for _, text in read(folder)] == ["one.jsonl", "two.jsonl"]
 
 
-# -- names of files and documents --------------------------------------------------------------------------------------
+# -- names of files and documents ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, shown", [
-    (b"caf\xe9.jsonl", r"caf\xe9.jsonl"), (b"a\x1b[2J.jsonl", r"a\x1b[2J.jsonl"), (b"a\nb.jsonl", r"a\nb.jsonl"), ("ü.jsonl".encode(), "ü.jsonl")])
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        (b"caf\xe9.jsonl", r"caf\xe9.jsonl"),
+        (b"a\x1b[2J.jsonl", r"a\x1b[2J.jsonl"),
+        (b"a\nb.jsonl", r"a\nb.jsonl"),
+        ("ü.jsonl".encode(), "ü.jsonl"),
+    ],
+)
 def test_odd_file_names(recipe_file, tmp_path, tiny_text, name, shown):
     (tmp_path / "c").mkdir()
     path = os.path.join(os.fsencode(tmp_path / "c"), name)
     shutil.copy(write_jsonl(tmp_path / "plain.jsonl", tiny_text), path)
     for number in (1, 2):
-        code, _, err = run_main("prepare", recipe_file(data={"corpus": str(tmp_path / "c")}), "short", "--out", tmp_path / "out", "--workers", number)
+        code, _, err = run_main(
+            "prepare",
+            recipe_file(data={"corpus": str(tmp_path / "c")}),
+            "short",
+            "--out",
+            tmp_path / "out",
+            "--workers",
+            number,
+        )
         assert code == 0 and "Traceback" not in err
     folder = tmp_path / "out/small/short/shards"
     manifest = shards.read_manifest(folder)
@@ -146,9 +215,17 @@ def test_a_name_that_is_no_utf8_on_the_command_line(recipe_file, tmp_path):
 
 def test_one_name_in_two_folders(read, tmp_path):
     folder = filled(tmp_path / "c", ["de/part-0.jsonl", "en/part-0.jsonl", "en/x/one.jsonl", "other.jsonl"])
-    assert [name for name, _ in read(folder)] == ["de/part-0.jsonl#0", "en/part-0.jsonl#0", "one.jsonl#0", "other.jsonl#0"]
+    assert [name for name, _ in read(folder)] == [
+        "de/part-0.jsonl#0",
+        "en/part-0.jsonl#0",
+        "one.jsonl#0",
+        "other.jsonl#0",
+    ]
     # Also where the folders are named one by one, and where it takes several levels to tell them apart.
-    assert [name for name, _ in read([folder / "de", folder / "en" / "part-0.jsonl"])] == ["de/part-0.jsonl#0", "en/part-0.jsonl#0"]
+    assert [name for name, _ in read([folder / "de", folder / "en" / "part-0.jsonl"])] == [
+        "de/part-0.jsonl#0",
+        "en/part-0.jsonl#0",
+    ]
     deep = filled(tmp_path / "deep", ["a/x/p.jsonl", "b/x/p.jsonl", "b/p.jsonl"])
     names = [name for name, _ in read(deep)]
     assert len(set(names)) == 3 and names[0] == "a/x/p.jsonl#0"
@@ -156,16 +233,31 @@ def test_one_name_in_two_folders(read, tmp_path):
 
 def test_document_ids_without_folders_would_be_equal(read, tmp_path, monkeypatch):
     folder = filled(tmp_path / "c", ["de/part-0.jsonl", "en/part-0.jsonl"])
-    monkeypatch.setattr(corpus, "_told_apart", lambda found: [corpus.File(file.path, file.index, file.inside, file.path.name) for file in found])
+    monkeypatch.setattr(
+        corpus,
+        "_told_apart",
+        lambda found: [corpus.File(file.path, file.index, file.inside, file.path.name) for file in found],
+    )
     assert len({name for name, _ in read(folder)}) == 1
 
 
-# -- the mark of UTF-8 -------------------------------------------------------------------------------------------------
+# -- the mark of UTF-8 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pack", [lambda data: (data, ""), lambda data: (gzip.compress(data), ".gz"), lambda data: (zstandard.compress(data), ".zst")], ids=["plain", "gz", "zst"])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda data: (data, ""),
+        lambda data: (gzip.compress(data), ".gz"),
+        lambda data: (zstandard.compress(data), ".zst"),
+    ],
+    ids=["plain", "gz", "zst"],
+)
 def test_a_mark_of_utf8_is_no_text(read, tmp_path, pack):
-    for name, text in (("a.txt", f"one {BOM}two"), ("b.jsonl", json.dumps({"text": f"three {BOM}four"}, ensure_ascii=False) + "\n")):
+    for name, text in (
+        ("a.txt", f"one {BOM}two"),
+        ("b.jsonl", json.dumps({"text": f"three {BOM}four"}, ensure_ascii=False) + "\n"),
+    ):
         data, suffix = pack((BOM + text).encode())
         (tmp_path / "c").mkdir(exist_ok=True)
         (tmp_path / "c" / f"{name}{suffix}").write_bytes(data)
@@ -184,7 +276,7 @@ def test_a_mark_of_utf8_in_settings_and_recipes(recipe_file, tmp_path):
     assert settings_file.read(tmp_path / "z.json") == "{}"
 
 
-# -- a corpus that changes ---------------------------------------------------------------------------------------------
+# -- a corpus that changes -----------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -207,18 +299,27 @@ def swapped(path: Path, number: int) -> None:
 
 
 CHANGES = {
-    "other text of the same length": (lambda c: swapped(c / "a.jsonl", 0), "a.jsonl holds other text of the same length"),
+    "other text of the same length": (
+        lambda c: swapped(c / "a.jsonl", 0),
+        "a.jsonl holds other text of the same length",
+    ),
     "a document more": (lambda c: (c / "a.jsonl").open("a").write('{"text": "more"}\n'), "a.jsonl has"),
     "a file more": (lambda c: write_jsonl(c / "A.jsonl", ["new"]), "A.jsonl is new"),
     "a file less": (lambda c: (c / "d/b.jsonl").unlink(), "d/b.jsonl is missing"),
-    "a file in another folder": (lambda c: (c / "d").rename(c / "e"), "d/b.jsonl is missing, e/b.jsonl is new"),
+    "a file in another folder": (
+        lambda c: (c / "d").rename(c / "e"),
+        "d/b.jsonl is missing, e/b.jsonl is new",
+    ),
 }
 
 
 @pytest.fixture
 def killed(recipe_file, two_files, tmp_path, monkeypatch):
     """(recipe, arguments of prepare): killed when the fourth shard is to be written, out of 16."""
-    recipe, arguments = recipe_file(data={"corpus": str(two_files), "rows_per_shard": 4}), ("short", "--out", tmp_path / "out", "--workers", 1)
+    recipe, arguments = (
+        recipe_file(data={"corpus": str(two_files), "rows_per_shard": 4}),
+        ("short", "--out", tmp_path / "out", "--workers", 1),
+    )
     write, calls = shards.write_atomically, itertools.count()
 
     def dying(path, data):
@@ -240,7 +341,12 @@ def test_going_on_with_another_corpus_is_refused(killed, two_files, case):
     change(two_files)
     code, told, err = run_main("prepare", recipe, *arguments)
     last = err.splitlines()[-1]
-    assert (code, told) == (2, "") and "the corpus changed since the preparation in" in last and telling in last and "delete the folder" in last
+    assert (
+        (code, told) == (2, "")
+        and "the corpus changed since the preparation in" in last
+        and telling in last
+        and "delete the folder" in last
+    )
 
 
 def test_without_the_check_documents_come_twice(killed, two_files, monkeypatch, tmp_path):
@@ -262,12 +368,17 @@ def test_what_was_not_read_may_be_other_text(killed, two_files, tmp_path):
     swapped(two_files / "d/b.jsonl", 3)
     assert run_main("prepare", recipe, *arguments)[0] == 0
     manifest = shards.read_manifest(tmp_path / "out/small/short/shards")
-    assert [record[0] for record in manifest["corpus_files"]] == ["a.jsonl", "d/b.jsonl"] and manifest["corpus_files"][0][2] > 0
+    assert [record[0] for record in manifest["corpus_files"]] == ["a.jsonl", "d/b.jsonl"] and manifest[
+        "corpus_files"
+    ][0][2] > 0
 
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_finished_folder_is_not_of_another_corpus(recipe_file, two_files, tmp_path, case):
-    recipe, arguments = recipe_file(data={"corpus": str(two_files)}), ("short", "--out", tmp_path / "out", "--workers", 1)
+    recipe, arguments = (
+        recipe_file(data={"corpus": str(two_files)}),
+        ("short", "--out", tmp_path / "out", "--workers", 1),
+    )
     assert run_main("prepare", recipe, *arguments)[0] == 0
     assert run_main("prepare", recipe, *arguments)[0] == 0
     moved = two_files.rename(tmp_path / "elsewhere")
@@ -296,12 +407,15 @@ def test_parts_agree_on_the_corpus(recipe_file, tmp_path, tiny_text, when):
 def test_the_record_does_not_depend_on_workers(recipe_file, two_files, tmp_path):
     recipe, records = recipe_file(data={"corpus": str(two_files), "rows_per_shard": 4}), []
     for workers in (1, 2):
-        assert run_main("prepare", recipe, "short", "--out", tmp_path / f"o{workers}", "--workers", workers)[0] == 0
+        assert (
+            run_main("prepare", recipe, "short", "--out", tmp_path / f"o{workers}", "--workers", workers)[0]
+            == 0
+        )
         records.append(shards.read_manifest(tmp_path / f"o{workers}/small/short/shards")["corpus_files"])
     assert records[0] == records[1]
 
 
-# -- tokens without an embedding ---------------------------------------------------------------------------------------
+# -- tokens without an embedding -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +424,18 @@ def more_tokens(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("more") / "base"
     shutil.copytree(base, folder)
     tree = json.loads((folder / "tokenizer.json").read_text())
-    tree["added_tokens"] += [{"id": 896 + number, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-                             for number, text in enumerate(["<pad>", "<|eot_id|>"])]
+    tree["added_tokens"] += [
+        {
+            "id": 896 + number,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for number, text in enumerate(["<pad>", "<|eot_id|>"])
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(tree))
     return folder
 
@@ -320,15 +444,23 @@ def more_tokens(base, tmp_path_factory):
 def more(recipe_file, more_tokens, tmp_path, tiny_text):
     def make(text="", **sections):
         path = write_jsonl(tmp_path / "more.jsonl", [*tiny_text[:4], tiny_text[4] + text, *tiny_text[5:]])
-        return recipe_file(model={"name_or_path": str(more_tokens)}, data={"corpus": str(path), **sections.pop("data", {})}, **sections)
+        return recipe_file(
+            model={"name_or_path": str(more_tokens)},
+            data={"corpus": str(path), **sections.pop("data", {})},
+            **sections,
+        )
 
     return make
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_document_with_a_token_without_an_embedding(more, tmp_path, workers):
-    code, told, err = run_main("prepare", more(" before <pad> after"), "short", "--out", tmp_path / "out", "--workers", workers)
-    assert (code, told) == (2, "") and all(part in err for part in ("more.jsonl#4 holds the token '<pad>' (896)", "0 to 895", "take it out"))
+    code, told, err = run_main(
+        "prepare", more(" before <pad> after"), "short", "--out", tmp_path / "out", "--workers", workers
+    )
+    assert (code, told) == (2, "") and all(
+        part in err for part in ("more.jsonl#4 holds the token '<pad>' (896)", "0 to 895", "take it out")
+    )
     assert not list(tmp_path.glob("out/**/*.parquet")) and not list(tmp_path.glob("out/**/*.json"))
 
 
@@ -336,8 +468,14 @@ def test_a_document_with_a_token_without_an_embedding(more, tmp_path, workers):
 def test_an_end_prompt_with_a_token_without_an_embedding(more, tmp_path, prompt):
     recipe = more(data={"end_prompts": [prompt]})
     code, told, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out", "--workers", 1)
-    assert (code, told) == (2, "") and "data.end_prompts" in err and "the model has embeddings for 0 to 895 alone" in err
-    assert run_main("prepare", recipe, "short", "--out", tmp_path / "out", "--workers", 1)[0] == 0  # which has no end prompts
+    assert (
+        (code, told) == (2, "")
+        and "data.end_prompts" in err
+        and "the model has embeddings for 0 to 895 alone" in err
+    )
+    assert (
+        run_main("prepare", recipe, "short", "--out", tmp_path / "out", "--workers", 1)[0] == 0
+    )  # which has no end prompts
 
 
 def test_tokens_that_no_text_holds_do_no_harm_and_old_shards_are_refused(more, tmp_path, monkeypatch):
@@ -352,22 +490,43 @@ def test_tokens_that_no_text_holds_do_no_harm_and_old_shards_are_refused(more, t
     monkeypatch.setattr(model, "check_ids", lambda *arguments: None)
     manifest = prepare.prepare(recipe, method, tokenizer, folder, 1, {}, embeddings=896)
     assert any(896 in row["input_ids"] for row in shards.rows(folder, manifest))
-    assert len(train.load_rows(recipe, method, tokenizer, folder, True, 900)[0]) == 64  # a model with more embeddings
-    with pytest.raises(BadInput, match=r"row \d+: it has the token id 896, and the model has embeddings for 0 to 895 alone"):
+    assert (
+        len(train.load_rows(recipe, method, tokenizer, folder, True, 900)[0]) == 64
+    )  # a model with more embeddings
+    with pytest.raises(
+        BadInput, match=r"row \d+: it has the token id 896, and the model has embeddings for 0 to 895 alone"
+    ):
         train.load_rows(recipe, method, tokenizer, folder, True, 896)
 
 
 def test_evaluate_refuses_them_in_a_line(more, more_tokens, tmp_path, tiny_text, monkeypatch):
-    held = write_jsonl(tmp_path / "held.jsonl", [" ".join(tiny_text[:2]) + " <pad> " + " ".join(tiny_text[2:4])])
-    evaluation = {"tasks": ["perplexity"], "lengths": [64], "perplexity_corpus": str(held), "perplexity_tokens": 800, "perplexity_stride": 32}
-    code, _, err = run_main("evaluate", more(eval=evaluation), "base", "--out", tmp_path / "out", "--model", more_tokens)
+    held = write_jsonl(
+        tmp_path / "held.jsonl", [" ".join(tiny_text[:2]) + " <pad> " + " ".join(tiny_text[2:4])]
+    )
+    evaluation = {
+        "tasks": ["perplexity"],
+        "lengths": [64],
+        "perplexity_corpus": str(held),
+        "perplexity_tokens": 800,
+        "perplexity_stride": 32,
+    }
+    code, _, err = run_main(
+        "evaluate", more(eval=evaluation), "base", "--out", tmp_path / "out", "--model", more_tokens
+    )
     assert code == 2 and "holds the token '<pad>' (896)" in err.splitlines()[-1] and "Traceback" not in err
     with monkeypatch.context() as patch:
         patch.setattr(model, "check_ids", lambda *arguments: None)
         with pytest.raises(IndexError):
-            run_main("evaluate", more(eval=evaluation), "base", "--out", tmp_path / "other", "--model", more_tokens)
+            run_main(
+                "evaluate", more(eval=evaluation), "base", "--out", tmp_path / "other", "--model", more_tokens
+            )
     write_jsonl(held, [" ".join(tiny_text[:4])])
-    assert run_main("evaluate", more(eval=evaluation), "base", "--out", tmp_path / "out", "--model", more_tokens)[0] == 0
+    assert (
+        run_main(
+            "evaluate", more(eval=evaluation), "base", "--out", tmp_path / "out", "--model", more_tokens
+        )[0]
+        == 0
+    )
 
 
 def test_held_out_text_of_a_folder_with_splits(recipe_file, tmp_path, tiny_text):
