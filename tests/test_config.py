@@ -325,8 +325,32 @@ def test_former_keys_are_options_of_the_methods_that_have_them(recipe_file, meth
     assert resolved(recipe_file("new"), method, plain, *today) == wanted
     # A new name goes before a former one.
     if "pose_chunks" in own:
-        both = resolved(recipe_file("both"), method, "method_options.pose_chunks=4", "data.pose_chunks=3")
-        assert both[1]["pose_chunks"] == 4
+        both = {"data": {"pose_chunks": 3}, "method_options": {"pose_chunks": 4}}
+        assert resolved(recipe_file("both", **both), method)[1]["pose_chunks"] == 4
+
+
+SPELLINGS = ["data.pose_chunks", "method_options.pose_chunks", "method_options.pose.pose_chunks"]
+
+
+@pytest.mark.parametrize("inside", SPELLINGS)
+@pytest.mark.parametrize("outside", SPELLINGS)
+def test_set_outweighs_a_file_that_spells_an_option_in_another_way(recipe_file, inside, outside):
+    """As a resolved recipe does, which names the method."""
+    section, *names = inside.split(".")
+    value = {names[-1]: 3} if len(names) == 1 else {names[0]: {names[1]: 3}}
+    path = recipe_file(**{section: value})
+    assert resolved(path, "pose")[1]["pose_chunks"] == 3
+    assert resolved(path, "pose", f"{outside}=5")[1]["pose_chunks"] == 5
+    # Of two settings the last counts.
+    assert resolved(path, "pose", f"{inside}=4", f"{outside}=5")[1]["pose_chunks"] == 5
+
+
+def test_set_leaves_other_options_and_other_methods_alone(recipe_file):
+    own = {"pose": {"pose_chunks": 3, "pose_text": "later_span"}, "pose_sharp": {"pose_chunks": 4}}
+    path = recipe_file(method_options=own, data={"packing": "document"})
+    assert resolved(path, "pose", "data.pose_chunks=5")[1] == {"pose_chunks": 5, "pose_text": "later_span"}
+    named = resolved(path, "pose_sharp", "method_options.pose.pose_chunks=5")
+    assert named[1] == {"pose_chunks": 4, "pose_text": "contiguous"}
 
 
 def test_other_methods_leave_options_by_their_bare_names_behind(recipe_file):

@@ -91,6 +91,22 @@ def file(tmp_path):
     table.METHODS.update(before)
 
 
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ('name = "strided"', 'name = "pose"', "a method named pose is there already"),
+        ("stride: int", "lceg: int", "strided: the option lceg has a method's name"),
+        ("stride: int", "strided: int", "strided: the option strided has a method's name"),
+        ('name = "strided"', 'name = "pose_chunks"', "the option pose_chunks has a method's name"),
+    ],
+)
+def test_names_that_would_be_taken_for_others(before, after, said):
+    table_before = dict(table.METHODS)
+    with pytest.raises(ValueError, match=said):
+        exec(FILE.replace(before, after), {"__name__": "strided"})
+    assert table_before == table.METHODS
+
+
 @pytest.mark.timeout(600)
 def test_a_new_method_is_one_file(file, tmp_path):
     run = tmp_path / "out/tiny/strided"

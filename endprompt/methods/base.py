@@ -212,7 +212,15 @@ METHODS: dict[str, Method] = {}
 
 
 def register(kind: type[Method]) -> type[Method]:
-    """Enters a method into the table, in the order of the files that ``table`` imports."""
+    """Enters a method into the table, in the order of the files that ``table`` imports.
+
+    Raises ValueError if the name is taken, or an option has a method's name: ``method_options`` holds both.
+    """
+    if kind.name in METHODS:
+        raise ValueError(f"{kind.__module__}: a method named {kind.name} is there already; rename it")
+    for other in (kind, *METHODS.values()):
+        for option in other.Options.model_fields.keys() & {kind.name, *METHODS}:
+            raise ValueError(f"{other.name}: the option {option} has a method's name; rename it")
     METHODS[kind.name] = kind()
     return kind
 

@@ -171,6 +171,7 @@ def _override(tree: dict, assignment: str) -> None:
             f"--set {reprlib.repr(assignment)[1:-1]}: write it as section.key=value, for example --set"
             " lengths.target=32768"
         )
+    former_keys.give_way(tree, ".".join(parts))
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
