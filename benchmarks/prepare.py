@@ -147,7 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from endprompt.bases import model
-    from endprompt.recipe import schema as config
+    from endprompt.recipe import schema
 
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     texts = documents(arguments.corpus, arguments.documents)
@@ -165,13 +165,13 @@ def main() -> None:
                 length=LENGTH,
             )
         )
-    tokenizer = model.load_tokenizer(config.load(recipes["1"]))
+    tokenizer = model.load_tokenizer(schema.load(recipes["1"]))
     if (
         arguments.gguf
     ):  # the files of a model as it comes from the hub: to read a tokenizer out of a GGUF file takes seconds
         saved = folder / "model"
         tokenizer.save_pretrained(saved)
-        model.load_config(config.load(recipes["1"])).save_pretrained(saved)
+        model.load_config(schema.load(recipes["1"])).save_pretrained(saved)
         for path in recipes.values():
             path.write_text(
                 path.read_text().replace(f'"{arguments.model}"', f'"{saved}"').replace(arguments.gguf, "null")

@@ -24,8 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from endprompt.bases import model
     from endprompt.evaluation import ruler
-    from endprompt.recipe import schema as config
-    from endprompt.recipe import task_names as names
+    from endprompt.recipe import schema, task_names
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
@@ -34,8 +33,8 @@ def main() -> None:
             f"model: {{name_or_path: '{arguments.model}', gguf_file: {arguments.gguf or 'null'}}}\n"
             "lengths: {physical: 8192, target: 65536}\ndata: {corpus: none, tokens: 8192}\n"
         )
-        model.load_tokenizer(config.load(recipe)).save_pretrained(folder / "tokenizer")
-        seconds, tasks = [], arguments.tasks or list(names.RULER)
+        model.load_tokenizer(schema.load(recipe)).save_pretrained(folder / "tokenizer")
+        seconds, tasks = [], arguments.tasks or list(task_names.RULER)
         for _ in ("made", "found"):
             started = time.perf_counter()
             paths = ruler.ensure(

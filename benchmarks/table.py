@@ -181,13 +181,13 @@ def figure_4() -> list[str]:
     4.
     """
     from endprompt.planning import estimate
-    from endprompt.recipe import schema as config
+    from endprompt.recipe import schema
     from endprompt.recipe.experiment import Experiment
     from endprompt.reports import paper
     from endprompt.training.trainer import PEAK_FLOPS
 
     recipe, printed = (
-        config.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"),
+        schema.load(measure.REPOSITORY / "recipes/llama3-8b-64k.yaml"),
         paper.tables()["figure_4_64k"].printed,
     )
     about = estimate.shape(recipe)

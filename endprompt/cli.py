@@ -448,7 +448,7 @@ def _path(arguments) -> None:
 
     folder = arguments.out / settings_file.recipe(arguments.recipe)[0]
     if arguments.method:
-        from endprompt.methods import table as methods
+        from endprompt import methods
 
         folder /= methods.get(arguments.method).name
     print(folder)

@@ -21,9 +21,9 @@ fi
 export PYTHON
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 OUT=${OUT:-runs}
-METHODS=${METHODS:-$("$PYTHON" -c 'from endprompt.methods.table import METHODS; print(*METHODS)')}
+METHODS=${METHODS:-$("$PYTHON" -c 'from endprompt.methods import METHODS; print(*METHODS)')}
 # The seed orders and draws training rows: it is nothing to a method that trains nothing, so that one seed is all of these.
-untrained=" $("$PYTHON" -c 'from endprompt.methods.table import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
 
 folders=()
 for seed in "${seeds[@]}"; do

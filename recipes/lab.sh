@@ -32,11 +32,11 @@ declare -A different=(
   [unsharpened]='rope.sharpen=0.0'
   [yarn]='rope.type=yarn'
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
-  [weight-0]='data.prompt_loss_weight=0.0'
-  [weight-1]='data.prompt_loss_weight=1.0'
-  [prompt-short]='data.end_prompts=[EP_3]'
-  [prompt-long]="data.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
-  [prompts-3]='data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
+  [weight-0]='method_options.prompt_loss_weight=0.0'
+  [weight-1]='method_options.prompt_loss_weight=1.0'
+  [prompt-short]='method_options.end_prompts=[EP_3]'
+  [prompt-long]="method_options.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
+  [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
 declare -A trained=([sharpened]=plain [unsharpened]=plain [yarn-sharpened]=yarn)
 order=(plain sharpened unsharpened yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
@@ -63,7 +63,7 @@ one() {  # setting method seed differences trained
 }
 export -f one
 
-untrained=" $("$PYTHON" -c 'from endprompt.methods.table import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
 first=${SEEDS%% *}
 for setting in "${order[@]}"; do
   if [ -z "${methods[$setting]:-}" ]; then

@@ -26,11 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from endprompt import BadInput, storage
+from endprompt import BadInput, methods, storage
 from endprompt.bases import model
-from endprompt.methods import table as methods
-from endprompt.recipe import former_keys
-from endprompt.recipe import schema as config
+from endprompt.recipe import former_keys, schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows import corpus, prepare, shards, tokenizing
 from endprompt.runs import launch
@@ -1144,7 +1142,7 @@ def test_training_reads_the_rows_of_the_same_shards_once(prepared, monkeypatch):
     from endprompt.training import dataset
 
     path, out, folder = prepared
-    experiment, calls, check = Experiment.of(config.load(path), "endprompt", out), [], shards.check_rows
+    experiment, calls, check = Experiment.of(schema.load(path), "endprompt", out), [], shards.check_rows
     monkeypatch.setattr(shards, "check_rows", lambda *arguments: calls.append(check(*arguments)))
     for _ in range(2):
         dataset.load_rows(experiment, verify=True)
@@ -1242,7 +1240,7 @@ def test_progress_that_cannot_be_read(prepared, text):
     path, out, folder = prepared
     manifest = json.loads((folder / shards.MANIFEST).read_text())
     if not isinstance(text, bytes):
-        experiment = Experiment.of(config.load(path), "endprompt", out)
+        experiment = Experiment.of(schema.load(path), "endprompt", out)
         text = text(prepare.settings(experiment), manifest["shards"])
     (folder / shards.MANIFEST).unlink()
     (folder / prepare.PROGRESS).write_bytes(text)
@@ -1652,7 +1650,7 @@ def test_weights(recipe_file, model_copy, case, damage):
     import torch
 
     damage(model_copy / "model.safetensors")
-    recipe = config.load(recipe_file(model={"name_or_path": str(model_copy)}))
+    recipe = schema.load(recipe_file(model={"name_or_path": str(model_copy)}))
     experiment = Experiment.of(recipe, "endprompt")
     with pytest.raises(BadInput, match="weights of .* cannot be loaded"):
         model.build(experiment.base, experiment.scaling, torch.float32, cuda=False)
@@ -2137,9 +2135,9 @@ def scratch(tmp_path_factory):
 def test_every_key_of_the_schema_is_tried(scratch):
     (scratch / "r.yaml").write_text(yaml.dump(WHOLE))
     assert (
-        config.load(scratch / "r.yaml").train["max_steps"] == 3
+        schema.load(scratch / "r.yaml").train["max_steps"] == 3
     )  # else every change of it would be refused, whatever it is
-    for section, field in config.Recipe.model_fields.items():
+    for section, field in schema.Recipe.model_fields.items():
         if not field.exclude and section not in ("train", "method_options"):
             former = set(former_keys.FORMER.get(section, ()))
             assert set(WHOLE[section]) == set(field.annotation.model_fields) | former
@@ -2156,13 +2154,13 @@ def test_any_value_is_refused_or_a_recipe(scratch, place, value, method):
     path = scratch / "r.yaml"
     path.write_text(yaml.dump(replaced(WHOLE, place, value)))
     try:
-        experiment = Experiment.of(config.load(path), method)
+        experiment = Experiment.of(schema.load(path), method)
     except BadInput as error:
         assert str(error)
         return
     path = scratch / "again.yaml"
     path.write_text(experiment.dump())
-    again = Experiment.of(config.load(path), method)
+    again = Experiment.of(schema.load(path), method)
     assert again.dump() == experiment.dump() and again.options == experiment.options
     more = {"method_options"}  # a copy has those of its method alone
     assert again.recipe.model_dump(exclude=more) == experiment.recipe.model_dump(exclude=more)
@@ -2178,7 +2176,7 @@ def test_any_override_is_refused_or_a_recipe(scratch, text, key):
     if not path.exists():
         path.write_text(yaml.safe_dump(WHOLE))
     try:
-        config.load(path, [f"{key}={text}" if key else text])
+        schema.load(path, [f"{key}={text}" if key else text])
     except BadInput as error:
         assert str(error)
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from matplotlib import image
 from test_eval import cells, passkey_scores, run_compare, write_result
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import figures, intervals
-from endprompt.methods import table as methods
 from endprompt.reports import compare
 
 

@@ -10,8 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, run_main
 
-from endprompt import BadInput
-from endprompt.methods import table as methods
+from endprompt import BadInput, methods
 from endprompt.recipe import former_keys, settings_file
 from endprompt.recipe import schema as config
 from endprompt.recipe.experiment import Experiment

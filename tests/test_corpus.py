@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from endprompt import BadInput
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.rows import corpus
 
 TEXTS = [
@@ -43,7 +43,7 @@ def read(recipe_file):
 
     def documents(where, column="text", split="train"):
         where = [str(item) for item in where] if isinstance(where, list) else str(where)
-        recipe = config.load(recipe_file(data={"corpus": where, "text_column": column, "split": split}))
+        recipe = schema.load(recipe_file(data={"corpus": where, "text_column": column, "split": split}))
         return list(corpus.documents(recipe, corpus.local_files(recipe)))
 
     return documents
@@ -246,7 +246,7 @@ def test_hub_id_is_streamed(read, monkeypatch, where):
 def test_hub_is_not_asked_before_it_is_read(recipe_file, monkeypatch):
     hub = Hub()
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    recipe = config.load(recipe_file(data={"corpus": "wikitext"}))
+    recipe = schema.load(recipe_file(data={"corpus": "wikitext"}))
     assert corpus.local_files(recipe) is None
     corpus.documents(recipe, None)
     assert hub.calls == []

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_positions import TRAINED, each_trained, fitting, plan, rows
 
-from endprompt.methods import table as methods
-from endprompt.positions import coverage
-from endprompt.positions import plans as positions
+from endprompt import methods
+from endprompt.positions import coverage, plans
 from endprompt.positions.coverage import gap, union
 from endprompt.rows import inspection, shards
 
@@ -35,7 +34,7 @@ def test_pair_counts(many):
     """
     L = max(L for _, L in many)
     expected = sum((brute_force(row) for row, _ in many), Counter())
-    parts = [positions.segments(row) for row, _ in many]
+    parts = [plans.segments(row) for row, _ in many]
     assert coverage.pair_counts(parts, L).tolist() == [expected[distance] for distance in range(L)]
     assert coverage.pair_counts(parts * 3, L).tolist() == [3 * expected[distance] for distance in range(L)]
     assert (
@@ -68,7 +67,7 @@ def test_observed_distances_are_those_of_all_causal_pairs(row_and_length):
 def test_closed_form_equals_counted_coverage(method, sizes, chunks):
     a, b, L = sizes
     found = [plan(method, a, b, L, chunks, seed) for seed in range(3)]
-    parts = [positions.segments(row) for row in found]
+    parts = [plans.segments(row) for row in found]
     counts = coverage.pair_counts(parts, L)
     expected = sum(map(brute_force, found), Counter())
     assert counts.tolist() == [expected[distance] for distance in range(L)]
@@ -81,14 +80,14 @@ def test_closed_form_equals_counted_coverage(method, sizes, chunks):
 @given(fitting(largest=40).map(lambda sizes: (sizes[0], sizes[1], min(sizes[2], sizes[0] + sizes[1] + 300))))
 def test_closed_form_is_the_papers_for_its_own_rows(sizes):
     a, b, L = sizes
-    parts = positions.segments(positions.text_then_end_prompt(a, b, L, GENERATOR))
+    parts = plans.segments(plans.text_then_end_prompt(a, b, L, GENERATOR))
     assert coverage.observed([parts]) == union([(0, a - 1), (0, b - 1), (L - a - b + 1, L - 1)])
     assert gap(coverage.observed([parts]), L) == ([(max(a, b), L - a - b)] if max(a, b) <= L - a - b else [])
 
 
 def test_gap_of_the_paper():
     a, b, L = 8172, 20, 65536
-    parts = positions.segments(positions.text_then_end_prompt(a, b, L, GENERATOR))
+    parts = plans.segments(plans.text_then_end_prompt(a, b, L, GENERATOR))
     assert coverage.contributions(parts) == [
         ((0, 8171), (0, 8171), (0, 8171)),
         ((65516, 65535), (0, 8171), (57345, 65535)),
@@ -98,7 +97,7 @@ def test_gap_of_the_paper():
     counts = coverage.pair_counts([parts], L)
     assert round(np.mean(counts == 0), 2) == 0.75
     assert counts.sum() == (a + b) * (a + b + 1) // 2
-    assert coverage.observed_distances(positions.text_then_end_prompt(a, b, L, GENERATOR)).tolist() == [
+    assert coverage.observed_distances(plans.text_then_end_prompt(a, b, L, GENERATOR)).tolist() == [
         *range(8172),
         *range(57345, 65536),
     ]

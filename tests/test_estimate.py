@@ -5,9 +5,9 @@ import torch
 from conftest import REPOSITORY, run_main
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from endprompt.methods import table as methods
+from endprompt import methods
 from endprompt.planning import estimate
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 
 SHAPES = {
     "tied": (2, 64, 176, 4, 2, 300, True),
@@ -89,7 +89,7 @@ def test_states_are_those_that_zero_keeps(train_recipe, two_ranks):
     about = LlamaConfig.from_pretrained(two_ranks / "model")
     expected = estimate.memory(
         about,
-        estimate.zero_options(config.load(train_recipe))[1],
+        estimate.zero_options(schema.load(train_recipe))[1],
         2,
         estimate.Training(2, 128, True, element=4),
     )

@@ -494,17 +494,17 @@ def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monke
 
 def test_a_resized_run_keeps_what_its_zero_options_say(train_recipe):
     """Also where they stand in the recipe itself, and where they have a section checkpoint of their own."""
-    from endprompt.recipe import schema as config
+    from endprompt.recipe import schema
     from endprompt.training.arguments import loading_universal
 
     options = {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail"}}
-    loaded = config.load(train_recipe, [f"train.deepspeed={json.dumps(options)}"])
+    loaded = schema.load(train_recipe, [f"train.deepspeed={json.dumps(options)}"])
     assert loaded.deepspeed == options
     assert loading_universal(loaded.deepspeed) == {
         "zero_optimization": {"stage": 2},
         "checkpoint": {"tag_validation": "Fail", "load_universal": True},
     }
-    assert config.load(train_recipe).deepspeed["zero_optimization"]["stage"] == 3
+    assert schema.load(train_recipe).deepspeed["zero_optimization"]["stage"] == 3
 
 
 def test_a_step_keeps_its_rows_on_other_ranks():

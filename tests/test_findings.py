@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from matplotlib import image
 from test_eval import cells, write_result
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import intervals
-from endprompt.methods import table as methods
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports import findings, findings_tables
@@ -477,7 +476,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script):
         "out/prompts-3/seed0",
         "data.seed=0",
         *common,
-        'data.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]',
+        'method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]',
     ) in asked
     assert calls[-1] == "-m endprompt.reports.findings out --out out/findings --title tiny over seeds 0 1"
     done, calls = script(SEEDS="0 1")

@@ -17,7 +17,7 @@ from test_eval import Known
 
 from endprompt import BadInput
 from endprompt.evaluation import engine, longbench, longbench_scores, score
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 from endprompt.rows import corpus
 
 SHARED = REPOSITORY.parent / "shared/data/longbench"
@@ -142,7 +142,7 @@ def test_categories_of_the_paper():
         "synthetic": 4.54,
         "code": 66.48,
     }
-    scores = {task: printed[longbench_scores.get(task).category] for task in names.LONGBENCH}
+    scores = {task: printed[longbench_scores.get(task).category] for task in task_names.LONGBENCH}
     found = longbench_scores.categories(scores)
     assert (
         {key: round(found[key], 2) for key in printed} == printed
@@ -155,7 +155,10 @@ def test_categories_of_the_paper():
         and missing["mean_16_tasks"] is None
         and missing["few_shot"] == found["few_shot"]
     )
-    assert longbench_scores.ENGLISH == names.LONGBENCH and longbench_scores.CHINESE == names.LONGBENCH_ZH
+    assert (
+        longbench_scores.ENGLISH == task_names.LONGBENCH
+        and longbench_scores.CHINESE == task_names.LONGBENCH_ZH
+    )
 
 
 # The environment
@@ -414,13 +417,18 @@ def test_limits_are_the_protocols():
     has them (shared/protocols.md).
     """
     limits = {
-        **dict.fromkeys(names.LONGBENCH, 32),
+        **dict.fromkeys(task_names.LONGBENCH, 32),
         **dict.fromkeys(("gov_report", "qmsum", "multi_news"), 512),
         **dict.fromkeys(("narrativeqa", "qasper", "samsum"), 128),
         **dict.fromkeys(("multifieldqa_en", "trec", "lcc", "repobench-p"), 64),
     }
-    sizes = {**dict.fromkeys(names.LONGBENCH, 200), "multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
-    about = {task: longbench_scores.get(task) for task in names.LONGBENCH}
+    sizes = {
+        **dict.fromkeys(task_names.LONGBENCH, 200),
+        "multifieldqa_en": 150,
+        "lcc": 500,
+        "repobench-p": 500,
+    }
+    about = {task: longbench_scores.get(task) for task in task_names.LONGBENCH}
     assert {task: one.new_tokens for task, one in about.items()} == limits and {
         task: one.samples for task, one in about.items()
     } == sizes
@@ -443,7 +451,7 @@ def test_task_files_are_all_there():
             and found["generation_kwargs"]["max_gen_toks"] == about.new_tokens
         )
     assert yaml.safe_load((folder / "group.yaml").read_text())["task"] == [
-        f"endprompt_longbench_{task}" for task in names.LONGBENCH
+        f"endprompt_longbench_{task}" for task in task_names.LONGBENCH
     ]
 
 

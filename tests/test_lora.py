@@ -13,11 +13,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_train import TORCHRUN, assert_same, prepared, run, train, weights
 
-from endprompt import BadInput
-from endprompt.methods import table as methods
+from endprompt import BadInput, methods
 from endprompt.methods.longlora import s2
 from endprompt.positions import rope
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
 from endprompt.rows.collate import Collator
@@ -196,7 +195,7 @@ def test_the_recipe_says_what_is_adapted(recipe_file):
     path = recipe_file()
 
     def settings(method: str, *overrides):
-        recipe = config.load(path, [f"train.lora{override}" for override in overrides])
+        recipe = schema.load(path, [f"train.lora{override}" for override in overrides])
         return Experiment.of(recipe, method).adapters
 
     assert (
@@ -209,10 +208,10 @@ def test_the_recipe_says_what_is_adapted(recipe_file):
         settings("longlora", ".r=64") == Lora(r=64, train_embed_norm=True)
         and settings("longlora", "=null") is None
     )
-    loaded = config.load(path, ["train.lora.r=4"])
+    loaded = schema.load(path, ["train.lora.r=4"])
     again = path.with_name("again.yaml")
     again.write_text(Experiment.of(loaded, "longlora").dump())
-    assert config.load(again).train == loaded.train and loaded.train["lora"] == {"r": 4}
+    assert schema.load(again).train == loaded.train and loaded.train["lora"] == {"r": 4}
 
 
 @pytest.mark.parametrize(
@@ -227,13 +226,13 @@ def test_the_recipe_says_what_is_adapted(recipe_file):
 )
 def test_bad_settings_are_named(recipe_file, override, words):
     with pytest.raises(BadInput) as caught:
-        config.load(recipe_file(), [f"train.lora{override}"])
+        schema.load(recipe_file(), [f"train.lora{override}"])
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_group_size(recipe_file):
     def found(method: str, *overrides):
-        return Experiment.of(config.load(recipe_file(), overrides), method)
+        return Experiment.of(schema.load(recipe_file(), overrides), method)
 
     assert found("longlora").attended == 128
     other = found("endprompt")

@@ -19,7 +19,7 @@ from endprompt.bases import model, refusals
 from endprompt.evaluation import engine
 from endprompt.evaluation import run as evaluation
 from endprompt.positions import rope
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.training import checkpoint
 
@@ -31,7 +31,7 @@ def recipe(recipe_file):
     """recipe(folder, lengths={...}, **keys of the model section) -> a checked recipe; 64 -> 512."""
 
     def make(folder, lengths=None, **keys):
-        return config.load(recipe_file(model={"name_or_path": str(folder), **keys}, lengths=lengths or {}))
+        return schema.load(recipe_file(model={"name_or_path": str(folder), **keys}, lengths=lengths or {}))
 
     return make
 

@@ -11,7 +11,7 @@ import training
 import yaml
 from conftest import REPOSITORY, run_main
 
-from endprompt.methods import table
+from endprompt import methods
 from endprompt.rows import shards
 
 FILE = '''
@@ -83,12 +83,12 @@ def file(tmp_path):
     path = tmp_path / "strided.py"
     path.write_text(FILE)
     spec = importlib.util.spec_from_file_location("strided", path)
-    before = dict(table.METHODS)
+    before = dict(methods.METHODS)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert list(table.METHODS) == [*before, "strided"]
+    assert list(methods.METHODS) == [*before, "strided"]
     yield path
-    table.METHODS.clear()
-    table.METHODS.update(before)
+    methods.METHODS.clear()
+    methods.METHODS.update(before)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def file(tmp_path):
     ],
 )
 def test_names_that_would_be_taken_for_others(before, after, said):
-    table_before = dict(table.METHODS)
+    table_before = dict(methods.METHODS)
     with pytest.raises(ValueError, match=said):
         exec(FILE.replace(before, after), {"__name__": "strided"})
-    assert table_before == table.METHODS
+    assert table_before == methods.METHODS
 
 
 @pytest.mark.timeout(600)

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from endprompt.methods import METHODS
 from endprompt.methods.base import Setting
 from endprompt.methods.end_prompt import EndPromptRows
 from endprompt.methods.matched import MatchedRows
 from endprompt.methods.pose import Chunks
 from endprompt.methods.recall import RecallRows
-from endprompt.methods.table import METHODS
-from endprompt.positions import plans as positions
+from endprompt.positions import plans
 from endprompt.rows.stream import Cursor
 
 TRAINED = [method for method in METHODS.values() if method.trained]
@@ -60,7 +60,7 @@ def plan(method, a, b, L, chunks=2, seed=None):
     if has(method, RecallRows):
         rows.spans = np.diff([0, *range(span(a), b, span(a)), b])
     if has(method, MatchedRows):
-        rows.pieces, rows.waiting = positions.chunk_lengths(a, chunks, rng), [(np.zeros(a, np.int32), [])]
+        rows.pieces, rows.waiting = plans.chunk_lengths(a, chunks, rng), [(np.zeros(a, np.int32), [])]
     rows.row = lambda text, position_ids, *rest: position_ids
     return rows.build(Cursor(repeat(("", np.zeros(length, np.int32))), 0, 0), rng)
 
@@ -95,14 +95,14 @@ def test_plan(method, sizes, chunks):
         assert row[a - 1] <= end - b - 1
     if has(method, RecallRows):
         assert all(
-            len(positions.segments(row[first : first + span(a)][: a + b - first])) == 1
+            len(plans.segments(row[first : first + span(a)][: a + b - first])) == 1
             for first in range(a, a + b, span(a))
         )
     if has(method, Chunks | MatchedRows):
-        assert len(positions.segments(row[:a])) <= chunks
+        assert len(plans.segments(row[:a])) <= chunks
     else:
         assert row[:a].tolist() == list(range(a))
-    positions.check(row, L)
+    plans.check(row, L)
 
 
 @each_trained
@@ -121,7 +121,7 @@ def test_plan_that_does_not_fit(method, a, b, short):
 
 
 @pytest.mark.parametrize("a, b", [(0, 4), (-1, 4), (4, 0), (4, -1)])
-@pytest.mark.parametrize("function", [positions.text_then_end_prompt, positions.text_then_random_prompt])
+@pytest.mark.parametrize("function", [plans.text_then_end_prompt, plans.text_then_random_prompt])
 def test_end_prompt_plans_want_text_and_prompt(function, a, b):
     with pytest.raises(ValueError, match="fit"):
         function(a, b, 100, GENERATOR)
@@ -131,16 +131,16 @@ def test_random_prompt_ends_anywhere():
     """Every end in [a + b, L], each about as often (paper's random-position variant)."""
     a, b, L = 5, 3, 12
     rng = np.random.default_rng(3)
-    ends = np.array([positions.text_then_random_prompt(a, b, L, rng)[-1] + 1 for _ in range(5000)])
+    ends = np.array([plans.text_then_random_prompt(a, b, L, rng)[-1] + 1 for _ in range(5000)])
     values, times = np.unique(ends, return_counts=True)
     assert values.tolist() == [8, 9, 10, 11, 12]
     assert np.all(np.abs(times - 1000) < 150)  # 5 standard deviations
-    assert positions.text_then_random_prompt(a, b, 8, rng).tolist() == list(range(8))
+    assert plans.text_then_random_prompt(a, b, 8, rng).tolist() == list(range(8))
 
 
 @given(a=st.integers(1, 300), chunks=st.integers(1, 320), seed=st.integers(0, 2**32))
 def test_chunk_lengths(a, chunks, seed):
-    parts = positions.chunk_lengths(a, chunks, np.random.default_rng(seed))
+    parts = plans.chunk_lengths(a, chunks, np.random.default_rng(seed))
     assert parts.dtype == np.int64
     assert parts.sum() == a
     assert np.all(parts[:-1] > 0) and parts[-1] >= 0
@@ -152,7 +152,7 @@ def test_chunk_lengths(a, chunks, seed):
 def test_first_of_two_chunks(a):
     """U[1, (n+1)//2], as in PoSE's code."""
     rng = np.random.default_rng(a)
-    firsts = [int(positions.chunk_lengths(a, 2, rng)[0]) for _ in range(4000)]
+    firsts = [int(plans.chunk_lengths(a, 2, rng)[0]) for _ in range(4000)]
     values, times = np.unique(firsts, return_counts=True)
     assert values.tolist() == list(range(1, (a + 1) // 2 + 1))
     assert np.all(np.abs(times - 4000 / len(values)) < 150)
@@ -161,7 +161,7 @@ def test_first_of_two_chunks(a):
 @pytest.mark.parametrize("a, chunks", [(0, 2), (-1, 2), (5, 0)])
 def test_chunk_lengths_refuse(a, chunks):
     with pytest.raises(ValueError, match="cannot be cut"):
-        positions.chunk_lengths(a, chunks, GENERATOR)
+        plans.chunk_lengths(a, chunks, GENERATOR)
 
 
 @given(
@@ -171,7 +171,7 @@ def test_chunk_lengths_refuse(a, chunks):
 )
 def test_spread(chunks, room, seed):
     n = sum(chunks)
-    row = positions.spread(np.array(chunks), n + room, np.random.default_rng(seed))
+    row = plans.spread(np.array(chunks), n + room, np.random.default_rng(seed))
     skips = row - np.arange(n)
     assert row.dtype == np.int64 and len(row) == n
     assert np.all(np.diff(skips) >= 0) and skips[0] >= 0 and skips[-1] <= room
@@ -184,10 +184,10 @@ def test_spread_skips():
     """One skip is uniform in [0, L - n]; of two, the second is uniform from the first on (PoSE Eq. 4)."""
     rng = np.random.default_rng(1)
     values, times = np.unique(
-        [positions.spread(np.array([2, 3]), 9, rng)[-1] - 4 for _ in range(5000)], return_counts=True
+        [plans.spread(np.array([2, 3]), 9, rng)[-1] - 4 for _ in range(5000)], return_counts=True
     )
     assert values.tolist() == [0, 1, 2, 3, 4] and np.all(np.abs(times - 1000) < 150)
-    rows = [positions.spread(np.array([1, 1, 1]), 4, rng) for _ in range(4000)]
+    rows = [plans.spread(np.array([1, 1, 1]), 4, rng) for _ in range(4000)]
     values, times = np.unique([row[1:] - [1, 2] for row in rows], axis=0, return_counts=True)
     assert values.tolist() == [[0, 0], [0, 1], [1, 1]] and np.all(np.abs(times - [1000, 1000, 2000]) < 170)
 
@@ -195,14 +195,14 @@ def test_spread_skips():
 @pytest.mark.parametrize("chunks, length", [([3, 3], 5), ([0], 5), ([1], -2)])
 def test_spread_refuses(chunks, length):
     with pytest.raises(ValueError, match="fit"):
-        positions.spread(np.array(chunks), length, GENERATOR)
+        plans.spread(np.array(chunks), length, GENERATOR)
 
 
 def test_skipwise_plans_want_the_right_prompt():
     with pytest.raises(ValueError, match="no end prompt"):
-        positions.skipwise(np.array([2, 2]), 1, 100, GENERATOR)
+        plans.skipwise(np.array([2, 2]), 1, 100, GENERATOR)
     with pytest.raises(ValueError, match="fit"):
-        positions.skipwise_then_end_prompt(np.array([2, 2]), 0, 100, GENERATOR)
+        plans.skipwise_then_end_prompt(np.array([2, 2]), 0, 100, GENERATOR)
 
 
 def test_recall_skips():
@@ -211,7 +211,7 @@ def test_recall_skips():
     """
     rng = np.random.default_rng(2)
     rows = np.array(
-        [positions.skipwise_then_recall(np.array([2, 1]), np.array([2]), 8, rng) for _ in range(8000)]
+        [plans.skipwise_then_recall(np.array([2, 1]), np.array([2]), 8, rng) for _ in range(8000)]
     )
     assert np.all(rows[:, :2] == [0, 1]) and np.all(rows[:, 4] == rows[:, 3] + 1)
     values, times = np.unique(rows[:, 2:4] - [2, 3], axis=0, return_counts=True)
@@ -226,7 +226,7 @@ def test_recall_reaches_everywhere_from_every_segment():
     """
     rng = np.random.default_rng(4)
     rows = np.array(
-        [positions.skipwise_then_recall(np.array([2, 2]), np.array([2, 2]), 1008, rng) for _ in range(4000)]
+        [plans.skipwise_then_recall(np.array([2, 2]), np.array([2, 2]), 1008, rng) for _ in range(4000)]
     )
     assert rows[:, [2, 4, 6]].mean(0) - [2, 4, 6] == pytest.approx([250, 500, 750], abs=20)
 
@@ -234,8 +234,8 @@ def test_recall_reaches_everywhere_from_every_segment():
 @pytest.mark.parametrize("chunks, spans, L", [([3, 3], [2], 7), ([0], [], 5), ([], [2], 5), ([2], [2], -2)])
 def test_recall_refuses(chunks, spans, L):
     with pytest.raises(ValueError, match="fit"):
-        positions.skipwise_then_recall(np.array(chunks), np.array(spans, np.int64), L, GENERATOR)
-    assert positions.skipwise_then_recall(np.array([3]), np.zeros(0, np.int64), 3, GENERATOR).tolist() == [
+        plans.skipwise_then_recall(np.array(chunks), np.array(spans, np.int64), L, GENERATOR)
+    assert plans.skipwise_then_recall(np.array([3]), np.zeros(0, np.int64), 3, GENERATOR).tolist() == [
         0,
         1,
         2,
@@ -245,13 +245,13 @@ def test_recall_refuses(chunks, spans, L):
 @pytest.mark.parametrize("a, b, message", [(0, 0, "fit"), (-3, 0, "fit"), (4, 2, "no end prompt")])
 def test_contiguous_wants_text_alone(a, b, message):
     with pytest.raises(ValueError, match=message):
-        positions.contiguous(a, b, 100, GENERATOR)
+        plans.contiguous(a, b, 100, GENERATOR)
 
 
 @given(rows())
 def test_segments_cover_the_row(row_and_length):
     row, _ = row_and_length
-    parts = positions.segments(row)
+    parts = plans.segments(row)
     assert [p for first, last in parts for p in range(first, last + 1)] == row.tolist()
     assert all(later[0] > earlier[1] + 1 for earlier, later in zip(parts, parts[1:], strict=False))
 
@@ -270,9 +270,9 @@ def test_segments_cover_the_row(row_and_length):
 )
 def test_check_refuses(row, L, message):
     with pytest.raises(ValueError, match=message):
-        positions.check(np.array(row, np.int64), L)
+        plans.check(np.array(row, np.int64), L)
 
 
 @pytest.mark.parametrize("row, L", [([0], 1), ([7], 8), ([0, 1, 7], 8), (list(range(8)), 8)])
 def test_check_accepts(row, L):
-    positions.check(np.array(row, np.int64), L)
+    plans.check(np.array(row, np.int64), L)

@@ -19,8 +19,7 @@ from training import ENVIRONMENT, prepared, run, train, weights
 from endprompt import BadInput, Failure
 from endprompt.bases import model
 from endprompt.planning import estimate
-from endprompt.recipe import schema as config
-from endprompt.recipe import zero_file
+from endprompt.recipe import schema, zero_file
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
 from endprompt.training import loss, precision
@@ -129,7 +128,7 @@ def test_bare_bf16_weights_are_refused_and_would_lose_most_updates(alone, train_
 
 
 def test_the_states_are_those_that_the_plan_counts(alone, train_recipe):
-    recipe = config.load(train_recipe, ["train.bf16=true", "train.deepspeed=null"])
+    recipe = schema.load(train_recipe, ["train.bf16=true", "train.deepspeed=null"])
     about, experiment = estimate.shape(recipe), Experiment.of(recipe, "endprompt")
     expected = estimate.training_memory(experiment, about, 1)
     count = estimate.parameter_count(about)
@@ -182,7 +181,7 @@ def test_adapters_have_masters(options, train_recipe, tmp_path):
     )
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
     if options is ALONE:
-        recipe = config.load(
+        recipe = schema.load(
             train_recipe,
             ["train.bf16=true", "train.deepspeed=null", "train.lora.r=4", "train.lora.train_embed_norm=true"],
         )
@@ -247,7 +246,7 @@ def test_the_config_s_dtype_is_not_what_is_trained(stored, recipe_file, base, tm
         for name, tensor in load_file(base / "model.safetensors").items()
     }
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    recipe = config.load(recipe_file(model={"name_or_path": str(copy)}))
+    recipe = schema.load(recipe_file(model={"name_or_path": str(copy)}))
     found = built(recipe)
     assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
 
@@ -276,7 +275,7 @@ def one_rank(monkeypatch):
 
 
 def arguments_of(recipe_file, tmp_path, options: dict, accumulation: int = 1, **more):
-    recipe = config.load(recipe_file(train={"deepspeed": options, "bf16": True, "report_to": [], **more}))
+    recipe = schema.load(recipe_file(train={"deepspeed": options, "bf16": True, "report_to": [], **more}))
     return training_arguments(recipe, (8, accumulation), tmp_path / "run", cuda=False, universal=False)
 
 
@@ -366,11 +365,11 @@ def test_deepspeed_sums_them_so(zero3, train_recipe, tmp_path):
 
 
 def test_the_plan_counts_the_sums(train_recipe):
-    about = estimate.shape(config.load(train_recipe))
+    about = estimate.shape(schema.load(train_recipe))
     count = estimate.parameter_count(about)
 
     def gradients(*overrides, **options):
-        experiment = Experiment.of(config.load(train_recipe, list(overrides)), "endprompt")
+        experiment = Experiment.of(schema.load(train_recipe, list(overrides)), "endprompt")
         options = {**experiment.recipe.deepspeed, **options}
         return estimate.training_memory(experiment, about, 2, options).gradients * 2 / count
 
@@ -420,7 +419,7 @@ def separated(base: Path, folder: Path) -> Path:
 
 def test_the_separator_s_row_has_a_gradient_though_it_is_the_pad(recipe_file, base, tmp_path):
     folder = separated(base, tmp_path / "base")
-    recipe = config.load(recipe_file(model={"name_or_path": str(folder)}))
+    recipe = schema.load(recipe_file(model={"name_or_path": str(folder)}))
     found = built(recipe)
     eos = found.config.eos_token_id
     assert found.config.pad_token_id == eos

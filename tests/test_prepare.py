@@ -20,15 +20,14 @@ from conftest import REPOSITORY, run_main, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endprompt import BadInput, storage
+from endprompt import BadInput, methods, storage
 from endprompt.methods import base as methods_base
-from endprompt.methods import table as methods
 from endprompt.methods.end_prompt import END_PROMPTS, EndPromptRows
 from endprompt.methods.matched import MatchedRows
 from endprompt.methods.plain import PlainRows
 from endprompt.methods.recall import RecallRows, repeated
-from endprompt.positions import plans as positions
-from endprompt.recipe import schema as config
+from endprompt.positions import plans
+from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows import prepare, shards, tokenizing
 from endprompt.rows import stream as row_stream
@@ -59,7 +58,7 @@ def make(recipe_file, tokenizer, tmp_path):
                 **sections.get("data", {}),
                 "corpus": str(write_jsonl(tmp_path / "texts.jsonl", texts)),
             }
-        recipe = config.load(recipe_file(**sections), list(overrides))
+        recipe = schema.load(recipe_file(**sections), list(overrides))
         experiment, folder = Experiment.of(recipe, method), tmp_path / out
         known = experiment.base.config  # a model that has an embedding for each token
         known.vocab_size = max(known.vocab_size, len(tokenizer))
@@ -121,7 +120,7 @@ def test_rows(make, method, tokenizer, tiny_text):
         assert row["input_ids"][:a] == ids[part] and (recall or row["input_ids"][a:] == prompt)
         if method in PLAIN:
             assert row["position_ids"] == [*range(a), *range(512 - b, 512)]
-        positions.check(np.array(row["position_ids"]), 512)
+        plans.check(np.array(row["position_ids"]), 512)
         assert row["loss_weights"] == [0.0] + [1.0] * (a - 1) + (
             [0.0] * 4 + [1.0] * 16 if recall else [float(np.float32(0.1))] * b
         )
@@ -185,7 +184,7 @@ def test_matched_rows(make, tokenizer, tiny_text, together):
                 )
             ]
             position_ids = np.array(row["position_ids"])
-            positions.check(position_ids, 512)
+            plans.check(position_ids, 512)
             assert (
                 all((np.diff(position_ids[at : at + size]) == 1).all() for at in range(0, 64, size))
                 and position_ids[0] == 0
@@ -279,7 +278,7 @@ def test_chunked_rows(make, method, chunks):
     made = make(method, [f"data.pose_chunks={chunks}"])
     assert (made[1]["pose_chunks"], made[1]["pose_text"]) == (chunks, "contiguous")
     found = rows(made)
-    parts = [len(positions.segments(np.array(row["position_ids"][: row["text_length"]]))) for row in found]
+    parts = [len(plans.segments(np.array(row["position_ids"][: row["text_length"]]))) for row in found]
     assert max(parts) == chunks and np.mean(parts) > 0.9 * chunks
     assert all(
         row["position_ids"][row["text_length"] :] == list(range(512 - row["prompt_length"], 512))
@@ -312,7 +311,7 @@ def test_text_of_a_later_span(make, method, tokenizer, tiny_text):
             if whole[:cut] + whole[cut + skip : a + skip] == ids
         ]
         assert first, "not two chunks of the document"
-        parts = positions.segments(np.array(row["position_ids"][:a]))
+        parts = plans.segments(np.array(row["position_ids"][:a]))
         if len(parts) == 2:  # where the positions jump, the text does
             assert any(cut == parts[0][1] + 1 for cut, _ in first)
         moved += ids != other["input_ids"][:a]
@@ -345,7 +344,7 @@ def test_chunks_of_documents_too_short_for_them(make):
     )
     assert len(found) == 3
     for row in found:
-        positions.check(np.array(row["position_ids"]), 512)
+        plans.check(np.array(row["position_ids"]), 512)
 
 
 def places(text, span):
@@ -872,7 +871,7 @@ def test_manifest(make, tokenizer):
 
 
 def test_position_column_is_next_to_free(tokenizer, tmp_path, base):
-    recipe = config.load(
+    recipe = schema.load(
         REPOSITORY / "recipes/tiny.yaml",
         ["lengths.physical=8192", "lengths.target=65536", f"model.name_or_path={base}"],
     )

@@ -24,8 +24,7 @@ from endprompt.evaluation import (
     ruler_package,
     run,
 )
-from endprompt.recipe import schema
-from endprompt.recipe import task_names as names
+from endprompt.recipe import schema, task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports import compare
 from endprompt.rows.tokenizing import tokenizer_fingerprint
@@ -425,11 +424,11 @@ def test_every_key_of_the_eval_section_is_held_or_named(setting):
             "seed",
         } <= set(asked)
     assert set(question._READERS["samples"]) | {"perplexity", "short_text"} == {
-        question.family(task) for task in names.TASKS
+        question.family(task) for task in task_names.TASKS
     }
-    assert len({question.code(task) for task in names.TASKS if question.family(task) != "short_text"}) == len(
-        names.TASKS
-    ) - len(names.SHORT_TEXT)
+    assert len(
+        {question.code(task) for task in task_names.TASKS if question.family(task) != "short_text"}
+    ) == len(task_names.TASKS) - len(task_names.SHORT_TEXT)
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_every_scheme_reloads_in_plain_transformers(tmp_path, model_type, scalin
 
 
 def test_lceg_rounds_half_of_the_factor_up():
-    from endprompt.methods import table as methods
+    from endprompt import methods
 
     def chosen(name, rope_type, target=65536):
         return rope.scaling_for(rope_type, 8192, target, methods.get(name).whole_factor)
@@ -266,7 +266,7 @@ def test_lceg_rounds_half_of_the_factor_up():
 
 
 def test_no_method_is_trained_under_a_scaling_that_looks_at_the_rows_length():
-    from endprompt.methods import table as methods
+    from endprompt import methods
 
     assert {method.rope for method in methods.METHODS.values()} <= {
         None,

@@ -20,12 +20,12 @@ from test_tokenizers import TEXTS, from_sentencepiece, source
 
 from endprompt import BadInput, storage
 from endprompt.evaluation import answers, ruler, ruler_package, ruler_worker
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 
 pytest.importorskip("wonderwords", reason="NVIDIA's RULER package is not installed")
 DATA = REPOSITORY.parent / "shared" / "data" / "ruler"
 SAMPLES = 12
-NIAH = [task for task in names.RULER if task.startswith("niah")]
+NIAH = [task for task in task_names.RULER if task.startswith("niah")]
 
 
 def rows(name: str) -> list[dict]:
@@ -57,7 +57,7 @@ def made(llama2, cache) -> dict[str, list[dict]]:
     return {
         task: samples
         for (task, _), samples in ruler.generate(
-            names.RULER, [4096], llama2, ruler.Draw(SAMPLES), cache
+            task_names.RULER, [4096], llama2, ruler.Draw(SAMPLES), cache
         ).items()
     }
 
@@ -104,7 +104,7 @@ def test_published_scores(task):
     ],
 )
 def test_hand_made_scores(prediction, references, every, some):
-    for task in names.RULER:
+    for task in task_names.RULER:
         expected = some if task in ("qa_1", "qa_2") else every
         assert ruler.score(task, [prediction], [references]) == [pytest.approx(expected)]
         assert ruler.number(task, [prediction], [references]) == round(expected, 2)
@@ -334,8 +334,8 @@ def test_every_task_is_the_packages():
     import yaml
 
     assert (
-        set(names.RULER) == set(yaml.safe_load((ruler_package.package() / "synthetic.yaml").read_text()))
-        and len(set(names.RULER)) == 13
+        set(task_names.RULER) == set(yaml.safe_load((ruler_package.package() / "synthetic.yaml").read_text()))
+        and len(set(task_names.RULER)) == 13
     )
     expected = {
         **dict.fromkeys(NIAH, 128),
@@ -345,7 +345,7 @@ def test_every_task_is_the_packages():
         "qa_1": 32,
         "qa_2": 32,
     }  # protocols.md
-    assert {task: ruler_package.tokens_to_generate(task) for task in names.RULER} == expected
+    assert {task: ruler_package.tokens_to_generate(task) for task in task_names.RULER} == expected
 
 
 # Samples against those of the original generator of October 2024
@@ -384,7 +384,7 @@ def asked(task: str, text: str) -> tuple[str, str]:
     return first, last
 
 
-@pytest.mark.parametrize("task", names.RULER)
+@pytest.mark.parametrize("task", task_names.RULER)
 def test_against_the_original_samples(made, task):
     official = rows(f"official_samples_4096/{task}.jsonl.zst")
     for theirs, ours in zip(official, made[task], strict=True):
@@ -424,7 +424,7 @@ FILLED = {
 }
 
 
-@pytest.mark.parametrize("task", names.RULER)
+@pytest.mark.parametrize("task", task_names.RULER)
 def test_lengths(made, llama2, task):
     tokenizer = ruler.load_tokenizer(llama2)
     for sample in made[task]:
@@ -825,7 +825,7 @@ def test_lm_eval_group(made, llama2, cache, name):
         {"tokenizer": str(llama2), "max_seq_lengths": [4096], "samples": SAMPLES, "cache": str(cache)},
     )
     assert results["endprompt_ruler"]["score,none"] == results["endprompt_ruler"]["4096,none"] == expected
-    for task in names.RULER:
+    for task in task_names.RULER:
         assert (
             results[f"endprompt_ruler_{task}"]["score,none"]
             == results[f"endprompt_ruler_{task}"]["4096,none"]

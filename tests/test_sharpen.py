@@ -18,7 +18,7 @@ from training import prepared, run, train, weights
 
 from endprompt import Failure
 from endprompt.bases import model, sharpen
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 
 
@@ -112,7 +112,7 @@ def test_recipe_and_method_say_how_much(recipe_file):
     """The base's window is 256 and the target 512: 9 / 8."""
 
     def found(method, *overrides):
-        return Experiment.of(config.load(recipe_file(), overrides), method).sharpness
+        return Experiment.of(schema.load(recipe_file(), overrides), method).sharpness
 
     assert found("pose") == 1.0
     assert found("pose_sharp") == pytest.approx(9 / 8)
@@ -179,7 +179,7 @@ def test_a_sharpened_base_gets_what_is_missing(
     for folder in (plain, done):
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": start}))
-    recipe = config.load(recipe_file(model={"name_or_path": str(done)}, lengths={"target": target}))
+    recipe = schema.load(recipe_file(model={"name_or_path": str(done)}, lengths={"target": target}))
     t = Experiment.of(recipe, "pose_sharp").sharpness
     assert t == pytest.approx(missing, rel=1e-12)
     assert Experiment.of(recipe, "pose").sharpness == 1.0  # what is there stays
@@ -223,7 +223,7 @@ def test_other_notes_of_ours_say_nothing_of_sharpness(recipe_file, base, tmp_pat
     folder = noted(
         shutil.copytree(base, tmp_path / "model"), method="pose", original_length=64, target_length=256
     )
-    recipe = config.load(recipe_file(model={"name_or_path": str(folder)}))
+    recipe = schema.load(recipe_file(model={"name_or_path": str(folder)}))
     assert Experiment.of(recipe, "pose_sharp").sharpness == pytest.approx(9 / 8)
     assert sharpen.inherited(model.load_config(recipe)) == {}
 
@@ -290,7 +290,7 @@ def test_what_is_not_trained_is_scored_as_sharp_as_asked(recipe_file, base, tmp_
     ids = torch.arange(3, 40)[None]
 
     def scored(*overrides):
-        experiment = Experiment.of(config.load(recipe_file(), overrides), name, tmp_path)
+        experiment = Experiment.of(schema.load(recipe_file(), overrides), name, tmp_path)
         network, _, identity = evaluation.load(experiment, None)
         return network, identity["sharpened"]
 
@@ -298,7 +298,7 @@ def test_what_is_not_trained_is_scored_as_sharp_as_asked(recipe_file, base, tmp_
     assert t == 1.0
     folder = tmp_path / "model"
     plain.save_pretrained(folder)
-    checked = config.load(recipe_file())
+    checked = schema.load(recipe_file())
     wanted = sharpen.factor(1.0, model.load_config(checked).max_position_embeddings, checked.lengths.target)
     sharpen.sharpen(folder, wanted)
     on_disk = type(plain).from_pretrained(folder)

@@ -14,13 +14,11 @@ import yaml
 from conftest import REPOSITORY
 from matplotlib import image
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import figures, longbench_scores, question, results, run
 from endprompt.evaluation.results import Estimate, Missing
-from endprompt.methods import table as methods
 from endprompt.planning import estimate
-from endprompt.recipe import schema
-from endprompt.recipe import task_names as names
+from endprompt.recipe import schema, task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports import paper, plan, recipe_page, tables
 
@@ -113,7 +111,7 @@ def test_every_row_has_its_columns_and_its_run():
                 [*table.rows[row].overrides, *paper.load()["evaluate"]],
             )
             assert set(table.read_off_plot.get(row, [])) <= set(cells)
-        assert all(set(tasks) <= set(names.TASKS) for tasks in table.parts.values())
+        assert all(set(tasks) <= set(task_names.TASKS) for tasks in table.parts.values())
         assert not table.columns.startswith("ruler") or table.lengths
     folders = {(run.suffix, run.recipe, run.method) for run in paper.runs().values()}
     assert len(folders) == len(paper.runs()), "two runs of one folder"
@@ -272,7 +270,7 @@ def write(
                 {"depth": 1.0, "correct": 10, "total": 10},
             ]
         }
-    if task in names.SHORT_TEXT:
+    if task in task_names.SHORT_TEXT:
         scores |= {"few_shots": 5}
     path.write_text(
         json.dumps(
@@ -298,7 +296,7 @@ def write(
 
 def score_of(task, length):
     """A known score for each RULER task and length."""
-    return 50 + names.RULER.index(task) + LENGTHS.index(length)
+    return 50 + task_names.RULER.index(task) + LENGTHS.index(length)
 
 
 @pytest.fixture
@@ -307,13 +305,13 @@ def runs(tmp_path):
     endprompt; a tiny recipe.
     """
     folder = tmp_path / "runs"
-    for task in names.RULER:
+    for task in task_names.RULER:
         for length in LENGTHS:
             write(folder / "llama3-8b-64k/endprompt", f"ruler_{task}", length, score_of(task, length))
             if (task, length) != ("vt", 65536):
                 write(folder / "llama3-8b-64k/lceg", f"ruler_{task}", length, score_of(task, length) + 1)
         write(folder / "llama3-8b-64k/full_length", f"ruler_{task}", 4096, 40, samples=20)
-    for number, task in enumerate(names.LONGBENCH):
+    for number, task in enumerate(task_names.LONGBENCH):
         write(
             folder / "llama3-8b-64k/endprompt",
             f"longbench_{task}",
@@ -321,7 +319,7 @@ def runs(tmp_path):
             10 + number,
             samples=longbench_scores.TASKS[task].samples,
         )
-    for number, task in enumerate(names.SHORT_TEXT):
+    for number, task in enumerate(task_names.SHORT_TEXT):
         write(
             folder / "llama3-8b-64k/endprompt",
             task,
@@ -437,7 +435,7 @@ def test_fine_tuned_models(runs):
     own = results.evaluation_folder(
         runs / "llama3-8b-64k/endprompt", str(runs / "llama3-8b-64k/endprompt/sft")
     ).name
-    for task in names.SHORT_TEXT:
+    for task in task_names.SHORT_TEXT:
         write(runs / "llama3-8b-64k/endprompt", task, None, 70, folder=own)
     assert filled(runs, "table_5").cells["avg"]["endprompt"].ours.score == pytest.approx(70), (
         "the folder at this path comes first"
@@ -445,7 +443,7 @@ def test_fine_tuned_models(runs):
 
 
 def test_ablations_have_folders_of_their_own(runs):
-    for task in names.RULER:
+    for task in task_names.RULER:
         for length in LENGTHS:
             write(runs / "EP_2/llama3-8b-64k/endprompt", f"ruler_{task}", length, 77)
             write(runs / "mistral-7b-64k/endprompt", f"ruler_{task}", length, 66)
@@ -892,7 +890,7 @@ def test_all_tables_are_planned(tmp_path):
     job = next(job for job in every if job.out.name == "tokens-0.5b")
     recipe = schema.load(job.recipe, list(job.overrides))
     assert recipe.data.tokens == 500_000_000 and recipe.eval.samples == 500 and recipe.eval.seed == 1
-    assert set(names.GROUPS["ruler"] + names.GROUPS["longbench"]) < set(recipe.eval.tasks)
+    assert set(task_names.GROUPS["ruler"] + task_names.GROUPS["longbench"]) < set(recipe.eval.tasks)
     recipe = schema.load(RECIPE, list(next(job for job in every if job.out.name == "EP_3").overrides))
     assert Experiment.of(recipe, "endprompt").options.end_prompts == ["EP_3"]
     tuned = [job for job in every if job.kind == "evaluate"]

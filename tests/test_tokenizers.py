@@ -24,7 +24,7 @@ from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.evaluation import perplexity
 from endprompt.methods.end_prompt import END_PROMPTS
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows import prepare, shards, tokenizing
 
@@ -173,7 +173,7 @@ def real(request, tmp_path_factory):
         )
     )
     loaded = model.load_tokenizer(
-        config.load(REPOSITORY / "recipes/tiny.yaml", [f"model.name_or_path={folder}"])
+        schema.load(REPOSITORY / "recipes/tiny.yaml", [f"model.name_or_path={folder}"])
     )
     return request.param, data, folder, loaded
 
@@ -183,7 +183,7 @@ def recipe(real, recipe_file):
     def make(texts=TEXTS, options=None, **data):
         path = recipe_file(model={"name_or_path": str(real[2])})
         write_jsonl(path.parent / "corpus.jsonl", texts)
-        checked = config.load(path)
+        checked = schema.load(path)
         data = checked.data.model_copy(update=data)
         return checked.model_copy(update={"data": data, "method_options": options or {}})
 

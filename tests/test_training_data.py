@@ -19,8 +19,7 @@ from datasets import data_files
 
 from endprompt import BadInput, storage
 from endprompt.bases import model
-from endprompt.recipe import schema as config
-from endprompt.recipe import settings_file
+from endprompt.recipe import schema, settings_file
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows import corpus, corpus_folder, prepare, shards
 from endprompt.training import dataset
@@ -47,7 +46,7 @@ def read(recipe_file):
     """read(folder, split="test") -> [(document id, text), ...]"""
 
     def documents(where, split="train"):
-        recipe = config.load(
+        recipe = schema.load(
             recipe_file(
                 data={
                     "corpus": [str(one) for one in where] if isinstance(where, list) else str(where),
@@ -131,14 +130,14 @@ def test_what_is_passed_over_is_said(recipe_file, tmp_path, capsys):
         tmp_path / "folder",
         ["train.jsonl", "test.jsonl", ".a/train.jsonl", "dataset_infos.json", "README.md"],
     )
-    corpus.local_files(config.load(recipe_file(data={"corpus": str(folder)})))
+    corpus.local_files(schema.load(recipe_file(data={"corpus": str(folder)})))
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and all(
         part in told
         for part in ("1 of the split test (test.jsonl)", "1 hidden", ".a/train.jsonl", "dataset_infos.json")
     )
     corpus.local_files(
-        config.load(recipe_file(data={"corpus": str(filled(tmp_path / "plain", ["a.jsonl", "b.txt"]))}))
+        schema.load(recipe_file(data={"corpus": str(filled(tmp_path / "plain", ["a.jsonl", "b.txt"]))}))
     )
     assert capsys.readouterr().err == ""
 
@@ -264,9 +263,9 @@ def test_a_mark_of_utf8_is_no_text(read, tmp_path, pack):
 
 def test_a_mark_of_utf8_in_settings_and_recipes(recipe_file, tmp_path):
     path = recipe_file()
-    plain = config.load(path)
+    plain = schema.load(path)
     path.write_bytes(BOM.encode() + path.read_bytes())
-    assert config.load(path) == plain
+    assert schema.load(path) == plain
     (tmp_path / "z.json").write_text(BOM + "{}")
     assert settings_file.read(tmp_path / "z.json") == "{}"
 
@@ -476,12 +475,12 @@ def test_an_end_prompt_with_a_token_without_an_embedding(more, tmp_path, prompt)
 def test_tokens_that_no_text_holds_do_no_harm_and_old_shards_are_refused(more, tmp_path, monkeypatch):
     clean, out = more(), tmp_path / "out"
     assert run_main("prepare", clean, "short", "--out", out, "--workers", 1)[0] == 0
-    experiment = Experiment.of(config.load(clean), "short", out)
+    experiment = Experiment.of(schema.load(clean), "short", out)
     folder = experiment.run / "shards"
     assert experiment.base.config.vocab_size == 896 and len(dataset.load_rows(experiment, True)[0]) == 64
     # As they were made before: without the check.
     shutil.rmtree(out)
-    recipe = config.load(more(" before <pad> after"))
+    recipe = schema.load(more(" before <pad> after"))
     experiment, wider = (Experiment.of(recipe, "short", out) for _ in range(2))
     monkeypatch.setattr(model, "check_ids", lambda *arguments: None)
     manifest = prepare.prepare(experiment, folder, 1, {})

@@ -18,8 +18,7 @@ from training import assert_same, prepared, run, train
 from transformers import TrainerCallback, TrainingArguments
 
 from endprompt import BadInput
-from endprompt.recipe import schema as config
-from endprompt.recipe import training_keys, zero_file
+from endprompt.recipe import schema, training_keys, zero_file
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports.markdown import grid, replaced
 from endprompt.rows.collate import Collator
@@ -165,7 +164,7 @@ def made(dataset, start, tmp_path, monkeypatch, base, alone):
         "data": {"corpus": "x", "tokens": 64},
     }
     path.write_text(json.dumps(tree))
-    return Made(dataset, start, config.load(path), tmp_path)
+    return Made(dataset, start, schema.load(path), tmp_path)
 
 
 def same(one, two) -> bool:
@@ -593,7 +592,7 @@ def filled(made, options, **keys):
     """DeepSpeed's options as they are once transformers has put the recipe's values in."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    config.load(recipe_with(made, options, **keys))
+    schema.load(recipe_with(made, options, **keys))
     arguments = made.build(**{**keys, "deepspeed": None}).arguments
     found = HfTrainerDeepSpeedConfig(
         zero_file.filled(options, 1)
@@ -1022,7 +1021,7 @@ def test_a_zero_file_that_contradicts_the_recipe(made, options, keys, telling):
     for given in (options, made.folder / "zero.json"):
         (made.folder / "zero.json").write_text(json.dumps(options))
         with pytest.raises(BadInput) as caught:
-            config.load(recipe_with(made, given if given is options else str(given), **keys))
+            schema.load(recipe_with(made, given if given is options else str(given), **keys))
         assert all(word in str(caught.value) for word in ("train.deepspeed: ", *telling)) and "\n" not in str(
             caught.value
         )
@@ -1043,7 +1042,7 @@ def test_a_zero_file_that_contradicts_the_recipe(made, options, keys, telling):
     ],
 )
 def test_a_zero_file_that_agrees(made, options, keys):
-    assert config.load(recipe_with(made, options, **keys)).deepspeed == options
+    assert schema.load(recipe_with(made, options, **keys)).deepspeed == options
     assert filled(made, options, **keys).mismatches == (
         []
         if options.get("bf16") != {"enabled": True} or keys
@@ -1162,7 +1161,7 @@ def test_the_page_says_what_the_code_says():
         key
         for path in (REPOSITORY / "recipes").glob("*.yaml")
         if path.name != "sft.yaml"
-        for key in config.load(path).train
+        for key in schema.load(path).train
     }
     assert shown <= set(re.findall(r"^\| `(\w+)`", page(), re.MULTILINE))
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from endprompt import methods
 from endprompt.evaluation.results import model_of
-from endprompt.methods import table as methods
 
 PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 

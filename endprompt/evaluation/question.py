@@ -25,7 +25,7 @@ from endprompt.evaluation import (
     ruler_package,
     ruler_samples,
 )
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 from endprompt.recipe.schema import Recipe
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ _READERS = {
 
 def family(task: str) -> str:
     """ "passkey" (multikey too), "perplexity", "ruler", "longbench" or "short_text"."""
-    if task in names.SHORT_TEXT:
+    if task in task_names.SHORT_TEXT:
         return "short_text"
     return {"multikey": "passkey"}.get(task, task.partition("_")[0])
 
@@ -254,7 +254,7 @@ class Questions:
                     )
                 }
             case "short_text":
-                few_shots, metric = names.SHORT_TEXT[task]
+                few_shots, metric = task_names.SHORT_TEXT[task]
                 return {"few_shots": few_shots, "metric": metric}
             case _:
                 return {}

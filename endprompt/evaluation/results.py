@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import longbench_scores
-from endprompt.methods import table as methods
 
 # What two results of one model may differ in, for they may come from different machines.
 _MACHINE = ("dtype", "attention")

@@ -24,7 +24,7 @@ from pathlib import Path
 import endprompt
 from endprompt import BadInput, storage
 from endprompt.evaluation import answers, prompts, ruler_package, ruler_worker
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 
 FORMAT = 1  # of a cache file
 PATIENCE = 120  # seconds of processor time without a sign of life of a script
@@ -521,9 +521,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        default=list(names.RULER),
+        default=list(task_names.RULER),
         metavar="TASK",
-        help=f"default: all, {', '.join(names.RULER)}",
+        help=f"default: all, {', '.join(task_names.RULER)}",
     )
     parser.add_argument("--lengths", nargs="+", type=int, required=True, metavar="TOKENS")
     parser.add_argument("--samples", type=int, default=500)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from endprompt import BadInput, storage
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 
 PACKAGE, VERSION = "nvidia-long-context-eval", "26.3"
 GENERATION = (  # since 2025 the generator searches by halving, and makes other samples
@@ -143,13 +143,13 @@ def settings() -> dict[str, dict]:
     from long_context_eval.data.synthetic.constants import TASKS as kinds
 
     table = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
-    return {name: {**table[name], **kinds[table[name]["task"]]} for name in names.RULER}
+    return {name: {**table[name], **kinds[table[name]["task"]]} for name in task_names.RULER}
 
 
 def about(task: str) -> dict:
     """A task's entry in ``settings``.  Raises BadInput if there is no such task."""
-    if task not in names.RULER:
-        raise BadInput(f"RULER has no task {task}; it has {', '.join(names.RULER)}")
+    if task not in task_names.RULER:
+        raise BadInput(f"RULER has no task {task}; it has {', '.join(task_names.RULER)}")
     return settings()[task]
 
 

@@ -35,7 +35,7 @@ from endprompt.evaluation import (
     ruler_samples,
 )
 from endprompt.evaluation.question import Questions, chat, fingerprint, same
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.runs import provenance, runfolder
@@ -166,7 +166,7 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
     """The lengths at which ``task`` is scored: the recipe's, LongBench's one length of truncation, or none
     for short text.
     """
-    if task in names.SHORT_TEXT:
+    if task in task_names.SHORT_TEXT:
         return [None]
     if task.startswith("longbench_"):
         return [recipe.eval.longbench_length]
@@ -212,7 +212,7 @@ class Scorer:
         ValueError or BadInput.
         """
         options = self.recipe.eval
-        if task in names.SHORT_TEXT:
+        if task in task_names.SHORT_TEXT:
             limits = options.short_text_samples, options.chat_template, options.run_unsafe_code
             return short_text(self.lm, task, *limits), []
         assert length is not None  # which only short text has none of
@@ -296,7 +296,7 @@ def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_cod
     all subtasks' samples count alike, as in the harness' own mean of MMLU.  ``limit``: samples a subtask;
     None: all.
     """
-    few_shots, metric = names.SHORT_TEXT[task]
+    few_shots, metric = task_names.SHORT_TEXT[task]
     found = engine.run_own(
         lm,
         task,

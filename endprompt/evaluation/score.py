@@ -14,12 +14,12 @@ from pathlib import Path
 
 from endprompt import BadInput
 from endprompt.evaluation import longbench_scores, passkey, ruler
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 from endprompt.rows import corpus
 
 BENCHMARKS = {
-    "ruler": names.RULER,
-    "longbench": (*names.LONGBENCH, *names.LONGBENCH_ZH),
+    "ruler": task_names.RULER,
+    "longbench": (*task_names.LONGBENCH, *task_names.LONGBENCH_ZH),
     "passkey": tuple(passkey.TASKS),
 }
 

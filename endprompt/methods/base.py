@@ -218,7 +218,8 @@ def register(kind: type[Method]) -> type[Method]:
     """
     if kind.name in METHODS:
         raise ValueError(f"{kind.__module__}: a method named {kind.name} is there already; rename it")
-    for other in (kind, *METHODS.values()):
+    others: list[Any] = [kind, *METHODS.values()]
+    for other in others:
         for option in other.Options.model_fields.keys() & {kind.name, *METHODS}:
             raise ValueError(f"{other.name}: the option {option} has a method's name; rename it")
     METHODS[kind.name] = kind()

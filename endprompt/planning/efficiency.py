@@ -36,8 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt import BadInput, storage
-from endprompt.methods import table as methods
+from endprompt import BadInput, methods, storage
 from endprompt.planning.entries import SETTING, best, key, ratios, tell
 from endprompt.planning.step import (
     ATTENTION,

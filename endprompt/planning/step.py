@@ -16,8 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from endprompt import BadInput
-from endprompt.methods import table as methods
+from endprompt import BadInput, methods
 
 # (layers, width, feed-forward width, heads, heads of keys and values, vocabulary, window, tied)
 SHAPES = {

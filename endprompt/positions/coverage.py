@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from endprompt.positions import plans as positions
+from endprompt.positions import plans
 
 Span = tuple[int, int]  # both ends belong to it
 
@@ -45,7 +45,7 @@ def pair_counts(rows: Iterable[Sequence[Span]], L: int) -> np.ndarray:
 def observed_distances(position_ids: np.ndarray) -> np.ndarray:
     """All distinct distances of one row with ``position_ids`` [T], sorted, int64."""
     return np.flatnonzero(
-        pair_counts([positions.segments(position_ids)], int(position_ids[-1]) - int(position_ids[0]) + 1)
+        pair_counts([plans.segments(position_ids)], int(position_ids[-1]) - int(position_ids[0]) + 1)
     )
 
 
@@ -88,7 +88,7 @@ def gap(spans: Sequence[Span], L: int) -> list[Span]:
 def counted(counts: np.ndarray) -> list[Span]:
     """The distances with a positive count in ``counts`` [L], as disjoint spans in order."""
     seen = np.flatnonzero(counts)
-    return positions.segments(seen) if len(seen) else []
+    return plans.segments(seen) if len(seen) else []
 
 
 def picture(panels: Sequence[tuple[str, np.ndarray, int]], title: str) -> bytes:

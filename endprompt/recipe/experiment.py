@@ -8,10 +8,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.bases import sharpen
 from endprompt.bases.model import Base
-from endprompt.methods import table
 from endprompt.methods.base import Method, Options, Rows, Setting
 from endprompt.positions import rope
 from endprompt.recipe import schema
@@ -25,9 +24,9 @@ def options(method: Method, given: dict[str, Any], former: dict[str, Any] | None
     Raises BadInput on an option that the method does not have, or under the name of a method that lacks it.
     """
     known = set(method.Options.model_fields)
-    own = {key: value for key, value in given.items() if key not in table.METHODS}
-    for name in given.keys() & table.METHODS.keys():
-        _validated(table.METHODS[name], given[name], f"method_options.{name}")
+    own = {key: value for key, value in given.items() if key not in methods.METHODS}
+    for name in given.keys() & methods.METHODS.keys():
+        _validated(methods.METHODS[name], given[name], f"method_options.{name}")
     taken = {key: value for key, value in (former or {}).items() if key in known}
     return _validated(method, {**taken, **own, **given.get(method.name, {})}, "method_options")
 
@@ -66,14 +65,14 @@ class Experiment:
     @classmethod
     def of(cls, recipe: schema.Recipe, method: Method | str, out: Path = Path("runs")) -> "Experiment":
         """Raises BadInput if there is no such method, or it has not the options that the recipe gives."""
-        method = table.get(method) if isinstance(method, str) else method
+        method = methods.get(method) if isinstance(method, str) else method
         found = options(method, recipe.method_options, recipe.former)
         method.check(found, recipe.data.packing)
         return cls(recipe, method, found, Path(out))
 
     def with_method(self, name: str) -> "Experiment":
         """The same recipe under another method; options that are not under a method's name are left out."""
-        given = {key: value for key, value in self.recipe.method_options.items() if key in table.METHODS}
+        given = {key: value for key, value in self.recipe.method_options.items() if key in methods.METHODS}
         return self.of(self.recipe.model_copy(update={"method_options": given}), name, self.out)
 
     @property
@@ -147,5 +146,5 @@ class Experiment:
 
 def resolve(path: str | Path, overrides: list[str], method: str, out: Path = Path("runs")) -> Experiment:
     """The experiment of a recipe's file.  Raises BadInput with one line that names the key and the mend."""
-    found = table.get(method)  # the shorter complaint first
+    found = methods.get(method)  # the shorter complaint first
     return Experiment.of(schema.load(path, overrides), found, out)

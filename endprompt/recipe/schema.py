@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from endprompt import BadInput
 from endprompt.positions.rope import Type
-from endprompt.recipe import former_keys, settings_file, training_keys, zero_file
-from endprompt.recipe import task_names as names
+from endprompt.recipe import former_keys, settings_file, task_names, training_keys, zero_file
 from endprompt.recipe.settings_file import SHIPPED
 
 
@@ -97,7 +96,7 @@ class EvalSection(Section):
     @field_validator("tasks")
     @classmethod
     def known(cls, value):
-        return names.expand(value)
+        return task_names.expand(value)
 
     @field_validator("lengths")
     @classmethod

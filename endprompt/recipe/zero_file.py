@@ -91,15 +91,7 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
         )
     for name in HALVES:
         _check_half(name, options.get(name, {}), train.get("bf16") if name == "bf16" else False, wrong)
-    sums = options.get("data_types", {})
-    if (
-        not isinstance(sums, dict)
-        or set(sums) - {"grad_accum_dtype"}
-        or any(kind not in SUMS for kind in sums.values())
-    ):
-        wrong(
-            "data_types", f"may hold grad_accum_dtype alone, one of {', '.join(SUMS)}; leave it out for fp32"
-        )
+    _check_sums(options.get("data_types", {}), wrong)
     if zero.get(GATHER, True) is not True:
         wrong(
             f"zero_optimization.{GATHER}", "is not true, and without it there is no model to save at the end"
@@ -111,6 +103,13 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
         )
     if "optimizer" in options:
         _check_optimizer(merged, options["optimizer"], wrong)
+
+
+def _check_sums(section: Any, wrong: Wrong) -> None:
+    known = isinstance(section, dict) and not set(section) - {"grad_accum_dtype"}
+    if not known or any(kind not in SUMS for kind in section.values()):
+        kinds = ", ".join(SUMS)
+        wrong("data_types", f"may hold grad_accum_dtype alone, one of {kinds}; leave it out for fp32")
 
 
 def _check_half(name: str, section: Any, trained: bool | None, wrong: Wrong) -> None:

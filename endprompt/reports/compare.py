@@ -11,11 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from endprompt import BadInput, storage
+from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, intervals, results
-from endprompt.methods import table as methods
-from endprompt.recipe import experiment, former_keys
-from endprompt.recipe import schema as config
+from endprompt.recipe import experiment, former_keys, schema
 from endprompt.runs import provenance
 
 TRAINING = (
@@ -48,7 +46,7 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
         data, rope = (
             {
                 key.removeprefix(f"{section}."): value
-                for key, value in config.defaults().items()
+                for key, value in schema.defaults().items()
                 if key.startswith(f"{section}.")
             }
             | given

@@ -9,9 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import figures
-from endprompt.methods import table as methods
 from endprompt.planning.entries import best
 from endprompt.reports import paper
 

@@ -21,11 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from endprompt import BadInput, storage
+from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, intervals, passkey, results
-from endprompt.methods import table as methods
-from endprompt.positions import coverage
-from endprompt.positions import plans as positions
+from endprompt.positions import coverage, plans
 from endprompt.reports import compare, findings_tables
 from endprompt.rows import shards
 from endprompt.runs import provenance
@@ -110,7 +108,7 @@ def never_seen(run: Path, length: int) -> list[tuple[int, int]] | None:
     if not (run / "shards" / shards.MANIFEST).is_file():
         return None
     manifest = shards.read_manifest(run / "shards")
-    rows = (positions.segments(row) for row in shards.position_ids(run / "shards", manifest))
+    rows = (plans.segments(row) for row in shards.position_ids(run / "shards", manifest))
     return coverage.gap(
         coverage.counted(coverage.pair_counts(rows, manifest["target_length"])[:length]), length
     )

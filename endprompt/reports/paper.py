@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from endprompt.evaluation import longbench_scores
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 
 SHORT, TARGET = (4096, 8192, 16384, 32768), 65536
 # Half a unit of the last digit for the columns and as much for the average: a greater difference cannot be
@@ -21,7 +21,7 @@ SHORT, TARGET = (4096, 8192, 16384, 32768), 65536
 ROUNDING = Fraction(1, 100)
 
 # What a printed column is the mean of, as our task names.
-_RULER = {name: (f"ruler_{name}",) for name in names.RULER}
+_RULER = {name: (f"ruler_{name}",) for name in task_names.RULER}
 _GROUPED = {
     "niah_single": tuple(f"ruler_niah_single_{i}" for i in (1, 2, 3)),
     "niah_multikey": tuple(f"ruler_niah_multikey_{i}" for i in (1, 2, 3)),
@@ -33,11 +33,11 @@ _CATEGORIES = {
     for category, members in longbench_scores.CATEGORIES.items()
 }
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
-    "ruler": {**_RULER, "avg": names.GROUPS["ruler"]},
-    "ruler_groups": {**_GROUPED, "avg": names.GROUPS["ruler"]},
-    "longbench": {**_CATEGORIES, "avg": names.GROUPS["longbench"]},
-    "short_text": {**{name: (name,) for name in names.SHORT_TEXT}, "avg": tuple(names.SHORT_TEXT)},
-    "averages": {"longbench_avg": names.GROUPS["longbench"], "ruler_avg": names.GROUPS["ruler"]},
+    "ruler": {**_RULER, "avg": task_names.GROUPS["ruler"]},
+    "ruler_groups": {**_GROUPED, "avg": task_names.GROUPS["ruler"]},
+    "longbench": {**_CATEGORIES, "avg": task_names.GROUPS["longbench"]},
+    "short_text": {**{name: (name,) for name in task_names.SHORT_TEXT}, "avg": tuple(task_names.SHORT_TEXT)},
+    "averages": {"longbench_avg": task_names.GROUPS["longbench"], "ruler_avg": task_names.GROUPS["ruler"]},
     "cost": {"memory_gb": (), "hours": (), "speedup": ()},
 }
 

@@ -20,11 +20,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import results
-from endprompt.methods import table as methods
 from endprompt.planning import estimate
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment, resolve
 from endprompt.recipe.schema import Recipe
 from endprompt.reports import paper
@@ -91,7 +90,7 @@ def prefill_flops(recipe: Recipe, about) -> float:
 
     options, total = recipe.eval, 0.0
     for task in options.tasks:
-        if task in names.SHORT_TEXT:
+        if task in task_names.SHORT_TEXT:
             continue
         samples = options.samples
         if task == "perplexity":
@@ -207,7 +206,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
     if about is None:
         return Planned(job, state, done, None, None)
     train = 0.0 if trained else training_flops(experiment, about) / flops_per_hour
-    counted = any(task not in names.SHORT_TEXT for task in recipe.eval.tasks)
+    counted = any(task not in task_names.SHORT_TEXT for task in recipe.eval.tasks)
     evaluate = (
         0.0
         if done or job.kind == "train"
@@ -298,7 +297,7 @@ def _tuned(recipe: Path, out: Path, overrides: tuple[str, ...], given: dict[str,
     """Fine-tuning and then its evaluation, for each row of the paper's tables after it."""
     # HumanEval runs what a model writes: only where the user allows it.
     allowed = any(item.replace(" ", "") == "eval.run_unsafe_code=true" for item in overrides)
-    short = [task for task in names.SHORT_TEXT if task != "humaneval" or allowed]
+    short = [task for task in task_names.SHORT_TEXT if task != "humaneval" or allowed]
     tasks = f"eval.tasks=[{','.join(short)}]"
     found = []
     for run in [run for table in paper.tables().values() if table.after for run in table.rows.values()]:

@@ -7,11 +7,10 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endprompt import BadInput
+from endprompt import BadInput, methods
 from endprompt.evaluation import figures, passkey, results
 from endprompt.evaluation.results import Estimate, Missing, Results
-from endprompt.methods import table as methods
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 from endprompt.reports import paper
 from endprompt.reports.markdown import grid
 
@@ -67,9 +66,9 @@ class Page:
         groups = {
             **{task: (task,) for task in passkey.TASKS},
             "perplexity": (PERPLEXITY,),
-            "RULER": names.GROUPS["ruler"],
-            "LongBench": names.GROUPS["longbench"] + names.GROUPS["longbench_zh"],
-            "short text": names.GROUPS["short_text"],
+            "RULER": task_names.GROUPS["ruler"],
+            "LongBench": task_names.GROUPS["longbench"] + task_names.GROUPS["longbench_zh"],
+            "short text": task_names.GROUPS["short_text"],
         }
         return [name for name, tasks in groups.items() if self.tasks(tasks)]
 
@@ -89,8 +88,8 @@ class Page:
         """As ``by_length``, of the mean over the 13 tasks, where all are there."""
         means = {
             method: {
-                length: found.mean([(task, length) for task in names.GROUPS["ruler"]])
-                for length in self.lengths(list(names.GROUPS["ruler"]))
+                length: found.mean([(task, length) for task in task_names.GROUPS["ruler"]])
+                for length in self.lengths(list(task_names.GROUPS["ruler"]))
                 if length is not None
             }
             for method, found in self.methods.items()
@@ -209,7 +208,7 @@ class Page:
         ]
         if not columns:
             return []
-        ruler = self.tasks(names.GROUPS["ruler"])
+        ruler = self.tasks(task_names.GROUPS["ruler"])
         instead = (
             "RULER was not run for this recipe, and these do not replace it: passkey retrieval"
             " asks for one number in filler text. "
@@ -231,7 +230,7 @@ class Page:
         ]
 
     def _ruler(self) -> list[str]:
-        ruler = self.tasks(names.GROUPS["ruler"])
+        ruler = self.tasks(task_names.GROUPS["ruler"])
         if not ruler:
             return []
         lengths = self.lengths(ruler)
@@ -247,19 +246,22 @@ class Page:
         rows += [
             (
                 f"**{method}, mean of the 13 tasks**",
-                [shown(found.mean([(task, length) for task in names.GROUPS["ruler"]])) for length in lengths],
+                [
+                    shown(found.mean([(task, length) for task in task_names.GROUPS["ruler"]]))
+                    for length in lengths
+                ],
             )
             for method, found in self.methods.items()
         ]
         parts = ["## RULER", grid("method and task", [str(length) for length in lengths], rows)]
-        if absent := [task for task in names.RULER if f"ruler_{task}" not in ruler]:
+        if absent := [task for task in task_names.RULER if f"ruler_{task}" not in ruler]:
             parts.append(
                 f"No mean over RULER: {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run."
             )
         return parts
 
     def _longbench(self) -> list[str]:
-        tasks = self.tasks(names.GROUPS["longbench"] + names.GROUPS["longbench_zh"])
+        tasks = self.tasks(task_names.GROUPS["longbench"] + task_names.GROUPS["longbench_zh"])
         if not tasks:
             return []
         averaged = [(task.removeprefix("longbench_"), (task,)) for task in tasks] + [
@@ -279,7 +281,7 @@ class Page:
         return ["## LongBench", grid(corner, list(self.methods), rows)]
 
     def _short_text(self) -> list[str]:
-        tasks = self.tasks(names.GROUPS["short_text"])
+        tasks = self.tasks(task_names.GROUPS["short_text"])
         if not tasks:
             return []
         rows = [
@@ -341,14 +343,14 @@ class Page:
             for task, length in sorted(
                 found.found,
                 key=lambda key: (
-                    names.TASKS.index(key[0]) if key[0] in names.TASKS else len(names.TASKS),
+                    task_names.TASKS.index(key[0]) if key[0] in task_names.TASKS else len(task_names.TASKS),
                     key[0],
                     key[1] or 0,
                 ),
             ):
                 ours = found.mean([(task, length)])
                 assert isinstance(ours, Estimate)  # it was found
-                benchmark = next((group for group, tasks in names.GROUPS.items() if task in tasks), task)
+                benchmark = next((group for group, tasks in task_names.GROUPS.items() if task in tasks), task)
                 writer.writerow(
                     (
                         method,

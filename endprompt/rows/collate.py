@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from endprompt.positions import plans as positions
+from endprompt.positions import plans
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Collator:
         for index, row in enumerate(rows):
             ids, n = np.asarray(row["input_ids"]), len(row["input_ids"])
             position_ids = np.asarray(row["position_ids"])
-            positions.check(position_ids, self.target_length)
+            plans.check(position_ids, self.target_length)
             batch["input_ids"][index, :n] = ids
             batch["position_ids"][index, :n] = position_ids
             batch["attention_mask"][index, :n] = 1

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt import BadInput
-from endprompt.methods import table
+from endprompt import BadInput, methods
 from endprompt.positions import coverage, plans
 from endprompt.positions.coverage import Span
 from endprompt.recipe.experiment import Experiment
@@ -164,7 +163,7 @@ def draw_coverage(experiment: Experiment) -> bytes:
     Raises BadInput if the recipe cannot make rows for one of them.
     """
     panels, L, recipe = [], experiment.target_length, experiment.recipe
-    for method in filter(lambda method: method.trained, table.METHODS.values()):
+    for method in filter(lambda method: method.trained, methods.METHODS.values()):
         own = experiment.with_method(method.name) if method is not experiment.method else experiment
         rows, source = _rows(own, strict=False)
         tokens = sum(last - first + 1 for row in rows for first, last in row)

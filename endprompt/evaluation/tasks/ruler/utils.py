@@ -5,7 +5,7 @@ endprompt/evaluation/ruler.py.
 from functools import partial
 
 from endprompt.evaluation import ruler
-from endprompt.recipe import task_names as names
+from endprompt.recipe import task_names
 
 process_results = ruler.process_results
-globals().update({task: partial(ruler.dataset, task) for task in names.RULER})
+globals().update({task: partial(ruler.dataset, task) for task in task_names.RULER})
