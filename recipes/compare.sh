@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Every method of the method table, trained and evaluated with several seeds, then one table and its pictures; what is finished is skipped.
+# Every method of the method table, trained and evaluated with several seeds, then one table and its pictures;
+# what is finished is skipped.
 #   bash recipes/compare.sh [RECIPE] [--set key=value ...]     (RECIPE: recipes/tiny.yaml)
-# Environment: SEEDS ("0 1 2"), METHODS (default: all rows of the table), OUT (runs), PYTHON (python), and what run.sh takes.
+# Environment: SEEDS ("0 1 2"), METHODS (default: all rows of the table), OUT (runs), PYTHON (python), and
+# what run.sh takes.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,7 +13,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
   shift
 fi
 if [ ! -f "$recipe" ] || { [ $# -gt 0 ] && [ "$1" != --set ]; }; then
-  sed -n '2,4s/^# //p' "$0" >&2
+  sed -n '2,/^[^#]/s/^# //p' "$0" >&2
   exit 2
 fi
 if [ -z "${PYTHON:-}" ]; then
@@ -22,7 +24,8 @@ export PYTHON
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 OUT=${OUT:-runs}
 METHODS=${METHODS:-$("$PYTHON" -c 'from endprompt.methods import METHODS; print(*METHODS)')}
-# The seed orders and draws training rows: it is nothing to a method that trains nothing, so that one seed is all of these.
+# The seed orders and draws training rows: it is nothing to a method that trains nothing, so that one seed is
+# all of these.
 untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
 
 folders=()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The laboratory of docs/findings.md: every setting and method below with several seeds, then tables and pictures; what is finished is skipped.
+# The laboratory of docs/findings.md: every setting and method below with several seeds, then tables and
+# pictures; what is finished is skipped.
 #   bash recipes/lab.sh [SETTING ...]      (SETTING: some of those below, plain first; default: all)
-# Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS (only these), OUT (runs/lab),
-# FINDINGS (OUT/findings), PYTHON (python).
+# Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS
+# (only these), OUT (runs/lab), FINDINGS (OUT/findings), PYTHON (python).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,8 +16,8 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 JOBS=${JOBS:-2}
 EP_1='This is the end of text, please pay attention here.'
 
-# By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same training: there, a run whose model
-# only needs other sharpening finds its last checkpoint.
+# By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same
+# training: there, a run whose model only needs other sharpening finds its last checkpoint.
 declare -A methods=(
   [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora'
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'

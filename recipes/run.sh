@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # prepare -> train -> evaluate for one recipe and method; stages that are finished are skipped.
 #   bash recipes/run.sh RECIPE METHOD [--set key=value ...]
-# Environment: STAGES ("prepare train evaluate"), NPROC (ranks on this machine; default: its GPUs, or 2 on CPU), OUT (runs), PYTHON (python);
-# for training on several nodes, on each of them NNODES, NODE_RANK (default: Slurm's), MASTER_ADDR and MASTER_PORT, with OUT on shared storage.
-# Exit codes: 0 done, 2 bad input, 3 a guard ended the training (a loss that is no number, a full disk), 75 stopped on request, 1 anything else.
-# After 75 and 1 the same command goes on from the last checkpoint.
+# Environment: STAGES ("prepare train evaluate"), NPROC (ranks on this machine; default: its GPUs, or 2 on
+# CPU), OUT (runs), PYTHON (python); for training on several nodes, on each of them NNODES, NODE_RANK
+# (default: Slurm's), MASTER_ADDR and MASTER_PORT, with OUT on shared storage.
+# Exit codes: 0 done, 2 bad input, 3 a guard ended the training (a loss that is no number, a full disk), 75
+# stopped on request, 1 anything else. After 75 and 1 the same command goes on from the last checkpoint.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,7s/^# //p' "$0" >&2
+  sed -n '2,/^[^#]/s/^# //p' "$0" >&2
   exit 2
 fi
 recipe=$1 method=$2
@@ -43,7 +44,8 @@ train() {
   ends=$(mktemp -d)
   # shellcheck disable=SC2064 # the folder of now
   trap "rm -rf '$ends'" EXIT
-  # Slurm signals every process of a step, and the code of one that a signal ends would hide what another node says.
+  # Slurm signals every process of a step, and the code of one that a signal ends would hide what another node
+  # says.
   [ -z "${SLURM_STEP_ID:-}" ] || trap : TERM
   ENDPROMPT_EXIT_CODE_FILE=$ends/code \
     "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?

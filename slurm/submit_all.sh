@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Submits prepare (in parts) -> train -> evaluate for each method, chained by their dependencies, and prints the job numbers.
+# Submits prepare (in parts) -> train -> evaluate for each method, chained by their dependencies, and prints
+# the job numbers.
 #   bash slurm/submit_all.sh [METHOD ...]                      (endprompt)
-# Environment: RECIPE, OUT and PYTHON as in train_64k.sbatch; PARTS (8) tasks that prepare; EVALS (5) tasks that evaluate; NODES (1) that train;
-# PREPARE_OPTIONS, TRAIN_OPTIONS, EVAL_OPTIONS: more options of sbatch for that job, for example "--partition=gpu --account=me".
+# Environment: RECIPE, OUT and PYTHON as in train_64k.sbatch; PARTS (8) tasks that prepare; EVALS (5) tasks
+# that evaluate; NODES (1) that train; PREPARE_OPTIONS, TRAIN_OPTIONS, EVAL_OPTIONS: more options of sbatch
+# for that job, for example "--partition=gpu --account=me".
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 if [ $# -gt 0 ] && [[ $1 == -* ]]; then
-  sed -n '2,5s/^# //p' "$0" >&2
+  sed -n '2,/^[^#]/s/^# //p' "$0" >&2
   exit 2
 fi
 if ! command -v sbatch >/dev/null; then

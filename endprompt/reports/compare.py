@@ -14,6 +14,7 @@ import yaml
 from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, intervals, results
 from endprompt.recipe import experiment, former_keys, schema
+from endprompt.reports.markdown import grid
 from endprompt.runs import provenance
 
 TRAINING = (
@@ -153,10 +154,10 @@ def table(*folders: Path) -> str:
         for task in TASKS
         for length in sorted({length for cells in found.values() for length in cells[task]})
     ]
-    head = ["method", *[f"{task} {length}" for task, length in columns], *[title for _, title, _ in TRAINING]]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = [*[f"{task} {length}" for task, length in columns], *[title for _, title, _ in TRAINING]]
+    rows = []
     for name, row in found.items():
-        cells = [name]
+        cells = []
         for task, length in columns:
             cell, form = row[task].get(length), TASKS[task][1]
             if cell is None:
@@ -169,8 +170,9 @@ def table(*folders: Path) -> str:
         cells += [
             form.format(row["training"][key]) if key in row["training"] else "-" for key, _, form in TRAINING
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", NOTE]) if several else "\n".join(lines)
+        rows.append((name, cells))
+    lines = grid("method", head, rows)
+    return f"{lines}\n\n{NOTE}" if several else lines
 
 
 def compare(folders: list[Path], out: Path | None = None, title: str | None = None) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from endprompt.evaluation import longbench_scores
 from endprompt.recipe import task_names
+from endprompt.reports.markdown import grid
 
 SHORT, TARGET = (4096, 8192, 16384, 32768), 65536
 # Half a unit of the last digit for the columns and as much for the average: a greater difference cannot be
@@ -309,6 +310,18 @@ def _recomputed() -> list[str]:
         if table.name != "table_derived_64k"
     ]
     wrong = [average for average in every if not average.follows]
+    rows = [
+        (
+            tables()[average.table].source,
+            [
+                average.row,
+                str(average.printed),
+                f"{float(average.recomputed):.3f}",
+                "yes" if average.follows else "**no**",
+            ],
+        )
+        for average in every
+    ]
     return [
         "# The paper's figures, recomputed",
         "",
@@ -318,13 +331,7 @@ def _recomputed() -> list[str]:
             " three tasks weighs three)."
         ),
         "",
-        "| table | row | printed | recomputed | follows |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {tables()[average.table].source} | {average.row} | {average.printed} |"
-            f" {float(average.recomputed):.3f} | {'yes' if average.follows else '**no**'} |"
-            for average in every
-        ),
+        *grid("table", ["row", "printed", "recomputed", "follows"], rows).splitlines(),
     ]
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole main job on the embedded default: an 8x extension by three methods at equal tokens, beside the untrained base.
+# The whole main job on the embedded default: an 8x extension by three methods at equal tokens, beside the
+# untrained base.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
