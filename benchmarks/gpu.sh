@@ -19,7 +19,7 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
-if ! "$PYTHON" -P -c 'import endprompt.eval' 2>/dev/null; then
+if ! "$PYTHON" -P -c 'import endprompt.evaluation' 2>/dev/null; then
   echo "gpu.sh: endprompt is not installed for $PYTHON; install it (see README), or set PYTHON=" >&2
   exit 2
 fi

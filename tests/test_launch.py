@@ -72,7 +72,7 @@ def test_what_scripts_ask_is_quick():
         assert not [
             line
             for line in out.stderr.splitlines()
-            if line.split("|")[-1].strip() in ("torch", "transformers", "pydantic")
+            if line.split("|")[-1].strip() in ("torch", "transformers")
         ]
 
 

@@ -791,7 +791,7 @@ def evaluate(answer, tasks: list[str], metadata: dict) -> tuple[dict, list]:
         loglikelihood_rolling = loglikelihood
 
     manager = TaskManager(
-        include_path=str(REPOSITORY / "eval" / "tasks"), include_defaults=False, metadata=metadata
+        include_path=str(REPOSITORY / "endprompt/evaluation/tasks"), include_defaults=False, metadata=metadata
     )
     return (
         evaluator.simple_evaluate(Known(), tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"],
