@@ -173,6 +173,18 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
     return [*sorted(recipe.eval.lengths)]
 
 
+def longest(recipe: Recipe, tokenizer) -> int:
+    """Tokens of the longest prompt with its answer among the recipe's tasks; of short text alone, as many as
+    its longest prompts have by far."""
+    room = engine.LONGEST_ANSWER + prompts.room(tokenizer, recipe.eval.chat_template)
+    found = [
+        length + (room if task.startswith("longbench_") else 0)
+        for task, length in pairs(recipe)
+        if length is not None
+    ]
+    return max(found, default=4096)
+
+
 class Scorer:
     """A loaded model and what its tasks need: a folder of its tokenizer, and the recipe's options as the task
     files know them.
@@ -182,12 +194,8 @@ class Scorer:
         self.recipe, self.tokenizer = recipe, tokenizer
         tokenizer.save_pretrained(folder)
         options = recipe.eval
-        longest = max(
-            *options.lengths,
-            options.longbench_length + engine.LONGEST_ANSWER + prompts.room(tokenizer, options.chat_template),
-        )
         self.lm = (
-            engine.vllm(network, longest, recipe.model.trust_remote_code)
+            engine.vllm(network, longest(recipe, tokenizer), recipe.model.trust_remote_code)
             if options.backend == "vllm"
             else engine.LongLM(network, tokenizer)
         )
