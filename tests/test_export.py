@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt.bases import older_readers, sharpen
 from endprompt.positions import rope
-from endprompt.runs import checkpoint_files
+from endprompt.runs import card, checkpoint_files
 
 C, L = 64, 512
 T = math.log(L) / math.log(C)
@@ -267,6 +267,19 @@ def test_files_of_several_parts_stay_apart_and_the_index_counts_their_bytes(tmp_
         tensor.numel() * tensor.element_size() for part in weights for tensor in part.values()
     )
     AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+
+
+def test_the_card_of_a_copy_says_what_the_copy_is(tmp_path, base):
+    """Scores of the sharpened model are not those of one that is sharpened otherwise."""
+    run = trained(tmp_path / "run", base)
+    parts = "\n".join(f"<!-- {part} -->\n<!-- /{part} -->" for part in ("form", "loading", "scores"))
+    (run / "model" / card.NAME).write_text(f"---\nlicense: mit\n---\n# Mine\n{parts}\n")
+    card.renew(run / "model", [("passkey", L, 50.0, 40.0, 60.0, 100)])
+    export(run, tmp_path / "plain")
+    assert (tmp_path / "plain" / card.NAME).read_text() == (run / "model" / card.NAME).read_text()
+    export(run, tmp_path / "copy", "--position-dependent")
+    told = (tmp_path / "copy" / card.NAME).read_text()
+    assert "as Ministral 3 does" in told and "passkey" not in told and "license: mit" in told
 
 
 def test_nothing_of_this_machine_is_in_the_copy(tmp_path, base):

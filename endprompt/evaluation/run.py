@@ -38,7 +38,7 @@ from endprompt.evaluation.question import Questions, chat, fingerprint, same
 from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
-from endprompt.runs import provenance, runfolder
+from endprompt.runs import card, provenance, runfolder
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
 
@@ -355,6 +355,24 @@ def evaluate(
             held.enter_context(runfolder.hold(folder / f".{lock}.lock"))
         Evaluation(experiment, folder, other, todo, temporary).run(clock)
     _draw(experiment, folder, todo)
+    if other is None and experiment.method.trained:
+        _renew_card(experiment, folder)
+
+
+def _renew_card(experiment: Experiment, folder: Path) -> None:
+    """Puts all scores of the run's model into its card; a folder that cannot be written keeps the card that
+    it has."""
+    try:
+        found = results.read(folder).found
+        scores: list[card.Score] = [
+            (task, length, *(result["scores"][key] for key in ("score", "low", "high", "samples")))
+            for (task, length), result in sorted(
+                found.items(), key=lambda item: (item[0][0], item[0][1] or 0)
+            )
+        ]
+        card.renew(experiment.run / "model", scores)
+    except (OSError, BadInput) as error:
+        print(f"warning: the model card stays as it was: {error}", file=sys.stderr)
 
 
 def _check_environment(recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from endprompt import BadInput, storage
 from endprompt.bases import older_readers
 from endprompt.bases.sharpen import QUERIES, factor
-from endprompt.runs import checkpoint_files
+from endprompt.runs import card, checkpoint_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Families whose network Ministral 3 computes, where no layer has a bias.
@@ -65,6 +65,7 @@ def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, ggu
                 shutil.copyfile(path, partial / path.name)
         _write_weights(run, partial, dtype, position)
         _write_config(partial, config, dtype, position)
+        card.renew(partial, [] if position else None)  # what is sharpened otherwise scores otherwise
         if converter:
             _convert(converter, partial)
         os.replace(partial, to)

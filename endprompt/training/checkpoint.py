@@ -85,15 +85,15 @@ def save_final(
     trainer,
     experiment: Experiment,
     adapted: dict[str, torch.Tensor] | None,
-    finish: Callable[[float | None], None],
+    finish: Callable[[Path, float | None], None],
 ) -> None:
     """Gathers the weights of all ranks into the run's ``model/`` (safetensors, config, tokenizer), checks it,
     lets the method change it, and only then gives it its name.
 
     adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are
     merged, and the saved model must give the adapter model's logits on that batch.  finish: called on the
-    first rank with how far they differ (see lora.verify_merged; None without adapters) before the folder gets
-    its name, which says that nothing is left to do.
+    first rank with the folder and how far they differ (see lora.verify_merged; None without adapters) before
+    the folder gets its name, which says that nothing is left to do.
     """
     folder = experiment.run / "model"
     difference = None
@@ -120,7 +120,7 @@ def save_final(
         experiment.method.after_training(partial, experiment)
         verify_saved(partial, experiment.scaling, theta, experiment.target_length)
         flush(partial)
-        finish(difference)
+        finish(partial, difference)
         os.replace(partial, folder)
     barrier()
 
