@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-all test-slurm slurm-packages chaos bench quality clean
+.PHONY: demo test test-all test-engines test-slurm slurm-packages chaos bench quality clean
 
 # llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not
 # needed.
@@ -39,7 +39,11 @@ test: quality $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
 
 # Fast tests first.
 test-all: test
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m "slow and not engines"
+
+# Saved models in transformers 4, mlx-lm, llama.cpp and vLLM, which are installed into build/engines (some GB).
+test-engines: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_engines.py -m engines
 
 # The job scripts on a Slurm of two nodes on this machine; as root, who alone can start slurmd.
 test-slurm: $(VENV)/.installed slurm-packages

@@ -1,5 +1,6 @@
 """The command line: ``endprompt prepare|train|evaluate|inspect|plan RECIPE METHOD``, ``endprompt status
-RUN``, and what scripts ask: ``endprompt path RECIPE [METHOD]`` and ``endprompt gpus``.
+RUN``, ``endprompt export RUN --to FOLDER``, and what scripts ask: ``endprompt path RECIPE [METHOD]`` and
+``endprompt gpus``.
 
 Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 2 bad input (one line says
 what, where and how to mend it), 1 failure while running.
@@ -185,8 +186,38 @@ def _other_commands(commands) -> None:
     path.add_argument(
         "--out", type=Path, default=Path("runs"), metavar="DIR", help="as of the other commands"
     )
+    _export_options(commands)
     text = "print how many GPUs this process may use (CUDA_VISIBLE_DEVICES, Slurm)"
     commands.add_parser("gpus", help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def _export_options(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="copy a run's model for serving",
+        description="Copy the model of a run that is trained, in the form that a server wants.",
+    )
+    export.add_argument(
+        "run", type=Path, metavar="RUN", help="a run's folder, for example runs/tiny/endprompt"
+    )
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument(
+        "--position-dependent",
+        action="store_true",
+        help=(
+            "sharpen attention by position, as Ministral 3 does, in place of the constant in the queries: "
+            "inside the window the model is then the unsharpened one"
+        ),
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=None,
+        help="of the weights; default: as they are",
+    )
+    export.add_argument(
+        "--gguf", action="store_true", help="write model.gguf too, by llama.cpp's converter (see LLAMA_CPP)"
+    )
 
 
 # How often to report or save does not change what is trained.
@@ -470,7 +501,19 @@ def _run(arguments) -> None:
     OF_EXPERIMENTS[arguments.command](arguments, experiment)
 
 
-ALONE = {"status": _status, "path": _path, "gpus": lambda _: print(launch.gpus(os.environ))}
+def _export(arguments) -> None:
+    from endprompt.runs import export
+
+    form = arguments.position_dependent, arguments.dtype, arguments.gguf
+    print(f"{export.export(arguments.run, arguments.to, *form)}: written")
+
+
+ALONE = {
+    "status": _status,
+    "path": _path,
+    "export": _export,
+    "gpus": lambda _: print(launch.gpus(os.environ)),
+}
 OF_EXPERIMENTS = {
     "prepare": _prepare,
     "train": _train,

@@ -13,6 +13,7 @@ from conftest import run_main, tiny_documents, write_jsonl
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -23,6 +24,9 @@ from transformers.generation import LogitsProcessorList
 
 from endprompt import BadInput
 from endprompt.evaluation import engine, longbench, passkey, perplexity, prompts, ruler
+from endprompt.evaluation import run as evaluation
+from endprompt.positions import rope
+from endprompt.recipe import schema
 
 # What a post-processor may put around a text (A), by name; None: the base's own, <s> before it.
 FRAMES = {
@@ -491,6 +495,14 @@ def test_samsum_ends_at_the_newline_token_alone(network, newlines, tmp_path, mon
 STUB = {
     "__init__.py": (
         """
+from transformers import AutoConfig
+def granted(config):
+    # As vLLM 0.32 derives the greatest max_model_len.
+    keys = "max_position_embeddings n_positions max_seq_len seq_length max_sequence_length seq_len"
+    window = min(getattr(config, key, None) or 2**62 for key in keys.split())
+    window = getattr(config, "model_max_length", None) or window
+    scaled = config.rope_parameters["rope_type"] not in ("default", "longrope", "llama3", "yarn")
+    return window * (config.rope_parameters["factor"] if scaled else 1)
 class SamplingParams:
     def __init__(self, **options):
         self.__dict__.update(options)
@@ -499,6 +511,11 @@ class TokensPrompt(dict):
 class LLM:
     def __init__(self, **options):
         self.options, self.asked = options, []
+        config = AutoConfig.from_pretrained(options["model"])
+        config.update(options.get("hf_overrides") or {})
+        window, asked = granted(config), options["max_model_len"]
+        if asked > window and not asked <= (getattr(config, "model_max_length", None) or 0):
+            raise ValueError(f"max_model_len ({asked}) is greater than the derived max_model_len ({window})")
     def generate(self, prompts, sampling_params, **_):
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         self.asked += list(zip(ids, sampling_params))
@@ -594,6 +611,42 @@ def test_vllm_is_asked_as_transformers_is(served, base, tmp_path, tokenizer, tin
         lm.loglikelihood(
             [Instance("loglikelihood", {}, (" ".join(tiny_text[:3]), " So."), 0)], disable_tqdm=True
         )
+
+
+@pytest.mark.parametrize("kind", [*rope.TYPES, None])
+def test_vllm_grants_the_window_that_is_asked_of_it(served, base, tmp_path, kind):
+    """The model's own target length with its answer, and no more than it has positions for."""
+    target, scaling = (2048, rope.scaling_for(kind, 256, 2048)) if kind else (256, None)
+    config = AutoConfig.from_pretrained(base)
+    if scaling:
+        rope.apply(config, scaling, target)
+    folder = tmp_path / "scaled"
+    shutil.copytree(base, folder)
+    config.save_pretrained(folder)
+    lm = served(str(folder), target)
+    assert lm.max_length == target + 1
+    beyond = target * 8 + 1 if kind == "linear" else target + 1
+    with pytest.raises(BadInput, match=rf"up to {beyond} tokens, and vLLM computes {beyond - 1} positions"):
+        served(str(folder), beyond)
+    # The twin: as it was asked before, vLLM refuses what is not scaled linearly.
+    import vllm
+
+    if kind != "linear":
+        with pytest.raises(ValueError, match="greater than the derived"):
+            vllm.LLM(model=str(folder), max_model_len=target + 1)
+
+
+def test_vllm_is_asked_for_what_the_tasks_need(recipe_file, tokenizer):
+    """Not for LongBench's length where LongBench is not asked."""
+
+    def asked(*tasks):
+        checked = schema.load(recipe_file(eval={"tasks": list(tasks), "lengths": [64, 512]}))
+        return evaluation.longest(checked, tokenizer), checked.eval.longbench_length
+
+    assert asked("passkey", "mmlu")[0] == 512
+    assert asked("mmlu")[0] == 4096
+    needed, cut = asked("passkey", "longbench_qasper")
+    assert needed == cut + engine.LONGEST_ANSWER + prompts.room(tokenizer, False)
 
 
 # Texts for perplexity

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt import BadInput, Failure
-from endprompt.bases import loading, model, refusals
+from endprompt.bases import loading, model, older_readers, refusals
 from endprompt.evaluation import engine
 from endprompt.evaluation import run as evaluation
 from endprompt.positions import rope
@@ -292,6 +292,7 @@ def save(recipe, out, target):
     model.state_length(network, tokenizer, target)
     network.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    older_readers.complete(out, tokenizer)
     checkpoint.verify_saved(out, rope.Linear(8.0), THETA, 512)
 
 

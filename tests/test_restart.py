@@ -68,6 +68,19 @@ def test_a_start_after_the_last_checkpoint_trains_nothing_more(end, ranks, train
 
 
 @pytest.mark.distributed
+def test_a_model_that_is_changed_after_its_check_is_checked_again(train_recipe, two_ranks, tmp_path):
+    folder = fresh(two_ranks, tmp_path, checkpoints=True)
+    careless = (
+        "import json\nfrom endprompt.methods.base import Method\n"
+        "def changed(self, folder, experiment):\n    path = folder / 'config.json'\n"
+        "    path.write_text(json.dumps({**json.loads(path.read_text()), 'rope_theta': 20000.0}))\n"
+        "Method.after_training = changed"
+    )
+    assert "RoPE check" in ended(train_recipe, folder, 2, (), careless, expect=1)
+    assert not (folder / "model").exists()
+
+
+@pytest.mark.distributed
 def test_so_does_one_after_a_guard_of_the_saving_has_failed(train_recipe, two_ranks, tmp_path):
     folder = fresh(two_ranks, tmp_path)
     broken = (

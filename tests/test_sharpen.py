@@ -274,6 +274,7 @@ def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(
         checkpoint = next((folder / "checkpoints").glob("checkpoint-*"))
         assert set(model.stated_lengths(checkpoint).values()) == {1024, None}  # it has no tokenizer
     saved_config = json.loads((folder / "model/config.json").read_text())
+    assert saved_config["rope_theta"] == 10000.0 and saved_config["rope_scaling"]["rope_type"] == "yarn"
     assert saved_config["use_cache"] is True  # as the base says; the Trainer switches it off
     told = saved_config["endprompt"]
     t = sharpen.factor(1.0, 256, 1024) if there == 1 else 1.0

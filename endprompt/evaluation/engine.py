@@ -267,7 +267,7 @@ def vllm(source: str, longest: int, trust_remote_code: bool = False):
     """The harness' vLLM model of the folder or hub id ``source``, for prompts up to ``longest`` tokens with
     their answers.
 
-    Raises BadInput if vLLM is not installed.
+    Raises BadInput if vLLM is not installed, or ``longest`` is beyond the model's positions there.
     """
     try:
         import vllm  # noqa: F401 (whether it is there)
@@ -277,17 +277,50 @@ def vllm(source: str, longest: int, trust_remote_code: bool = False):
             " with a GPU), or use eval.backend=hf"
         ) from None
 
-    # One more than fits: vLLM counts the token after the last.  Its own idea of the window is too long for
-    # scaled models (docs/footguns.md, 9).
+    reach = positions_in_vllm(source, trust_remote_code)
+    if reach is not None and longest > reach:
+        raise BadInput(
+            f"eval.lengths: prompts have up to {longest} tokens, and vLLM computes {reach} positions of"
+            f" {source}, beyond which its answers are no numbers; lower the lengths, or use eval.backend=hf"
+        )
+    # One more than fits: vLLM counts the token after the last, which it never reads.  A model of just these
+    # positions is not granted it, unless its config says so.
     return _served()(
         pretrained=source,
         trust_remote_code=trust_remote_code,
         max_model_len=longest + 1,
+        hf_overrides={"model_max_length": longest + 1},
         dtype="bfloat16",
         batch_size="auto",
         gpu_memory_utilization=0.9,
         generation_config="vllm",
     )
+
+
+def positions_in_vllm(source: str, trust_remote_code: bool = False) -> int | None:
+    """Positions that vLLM has a RoPE table for, of the model in the folder or under the hub id ``source``;
+    None where its config names no window.
+
+    A linear scaling multiplies the window (docs/footguns.md, 9), YaRN counts from the original one.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
+    window, parameters = getattr(config, "max_position_embeddings", None), rope_parameters(config)
+    if window is None:
+        return None
+    match parameters.get("rope_type"):
+        case "linear":
+            return int(window * parameters["factor"])
+        case "yarn":
+            return min(window, int(parameters["original_max_position_embeddings"] * parameters["factor"]))
+    return window
+
+
+def rope_parameters(config) -> dict:
+    """Those of the layers that attend to everything."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return found.get("full_attention", found)
 
 
 def saved_ends(source: str, tokenizer, trust_remote_code: bool = False) -> list[int]:

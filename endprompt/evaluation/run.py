@@ -38,7 +38,7 @@ from endprompt.evaluation.question import Questions, chat, fingerprint, same
 from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
-from endprompt.runs import provenance, runfolder
+from endprompt.runs import card, provenance, runfolder
 
 SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
 
@@ -173,6 +173,18 @@ def lengths(recipe: Recipe, task: str) -> list[int | None]:
     return [*sorted(recipe.eval.lengths)]
 
 
+def longest(recipe: Recipe, tokenizer) -> int:
+    """Tokens of the longest prompt with its answer among the recipe's tasks; of short text alone, as many as
+    its longest prompts have by far."""
+    room = engine.LONGEST_ANSWER + prompts.room(tokenizer, recipe.eval.chat_template)
+    found = [
+        length + (room if task.startswith("longbench_") else 0)
+        for task, length in pairs(recipe)
+        if length is not None
+    ]
+    return max(found, default=4096)
+
+
 class Scorer:
     """A loaded model and what its tasks need: a folder of its tokenizer, and the recipe's options as the task
     files know them.
@@ -182,12 +194,8 @@ class Scorer:
         self.recipe, self.tokenizer = recipe, tokenizer
         tokenizer.save_pretrained(folder)
         options = recipe.eval
-        longest = max(
-            *options.lengths,
-            options.longbench_length + engine.LONGEST_ANSWER + prompts.room(tokenizer, options.chat_template),
-        )
         self.lm = (
-            engine.vllm(network, longest, recipe.model.trust_remote_code)
+            engine.vllm(network, longest(recipe, tokenizer), recipe.model.trust_remote_code)
             if options.backend == "vllm"
             else engine.LongLM(network, tokenizer)
         )
@@ -347,6 +355,24 @@ def evaluate(
             held.enter_context(runfolder.hold(folder / f".{lock}.lock"))
         Evaluation(experiment, folder, other, todo, temporary).run(clock)
     _draw(experiment, folder, todo)
+    if other is None and experiment.method.trained:
+        _renew_card(experiment, folder)
+
+
+def _renew_card(experiment: Experiment, folder: Path) -> None:
+    """Puts all scores of the run's model into its card; a folder that cannot be written keeps the card that
+    it has."""
+    try:
+        found = results.read(folder).found
+        scores: list[card.Score] = [
+            (task, length, *(result["scores"][key] for key in ("score", "low", "high", "samples")))
+            for (task, length), result in sorted(
+                found.items(), key=lambda item: (item[0][0], item[0][1] or 0)
+            )
+        ]
+        card.renew(experiment.run / "model", scores)
+    except (OSError, BadInput) as error:
+        print(f"warning: the model card stays as it was: {error}", file=sys.stderr)
 
 
 def _check_environment(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from endprompt import Failure, storage
-from endprompt.bases import model
+from endprompt.bases import model, older_readers
 from endprompt.positions import rope
 from endprompt.recipe.experiment import Experiment
 from endprompt.runs import checkpoint_files
@@ -85,15 +85,15 @@ def save_final(
     trainer,
     experiment: Experiment,
     adapted: dict[str, torch.Tensor] | None,
-    finish: Callable[[float | None], None],
+    finish: Callable[[Path, float | None], None],
 ) -> None:
     """Gathers the weights of all ranks into the run's ``model/`` (safetensors, config, tokenizer), checks it,
     lets the method change it, and only then gives it its name.
 
     adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are
     merged, and the saved model must give the adapter model's logits on that batch.  finish: called on the
-    first rank with how far they differ (see lora.verify_merged; None without adapters) before the folder gets
-    its name, which says that nothing is left to do.
+    first rank with the folder and how far they differ (see lora.verify_merged; None without adapters) before
+    the folder gets its name, which says that nothing is left to do.
     """
     folder = experiment.run / "model"
     difference = None
@@ -110,6 +110,7 @@ def save_final(
     barrier()
     if trainer.args.should_save:
         experiment.base.tokenizer.save_pretrained(partial)
+        older_readers.complete(partial, experiment.base.tokenizer)
         # A pickle; recipe.yaml beside the folder says the same.
         (partial / "training_args.bin").unlink(missing_ok=True)
         theta = experiment.base.config.rope_parameters["rope_theta"]
@@ -117,15 +118,17 @@ def save_final(
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
         experiment.method.after_training(partial, experiment)
+        verify_saved(partial, experiment.scaling, theta, experiment.target_length)
         flush(partial)
-        finish(difference)
+        finish(partial, difference)
         os.replace(partial, folder)
     barrier()
 
 
 def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int) -> None:
     """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the
-    expected inv_freq, and states ``target_length`` wherever it states the window."""
+    expected inv_freq, for transformers 5 and by the keys of older readers, and states ``target_length``
+    wherever it states the window."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -135,6 +138,8 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     rope.verify(type(network.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
+    trained = scaling.inv_freq(rope_theta, rope.head_dimension(config))
+    older_readers.verify_rope(folder, trained, scaling.attention_factor)
     # A scaling without a window of its own leaves the base's.
     own = scaling.window(target_length) or config.max_position_embeddings
     window = {"config.json: max_position_embeddings": own}

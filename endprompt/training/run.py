@@ -23,7 +23,7 @@ from endprompt import BadInput, Failure, storage
 from endprompt.bases import model, sharpen
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
-from endprompt.runs import checkpoint_files, launch, provenance, runfolder
+from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
 from endprompt.training import checkpoint, dealing, lora, loss, precision, sequence, watch
 from endprompt.training.arguments import batch_shape, resumed_shape, set_up_environment, training_arguments
 from endprompt.training.dataset import load_rows, sample
@@ -333,11 +333,12 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
         say_stopped(run, trainer, request)
         return
 
-    def finish(merge_difference: float | None) -> None:
+    def finish(folder: Path, merge_difference: float | None) -> None:
         resumed = resume.newest.name if resume.newest else None
         merged = {"merge_difference": merge_difference} if experiment.adapters else {}
         told = {"resumed_from": resumed, "seconds": round(seconds, 1), "probe": probe.moved, **merged}
         said = summary(experiment, trainer, manifest, **told)
+        card.write(experiment, folder, said)
         storage.write_json(run / "train.json", said)
         runfolder.write_status(run, state="finished", step=trainer.state.global_step)
         shown = {key: value for key, value in said.items() if key not in ("history", "versions")}

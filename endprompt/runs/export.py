@@ -1,0 +1,231 @@
+"""A copy of a run's model for serving: in another number format, with attention that is sharpened by
+position, or as a GGUF file.
+
+Sharpening multiplies all queries by a constant, ln L / ln C, which helps at L and costs a little at C.
+Ministral 3 multiplies them by 1 + beta ln(1 + floor(p / C)) at position p.  With beta = 1 / ln C that is
+log-n attention in steps of C: 1 inside the window, ln L / ln C at L.  transformers, mlx-lm and vLLM compute
+it, so no code of ours comes with the model.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from endprompt import BadInput, storage
+from endprompt.bases import older_readers
+from endprompt.bases.sharpen import QUERIES, factor
+from endprompt.runs import card, checkpoint_files
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Families whose network Ministral 3 computes, where no layer has a bias.
+PLAIN = ("llama", "mistral")
+CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Attention that is sharpened by position.  by: what the queries have been multiplied by; start: the
+    window C in tokens from which it grows."""
+
+    by: float
+    start: int
+
+    @property
+    def beta(self) -> float:
+        return 1 / math.log(self.start)
+
+
+def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, gguf: bool) -> Path:
+    """Writes the model of ``run`` into the new folder ``to``, and beside it model.gguf if ``gguf``.
+
+    dtype: one of DTYPES, of all weights; None: as they are.  Raises BadInput if there is no model, ``to`` is
+    there already, or the model cannot be had in that form; nothing is left then.
+    """
+    model = run / "model"
+    if not (model / "config.json").is_file():
+        raise BadInput(f"export: {run} has no model/; name the folder of a run that was trained to its end")
+    if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
+        raise BadInput(f"--to: {to} is there already; name a new folder")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    position = _position(model, config) if position_dependent else None
+    converter = _converter(config, position) if gguf else None
+    partial = to.with_name(f".{to.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for path in sorted(model.iterdir()):
+            if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
+                shutil.copyfile(path, partial / path.name)
+        _write_weights(run, partial, dtype, position)
+        _write_config(partial, config, dtype, position)
+        card.renew(partial, [] if position else None)  # what is sharpened otherwise scores otherwise
+        if converter:
+            _convert(converter, partial)
+        os.replace(partial, to)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return to
+
+
+def _position(model: Path, config: dict) -> Position:
+    """Raises BadInput unless the model is one that Ministral 3 can compute, sharpened by ln L / ln C."""
+    from safetensors import safe_open
+
+    def refuse(why: str) -> NoReturn:
+        raise BadInput(f"--position-dependent: {why}; export the model without it")
+
+    if (kind := config["model_type"]) not in PLAIN:
+        refuse(f"Ministral 3 computes the layers of {' and '.join(PLAIN)}, and this is a {kind}")
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        if biased := [name for name in names if name.endswith(".bias")]:
+            refuse(f"Ministral 3 has no biases, and this model has {biased[0]}")
+    note = config.get("endprompt") or {}
+    by, start = note.get("sharpened"), note.get("sharpened_from", note.get("original_length"))
+    if by is None or start is None:
+        refuse("the model's attention is not sharpened, so there is no constant to put in its place")
+    wanted = factor(1.0, start, note["target_length"])
+    if start < 2 or not math.isclose(by, wanted, rel_tol=1e-6):
+        refuse(f"its queries are multiplied by {by:.4f}, and the scale stands for ln L / ln C, {wanted:.4f}")
+    first = config["rope_parameters"].get("original_max_position_embeddings", start)
+    if first != start:
+        refuse(f"its RoPE counts from {first} tokens and its sharpening from {start}, one key for both")
+    return Position(by, start)
+
+
+def _write_weights(run: Path, to: Path, dtype: str | None, position: Position | None) -> None:
+    """The weights of the run's model in ``to``, in the same files."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    kind = getattr(torch, dtype) if dtype else None
+    exact = _unsharpened(run, position.by) if position else {}
+    size = 0
+    for path in sorted((run / "model").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            whole = tensor
+            if position and name.endswith(QUERIES):
+                # Divided where no copy is known that was never multiplied.
+                whole = exact[name] if name in exact else (tensor.float() / position.by)
+            cast = whole.to(kind or tensor.dtype) if whole.is_floating_point() else whole
+            if cast.is_floating_point() and not cast.isfinite().all():
+                raise BadInput(f"--dtype {dtype}: {name} has values that it cannot hold; use bfloat16")
+            tensors[name] = cast.contiguous()
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, to / path.name, metadata)
+    for path in to.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text())
+        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        storage.write_json(path, index)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from load_file(path).items()
+
+
+def _unsharpened(run: Path, by: float) -> dict[str, Any]:
+    """The query weights of the run's newest checkpoint, if they are those that the model's were made of:
+    times ``by`` they are the model's, bit for bit, and so is every other tensor.  Empty where they are not
+    (LoRA, whose checkpoints hold adapters beside the base), or there is none."""
+    newest = checkpoint_files.newest(run / "checkpoints")
+    if newest is None or not (newest / "config.json").is_file():
+        return {}
+    note = json.loads((newest / "config.json").read_text(encoding="utf-8")).get("endprompt") or {}
+    before = dict(_tensors(newest))
+    if "sharpened" in note:
+        return {}
+    found = {}
+    for name, tensor in _tensors(run / "model"):
+        own = before.get(name)
+        if own is None or own.shape != tensor.shape:
+            return {}
+        if name.endswith(QUERIES):
+            found[name], own = own, own.float() * by
+        if not own.to(tensor.dtype).equal(tensor):
+            return {}
+    return found
+
+
+def _write_config(folder: Path, config: dict, dtype: str | None, position: Position | None) -> None:
+    """config.json, of Ministral 3 if ``position`` is given."""
+    if dtype:
+        config = {**config, "dtype": dtype}
+        config.pop("torch_dtype", None)
+    if position is None:
+        storage.write_json(folder / "config.json", config)
+        return
+    from transformers import AutoConfig
+
+    # With every default of the family written out: Ministral 3 has others.
+    storage.write_json(folder / "config.json", config)
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    without = "_name_or_path attention_bias auto_map mlp_bias pretraining_tp rope_scaling rope_theta".split()
+    note = {key: value for key, value in config["endprompt"].items() if not key.startswith("sharpened")}
+    parameters = {
+        **config["rope_parameters"],
+        "original_max_position_embeddings": position.start,
+        "llama_4_scaling_beta": position.beta,
+    }
+    if parameters["rope_type"] == "yarn":
+        parameters["mscale_all_dim"] = 0.0  # as without it; llama.cpp's converter asks for it
+    config = {
+        **{key: value for key, value in whole.items() if key not in without},
+        "model_type": "ministral3",
+        "architectures": ["Ministral3ForCausalLM"],
+        "head_dim": whole.get("head_dim") or whole["hidden_size"] // whole["num_attention_heads"],
+        "sliding_window": whole.get("sliding_window"),
+        "rope_parameters": parameters,
+        # Where vLLM looks for it.
+        "llama_4_scaling": {"original_max_position_embeddings": position.start, "beta": position.beta},
+        "endprompt": {**note, "sharpened_beyond": position.start, "beta": position.beta},
+    }
+    storage.write_json(folder / "config.json", config)
+    older_readers.state_rope(folder)
+
+
+def _converter(config: dict, position: Position | None) -> Path:
+    """llama.cpp's program that writes GGUF files.  Raises BadInput if there is none, or it would refuse."""
+    if position and config["rope_parameters"]["rope_type"] != "yarn":
+        raise BadInput(
+            "--gguf: llama.cpp sharpens by position under YaRN alone (rope.type yarn); leave out"
+            " --position-dependent, or --gguf"
+        )
+    folder = os.environ.get("LLAMA_CPP")
+    places = [Path(folder, name) for name in CONVERTERS] if folder else []
+    places += [Path(found) for name in CONVERTERS if (found := shutil.which(name))]
+    converter = next((place for place in places if place.is_file()), None)
+    if converter is None:
+        raise BadInput(
+            f"--gguf: llama.cpp's {CONVERTERS[0]} is not on PATH; set LLAMA_CPP to a copy of llama.cpp's"
+            " source (a clone, or the folder vendor/llama.cpp in the source of the package llama-cpp-python)"
+        )
+    return converter
+
+
+def _convert(converter: Path, folder: Path) -> None:
+    command = [str(converter), str(folder), "--outfile", str(folder / "model.gguf")]
+    done = subprocess.run(
+        [sys.executable, *command] if converter.suffix == ".py" else command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode or not (folder / "model.gguf").is_file():
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        raise BadInput(f"--gguf: {converter} cannot convert the model: {last}")

@@ -1,0 +1,155 @@
+"""Saved models in the programs that people run: each computes beyond the window what transformers 5 does.
+
+Slow: environments are installed from the package index, some GB for vLLM (``make test-engines``).  What was
+found is written to build/engines/figures.json, from which the table in docs/engines.md is made.
+"""
+
+import json
+import math
+import shutil
+
+import engines
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_documents
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from endprompt.bases import older_readers, sharpen
+from endprompt.positions import rope
+from endprompt.runs import export
+
+pytestmark = [pytest.mark.slow, pytest.mark.engines, pytest.mark.timeout(2 * engines.HOURS)]
+
+WINDOW, TARGET, THETA = 256, 2048, 500000.0
+# The only list of scalings here: a new type of rope.TYPES that needs nothing but lengths is in it.
+SCALINGS = {kind: rope.scaling_for(kind, WINDOW, TARGET) for kind in rope.TYPES}
+SHARPENED = "linear, sharpened"
+# Copies that are sharpened by position, of these types.
+BY_POSITION = {f"{kind}, by position": kind for kind in ("linear", "yarn")}
+NAMES = [*SCALINGS, SHARPENED, *BY_POSITION]
+# What an engine does not read, and what it says then.
+UNREAD = {
+    ("transformers4", "linear, by position"): "ministral3",
+    ("transformers4", "yarn, by position"): "ministral3",
+    ("llama.cpp", "linear, by position"): "rope_type must be 'yarn'",
+}
+POSITIONS = [100, 250, 300, 700, 1200, 1900, 2046]
+TEXT = "The pass key is 40817. Old towns, and so on:  two  spaces\nand a line."
+
+
+def saved(folder, base, scaling, sharpness: float = 1.0):
+    """The tiny base as a run leaves it, with a theta that nobody would assume."""
+    config = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": THETA}
+    if scaling is not None:
+        rope.apply(config, scaling, TARGET)
+    config.endprompt = {"original_length": WINDOW, "target_length": TARGET}
+    network = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.model_max_length = TARGET if scaling else WINDOW
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    older_readers.complete(folder, tokenizer)
+    if sharpness != 1:
+        sharpen.sharpen(folder, sharpness)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(base, tmp_path_factory):
+    """{name: folder}: a model of every scaling, one that is sharpened too, and the twins that must fail."""
+    root = tmp_path_factory.mktemp("models")
+    found = {
+        name: saved(root / f"model-{number}", base, scaling)
+        for number, (name, scaling) in enumerate(SCALINGS.items())
+    }
+    t = sharpen.factor(1.0, WINDOW, TARGET)
+    found[SHARPENED] = saved(root / "sharpened", base, SCALINGS["linear"], t)
+    for number, (name, kind) in enumerate(BY_POSITION.items()):
+        run = root / f"run-{number}"
+        saved(run / "model", base, SCALINGS[kind], t)
+        found[name] = export.export(run, root / f"copy-{number}", True, None, False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def asked(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("\n".join(tiny_documents(12, 40)))["input_ids"]
+    assert len(ids) >= TARGET
+    return {"ids": ids[:TARGET], "positions": POSITIONS, "text": TEXT, "vocabulary": 896}
+
+
+@pytest.fixture(scope="module")
+def expected(models, asked):
+    """{name: log-probabilities [positions, vocabulary] of transformers 5}."""
+    return {name: reference(folder, asked) for name, folder in models.items()}
+
+
+@torch.no_grad()
+def reference(folder, asked) -> np.ndarray:
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = network(torch.tensor([asked["ids"]])).logits[0, asked["positions"]]
+    return logits.double().log_softmax(-1).numpy()
+
+
+@pytest.fixture(scope="module", params=engines.ENGINES)
+def engine(request, models, asked, tmp_path_factory):
+    """(engine, {model: its answer}): all models in one process."""
+    found = engines.ENGINES[request.param]
+    return found, engines.read(request.param, models, asked, tmp_path_factory.mktemp("read"))
+
+
+def difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The greatest difference, of the tokens that transformers 5 gives one in a million or more."""
+    likely = wanted > math.log(1e-6)
+    return float(np.max(np.abs(found - wanted)[likely]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_computes_what_was_trained(engine, expected, name):
+    about, answers = engine
+    answer = answers[name]
+    if (about.name, name) in UNREAD:
+        assert UNREAD[about.name, name] in answer["error"]
+        engines.note(about.name, name, answer, None, None)
+        return
+    assert "error" not in answer, answer["error"]
+    found = difference(answer["log_probabilities"], expected[name])
+    same = float(np.mean(answer["log_probabilities"].argmax(-1) == expected[name].argmax(-1)))
+    engines.note(about.name, name, answer, found, same)
+    assert found < about.tolerance and same == 1.0, (found, same)
+
+
+def test_an_engine_reads_the_tokenizer_as_it_is(engine, base):
+    about, answers = engine
+    wanted = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]
+    for name, answer in answers.items():
+        assert answer.get("ids") in (None, wanted), (about.name, name)
+
+
+# Keys that a program goes by where transformers 5 does not, the models that are read without them, and by how
+# much they then differ at least.
+OWN_KEYS = {
+    "transformers4": (("rope_theta", "rope_scaling"), ("linear", "yarn"), 1.0),
+    "mlx-lm": (("rope_theta", "rope_scaling"), ("linear", "yarn"), 1.0),
+    "vllm": (("llama_4_scaling",), ("linear, by position",), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", OWN_KEYS)
+def test_without_its_own_keys_a_program_computes_something_else(name, models, asked, tmp_path):
+    """The twin: the very comparison fails on what transformers saves."""
+    keys, kinds, least = OWN_KEYS[name]
+    twins = {}
+    for number, kind in enumerate(kinds):
+        twins[kind] = shutil.copytree(models[kind], tmp_path / str(number))
+        path = twins[kind] / "config.json"
+        tree = json.loads(path.read_text())
+        assert all(key in tree for key in keys)
+        path.write_text(json.dumps({key: tree[key] for key in tree if key not in keys}))
+    answers = engines.read(name, twins, asked, tmp_path / "read")
+    for kind, folder in twins.items():
+        wanted = reference(folder, asked)
+        assert difference(answers[kind]["log_probabilities"], wanted) > least

@@ -1,0 +1,290 @@
+"""Copies for serving: the same model in another form, or no copy at all."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_main
+from networks import configuration, network, saved
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from endprompt.bases import older_readers, sharpen
+from endprompt.positions import rope
+from endprompt.runs import card, checkpoint_files
+
+C, L = 64, 512
+T = math.log(L) / math.log(C)
+BETA = 1 / math.log(C)
+NOTE = {"method": "pose_sharp", "original_length": C, "physical_length": C, "target_length": L}
+
+
+def trained(run: Path, base: Path, kind: str = "yarn", model_type: str = "llama", **changes) -> Path:
+    """A run's folder as training leaves it: unsharpened in its checkpoint, sharpened in model/."""
+    config = configuration(model_type, vocab_size=896, **changes)
+    if model_type == "qwen2":  # transformers builds its tokenizer otherwise than the base's
+        base = saved(run / "base", base, model_type)
+    rope.apply(config, rope.scaling_for(kind, C, L), L)
+    config.endprompt = NOTE
+    checkpoint, tokenizer = run / "checkpoints/checkpoint-2", AutoTokenizer.from_pretrained(base)
+    tokenizer.model_max_length = L
+    network(config).save_pretrained(checkpoint)
+    shutil.copytree(checkpoint, run / "model")
+    (checkpoint / checkpoint_files.MARKER).write_text(
+        json.dumps({"global_step": 2, "world_size": 1, "files": checkpoint_files.inventory(checkpoint)})
+    )
+    tokenizer.save_pretrained(run / "model")
+    older_readers.complete(run / "model", tokenizer)
+    sharpen.sharpen(run / "model", T)
+    return run
+
+
+def export(run: Path, to: Path, *options, expect: int = 0) -> str:
+    code, out, error = run_main("export", run, "--to", to, *options)
+    assert code == expect, (out, error)
+    return error or out
+
+
+def told(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@torch.no_grad()
+def logits(folder: Path, count: int = L) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(torch.arange(3, 3 + count)[None]).logits[0]
+
+
+def test_a_plain_copy_is_the_model(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    export(run, tmp_path / "new/copy")
+    for path in (run / "model").iterdir():
+        other = tmp_path / "new/copy" / path.name
+        if path.suffix == ".safetensors":
+            one, two = load_file(path), load_file(other)
+            assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+        else:
+            assert other.read_bytes() == path.read_bytes(), path.name
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+
+
+def test_a_copy_in_bfloat16(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    export(run, tmp_path / "copy", "--dtype", "bfloat16")
+    before, after = (load_file(folder / "model.safetensors") for folder in (run / "model", tmp_path / "copy"))
+    assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in before)
+    assert told(tmp_path / "copy")["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", rope.TYPES)
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_inside_the_window_it_is_the_unsharpened_model(tmp_path, base, model_type, kind):
+    """Bit for bit; beyond it every score is multiplied by 1 + beta ln(1 + floor(p / C)), ln L / ln C at L."""
+    run = trained(tmp_path / "run", base, kind, model_type)
+    export(run, tmp_path / "copy", "--position-dependent")
+    copied = told(tmp_path / "copy")
+    assert copied["model_type"] == "ministral3" and "auto_map" not in copied
+    parameters = copied["rope_parameters"]
+    assert parameters["llama_4_scaling_beta"] == BETA
+    assert parameters["original_max_position_embeddings"] == C
+    assert "sharpened" not in copied["endprompt"] and copied["endprompt"]["sharpened_beyond"] == C
+    plain, found = logits(run / "checkpoints/checkpoint-2"), logits(tmp_path / "copy")
+    assert torch.equal(found[:C], plain[:C])
+    assert not torch.allclose(found[C:], plain[C:], atol=1e-3)
+    # The twin: the sharpened model is another inside the window.
+    assert not torch.allclose(logits(run / "model")[:C], plain[:C], atol=1e-3)
+    from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
+
+    positions = torch.tensor([[0, C - 1, C, L - 1]], dtype=torch.float64)
+    scale = get_llama_4_attn_scale(positions, BETA, C)[0, 0, :, 0].tolist()
+    assert scale[:2] == [1, 1] and scale[2:] == pytest.approx([math.log(2 * C) / math.log(C), T])
+
+
+@pytest.mark.parametrize("kind", rope.TYPES)
+def test_beyond_the_window_scores_are_those_of_the_scale(tmp_path, base, kind):
+    """Against an attention of our own: queries of the plain model, multiplied by hand."""
+    run = trained(tmp_path / "run", base, kind)
+    export(run, tmp_path / "copy", "--position-dependent")
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoints/checkpoint-2", dtype=torch.float32).eval()
+    scale = 1 + BETA * torch.log(1 + torch.floor(torch.arange(L) / C))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda _, __, out: out * scale[None, :, None])
+    with torch.no_grad():
+        wanted = model(torch.arange(3, 3 + L)[None]).logits[0]
+    torch.testing.assert_close(logits(tmp_path / "copy"), wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_without_a_checkpoint_the_constant_is_divided_out(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    plain = load_file(run / "checkpoints/checkpoint-2/model.safetensors")
+    other = load_file(run / "model/model.safetensors")
+    for case in ("another checkpoint", "none"):
+        if case == "none":
+            shutil.rmtree(run / "checkpoints")
+        else:  # of an earlier step
+            path = run / "checkpoints/checkpoint-2/model.safetensors"
+            save_file({**plain, "model.norm.weight": plain["model.norm.weight"] * 2}, path, {"format": "pt"})
+        export(run, tmp_path / case, "--position-dependent")
+        found = load_file(tmp_path / case / "model.safetensors")
+        for name in other:
+            if "q_proj" in name:
+                torch.testing.assert_close(found[name], plain[name], rtol=2e-7, atol=0)
+            else:
+                assert torch.equal(found[name], other[name])
+
+
+# what -> (what is done to the run, options, what is said)
+REFUSED = {
+    "no model": (lambda run: shutil.rmtree(run / "model"), (), "has no model/"),
+    "biases": ("qwen2", ("--position-dependent",), "layers of llama and mistral, and this is a qwen2"),
+    "llama with biases": (
+        {"attention_bias": True},
+        ("--position-dependent",),
+        r"has no biases, and this model has model\.layers\.0\.self_attn\.\w_proj\.bias",
+    ),
+    "not sharpened": (
+        lambda run: edit(run, endprompt=NOTE),
+        ("--position-dependent",),
+        "attention is not sharpened",
+    ),
+    "no note": (lambda run: edit(run, endprompt=None), ("--position-dependent",), "is not sharpened"),
+    "half sharpened": (
+        lambda run: edit(run, endprompt={**NOTE, "sharpened": T**0.5}),
+        ("--position-dependent",),
+        "multiplied by 1.2247, and the scale stands for ln L / ln C, 1.5000",
+    ),
+    "two lengths": (
+        lambda run: edit(
+            run, endprompt={**NOTE, "sharpened": math.log(L) / math.log(32), "sharpened_from": 32}
+        ),
+        ("--position-dependent",),
+        "counts from 64 tokens and its sharpening from 32",
+    ),
+    "too large for float16": (
+        lambda run: enlarge(run),
+        ("--dtype", "float16"),
+        r"--dtype float16: model\.norm\.weight has values that it cannot hold",
+    ),
+    "no converter": (lambda run: None, ("--gguf",), "llama-cpp-python"),
+    "gguf by position": (
+        "linear",
+        ("--gguf", "--position-dependent"),
+        r"llama\.cpp sharpens by position under YaRN alone",
+    ),
+}
+
+
+def edit(run: Path, **changes) -> None:
+    path = run / "model/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def enlarge(run: Path) -> None:
+    path = run / "model/model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 1e6}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path, base, name, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    done, options, said = REFUSED[name]
+    if isinstance(done, str):
+        run = trained(
+            tmp_path / "run", base, **({"kind": done} if done in rope.TYPES else {"model_type": done})
+        )
+    elif isinstance(done, dict):
+        run = trained(tmp_path / "run", base, **done)
+    else:
+        run = trained(tmp_path / "run", base)
+        done(run)
+    error = export(run, tmp_path / "copy", *options, expect=2)
+    assert len(error.strip().splitlines()) == 1 and "Traceback" not in error
+    import re
+
+    assert re.search(said, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_is_there_is_not_overwritten(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/mine.txt").write_text("x")
+    assert "is there already" in export(run, tmp_path / "copy", expect=2)
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["mine.txt"]
+    (tmp_path / "file").write_text("x")
+    assert "is there already" in export(run, tmp_path / "file", expect=2)
+    (tmp_path / "empty").mkdir()
+    export(run, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_gguf_file_is_made_by_llama_cpps_converter(tmp_path, base, monkeypatch, works):
+    """Here a stub; llama.cpp's own is run in tests/test_engines.py."""
+    run = trained(tmp_path / "run", base)
+    source = tmp_path / "llama.cpp"
+    source.mkdir()
+    (source / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\nassert pathlib.Path(sys.argv[1], 'config.json').is_file()\n"
+        + ("pathlib.Path(sys.argv[3]).write_bytes(b'GGUF')" if works else "sys.exit('no such model')")
+    )
+    monkeypatch.setenv("LLAMA_CPP", str(source))
+    said = export(run, tmp_path / "copy", "--gguf", expect=0 if works else 2)
+    if works:
+        assert (tmp_path / "copy/model.gguf").read_bytes() == b"GGUF"
+    else:
+        assert "cannot convert the model: no such model" in said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["llama.cpp", "run"]
+
+
+def test_an_interrupted_copy_leaves_nothing(tmp_path, base, monkeypatch):
+    from endprompt.runs import export as exporting
+
+    run = trained(tmp_path / "run", base)
+    monkeypatch.setattr(exporting, "_write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    export(run, tmp_path / "copy", expect=130)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_files_of_several_parts_stay_apart_and_the_index_counts_their_bytes(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    (run / "model/model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "parts", max_shard_size="200KB")
+    for path in (tmp_path / "parts").glob("model*"):
+        shutil.copy(path, run / "model")
+    export(run, tmp_path / "copy", "--dtype", "bfloat16")
+    names = sorted(path.name for path in (tmp_path / "copy").glob("*.safetensors"))
+    assert len(names) > 1 and names == sorted(path.name for path in (run / "model").glob("*.safetensors"))
+    index = json.loads((tmp_path / "copy/model.safetensors.index.json").read_text())
+    weights = [load_file(tmp_path / "copy" / name) for name in names]
+    assert index["metadata"]["total_size"] == sum(
+        tensor.numel() * tensor.element_size() for part in weights for tensor in part.values()
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+
+
+def test_the_card_of_a_copy_says_what_the_copy_is(tmp_path, base):
+    """Scores of the sharpened model are not those of one that is sharpened otherwise."""
+    run = trained(tmp_path / "run", base)
+    parts = "\n".join(f"<!-- {part} -->\n<!-- /{part} -->" for part in ("form", "loading", "scores"))
+    (run / "model" / card.NAME).write_text(f"---\nlicense: mit\n---\n# Mine\n{parts}\n")
+    card.renew(run / "model", [("passkey", L, 50.0, 40.0, 60.0, 100)])
+    export(run, tmp_path / "plain")
+    assert (tmp_path / "plain" / card.NAME).read_text() == (run / "model" / card.NAME).read_text()
+    export(run, tmp_path / "copy", "--position-dependent")
+    told = (tmp_path / "copy" / card.NAME).read_text()
+    assert "as Ministral 3 does" in told and "passkey" not in told and "license: mit" in told
+
+
+def test_nothing_of_this_machine_is_in_the_copy(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    export(run, tmp_path / "copy", "--position-dependent")
+    for path in (tmp_path / "copy").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path.name
+    assert AutoConfig.from_pretrained(tmp_path / "copy").rope_parameters["rope_type"] == "yarn"
