@@ -33,6 +33,14 @@ class Limits:
     tokens: int
     texts: int
 
+    def check(self, special: int) -> None:
+        """Raises BadInput if C is too short for what is scored; special: as in ``pieces``."""
+        if self.tokens >= self.original - special - 1:
+            raise BadInput(
+                f"eval.far_gain_tokens {self.tokens} leave no context in the base's window of"
+                f" {self.original}; lower it"
+            )
+
 
 def documents(source: str, tokenizer, longest: int, texts: int, column: str = "text") -> list[Text]:
     """The first documents of ``source`` (a path, or a dataset of the hub) that hold ``longest`` tokens, at
@@ -75,12 +83,9 @@ def pieces(found: list[Text], length: int, limits: Limits, special: int = 0) -> 
     texts of ``found``.
 
     special: tokens that the tokenizer puts before a text, which count into ``length`` and C.  Raises
-    ValueError if there is no such text, or C is too short for what is scored.
+    ValueError if there is no such text, BadInput if C is too short for what is scored.
     """
-    if limits.tokens >= limits.original - special - 1:
-        raise ValueError(
-            f"eval.far_gain_tokens {limits.tokens} leave no context in the base's window of {limits.original}"
-        )
+    limits.check(special)
     made: list[dict] = []
     for number, end in _ends(found, limits.longest):
         if len(made) == limits.texts:

@@ -111,9 +111,13 @@ def _question_tokens(tokenizer, question: str) -> int:
 
 
 def within(tokenizer, tokens: int, keys: list[Key], chat: bool = False) -> Haystack:
-    """The longest haystack of at most ``tokens`` tokens, without questions and answers.  Raises ValueError as
-    ``build`` does."""
+    """The longest haystack of at most ``tokens`` tokens, without questions and answers.  Raises ValueError if
+    there is none, and as ``build`` does.
+    """
     length = tokens + room(tokenizer, chat)
+    plain = passkey.prompt([key.needle for key in keys], 0, "").strip()
+    if (shortest := len(prompts.encode(tokenizer, plain))) > tokens:
+        raise ValueError(f"{tokens} tokens are too few for {len(keys)} named keys, which take {shortest}")
     found = build(tokenizer, length, keys, chat)
     while (beyond := len(found.ids) - tokens) > 0:
         length -= beyond

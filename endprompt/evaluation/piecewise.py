@@ -76,6 +76,8 @@ class Makers:
     def check(self, todo: list[Pair]) -> None:
         """Raises BadInput if the loaded model or its tokenizer cannot be asked for one of ``todo``."""
         for task, _ in todo:
+            if task == task_names.FAR_GAIN:
+                self.asks.far_gain.check(len(prompts.frame(self.tokenizer)[0]))
             if task in (task_names.DISTANCE, task_names.NAMED_KEYS):
                 if not engine.shares_cache(self.lm.model):
                     kind = self.lm.model.config.model_type
@@ -86,6 +88,7 @@ class Makers:
                     )
                 if task == task_names.DISTANCE:
                     self._distances()
+                    self._haystack()
 
     def pieces(self, task: str, length: int) -> progress.Pieces:
         """The pieces of a pair.  Raises ValueError or BadInput if it cannot be made."""
@@ -93,18 +96,28 @@ class Makers:
             special = len(prompts.frame(self.tokenizer)[0])
             found = self.asks.far_documents
             return far_gain.FarGain(self.lm, far_gain.pieces(found, length, self.asks.far_gain, special))
-        options = self.experiment.recipe.eval
         ends = engine.ends(self.lm.model.generation_config, self.tokenizer)
-        reader = prefix.Reader(self.lm.model, ends, passkey.NEW_TOKENS)
-        keys = options.distance_keys if task == task_names.DISTANCE else options.named_keys
-        templated = question.chat(self.experiment.recipe, task)
-        design = haystacks.Design(options.samples, keys, options.depths, options.seed, templated)
+        reader, design = prefix.Reader(self.lm.model, ends, passkey.NEW_TOKENS), self._design(task)
         if task == task_names.NAMED_KEYS:
             return named_keys.NamedKeys(reader, self.tokenizer, design, length)
         stretch, chosen = self._distances()
         made = distance.Distance(reader, self.tokenizer, design, stretch, chosen)
         made.counts, made.reason = supervised(self.experiment, self.other)
         return made
+
+    def _design(self, task: str) -> haystacks.Design:
+        options = self.experiment.recipe.eval
+        keys = options.distance_keys if task == task_names.DISTANCE else options.named_keys
+        templated = question.chat(self.experiment.recipe, task)
+        return haystacks.Design(options.samples, keys, options.depths, options.seed, templated)
+
+    def _haystack(self) -> None:
+        """Raises BadInput if the haystack of distance is too short for its keys."""
+        design, tokens = self._design(task_names.DISTANCE), self.experiment.recipe.eval.distance_haystack
+        try:
+            haystacks.within(self.tokenizer, tokens, distance.drawn(design, 0), design.chat)
+        except ValueError as error:
+            raise BadInput(f"eval.distance_haystack: {error}") from None
 
     def _distances(self) -> tuple[distance.Stretch, list[int]]:
         recipe = self.experiment.recipe

@@ -347,12 +347,23 @@ def evaluate(
     folder = results.evaluation_folder(experiment.run, other and str(_named(other)))
     todo, clock = _chosen(experiment.recipe, only), Clock(budget)
     piecewise.refuse(experiment.recipe, todo)
+    _say_what_is_left_out(experiment.recipe, todo)
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
         for pair in todo:
             lock = _path(Path(), *pair).with_suffix("").as_posix().replace("/", "-")
             held.enter_context(runfolder.hold(folder / f".{lock}.lock"))
         Evaluation(experiment, folder, other, todo, temporary).run(clock)
     _draw(experiment, folder, todo)
+
+
+def _say_what_is_left_out(recipe: Recipe, todo: list) -> None:
+    """A line on stderr for a task that has no length here.  Raises BadInput if nothing else is asked for."""
+    task = task_names.FAR_GAIN
+    if task in recipe.eval.tasks and not piecewise.lengths(recipe, task):
+        line = f"{task}: no length of eval.lengths is beyond the base's window; add one, or drop {task}"
+        if not todo:
+            raise BadInput(f"eval.tasks: {line} from eval.tasks")
+        print(f"evaluate: {line}", file=sys.stderr)
 
 
 def _check_environment(recipe: Recipe) -> None:
