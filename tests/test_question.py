@@ -424,7 +424,7 @@ def test_every_key_of_the_eval_section_is_held_or_named(setting):
             "backend",
             "seed",
         } <= set(asked)
-    assert set(question._READERS["samples"]) | {"perplexity", "short_text"} == {
+    assert set(question._READERS["samples"]) | {"perplexity", "short_text", "far_gain"} == {
         question.family(task) for task in task_names.TASKS
     }
     assert len(

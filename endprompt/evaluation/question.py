@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from endprompt import storage
+from endprompt.bases.model import Base
 from endprompt.evaluation import (
     engine,
+    far_gain,
     longbench,
     longbench_scores,
     perplexity,
@@ -46,18 +48,29 @@ _ELSEWHERE = (
 )
 # The only tasks that read a key.  Any other key is part of every question.
 _READERS = {
-    "samples": ("passkey", "ruler", "longbench"),
-    "depths": ("passkey",),
+    "samples": ("passkey", "ruler", "longbench", "distance", "named_keys"),
+    "depths": ("passkey", "named_keys"),
     "perplexity_tokens": ("perplexity",),
     "perplexity_stride": ("perplexity",),
     "short_text_samples": ("short_text",),
+    "distance_haystack": ("distance",),
+    "distance_keys": ("distance",),
+    "distances": ("distance",),
+    "named_keys": ("named_keys",),
+    "far_gain_tokens": ("far_gain",),
+    "far_gain_texts": ("far_gain",),
 }
+# Modules that a task is scored by, beside its hooks in the harness and the engine.  passkey goes through
+# prefix.py too, which saves time and changes no answer: its results of before stand.
+_MODULES = {"distance": ("distance.py",), "named_keys": ("named_keys.py",), "far_gain": ("far_gain.py",)}
 
 
 def family(task: str) -> str:
-    """ "passkey" (multikey too), "perplexity", "ruler", "longbench" or "short_text"."""
+    """ "passkey" (multikey too), "perplexity", "ruler", "longbench", "short_text", or a task of PIECEWISE."""
     if task in task_names.SHORT_TEXT:
         return "short_text"
+    if task in task_names.PIECEWISE:
+        return task
     return {"multikey": "passkey"}.get(task, task.partition("_")[0])
 
 
@@ -119,7 +132,8 @@ def code(task: str) -> str:
     """
     known: dict[str, str] = {}
     waiting = [HERE / "engine.py", HERE / "intervals.py"]
-    if family(task) != "short_text":
+    waiting += [HERE / name for name in _MODULES.get(family(task), ())]
+    if family(task) not in ("short_text", task_names.DISTANCE):  # the harness' own, and one it cannot hold
         folder = engine.TASKS / family(task)
         waiting.append(folder / "utils.py")
         known[f"{task}.yaml"] = _task_file(folder / f"{task.removeprefix(f'{family(task)}_')}.yaml")
@@ -188,11 +202,16 @@ def _digest(value) -> str:
 
 def chat(recipe: Recipe, task: str) -> bool:
     """Whether ``task`` is asked in the model's chat template: what LongBench asks without it is, and
-    perplexity is that of the text itself.
+    perplexity and far_gain are those of the text itself.
     """
-    if not recipe.eval.chat_template or task == "perplexity":
+    if not recipe.eval.chat_template or task in ("perplexity", task_names.FAR_GAIN):
         return False
     return family(task) != "longbench" or longbench_scores.get(task.removeprefix("longbench_")).chat
+
+
+def original_length(recipe: Recipe) -> int:
+    """The window of the recipe's base, C.  Raises BadInput if its config cannot be read."""
+    return recipe.model.original_length or Base(recipe).original_length
 
 
 class Questions:
@@ -219,6 +238,21 @@ class Questions:
         )
         return _digest([text.text for text in found])
 
+    @functools.cached_property
+    def far_gain(self) -> far_gain.Limits:
+        """What the texts of far_gain are.  Raises BadInput if the base's window is not known."""
+        options = self.recipe.eval
+        original = original_length(self.recipe)
+        return far_gain.Limits(
+            original, max(options.lengths), options.far_gain_tokens, options.far_gain_texts
+        )
+
+    @functools.cached_property
+    def far_documents(self) -> list[perplexity.Text]:
+        """The documents of far_gain, in their order."""
+        source, limits = str(self.place("perplexity_corpus")), self.far_gain
+        return far_gain.documents(source, self.tokenizer, limits.longest, limits.texts, self.column)
+
     @property
     def column(self) -> str:
         """The field of held-out rows that is their text."""
@@ -237,6 +271,11 @@ class Questions:
         match family(task):
             case "perplexity":
                 return {"data": self._held_out, "longest": max(options.lengths)}
+            case "distance":
+                return {"target": self.recipe.lengths.target}
+            case "far_gain":
+                content = _digest([text.text for text in self.far_documents])
+                return {"data": content, "longest": max(options.lengths), "original": self.far_gain.original}
             case "ruler" if (folder := self.place("ruler_samples")) and length:
                 name = task.removeprefix("ruler_")
                 draw = ruler.Draw(options.samples, options.seed, chat(self.recipe, task))
@@ -282,13 +321,14 @@ class Questions:
         }
 
 
+def bare(question: dict) -> dict:
+    """``question`` as JSON gives it back, without where the model's files lie."""
+    found = json.loads(json.dumps(question))
+    if isinstance(found["model"], dict) and found["model"].get("fingerprint"):
+        found["model"].pop("name_or_path", None)
+    return found
+
+
 def same(one: dict, other: dict) -> bool:
     """Whether two questions are one, wherever the model's files lie."""
-
-    def bare(question: dict) -> dict:
-        found = json.loads(json.dumps(question))
-        if isinstance(found["model"], dict) and found["model"].get("fingerprint"):
-            found["model"].pop("name_or_path", None)
-        return found
-
     return bare(one) == bare(other)

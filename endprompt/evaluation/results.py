@@ -8,6 +8,7 @@ from pathlib import Path
 
 from endprompt import BadInput, methods
 from endprompt.evaluation import longbench_scores
+from endprompt.recipe import task_names
 
 # What two results of one model may differ in, for they may come from different machines.
 _MACHINE = ("dtype", "attention")
@@ -17,10 +18,11 @@ SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humanev
 
 
 def full_samples(task: str) -> int:
-    """Samples of a whole evaluation: RULER's protocol has 500 a length, passkey and multikey as many here;
-    LongBench and short text what their data hold; 0 for perplexity.
+    """Samples of a whole evaluation: RULER's protocol has 500 a length, tasks of keys as many here; LongBench
+    and short text what their data hold; 0 for perplexity and far_gain.
     """
-    if task in ("passkey", "multikey") or task.startswith("ruler_"):
+    keys = ("passkey", "multikey", task_names.DISTANCE, task_names.NAMED_KEYS)
+    if task in keys or task.startswith("ruler_"):
         return 500
     if (name := task.removeprefix("longbench_")) in longbench_scores.TASKS:
         return longbench_scores.TASKS[name].samples

@@ -28,19 +28,22 @@ from endprompt.evaluation import (
     longbench_scores,
     passkey,
     perplexity,
+    piecewise,
+    prefix,
+    progress,
     prompts,
     results,
     ruler,
     ruler_package,
     ruler_samples,
 )
-from endprompt.evaluation.question import Questions, chat, fingerprint, same
+from endprompt.evaluation.question import Questions, bare, chat, fingerprint, same
 from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.runs import card, provenance, runfolder
 
-SHOWN = {"perplexity": "{:.3f}"}  # all others are percent
+SHOWN = {"perplexity": "{:.3f}", task_names.FAR_GAIN: "{:+.4f}"}  # all others are percent
 
 
 def load(experiment: Experiment, other: str | None):
@@ -164,8 +167,10 @@ def _named(other: str) -> Path:
 
 def lengths(recipe: Recipe, task: str) -> list[int | None]:
     """The lengths at which ``task`` is scored: the recipe's, LongBench's one length of truncation, or none
-    for short text.
+    for short text; distance at the target length, far_gain at the lengths beyond the base's window.
     """
+    if task in task_names.PIECEWISE:
+        return [*piecewise.lengths(recipe, task)]
     if task in task_names.SHORT_TEXT:
         return [None]
     if task.startswith("longbench_"):
@@ -194,11 +199,11 @@ class Scorer:
         self.recipe, self.tokenizer = recipe, tokenizer
         tokenizer.save_pretrained(folder)
         options = recipe.eval
-        self.lm = (
-            engine.vllm(network, longest(recipe, tokenizer), recipe.model.trust_remote_code)
-            if options.backend == "vllm"
-            else engine.LongLM(network, tokenizer)
-        )
+        if options.backend == "vllm":
+            lm = engine.vllm(network, longest(recipe, tokenizer), recipe.model.trust_remote_code)
+            self.lm = self.sharing = lm
+        else:
+            self.lm, self.sharing = engine.LongLM(network, tokenizer), prefix.SharedLM(network, tokenizer)
         self.ruler_samples = asks.place("ruler_samples")
         self.metadata = {
             "tokenizer": folder,
@@ -249,7 +254,8 @@ class Scorer:
             generation = longbench.generation_kwargs(name, self.tokenizer, self.recipe.eval.backend) or None
         templated, name = chat(self.recipe, task), f"endprompt_{task}"
         asked = {**self.metadata, "max_seq_lengths": [length], "chat_template": templated}
-        return engine.run(self.lm, name, asked, generation=generation, chat_template=templated)[name]
+        lm = self.sharing if task in passkey.TASKS else self.lm
+        return engine.run(lm, name, asked, generation=generation, chat_template=templated)[name]
 
     def _ruler(self, name: str, length: int, documents: list[dict], answers: list) -> dict:
         """What a result of RULER says beside its mean."""
@@ -349,6 +355,8 @@ def evaluate(
     _check_environment(experiment.recipe)
     folder = results.evaluation_folder(experiment.run, other and str(_named(other)))
     todo, clock = _chosen(experiment.recipe, only), Clock(budget)
+    piecewise.refuse(experiment.recipe, todo)
+    _say_what_is_left_out(experiment.recipe, todo)
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
         for pair in todo:
             lock = _path(Path(), *pair).with_suffix("").as_posix().replace("/", "-")
@@ -373,6 +381,16 @@ def _renew_card(experiment: Experiment, folder: Path) -> None:
         card.renew(experiment.run / "model", scores)
     except (OSError, BadInput) as error:
         print(f"warning: the model card stays as it was: {error}", file=sys.stderr)
+
+
+def _say_what_is_left_out(recipe: Recipe, todo: list) -> None:
+    """A line on stderr for a task that has no length here.  Raises BadInput if nothing else is asked for."""
+    task = task_names.FAR_GAIN
+    if task in recipe.eval.tasks and not piecewise.lengths(recipe, task):
+        line = f"{task}: no length of eval.lengths is beyond the base's window; add one, or drop {task}"
+        if not todo:
+            raise BadInput(f"eval.tasks: {line} from eval.tasks")
+        print(f"evaluate: {line}", file=sys.stderr)
 
 
 def _check_environment(recipe: Recipe) -> None:
@@ -404,9 +422,9 @@ class Clock:
     def left(self) -> float:
         return math.inf if self.budget is None else self.budget - (time.monotonic() - self.began)
 
-    def spent(self) -> bool:
-        """Whether no other pair should be begun."""
-        return self.left < max(self.longest, 0.001)
+    def spent(self, task: str) -> bool:
+        """Whether no pair of ``task`` should be begun; one that is kept piece by piece always may be."""
+        return self.left < max(0.0 if task in task_names.PIECEWISE else self.longest, 0.001)
 
 
 class Evaluation:
@@ -427,6 +445,8 @@ class Evaluation:
         asks = Questions(recipe, tokenizer)
         self.asked = {(task, length): asks(task, length, identity) for task, length in todo}
         self.scorer = Scorer(recipe, network, tokenizer, temporary, asks)
+        self.makers = piecewise.Makers(experiment, self.scorer.lm, tokenizer, asks, other)
+        self.makers.check(todo)
         self.there = {key: _existing(_path(folder, *key), self.asked[key]) for key in todo}
         self.make_samples(temporary)
 
@@ -450,14 +470,18 @@ class Evaluation:
         for done, (task, length) in enumerate(self.todo):
             result = self.there[task, length]
             if result is None:
-                if clock.spent():
+                begun = ""
+                try:
+                    result = None if clock.spent(task) else self.score(task, length, clock)
+                except progress.Unfinished as error:
+                    begun = f", and {error} of {task} at {length}"
+                if result is None:
                     print(
-                        f"evaluate: {done} of {len(self.todo)} pairs are scored, and of {clock.budget:g} s"
-                        f" {max(0, clock.left):.0f} are left; the same command goes on",
+                        f"evaluate: {done} of {len(self.todo)} pairs are scored{begun}, and of"
+                        f" {clock.budget:g} s {max(0, clock.left):.0f} are left; the same command goes on",
                         flush=True,
                     )
                     break
-                result = self.score(task, length, clock)
             form = SHOWN.get(task, "{:.2f}%")
             score, low, high = (form.format(result["scores"][key]) for key in ("score", "low", "high"))
             name = self.experiment.method.name
@@ -465,13 +489,17 @@ class Evaluation:
 
     def score(self, task: str, length: int | None, clock: Clock) -> dict:
         """The result of a pair, written down with its answers."""
-        started = time.monotonic()
+        started, kept = time.monotonic(), None
         try:
-            scores, predictions = self.scorer.score(task, length)
+            if task in task_names.PIECEWISE and length:
+                scores, predictions, kept = self._piecewise(task, length, clock)
+            else:
+                scores, predictions = self.scorer.score(task, length)
         except ValueError as error:
             raise BadInput(f"eval.lengths: {task} at {length}: {error}") from None
         seconds = time.monotonic() - started
-        clock.longest = max(clock.longest, seconds)
+        if kept is None:
+            clock.longest = max(clock.longest, seconds)
         result = {
             "question": self.asked[task, length],
             "recipe": self.experiment.recipe.name,
@@ -486,7 +514,18 @@ class Evaluation:
             answers = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
             storage.write_atomically(path.with_suffix(".jsonl"), answers.encode())
         storage.write_json(path, result)
+        if kept is not None:
+            kept.remove()
         return result
+
+    def _piecewise(self, task: str, length: int, clock: Clock) -> tuple[dict, list[dict], progress.Kept]:
+        """As ``Scorer.score``, and what is kept of the pieces until the result is written."""
+        pieces = self.makers.pieces(task, length)
+        kept = progress.Kept(
+            progress.path_of(_path(self.folder, task, length)), bare(self.asked[task, length])
+        )
+        rows = progress.collect(pieces, kept, lambda: clock.left, f"{task} at {length}")
+        return {"length": length, **pieces.summary(rows)}, pieces.predictions(rows), kept
 
 
 def _draw(experiment: Experiment, folder: Path, todo: list) -> None:
@@ -494,6 +533,7 @@ def _draw(experiment: Experiment, folder: Path, todo: list) -> None:
         if any(asked == task for asked, _ in todo) and (folder / task).is_dir():
             found = {experiment.method.name: figures.read(folder / task)}
             figures.heatmaps(found, folder / f"{task}.png")
+    piecewise.draw(experiment.method.name, folder, {task for task, _ in todo})
 
 
 def _path(folder: Path, task: str, length: int | None) -> Path:

@@ -20,7 +20,7 @@ from endprompt.rows import corpus
 BENCHMARKS = {
     "ruler": task_names.RULER,
     "longbench": (*task_names.LONGBENCH, *task_names.LONGBENCH_ZH),
-    "passkey": tuple(passkey.TASKS),
+    "passkey": (*passkey.TASKS, task_names.NAMED_KEYS, task_names.DISTANCE),
 }
 
 

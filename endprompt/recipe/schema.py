@@ -85,6 +85,14 @@ class EvalSection(Section):
     perplexity_column: str | None = None  # the field that holds its text; null: data.text_column
     perplexity_tokens: int = Field(65536, gt=0)
     perplexity_stride: int = Field(256, gt=0)
+    # distance: keys of a short haystack, asked for from further and further on, up to lengths.target
+    distance_haystack: int = Field(1024, gt=0)  # its tokens
+    distance_keys: int = Field(2, gt=0, le=16)  # of a haystack; samples / distance_keys haystacks are made
+    distances: list[int] | None = Field(None, min_length=1)  # positions left out before a question; null: 13
+    named_keys: int = Field(4, gt=0, le=16)  # of a haystack, each asked in turn, at some of the depths
+    # far_gain: on the documents of perplexity_corpus
+    far_gain_tokens: int = Field(256, gt=0)  # that are scored at the end of a text
+    far_gain_texts: int = Field(64, gt=0)  # where the documents hold as many
     ruler_samples: str | None = None  # a folder of samples made elsewhere; null: made here
     longbench_data: str | None = None  # a folder of the official jsonl files; null: from the hub
     longbench_length: int = Field(32768, gt=1)  # tokens a prompt is cut to, in its middle
@@ -98,6 +106,13 @@ class EvalSection(Section):
     def known(cls, value):
         return task_names.expand(value)
 
+    @field_validator("distances")
+    @classmethod
+    def forwards(cls, value):
+        if value is not None and min(value) < 0:
+            raise ValueError(f"{min(value)} is no distance; use numbers of positions from 0 on")
+        return value
+
     @field_validator("lengths")
     @classmethod
     def positive(cls, value):
@@ -107,10 +122,20 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def has_corpus(self):
-        if "perplexity" in self.tasks and not self.perplexity_corpus:
+        for task in ("perplexity", task_names.FAR_GAIN):
+            if task in self.tasks and not self.perplexity_corpus:
+                raise ValueError(
+                    f"eval.perplexity_corpus is missing; name held-out documents, or drop {task} from"
+                    " eval.tasks"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def keys_at_depths(self):
+        if task_names.NAMED_KEYS in self.tasks and self.named_keys > self.depths:
             raise ValueError(
-                "eval.perplexity_corpus is missing; name held-out documents, or drop perplexity from"
-                " eval.tasks"
+                f"eval.named_keys {self.named_keys} do not fit at eval.depths {self.depths}, one each; lower"
+                " the one or raise the other"
             )
         return self
 
@@ -127,6 +152,27 @@ class Recipe(Section):
     name: str = Field(exclude=True)
     folder: Path = Field(exclude=True)
     former: dict[str, Any] = Field({}, exclude=True)  # options of methods by their earlier keys
+
+    @model_validator(mode="after")
+    def inside_the_target(self):
+        """The tasks that ask at chosen positions do so below the target length."""
+        target, options = self.lengths.target, self.eval
+        for task in (task_names.NAMED_KEYS, task_names.FAR_GAIN):
+            if task in options.tasks and max(options.lengths) > target:
+                raise ValueError(
+                    f"eval.lengths: {task} at {max(options.lengths)} is beyond lengths.target {target}; lower"
+                    f" the length, or drop {task} from eval.tasks"
+                )
+        if task_names.DISTANCE in options.tasks:
+            far = options.distance_haystack + max(options.distances or [0])
+            if far >= target:
+                raise ValueError(
+                    f"eval.distance_haystack {options.distance_haystack}"
+                    + (f" and a distance of {max(options.distances)}" if options.distances else "")
+                    + f" leave no position for a question below lengths.target {target}; lower them, or drop"
+                    " distance from eval.tasks"
+                )
+        return self
 
     def path(self, value: str) -> Path | None:
         """``value`` as an existing path: as given, beside the recipe, one folder above it, or among the files
@@ -200,7 +246,7 @@ def _message(error: ValidationError) -> str:
                 if item["type"] != "value_error"
                 else (
                     item["msg"].removeprefix("Value error, ")
-                    if key in ("lengths", "data", "eval")
+                    if key in ("", "lengths", "data", "eval")
                     else f"{key}: {item['msg'].removeprefix('Value error, ')}"
                 )
             )

@@ -43,13 +43,17 @@ SHORT_TEXT = {
     "humaneval": (0, "pass@1,create_test"),
 }
 
+# Ours, scored a haystack or a text at a time, through a cache of what prompts share.
+DISTANCE, NAMED_KEYS, FAR_GAIN = PIECEWISE = ("distance", "named_keys", "far_gain")
+
 GROUPS = {
     "ruler": tuple(f"ruler_{task}" for task in RULER),
     "longbench": tuple(f"longbench_{task}" for task in LONGBENCH),
     "longbench_zh": tuple(f"longbench_{task}" for task in LONGBENCH_ZH),
     "short_text": tuple(SHORT_TEXT),
 }
-TASKS = ("passkey", "multikey", "perplexity", *(task for group in GROUPS.values() for task in group))
+ALONE = ("passkey", "multikey", "perplexity", *PIECEWISE)  # in no group
+TASKS = (*ALONE, *(task for group in GROUPS.values() for task in group))
 
 
 def expand(names: list[str]) -> list[str]:
@@ -59,7 +63,7 @@ def expand(names: list[str]) -> list[str]:
     found = [task for name in names for task in GROUPS.get(name, (name,))]
     if unknown := [name for name in found if name not in TASKS]:
         raise ValueError(
-            f"there is no task {unknown[0]!r}; use passkey, multikey, perplexity, the groups"
+            f"there is no task {unknown[0]!r}; use {', '.join(ALONE)}, the groups"
             f" {', '.join(GROUPS)}, or one of their tasks, such as ruler_vt, longbench_qasper, mmlu"
         )
     return list(dict.fromkeys(found))

@@ -86,11 +86,16 @@ def training_flops(experiment: Experiment, about) -> float:
 
 def prefill_flops(recipe: Recipe, about) -> float:
     """Of all prompts of the recipe's tasks, at most as many as a benchmark holds; short text is left out."""
+    from endprompt.evaluation import piecewise
     from endprompt.training.trainer import flops_per_token
 
     options, total = recipe.eval, 0.0
     for task in options.tasks:
         if task in task_names.SHORT_TEXT:
+            continue
+        if task in task_names.PIECEWISE:
+            for count, length in piecewise.prefill(recipe, task):
+                total += count * length * flops_per_token(about, length) / 3
             continue
         samples = options.samples
         if task == "perplexity":
