@@ -67,22 +67,24 @@ def load_config(recipe: Named, where: dict | None = None):
             f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)}"
             " models is"
         )
-    rope.refuse_scaled(config)
     written = {} if recipe.model.gguf_file else _written(recipe, where, config)
     refuse_theta(config)
     windowed = _windowed(config, recipe.lengths.target)
-    original = original_length(recipe, config)
-    if type(original) is not int or original < 1:
+    stated = recipe.model.original_length or config.max_position_embeddings
+    if type(stated) is not int or stated < 1:
         raise BadInput(
-            f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of"
+            f"model: max_position_embeddings in its config.json is {stated!r:.60}, no positive number of"
             " tokens; mend it, or set model.original_length"
         )
     refuse_foreign_keys(config, written, windowed)
-    refuse_contradictions(config, written, original)
+    own = rope.own_scheme(config)
+    refuse_contradictions(config, written, getattr(own, "original_length", stated))
     sharpen.inherited(config)
-    if recipe.lengths.target <= original:
+    length = window(recipe, config, own)
+    first_length(config, length)
+    if recipe.lengths.target <= length:
         raise BadInput(
-            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original};"
+            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {length};"
             " raise it (or set model.original_length, if config.json overstates the window it was"
             " trained on)"
         )
@@ -129,8 +131,27 @@ def _windowed(config, target: int) -> int | None:
     return windowed
 
 
-def original_length(recipe: Named, config) -> int:
-    return recipe.model.original_length or config.max_position_embeddings
+def window(recipe: Named, config, own: rope.Scheme) -> int:
+    """Tokens that the base reads as it came.
+
+    own: its RoPE.  Some configs of a scaled base go on stating the window before the scaling.
+    """
+    if recipe.model.original_length:
+        return recipe.model.original_length
+    stated, before = config.max_position_embeddings, getattr(own, "original_length", 0)
+    return int(before * getattr(own, "factor", 1.0)) if stated <= before else stated
+
+
+def first_length(config, window: int) -> int:
+    """The window C that the base had before this program extended it for the first time, which its
+    config.json notes; ``window`` where it never did.  Raises BadInput on a note that is no such length."""
+    found = sharpen.note(config).get("original_length", window)
+    if type(found) is not int or found < 1:
+        raise BadInput(
+            f"model: endprompt.original_length in its config.json is {found!r:.60}, no positive number of"
+            " tokens; mend it"
+        )
+    return found
 
 
 def load_tokenizer(recipe: Named, where: dict | None = None):

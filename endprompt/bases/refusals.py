@@ -102,8 +102,6 @@ def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
         why = next((why for pattern, why in CHANGES_ATTENTION if value and re.fullmatch(pattern, name)), None)
         if value not in (None, 0, 1):  # True and False too
             why = why or next((why for pattern, why in FACTORS if re.fullmatch(pattern, name)), None)
-            if why is None and key in nested and name not in ("rope_theta", "rope_type", "type"):
-                why = "a part of a RoPE scaling that is not there"
         if why:
             refuse(key, value, why)
     plain: tuple[Any, ...]

@@ -37,20 +37,27 @@ def factor(power: float, original_length: int, target_length: int) -> float:
     ) ** power  # a window of 1 is no window, but no reason to divide by 0
 
 
+def note(config) -> dict:
+    """What this program wrote into a base's config when it trained it; empty if it did not.  Raises BadInput
+    on a note of another kind."""
+    found = getattr(config, "endprompt", None) or {}
+    if not isinstance(found, dict):
+        raise BadInput(
+            f"model: endprompt in its config.json is {found!r:.60}, not what this program writes; mend it"
+        )
+    return found
+
+
 def inherited(config) -> dict[str, float | int]:
     """What a base's config notes of the sharpening in its weights: {"sharpened": factor of the scores,
     "sharpened_from": the window in tokens that the factor counts from, where that is known}; empty if there
     is none.  Raises BadInput on a note that is none.
     """
-    note = getattr(config, "endprompt", None) or {}
-    if not isinstance(note, dict):
-        raise BadInput(
-            f"model: endprompt in its config.json is {note!r:.60}, not what this program writes; mend it"
-        )
-    t = note.get("sharpened")
+    said = note(config)
+    t = said.get("sharpened")
     if t is None:
         return {}
-    start = note.get("sharpened_from", note.get("original_length"))
+    start = said.get("sharpened_from", said.get("original_length"))
     if (
         type(t) not in (int, float)
         or not 0 < t < math.inf

@@ -188,7 +188,7 @@ def run(recipe: Recipe, text: str, sampling: Sampling) -> dict:
     """
     experiment = Experiment.of(recipe, "base")
     network = model.build(experiment.base, experiment.scaling, torch.float32, False).eval()
-    window, tokenizer = experiment.base.original_length, experiment.base.tokenizer
+    window, tokenizer = experiment.base.window, experiment.base.tokenizer
     tokenizer.model_max_length = sys.maxsize  # the text is cut below, no reason to warn
     ids = tokenizer(text[: 64 * sampling.tokens])["input_ids"][: min(sampling.tokens, window)]
     if len(ids) < 2:
