@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt import BadInput, Failure
-from endprompt.bases import model, refusals
+from endprompt.bases import loading, model, refusals
 from endprompt.evaluation import engine
 from endprompt.evaluation import run as evaluation
 from endprompt.positions import rope
@@ -113,7 +113,7 @@ def test_damaged_gguf_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, mixtral, qwen2"),
         (
             {"max_position_embeddings": 512},
             r"lengths\.target 512 does not exceed the model's own window of 512; raise it",
@@ -713,7 +713,7 @@ def test_two_matrices_that_are_said_to_be_one_are_refused(
         build(recipe(folder))
     # The twin: unseen, both are used, until the harness ties them, and the scores are another model's.
     with monkeypatch.context() as patched:
-        patched.setattr(model, "refuse_untied", lambda *_: None)
+        patched.setattr(loading, "refuse_untied", lambda *_: None)
         loaded, ids = build(recipe(folder)).eval(), torch.arange(3, 40)[None]
         both = loaded(ids).logits
         engine.LongLM(loaded, AutoTokenizer.from_pretrained(base))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput
+from endprompt.bases import families
 from endprompt.bases.loading import (
     SUPPORTED,
     first_length,
@@ -150,7 +151,17 @@ class Base:
         check_vocabulary(self.tokenizer, self.config, f"model: the tokenizer of {self.name!r}")
 
     def attention_implementation(self, cuda: bool) -> str:
-        return attention_implementation(self.recipe, cuda)
+        """Raises BadInput on one that is not there, or that cannot count windows in positions."""
+        chosen = attention_implementation(self.recipe, cuda)
+        if chosen != "flash_attention_2" or not families.of(self.config).local:
+            return chosen
+        if self.recipe.model.attn_implementation:
+            raise BadInput(
+                "model.attn_implementation: flash_attention_2 counts the sliding windows of a"
+                f" {self.config.model_type} model in tokens, and rows with jumps need positions; use sdpa, or"
+                " null"
+            )
+        return "sdpa"
 
 
 def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):

@@ -231,7 +231,7 @@ class _Training:
 
         window = self.config.max_position_embeddings
         scaling = self.method.scaling(rope.Asked(None), rope.Default(), window, asked.target)
-        theta = self.config.rope_parameters["rope_theta"]
+        theta = rope.parameters(self.config)["rope_theta"]
         rope.apply(self.config, scaling, asked.target)
         torch.manual_seed(0)
         dtype = torch.bfloat16 if self.cuda else torch.float32

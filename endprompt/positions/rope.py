@@ -24,6 +24,7 @@ from endprompt.positions.schemes import (
     Theta,
     Yarn,
     as_longrope,
+    plain,
 )
 
 __all__ = ["Default", "Linear", "Llama3", "LongRope", "Ntk", "Scheme", "Theta", "Yarn", "as_longrope"]
@@ -183,6 +184,15 @@ def apply(config, scaling: Scheme, target_length: int) -> None:
         config.max_position_embeddings = window
 
 
+def _verify_local(rotary, config) -> None:
+    """Raises Failure if the layers with a window of their own have other frequencies than the config's."""
+    for layers in rotary.rope_type.keys() - {LAYERS}:
+        expected = plain(config.rope_parameters[layers]["rope_theta"], rotary_dimensions(config))
+        built = getattr(rotary, f"{layers}_inv_freq").detach().double().cpu().numpy()
+        if built.shape != expected.shape or not np.allclose(built, expected, rtol=1e-5, atol=0):
+            raise Failure(f"RoPE check: the frequencies of {layers} layers changed, and must stay")
+
+
 def verify(rotary, config, scaling: Scheme, rope_theta: float) -> float:
     """Compares a built rotary module with ``scaling``; returns the largest relative error of its frequencies
     (about 1e-7).
@@ -194,6 +204,7 @@ def verify(rotary, config, scaling: Scheme, rope_theta: float) -> float:
     """
     kind, prefix = rotary.rope_type, ""
     if isinstance(kind, dict):
+        _verify_local(rotary, config)
         kind, prefix = kind[LAYERS], f"{LAYERS}_"
     multiplied, built = (getattr(rotary, prefix + name) for name in ("attention_scaling", "inv_freq"))
     expected = scaling.built_inv_freq(rope_theta, rotary_dimensions(config))

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from endprompt import BadInput, methods
-from endprompt.bases import sharpen
+from endprompt.bases import families, sharpen
 from endprompt.bases.model import Base
 from endprompt.methods.base import Method, Options, Rows, Setting
 from endprompt.positions import rope
@@ -123,7 +123,8 @@ class Experiment:
                 " pairs of rotary dimensions; give one for each"
             )
         asked = rope.Asked(given.type, given.theta, factors)
-        return self.method.scaling(asked, base.own_scheme, base.window, self.target_length)
+        found = self.method.scaling(asked, base.own_scheme, base.window, self.target_length)
+        return families.written_scheme(base.config, found, base.window)
 
     @cached_property
     def sharpness(self) -> float:
