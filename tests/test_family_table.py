@@ -8,10 +8,11 @@ import shutil
 import family_models
 import pytest
 import torch
-from conftest import run_main
+from conftest import REPOSITORY, run_main
 from family_models import MODELS
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from training import TORCHRUN, run
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from endprompt import BadInput, Failure
@@ -20,7 +21,7 @@ from endprompt.evaluation import theory
 from endprompt.planning import estimate
 from endprompt.positions import rope
 from endprompt.training import checkpoint, lora, loss, trainer, windows
-from endprompt.training import run as training
+from endprompt.training import run as training_run
 
 FIRST = {one.type: name for name, one in reversed(MODELS.items())}  # of each family
 T = 1.5
@@ -42,7 +43,7 @@ def trained(experiment) -> torch.Tensor:
 
     with family_models.environment(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint, "save_final", saving)
-        training.train(experiment)
+        training_run.train(experiment)
     return kept[0]
 
 
@@ -235,7 +236,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, base, kind, targets, sai
         tmp_path / "x", FIRST[kind], base, train={"lora": {"targets": targets}}
     )
     with family_models.environment(), pytest.raises(BadInput, match=f"train.lora.targets: {said}"):
-        training.train(experiment)
+        training_run.train(experiment)
 
 
 def test_an_expert_that_is_missing_is_seen(tmp_path, base):
@@ -371,3 +372,30 @@ def test_attention_is_counted_within_its_window(gemma):
 def test_every_family_has_a_model_here():
     assert set(FIRST) == set(families.BY_TYPE) and len(MODELS) > 30
     assert not set(families.BY_TYPE) & set(families.REFUSED)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("half", [0, 1])
+def test_two_ranks_train_every_family_in_pieces(tmp_path, base, half):
+    """Under ZeRO-3, in one launch.  The losses of the first step are those of one process."""
+    recipes, alone = [], {}
+    kinds = list(FIRST)[half::2]
+    for kind in kinds:
+        name = FIRST[kind]
+        one = family_models.experiment(tmp_path / kind, name, base)
+        trained(one)
+        alone[kind] = json.loads((one.run / "train.json").read_text())["history"]
+        options = {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json"), "per_device_train_batch_size": 2}
+        family_models.experiment(tmp_path / kind, name, base, train=options)
+        (tmp_path / kind / "run-train.yaml").rename(tmp_path / kind / f"{kind}.yaml")
+        shutil.copytree(tmp_path / kind / "out/run-train", tmp_path / "out" / kind)
+        recipes.append(tmp_path / kind / f"{kind}.yaml")
+    run([*TORCHRUN, REPOSITORY / "tests/family_ranks.py", tmp_path / "out", *recipes])
+    for kind in kinds:
+        folder = tmp_path / "out" / kind / "endprompt"
+        history = json.loads((folder / "train.json").read_text())["history"]
+        assert history[0]["loss"] == pytest.approx(alone[kind][0]["loss"], abs=2e-5), kind
+        assert history[1]["loss"] == pytest.approx(alone[kind][1]["loss"], abs=2e-3), kind
+        found = logits(reloaded(folder / "model"))
+        expected = logits(reloaded(tmp_path / kind / "out/run/endprompt/model"))
+        assert (found - expected).abs().max() < 0.05 * expected.std(), kind

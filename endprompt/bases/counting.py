@@ -22,7 +22,8 @@ def configured(about) -> Any:
 def skeleton(about):
     """A causal language model of a config, or of a Llama's shape, on the meta device."""
     config = configured(about)
-    return _built(type(config), config.to_json_string(use_diff=False))
+    kind: Any = type(config)
+    return _built(kind, config.to_json_string(use_diff=False))
 
 
 @functools.lru_cache(maxsize=4)

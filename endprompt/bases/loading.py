@@ -14,6 +14,7 @@ from endprompt.bases.refusals import (
     refuse_theta,
     refuse_untied,
     refuse_wrong_numbers,
+    refuse_wrong_windows,
 )
 from endprompt.bases.unreadable import MEND, UNREADABLE, reason
 from endprompt.positions import rope
@@ -74,13 +75,14 @@ def load_config(recipe: Named, where: dict | None = None):
             " tokens; mend it, or set model.original_length"
         )
     refuse_foreign_keys(config, written, windowed)
+    refuse_wrong_numbers(config)
     own = rope.own_scheme(config)
     refuse_contradictions(written, getattr(own, "original_length", stated))
     if recipe.model.gguf_file and isinstance(own, rope.Default):
         refuse_lost_scaling(recipe, where)
     sharpen.inherited(config)
     length = window(recipe, config, own)
-    refuse_wrong_numbers(config, length)
+    refuse_wrong_windows(config, length)
     first_length(config, length)
     if recipe.lengths.target <= length:
         raise BadInput(

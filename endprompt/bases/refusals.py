@@ -153,16 +153,20 @@ def _wrong(config) -> Iterator[tuple[str, str]]:
             yield key, f"{layers} values, one a layer"
 
 
-def refuse_wrong_numbers(config, window: int) -> None:
-    """Raises BadInput if a number or a list of the family's own cannot be right, or leaves nothing to scale.
-
-    window: tokens that the base reads.
-    """
+def refuse_wrong_numbers(config) -> None:
+    """Raises BadInput if a number or a list of the family's own cannot be right or leaves nothing to scale."""
     for key, wanted in _wrong(config):
         value = getattr(config, key, rope.parameters(config).get(key))
         raise BadInput(f"model: {key} in its config.json is {value!r:.60}, and must be {wanted}; mend it")
     if not any(getattr(config, "no_rope_layers", None) or [1]):
         raise BadInput("model: no_rope_layers in its config.json leaves no RoPE to scale; mend it")
+
+
+def refuse_wrong_windows(config, window: int) -> None:
+    """Raises BadInput if the layers with a window of their own cannot keep it while the rest are extended.
+
+    window: tokens that the base reads.
+    """
     if not families.BY_TYPE[config.model_type].local:
         return
     own, local = config.rope_parameters.get(families.LOCAL), config.sliding_window
