@@ -47,10 +47,13 @@ def test_the_models_of_the_recipes_have_their_sizes():
     }
     assert {name.partition("/")[2]: round(size / 1e9, 2) for name, size in sizes.items()} == {
         "Meta-Llama-3-8B": 8.03,
+        "Llama-3.1-8B": 8.03,
         "Llama-3.2-1B": 1.24,
         "Llama-2-7b-hf": 6.74,
         "Mistral-7B-v0.3": 7.25,
         "SmolLM2-135M": 0.13,
+        "Qwen3-8B": 8.19,
+        "Qwen3-0.6B": 0.6,
     }
 
 

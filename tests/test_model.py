@@ -113,7 +113,7 @@ def test_damaged_gguf_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, "type 'gpt2' is not supported.*llama, mistral, mixtral, qwen2"),
         (
             {"max_position_embeddings": 512},
             r"lengths\.target 512 does not exceed the model's own window of 512; raise it",
@@ -149,8 +149,8 @@ def test_sliding_window(recipe, base, tmp_path, model_type, changes, refused):
 
 def test_scaled_or_thetaless_models_are_refused(recipe, base, tmp_path):
     folder = saved(tmp_path / "model", base)
-    change_config(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": THETA})
-    with pytest.raises(BadInput, match="scaled already"):
+    change_config(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA})
+    with pytest.raises(BadInput, match="dynamic NTK"):
         build(recipe(folder))
 
 

@@ -274,7 +274,8 @@ def test_no_method_is_trained_under_a_scaling_that_looks_at_the_rows_length():
     } and "dynamic" not in rope.TYPES
     for name in rope.TYPES:
         config = configuration()
-        rope.apply(config, rope.scaling_for(name, 64, 512), 512)
+        asked = rope.Asked(name, long_factor=(8.0,) * 4 if name == "longrope" else None)
+        rope.apply(config, rope.extended(asked, rope.Default(), 64, 512), 512)
         rotary = LlamaRotaryEmbedding(config)
         before = rotary.inv_freq.clone()
         rotary(torch.zeros(1), torch.tensor([[511]]))
@@ -391,7 +392,7 @@ def test_scaled_config_is_refused():
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}]
+    "parameters", [{"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 8.5}]
 )
 def test_other_scalings_are_refused_too(parameters):
     config = configuration(rope_parameters=None, rope_scaling=parameters, rope_theta=10000.0)

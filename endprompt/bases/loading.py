@@ -5,7 +5,7 @@ import os
 import sys
 
 from endprompt import BadInput
-from endprompt.bases import sharpen
+from endprompt.bases import families, sharpen
 from endprompt.bases.locating import Named, locate
 from endprompt.bases.refusals import (
     refuse_contradictions,
@@ -13,11 +13,13 @@ from endprompt.bases.refusals import (
     refuse_kernels,
     refuse_theta,
     refuse_untied,
+    refuse_wrong_numbers,
+    refuse_wrong_windows,
 )
 from endprompt.bases.unreadable import MEND, UNREADABLE, reason
 from endprompt.positions import rope
 
-SUPPORTED = ("llama", "mistral", "qwen2")
+SUPPORTED = tuple(families.BY_TYPE)
 
 
 @contextlib.contextmanager
@@ -62,27 +64,29 @@ def load_config(recipe: Named, where: dict | None = None):
     where = where or locate(recipe)
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
     refuse_kernels(config, "model")
-    if config.model_type not in SUPPORTED:
-        raise BadInput(
-            f"model: type {config.model_type!r} is not supported; the RoPE of {', '.join(SUPPORTED)}"
-            " models is"
-        )
-    rope.refuse_scaled(config)
+    families.of(config)
     written = {} if recipe.model.gguf_file else _written(recipe, where, config)
     refuse_theta(config)
     windowed = _windowed(config, recipe.lengths.target)
-    original = original_length(recipe, config)
-    if type(original) is not int or original < 1:
+    stated = recipe.model.original_length or config.max_position_embeddings
+    if type(stated) is not int or stated < 1:
         raise BadInput(
-            f"model: max_position_embeddings in its config.json is {original!r:.60}, no positive number of"
+            f"model: max_position_embeddings in its config.json is {stated!r:.60}, no positive number of"
             " tokens; mend it, or set model.original_length"
         )
     refuse_foreign_keys(config, written, windowed)
-    refuse_contradictions(config, written, original)
+    refuse_wrong_numbers(config)
+    own = rope.own_scheme(config)
+    refuse_contradictions(written, getattr(own, "original_length", stated))
+    if recipe.model.gguf_file and isinstance(own, rope.Default):
+        refuse_lost_scaling(recipe, where)
     sharpen.inherited(config)
-    if recipe.lengths.target <= original:
+    length = window(recipe, config, own)
+    refuse_wrong_windows(config, length)
+    first_length(config, length)
+    if recipe.lengths.target <= length:
         raise BadInput(
-            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {original};"
+            f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {length};"
             " raise it (or set model.original_length, if config.json overstates the window it was"
             " trained on)"
         )
@@ -103,9 +107,11 @@ def _written(recipe: Named, where: dict, config) -> dict:
             "model: its config.json has no max_position_embeddings, the window to extend; set"
             " model.original_length"
         )
-    if "rope_theta" not in {**written, **(written.get("rope_parameters") or {})}:
+    told = written.get("rope_parameters") or {}
+    told = told[rope.LAYERS] if isinstance(told.get(rope.LAYERS), dict) else told
+    if "rope_theta" not in {**written, **told}:
         print(
-            f"warning: config.json has no rope_theta; {config.rope_parameters.get('rope_theta')} is"
+            f"warning: config.json has no rope_theta; {rope.parameters(config).get('rope_theta')} is"
             f" assumed, the default of {config.model_type}",
             file=sys.stderr,
         )
@@ -113,9 +119,13 @@ def _written(recipe: Named, where: dict, config) -> dict:
 
 
 def _windowed(config, target: int) -> int | None:
-    """Tokens of the attention window in use, None without.  Raises BadInput if it would cut a row."""
-    # use_sliding_window is a key of qwen2; a mistral model has its window whatever that says.
-    unused = config.model_type != "mistral" and not getattr(config, "use_sliding_window", True)
+    """Tokens of the attention window in use, None without, or with one in some layers alone, as the family
+    has it.  Raises BadInput if it would cut a row."""
+    family = families.BY_TYPE[config.model_type]
+    if family.local:
+        return None
+    # What is no key of the family decides about nothing: the window is there whatever it says.
+    unused = family.switch and not getattr(config, "use_sliding_window", True)
     windowed = None if unused else getattr(config, "sliding_window", None)
     if windowed and type(windowed) is not int:
         raise BadInput(
@@ -129,8 +139,50 @@ def _windowed(config, target: int) -> int | None:
     return windowed
 
 
-def original_length(recipe: Named, config) -> int:
-    return recipe.model.original_length or config.max_position_embeddings
+# Of a GGUF file: what frequencies are divided by.  transformers leaves it out, and the config says nothing.
+LOST = ("rope_freqs.weight", "rope_factors_long.weight")
+
+
+def refuse_lost_scaling(recipe: Named, where: dict) -> None:
+    """Raises BadInput if a GGUF file, of a config that names no scaling, scales its RoPE all the same."""
+    from transformers.utils import cached_file
+
+    def names() -> set[str]:
+        from gguf import GGUFReader
+
+        name, file = where["pretrained_model_name_or_path"], recipe.model.gguf_file
+        path = cached_file(name, file, revision=where.get("revision"))
+        return {tensor.name for tensor in GGUFReader(path).tensors}
+
+    if found := _loading("config", recipe, names) & set(LOST):
+        raise BadInput(
+            f"model.gguf_file: {recipe.model.gguf_file} holds {sorted(found)[0]}, the scaling of a Llama-3.1,"
+            " 3.2 or Phi-3, which transformers drops from its config, so that its RoPE would be another; name"
+            " the model's safetensors"
+        )
+
+
+def window(recipe: Named, config, own: rope.Scheme) -> int:
+    """Tokens that the base reads as it came.
+
+    own: its RoPE.  Some configs of a scaled base go on stating the window before the scaling.
+    """
+    if recipe.model.original_length:
+        return recipe.model.original_length
+    stated, before = config.max_position_embeddings, getattr(own, "original_length", 0)
+    return int(before * getattr(own, "factor", 1.0)) if stated <= before else stated
+
+
+def first_length(config, window: int) -> int:
+    """The window C that the base had before this program extended it for the first time, which its
+    config.json notes; ``window`` where it never did.  Raises BadInput on a note that is no such length."""
+    found = sharpen.note(config).get("original_length", window)
+    if type(found) is not int or found < 1:
+        raise BadInput(
+            f"model: endprompt.original_length in its config.json is {found!r:.60}, no positive number of"
+            " tokens; mend it"
+        )
+    return found
 
 
 def load_tokenizer(recipe: Named, where: dict | None = None):

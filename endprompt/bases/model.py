@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput
+from endprompt.bases import families
 from endprompt.bases.loading import (
     SUPPORTED,
+    first_length,
     load_config,
     load_tokenizer,
     load_weights,
-    original_length,
+    window,
     without_reports,
 )
 from endprompt.bases.locating import Named, check_folder, locate
@@ -56,7 +58,7 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "locate",
-    "original_length",
+    "first_length",
     "pad_token_id",
     "reason",
     "refuse_kernels",
@@ -65,6 +67,7 @@ __all__ = [
     "state_length",
     "stated_lengths",
     "supported_attention",
+    "window",
     "without_reports",
 ]
 
@@ -128,17 +131,37 @@ class Base:
     def folder(self) -> Path:
         return Path(self.arguments["pretrained_model_name_or_path"])
 
+    @functools.cached_property
+    def own_scheme(self) -> rope.Scheme:
+        """The RoPE that the base came with."""
+        return rope.own_scheme(self.config)
+
+    @property
+    def window(self) -> int:
+        """Tokens that the base reads as it came."""
+        return window(self.recipe, self.config, self.own_scheme)
+
     @property
     def original_length(self) -> int:
-        """The window that the base was trained with, C."""
-        return original_length(self.recipe, self.config)
+        """The window that pretraining taught, C: of a base that this program extended, the first one's."""
+        return first_length(self.config, self.window)
 
     def check_vocabulary(self) -> None:
         """Raises BadInput unless the tokenizer's separator is a token that the model has an embedding for."""
         check_vocabulary(self.tokenizer, self.config, f"model: the tokenizer of {self.name!r}")
 
     def attention_implementation(self, cuda: bool) -> str:
-        return attention_implementation(self.recipe, cuda)
+        """Raises BadInput on one that is not there, or that cannot count windows in positions."""
+        chosen = attention_implementation(self.recipe, cuda)
+        if chosen != "flash_attention_2" or not families.of(self.config).local:
+            return chosen
+        if self.recipe.model.attn_implementation:
+            raise BadInput(
+                "model.attn_implementation: flash_attention_2 counts the sliding windows of a"
+                f" {self.config.model_type} model in tokens, and rows with jumps need positions; use sdpa, or"
+                " null"
+            )
+        return "sdpa"
 
 
 def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
@@ -150,7 +173,7 @@ def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
     are not the expected ones.
     """
     config = copy.deepcopy(base.config)
-    theta: Any = (config.rope_parameters or {}).get("rope_theta")
+    theta: Any = rope.parameters(config).get("rope_theta")
     rope.apply(config, scaling, base.recipe.lengths.target)
     arguments = dict(base.arguments)
     if base.recipe.model.gguf_file:

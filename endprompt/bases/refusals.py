@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput
+from endprompt.bases import families
 from endprompt.bases.unreadable import UNREADABLE
+from endprompt.positions import rope
 
 
 def refuse_kernels(config, key: str) -> None:
@@ -93,31 +96,98 @@ def refuse_foreign_keys(config, written: dict, windowed: int | None) -> None:
             "here; take another base, or take the key out if the weights were trained without it"
         )
 
-    found = config.to_dict() | written
-    parameters = found.get("rope_parameters")
-    parameters = parameters if isinstance(parameters, dict) else {}
-    nested = {f"rope_parameters.{key}": value for key, value in parameters.items()}
-    for key, value in {**found, **nested}.items():
-        name = key.removeprefix("rope_parameters.")
+    found, family = config.to_dict() | written, families.BY_TYPE[config.model_type]
+    for key, value in _flat(found):
+        name = key.rpartition(".")[2]
+        if name in family.own:
+            continue
         why = next((why for pattern, why in CHANGES_ATTENTION if value and re.fullmatch(pattern, name)), None)
         if value not in (None, 0, 1):  # True and False too
             why = why or next((why for pattern, why in FACTORS if re.fullmatch(pattern, name)), None)
-            if why is None and key in nested and name not in ("rope_theta", "rope_type", "type"):
-                why = "a part of a RoPE scaling that is not there"
         if why:
             refuse(key, value, why)
     plain: tuple[Any, ...]
     for key, plain in (("position_embedding_type", ("rope", "rotary")), ("is_causal", (True,))):
         if found.get(key) is not None and found[key] not in plain:
             refuse(key, found[key], "no causal attention with RoPE")
-    kinds = ("full_attention", "sliding_attention") if windowed else ("full_attention",)
-    for key, plain in (("no_rope_layers", (1,)), ("layer_types", kinds)):
+    kinds = ("full_attention", families.LOCAL) if windowed or family.local else ("full_attention",)
+    switches = (0, 1) if "no_rope_layers" in family.own else (1,)
+    for key, plain in (("no_rope_layers", switches), ("layer_types", kinds)):
         values = found.get(key) or ()
         if not isinstance(values, (list, tuple)) or any(value not in plain for value in values):
             refuse(key, values, "layers that attend in another way than the rest")
 
 
-def refuse_contradictions(config, written: dict, original: int) -> None:
+def _flat(found: dict) -> Iterator[tuple[str, Any]]:
+    """The keys of a config with those of its rope_parameters, which some families nest by kind of layer."""
+    yield from found.items()
+    parameters = found.get("rope_parameters")
+    for key, value in (parameters if isinstance(parameters, dict) else {}).items():
+        yield f"rope_parameters.{key}", value
+        for inner, one in (value if isinstance(value, dict) else {}).items():
+            yield f"rope_parameters.{key}.{inner}", one
+
+
+def _number(value: Any, most: float = float("inf")) -> bool:
+    return type(value) in (int, float) and 0 < value <= most and value < float("inf")
+
+
+def _wrong(config) -> Iterator[tuple[str, str]]:
+    """(key, what it must be) of the numbers of a family that cannot be right."""
+    family, layers = families.BY_TYPE[config.model_type], config.num_hidden_layers
+    for key in family.own:
+        if key.endswith(("_scaling", "_multiplier")) and not _number(getattr(config, key, 1)):
+            yield key, "a positive number"
+    heads, kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if not (_number(heads) and _number(kv)) or heads % kv:
+        yield "num_key_value_heads", f"a divisor of num_attention_heads {heads}"
+    if (counts := families.experts(config)) is not None and not 1 <= counts[1] <= counts[0]:
+        yield "num_experts_per_tok", f"at least 1 and at most the layer's {counts[0]} experts"
+    share = rope.parameters(config).get("partial_rotary_factor")
+    if share is not None and (not _number(share, 1) or rope.rotary_dimensions(config) < 4):
+        yield "partial_rotary_factor", "the share of a head's dimensions, at most 1 and at least 4 of them"
+    if share is None and rope.rotary_dimensions(config) % 2:
+        yield "head_dim", "an even number, for RoPE turns pairs"
+    for key in ("layer_types", "no_rope_layers"):
+        if (values := getattr(config, key, None)) is not None and len(values) != layers:
+            yield key, f"{layers} values, one a layer"
+
+
+def refuse_wrong_numbers(config) -> None:
+    """Raises BadInput if a number or a list of the family's own cannot be right or leaves nothing to scale."""
+    for key, wanted in _wrong(config):
+        value = getattr(config, key, rope.parameters(config).get(key))
+        raise BadInput(f"model: {key} in its config.json is {value!r:.60}, and must be {wanted}; mend it")
+    if not any(getattr(config, "no_rope_layers", None) or [1]):
+        raise BadInput("model: no_rope_layers in its config.json leaves no RoPE to scale; mend it")
+
+
+def refuse_wrong_windows(config, window: int) -> None:
+    """Raises BadInput if the layers with a window of their own cannot keep it while the rest are extended.
+
+    window: tokens that the base reads.
+    """
+    if not families.BY_TYPE[config.model_type].local:
+        return
+    own, local = config.rope_parameters.get(families.LOCAL), config.sliding_window
+    if all(families.local_layers(config)):
+        raise BadInput(
+            "model: layer_types in its config.json has sliding windows in all layers, and none that could see"
+            " a longer row; take another base"
+        )
+    if type(local) is not int or not 0 < local <= window:
+        raise BadInput(
+            f"model: sliding_window in its config.json is {local!r:.60}, no number of tokens within the"
+            f" window of {window}; the RoPE of those layers is not scaled, so mend it"
+        )
+    if not isinstance(own, dict) or own.get("rope_type", "default") != "default":
+        raise BadInput(
+            f"model: rope_parameters.{families.LOCAL} in its config.json is {own!r:.60}, and the layers with"
+            " a sliding window must keep a plain RoPE; mend it"
+        )
+
+
+def refuse_contradictions(written: dict, original: int) -> None:
     """Raises BadInput if config.json as ``written`` says one thing in two ways, of which engines read one or
     the other."""
 
@@ -133,6 +203,7 @@ def refuse_contradictions(config, written: dict, original: int) -> None:
     old, new = written.get("rope_scaling") or {}, written.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
         raise BadInput("model: rope_scaling or rope_parameters in its config.json is no mapping; mend it")
+    new = new[rope.LAYERS] if isinstance(new.get(rope.LAYERS), dict) else new
     if old and new and told(old) != told(new):
         raise BadInput(
             "model: rope_scaling and rope_parameters in its config.json disagree, and engines read one or "
@@ -144,7 +215,7 @@ def refuse_contradictions(config, written: dict, original: int) -> None:
             f"model: rope_theta in its config.json is {' and '.join(map(str, thetas)):.60}, and engines read "
             "one or the other; keep the right one"
         )
-    before = getattr(config, "original_max_position_embeddings", None)
+    before = written.get("original_max_position_embeddings")
     if before and before != original:
         raise BadInput(
             f"model: original_max_position_embeddings in its config.json is {before!r:.60}, and its window "
@@ -155,7 +226,7 @@ def refuse_contradictions(config, written: dict, original: int) -> None:
 
 def refuse_theta(config) -> None:
     """Raises BadInput unless the base of the RoPE is a positive number."""
-    theta: Any = (config.rope_parameters or {}).get("rope_theta")
+    theta: Any = rope.parameters(config).get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise BadInput(f"model: rope_theta in its config.json is {theta!r:.60}, no positive number; mend it")
 

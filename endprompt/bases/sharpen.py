@@ -21,11 +21,11 @@ same factor.
 
 import json
 import math
+import re
 from pathlib import Path
 
 from endprompt import BadInput, Failure, storage
-
-QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
+from endprompt.bases import families
 
 
 def factor(power: float, original_length: int, target_length: int) -> float:
@@ -37,20 +37,27 @@ def factor(power: float, original_length: int, target_length: int) -> float:
     ) ** power  # a window of 1 is no window, but no reason to divide by 0
 
 
+def note(config) -> dict:
+    """What this program wrote into a base's config when it trained it; empty if it did not.  Raises BadInput
+    on a note of another kind."""
+    found = getattr(config, "endprompt", None) or {}
+    if not isinstance(found, dict):
+        raise BadInput(
+            f"model: endprompt in its config.json is {found!r:.60}, not what this program writes; mend it"
+        )
+    return found
+
+
 def inherited(config) -> dict[str, float | int]:
     """What a base's config notes of the sharpening in its weights: {"sharpened": factor of the scores,
     "sharpened_from": the window in tokens that the factor counts from, where that is known}; empty if there
     is none.  Raises BadInput on a note that is none.
     """
-    note = getattr(config, "endprompt", None) or {}
-    if not isinstance(note, dict):
-        raise BadInput(
-            f"model: endprompt in its config.json is {note!r:.60}, not what this program writes; mend it"
-        )
-    t = note.get("sharpened")
+    said = note(config)
+    t = said.get("sharpened")
     if t is None:
         return {}
-    start = note.get("sharpened_from", note.get("original_length"))
+    start = said.get("sharpened_from", said.get("original_length"))
     if (
         type(t) not in (int, float)
         or not 0 < t < math.inf
@@ -79,51 +86,78 @@ def missing(power: float, config, original_length: int, target_length: int) -> f
     return max(1.0, factor(power, start, target_length) / there.get("sharpened", 1.0))
 
 
-def sharpen_network(network, t: float) -> None:
-    """As ``sharpen`` does it on disk, in the query projections of ``network``, a built model with whole
-    weights: what a method that trains nothing is scored with.
+class _Queries:
+    """What is multiplied by t in a model of ``config``.
 
-    Raises Failure if it has not one query projection a layer.
+    Layers with a window of their own meet no more keys than before, and stay.
+    """
+
+    def __init__(self, config, t: float):
+        self.family, self.rows, self.t = families.of(config), families.query_rows(config), t
+        self.layers = [layer for layer, local in enumerate(families.local_layers(config)) if not local]
+        self.ending = re.compile(rf"layers\.(\d+)\.self_attn\.{self.family.queries}\.(weight|bias)")
+
+    def named(self, name: str) -> bool:
+        """Whether ``name`` is that of a parameter that is multiplied."""
+        found = self.ending.search(name)
+        return found is not None and int(found[1]) in self.layers
+
+    def sharper(self, tensor):
+        values, offset = tensor.float(), self.family.offset
+        found = (values + offset) * self.t - offset if offset else values * self.t
+        if self.rows is not None:  # keys and values follow
+            found[self.rows :] = values[self.rows :]
+        return found.to(tensor.dtype)
+
+    def check(self, found: int, what: str) -> None:
+        """Raises Failure unless the queries of all layers were ``found``."""
+        if found != len(self.layers):
+            raise Failure(
+                f"sharpen: {what} has {found} query projections in {len(self.layers)} layers; which scores"
+                " would be sharpened is not known"
+            )
+
+
+def sharpen_network(network, t: float) -> None:
+    """As ``sharpen`` does it on disk, in the queries of ``network``, a built model with whole weights: what a
+    method that trains nothing is scored with.
+
+    Raises Failure if the queries of a layer are not found.
     """
     import torch
 
-    found = 0
+    queries, found = _Queries(network.config, t), 0
     with torch.no_grad():
         for name, weights in network.named_parameters():
-            if name.endswith(QUERIES):
-                weights.copy_((weights.float() * t).to(weights.dtype))
+            if queries.named(name):
+                weights.copy_(queries.sharper(weights))
                 found += name.endswith("weight")
-    if found != network.config.num_hidden_layers:
-        raise Failure(
-            f"sharpen: the model has {found} query projections in {network.config.num_hidden_layers} layers;"
-            " which scores would be sharpened is not known"
-        )
+    queries.check(found, "the model")
 
 
 def sharpen(folder: Path, t: float) -> None:
-    """Multiplies the query projections of the model in ``folder`` by ``t``, in float32, in place, and notes
-    in config.json what they have been multiplied by in all.
+    """Multiplies the queries of the model in ``folder`` by ``t``, in float32, in place, and notes in
+    config.json what they have been multiplied by in all.
 
-    Raises Failure if it has not one query projection a layer.
+    What is multiplied is the projection, or the norm behind it, see ``families.Family.queries``.  Raises
+    Failure if the queries of a layer are not found.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig
 
+    queries = _Queries(AutoConfig.from_pretrained(folder, trust_remote_code=False), t)
     path = folder / "config.json"
     config, found = json.loads(path.read_text()), 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            metadata, names = opened.metadata(), [name for name in opened.keys() if name.endswith(QUERIES)]  # noqa: SIM118 (no mapping)
+            metadata, names = opened.metadata(), [*filter(queries.named, opened.keys())]
         if names:
             tensors = load_file(file)
-            tensors |= {name: (tensors[name].float() * t).to(tensors[name].dtype) for name in names}
+            tensors |= {name: queries.sharper(tensors[name]) for name in names}
             save_file(tensors, file, metadata)
             found += sum(name.endswith("weight") for name in names)
-    if found != config["num_hidden_layers"]:
-        raise Failure(
-            f"sharpen: {folder} has {found} query projections in {config['num_hidden_layers']} layers; which"
-            " scores would be sharpened is not known"
-        )
+    queries.check(found, str(folder))
     note = config.get("endprompt", {})
     config["endprompt"] = {**note, "sharpened": note.get("sharpened", 1.0) * t}
     storage.write_json(path, config)

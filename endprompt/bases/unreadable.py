@@ -36,4 +36,5 @@ def reason(error: Exception) -> str:
         )
     if "use_safetensors" in text:
         return f"weights must be safetensors; {CONVERT}"
-    return text.splitlines()[0] if text else type(error).__name__
+    first, *more = text.splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from endprompt import BadInput, storage
-from endprompt.bases import model
+from endprompt.bases import families, model
 from endprompt.positions import rope
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
@@ -150,7 +150,7 @@ def interpolated(network, recipe: Recipe) -> tuple[np.ndarray, float, object]:
     as ``model.build`` checks it.
     """
     scaled, scaling = copy.deepcopy(network.config), Experiment.of(recipe, "interpolation").scaling
-    theta = scaled.rope_parameters["rope_theta"]
+    theta = rope.parameters(scaled)["rope_theta"]
     rope.apply(scaled, scaling, recipe.lengths.target)
     module = type(network.get_decoder().rotary_emb)(config=scaled)
     rope.verify(module, scaled, scaling, theta)
@@ -187,8 +187,14 @@ def run(recipe: Recipe, text: str, sampling: Sampling) -> dict:
     unusable files or a text without two tokens, RuntimeError on a RoPE that is not the expected one.
     """
     experiment = Experiment.of(recipe, "base")
+    if not families.of(experiment.base.config).halves:
+        raise BadInput(
+            f"model: {experiment.base.config.model_type} models normalize, fuse or turn queries and keys in"
+            " another way than Llama does, and their scores are not the sum that is bounded here; name a"
+            " llama, mistral or qwen2 model"
+        )
     network = model.build(experiment.base, experiment.scaling, torch.float32, False).eval()
-    window, tokenizer = experiment.base.original_length, experiment.base.tokenizer
+    window, tokenizer = experiment.base.window, experiment.base.tokenizer
     tokenizer.model_max_length = sys.maxsize  # the text is cut below, no reason to warn
     ids = tokenizer(text[: 64 * sampling.tokens])["input_ids"][: min(sampling.tokens, window)]
     if len(ids) < 2:

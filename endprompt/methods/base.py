@@ -6,6 +6,7 @@ asks which method it has.
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from endprompt import BadInput
 from endprompt.bases import sharpen
 from endprompt.positions import plans
-from endprompt.positions.rope import Scaling, scaling_for
+from endprompt.positions.rope import Asked, Scheme, extended
 
 NOTHING = np.zeros(0, np.float32)
 
@@ -160,12 +161,16 @@ class Method:
     def check(self, options: AnyOptions, packing: str) -> None:
         """Raises BadInput if ``options`` do not go with ``data.packing``, before anything is read."""
 
-    def scaling(self, given: str | None, original_length: int, target_length: int) -> Scaling:
-        """The RoPE from window ``original_length`` to ``target_length``; given: the recipe's
-        ``rope.type``.
+    def scaling(self, asked: Asked, own: Scheme, window: int, target_length: int) -> Scheme:
+        """The RoPE from the base's ``own`` and ``window`` to ``target_length``; asked: the recipe's, whose
+        type None is the method's.
+
+        Raises BadInput, see ``rope.extended``.
         """
-        kind = None if self.rope is None else given or self.rope
-        return scaling_for(kind, original_length, target_length, self.whole_factor)
+        if self.rope is None:
+            return own
+        chosen = dataclasses.replace(asked, type=asked.type or self.rope)
+        return extended(chosen, own, window, target_length, self.whole_factor)
 
     def power(self, given: float | None) -> float:
         """The power of ln L / ln C that attention is sharpened by; given: the recipe's ``rope.sharpen``."""

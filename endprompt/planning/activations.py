@@ -1,6 +1,10 @@
 """Bytes that autograd keeps for the backward pass: counted, on tensors without data."""
 
+import contextlib
+import copy
 from typing import Any
+
+from endprompt.bases import counting, families
 
 
 class Kept:
@@ -61,33 +65,56 @@ def _attention():
     return "endprompt_counted"
 
 
+@contextlib.contextmanager
+def _default(dtype):
+    """Inside, new tensors of floats are of ``dtype``: fake ones cannot be turned into it."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cut(about, layers: int):
+    """The config of a model of the same family and width, with as many layers."""
+    found = copy.deepcopy(counting.configured(about))
+    for key in ("layer_types", "no_rope_layers"):
+        if getattr(found, key, None) is not None:
+            setattr(found, key, list(getattr(found, key))[:layers])
+    found.num_hidden_layers, found.vocab_size, found.pad_token_id = layers, 256, None
+    found._attn_implementation = _attention()
+    return found
+
+
 def activations(about, rows: int, length: int, dtype, autocast: bool = False) -> tuple[int, int]:
     """(bytes that one decoder layer keeps for its backward pass, bytes that the rest of the decoder does),
     for ``rows`` of ``length`` tokens.
 
     dtype: of the weights; autocast: from float32 weights to bfloat16.  The copies of weights that it makes
-    are left out.
+    are left out.  A mixture of experts is counted in bfloat16, the only type in which its kernel runs without
+    data, and without autocast.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mixed = families.experts(counting.configured(about)) is not None
+    autocast, double = autocast and not mixed, mixed and not autocast and dtype == torch.float32
+    dtype = torch.bfloat16 if mixed else dtype
 
     def counted(layers: int) -> int:
-        config = LlamaConfig(
-            hidden_size=about.hidden_size,
-            intermediate_size=about.intermediate_size,
-            num_hidden_layers=layers,
-            num_attention_heads=about.num_attention_heads,
-            num_key_value_heads=about.num_key_value_heads,
-            vocab_size=256,
-            head_dim=getattr(about, "head_dim", None),
-        )
-        config._attn_implementation = _attention()
-        # autocast does not see meta tensors, but fake ones of a CPU, which have no data either.
-        with FakeTensorMode() if autocast else torch.device("meta"):
-            network = LlamaForCausalLM(config).train()
-            if not autocast:
-                network.to(dtype)
+        config = _cut(about, layers)
+        # Neither autocast nor experts see meta tensors, but fake ones of a CPU, which have no data either.
+        with (
+            FakeTensorMode() if autocast or mixed else torch.device("meta"),
+            _default(torch.float32 if autocast else dtype),
+        ):
+            network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).train()
+            if mixed:
+                network.set_experts_implementation("grouped_mm")
             inputs = {
                 "input_ids": torch.zeros(rows, length, dtype=torch.int64),
                 "position_ids": torch.zeros(rows, length, dtype=torch.int64),
@@ -100,7 +127,7 @@ def activations(about, rows: int, length: int, dtype, autocast: bool = False) ->
             for parameter in network.get_decoder().layers[0].parameters()
             if parameter.dim() == 2
         )
-        return kept.bytes - (2 * matrices if autocast else 0)
+        return kept.bytes * (2 if double else 1) - (2 * matrices if autocast else 0)
 
     one, two = counted(1), counted(2)
     return two - one, 2 * one - two

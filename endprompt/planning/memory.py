@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from endprompt.bases import counting
 from endprompt.planning.activations import activations
 from endprompt.planning.shapes import parameter_count, trained_share
 from endprompt.recipe.experiment import Experiment
@@ -182,7 +183,7 @@ def _kept_activations(case: _Case) -> float:
     dtype = torch.bfloat16 if element == 2 else torch.float32
     layer, rest = activations(about, training.rows, training.length, dtype, case.autocast)
     # Gradients of the feed-forward layer, the widest place of the backward pass.
-    working = 3 * element * training.tokens * about.intermediate_size
+    working = 3 * element * training.tokens * counting.width(about)
     stream = 4 if case.autocast else element  # of what layers hand on
     kept = (
         about.num_hidden_layers * stream * training.tokens * about.hidden_size + layer

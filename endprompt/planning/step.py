@@ -229,8 +229,9 @@ class _Training:
         from endprompt.positions import rope
         from endprompt.training import loss
 
-        scaling = self.method.scaling(None, self.config.max_position_embeddings, asked.target)
-        theta = self.config.rope_parameters["rope_theta"]
+        window = self.config.max_position_embeddings
+        scaling = self.method.scaling(rope.Asked(None), rope.Default(), window, asked.target)
+        theta = rope.parameters(self.config)["rope_theta"]
         rope.apply(self.config, scaling, asked.target)
         torch.manual_seed(0)
         dtype = torch.bfloat16 if self.cuda else torch.float32

@@ -1,165 +1,111 @@
-"""RoPE scalings: their frequencies, and how they are written into a Hugging Face config without losing
-rope_theta.
+"""RoPE scalings: which scheme a recipe asks for on top of a base's own, and how it enters a config and is
+checked in a built model.
 
 On transformers 5, assigning ``config.rope_scaling`` after loading wipes rope_theta, and setting it on a built
 model does nothing at all.  So the scaling is merged into ``config.rope_parameters`` before the model is
 built, and the built model's frequencies are compared with those computed here, independently, in float64.
-
-Every scheme has one set of frequencies for rows of every length, so that a model is scored as it was trained.
-It gives: ``inv_freq`` [head_dim / 2] float64, radians a position; ``attention_factor``, by which cos and sin
-are multiplied; ``hf_parameters``, its part of ``config.rope_parameters``, of type ``hf_type``; and
-``window``, what ``config.max_position_embeddings`` must say (None: leave it alone).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from endprompt import BadInput, Failure
+from endprompt.positions.base_scheme import written
+from endprompt.positions.schemes import (
+    Default,
+    Linear,
+    Llama3,
+    LongRope,
+    Ntk,
+    Scheme,
+    Theta,
+    Yarn,
+    as_longrope,
+    plain,
+)
 
+__all__ = ["Default", "Linear", "Llama3", "LongRope", "Ntk", "Scheme", "Theta", "Yarn", "as_longrope"]
 
-@dataclass(frozen=True)
-class Default:
-    """The model's own frequencies, theta^(-2i/d) (RoFormer, Eq. 15)."""
-
-    name = hf_type = "default"
-    attention_factor = 1.0
-
-    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
-        return rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-
-    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
-        return {"rope_type": "default"}
-
-    def window(self, target_length: int) -> int | None:
-        return None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Position interpolation: every angle is p / s, so every inverse frequency is divided by s (paper Eq.
-    2).
-    """
-
-    factor: float
-    name = hf_type = "linear"
-    attention_factor = 1.0
-
-    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
-        return Default().inv_freq(rope_theta, head_dim) / self.factor
-
-    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
-        return {"rope_type": "linear", "factor": self.factor}
-
-    def window(self, target_length: int) -> int | None:
-        return target_length
-
-
-@dataclass(frozen=True)
-class Ntk:
-    """NTK scaling held for every length: theta' = theta x stretch^(d / (d - 2)), with stretch = factor x L /
-    C - (factor - 1).
-
-    Dynamic NTK has these frequencies in a row that ends at the target length L, and others in every shorter
-    row.  Rows of L tokens train L's frequencies alone, so a model that was trained on them must keep them for
-    every length.  What is saved is an unscaled RoPE with theta', which every engine reads.  Source: bloc97
-    and emozilla for the formula; github.com/Leooyii/LCEG for holding it (its models/llama_ntk_32k and
-    llama_ntk_64k) and for the factor, L / C / 2 rounded up.
-    """
-
-    factor: float
-    original_length: int
-    target_length: int
-    name = "ntk"
-    hf_type = "default"
-    attention_factor = 1.0
-
-    def stretched(self, rope_theta: float, head_dim: int) -> float:
-        """theta', the base frequency that is saved."""
-        stretch = self.factor * self.target_length / self.original_length - (self.factor - 1)
-        return rope_theta * stretch ** (head_dim / (head_dim - 2))
-
-    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
-        return Default().inv_freq(self.stretched(rope_theta, head_dim), head_dim)
-
-    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
-        return {"rope_type": "default", "rope_theta": self.stretched(rope_theta, head_dim)}
-
-    def window(self, target_length: int) -> int | None:
-        return target_length
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN (arXiv 2309.00071, section 3): frequencies that turn more than 32 times within C stay, those that
-    turn less than once are divided by s, a linear ramp over the dimensions joins them; attention is sharpened
-    by 0.1 ln(s) + 1 on both query and key.
-    """
-
-    factor: float
-    original_length: int
-    name = hf_type = "yarn"
-    fast, slow = 32, 1  # turns within C; the paper's alpha and beta for LLaMA
-
-    @property
-    def attention_factor(self) -> float:
-        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-
-    def inv_freq(self, rope_theta: float, head_dim: int) -> np.ndarray:
-        def dimension(turns: float) -> float:  # the (real-valued) index whose wave turns that often within C
-            return (
-                head_dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(rope_theta))
-            )
-
-        first, last = (
-            max(math.floor(dimension(self.fast)), 0),
-            min(math.ceil(dimension(self.slow)), head_dim - 1),
-        )
-        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - first) / (last - first or 1e-3), 0, 1)
-        return Default().inv_freq(rope_theta, head_dim) * (1 - ramp + ramp / self.factor)
-
-    def hf_parameters(self, rope_theta: float, head_dim: int) -> dict:
-        # Without the original length, transformers would take the new window for it.
-        return {
-            "rope_type": "yarn",
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original_length,
-        }
-
-    def window(self, target_length: int) -> int | None:
-        return target_length
-
-
-Scaling = Default | Linear | Ntk | Yarn
-Type = Literal["linear", "ntk", "yarn"]
+Scaling = Scheme
+Type = Literal["linear", "ntk", "theta", "yarn", "llama3", "longrope"]
 TYPES = get_args(Type)
+# The layers that a scaling is for, in configs that hold parameters for each kind of layer.
+LAYERS = "full_attention"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe asks for.  type: one of TYPES, or None, which keeps the base's own RoPE; theta: the base
+    frequency of type theta, None for the NTK rule's; long_factor: of type longrope, a factor a pair."""
+
+    type: str | None
+    theta: float | None = None
+    long_factor: tuple[float, ...] | None = None
+
+
+def extended(asked: Asked, own: Scheme, window: int, target_length: int, whole: bool = False) -> Scheme:
+    """The scheme from a base of scheme ``own`` and window ``window`` C to ``target_length`` L.
+
+    The factor is L / C, or ceil(L / C) if ``whole``, on top of the base's own; that of ``ntk`` is
+    ceil(L / C / 2), as in LCEG's code.  A scaled base is extended in its own scheme, where the product of the
+    factors is known to be right.  Raises BadInput on an unknown type, on values of another type, and on a
+    scheme that does not compose with the base's, naming the one that does.
+    """
+    ratio = target_length / window
+    factor = math.ceil(ratio) if whole else ratio
+    if asked.type is None:
+        return own
+    if asked.type not in TYPES:
+        raise BadInput(
+            f"rope.type: {asked.type!r} is not known; choose one of {', '.join(TYPES)}, or null for the"
+            " method's own"
+        )
+    if asked.theta is not None and asked.type != "theta":
+        raise BadInput(f"rope.theta: {asked.type} has no such value; set rope.type=theta, or remove it")
+    if asked.long_factor is not None and asked.type != "longrope":
+        raise BadInput(f"rope.long_factor: {asked.type} has none; set rope.type=longrope, or remove it")
+    if not isinstance(own, Default) and asked.type != own.name:
+        raise BadInput(
+            f"rope.type: the model's RoPE is scaled by {own.name} already, and {asked.type} on top of it"
+            f" would be neither; set rope.type={own.name}, which multiplies its factor by {factor:g}, or"
+            " start from the unscaled base model"
+        )
+    if asked.type == "longrope":
+        return _longrope(asked.long_factor, own, window, factor)
+    if not isinstance(own, Default):
+        return own.times(factor)
+    match asked.type:
+        case "linear":
+            return Linear(factor)
+        case "ntk":
+            return Ntk(math.ceil(ratio / 2), window, target_length)
+        case "theta":
+            return Theta(factor, asked.theta)
+        case "yarn":
+            return Yarn(factor, window)
+    return Llama3(factor, window)
+
+
+def _longrope(given: tuple[float, ...] | None, own: Scheme, window: int, factor: float) -> LongRope:
+    if given is not None:
+        start = own if isinstance(own, LongRope) else LongRope((), window, 1.0)
+        return LongRope(given, start.original_length, start.factor * factor)
+    if not isinstance(own, LongRope):
+        raise BadInput(
+            "rope.long_factor is missing: longrope has a factor for every pair of rotary dimensions, found by"
+            " a search; give them, or set rope.type=yarn, which needs none"
+        )
+    return own.times(factor)
 
 
 def scaling_for(
     rope_type: str | None, original_length: int, target_length: int, whole: bool = False
-) -> Scaling:
-    """The scaling from ``original_length`` C to ``target_length`` L.
-
-    The factor is L / C, or ceil(L / C) if ``whole``; that of ``ntk`` is ceil(L / C / 2), as in LCEG's code.
-    Raises BadInput on an unknown type.
-    """
-    ratio = target_length / original_length
-    factor = math.ceil(ratio) if whole else ratio
-    match rope_type:
-        case None:
-            return Default()
-        case "linear":
-            return Linear(factor)
-        case "ntk":
-            return Ntk(math.ceil(ratio / 2), original_length, target_length)
-        case "yarn":
-            return Yarn(factor, original_length)
-    raise BadInput(
-        f"rope.type: {rope_type!r} is not known; choose one of {', '.join(TYPES)}, or null for the"
-        " method's own"
-    )
+) -> Scheme:
+    """``extended`` of an unscaled base, by a type alone."""
+    return extended(Asked(rope_type), Default(), original_length, target_length, whole)
 
 
 def forget(model) -> None:
@@ -181,60 +127,95 @@ def head_dimension(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def refuse_scaled(config) -> None:
-    """Raises BadInput if the config's RoPE is scaled already: a second scaling on top would be silently
-    wrong.
-    """
-    current = getattr(config, "rope_parameters", None) or {}
-    if current.get("rope_type", "default") != "default":
-        raise BadInput(
-            f"model: its RoPE is scaled already (rope_type {current['rope_type']!r}); start from the unscaled"
-            " base model"
-        )
+def parameters(config) -> dict[str, Any]:
+    """The RoPE parameters of ``config`` that a scaling changes: all, or those of the layers that attend to
+    everything."""
+    found = getattr(config, "rope_parameters", None) or {}
+    nested = found.get(LAYERS)
+    return nested if isinstance(nested, dict) else found
 
 
-def apply(config, scaling: Scaling, target_length: int) -> None:
+def rotary_dimensions(config) -> int:
+    """Dimensions of a head that RoPE turns: all of them, or ``partial_rotary_factor``'s share."""
+    share = parameters(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    return int(head_dimension(config) * (1.0 if share is None else share))
+
+
+def own_scheme(config) -> Scheme:
+    """The scheme that a base's ``config`` names.  Raises BadInput, see ``schemes.written``."""
+    return written(parameters(config), rotary_dimensions(config), config.max_position_embeddings)
+
+
+def apply(config, scaling: Scheme, target_length: int) -> None:
     """Merges ``scaling`` into ``config.rope_parameters`` in place and sets max_position_embeddings to its
     window.
 
-    rope_theta stays, except under ``ntk``, which is a greater one.
+    scaling: of ``extended``; the base's own scheme changes nothing.  rope_theta stays, except under ``ntk``
+    and ``theta``, which raise it.
 
-    Raises BadInput if the config has no rope_theta or is scaled already.
+    Raises BadInput if the config has no rope_theta, or is scaled by another scheme already.
     """
-    current = dict(getattr(config, "rope_parameters", None) or {})
-    if not isinstance(current.get("rope_theta"), (int, float)):
+    current = dict(parameters(config))
+    theta = current.get("rope_theta")
+    if not isinstance(theta, (int, float)):
         raise BadInput(
             f"model: its config has no rope_theta (rope_parameters: {current}); add it to config.json"
         )
-    refuse_scaled(config)
-    config.rope_parameters = {
-        **current,
-        **scaling.hf_parameters(current["rope_theta"], head_dimension(config)),
+    own = own_scheme(config)
+    if scaling == own:
+        return
+    further = own.name == scaling.name and scaling.factor > own.factor  # type: ignore[attr-defined]  # both have it
+    if not isinstance(own, Default) and not further:
+        raise BadInput(
+            f"model: its RoPE is scaled already (rope_type {own.name!r}); start from the unscaled base model"
+        )
+    kept: dict[str, Any] = {
+        key: current[key] for key in ("rope_theta", "partial_rotary_factor") if key in current
     }
+    changed: dict[str, Any] = {**kept, **scaling.hf_parameters(theta, rotary_dimensions(config))}
+    nested = parameters(config) is not config.rope_parameters
+    config.rope_parameters = {**config.rope_parameters, LAYERS: changed} if nested else changed
+    # Some configs say it beside the parameters too, and transformers believes that one.
+    if getattr(config, "original_max_position_embeddings", None) is not None:
+        config.original_max_position_embeddings = getattr(
+            scaling, "original_length", config.original_max_position_embeddings
+        )
     if (window := scaling.window(target_length)) is not None:
         config.max_position_embeddings = window
 
 
-def verify(rotary, config, scaling: Scaling, rope_theta: float) -> float:
+def _verify_local(rotary, config) -> None:
+    """Raises Failure if the layers with a window of their own have other frequencies than the config's."""
+    for layers in rotary.rope_type.keys() - {LAYERS}:
+        expected = plain(config.rope_parameters[layers]["rope_theta"], rotary_dimensions(config))
+        built = getattr(rotary, f"{layers}_inv_freq").detach().double().cpu().numpy()
+        if built.shape != expected.shape or not np.allclose(built, expected, rtol=1e-5, atol=0):
+            raise Failure(f"RoPE check: the frequencies of {layers} layers changed, and must stay")
+
+
+def verify(rotary, config, scaling: Scheme, rope_theta: float) -> float:
     """Compares a built rotary module with ``scaling``; returns the largest relative error of its frequencies
     (about 1e-7).
 
-    rotary: the decoder's ``rotary_emb``, whose buffer ``inv_freq`` is compared.  rope_theta: the base model's
-    own. Raises Failure if the model computes another scheme, if they differ by more than 1e-5 (wrong factor,
-    wrong or lost theta, frequencies cast to bf16), or if cos and sin are not multiplied by the scheme's
-    attention factor.
+    rotary: the decoder's ``rotary_emb``, whose buffer ``inv_freq`` is compared, or that of the layers that
+    attend to everything.  rope_theta: the base model's own. Raises Failure if the model computes another
+    scheme, if they differ by more than 1e-5 (wrong factor, wrong or lost theta, frequencies cast to bf16), or
+    if cos and sin are not multiplied by the scheme's attention factor.
     """
-    expected = scaling.inv_freq(rope_theta, head_dimension(config))
-    if rotary.rope_type != scaling.hf_type:
+    kind, prefix = rotary.rope_type, ""
+    if isinstance(kind, dict):
+        _verify_local(rotary, config)
+        kind, prefix = kind[LAYERS], f"{LAYERS}_"
+    multiplied, built = (getattr(rotary, prefix + name) for name in ("attention_scaling", "inv_freq"))
+    expected = scaling.built_inv_freq(rope_theta, rotary_dimensions(config))
+    if kind != scaling.hf_type:
+        raise Failure(f"RoPE check: the model's inv_freq differs from {scaling}: it computes {kind!r}")
+    if not math.isclose(multiplied, scaling.attention_factor, rel_tol=1e-6):
         raise Failure(
-            f"RoPE check: the model's inv_freq differs from {scaling}: it computes {rotary.rope_type!r}"
-        )
-    if not math.isclose(rotary.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
-        raise Failure(
-            f"RoPE check: the model multiplies cos and sin by {rotary.attention_scaling:g}, "
+            f"RoPE check: the model multiplies cos and sin by {multiplied:g}, "
             f"{scaling} by {scaling.attention_factor:g}"
         )
-    built = rotary.inv_freq.detach().double().cpu().numpy()
+    built = built.detach().double().cpu().numpy()
     if built.shape != expected.shape:
         raise Failure(
             f"RoPE check: the model has {built.shape[0]} frequencies, {expected.shape[0]} were expected"

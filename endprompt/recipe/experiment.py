@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from endprompt import BadInput, methods
-from endprompt.bases import sharpen
+from endprompt.bases import families, sharpen
 from endprompt.bases.model import Base
 from endprompt.methods.base import Method, Options, Rows, Setting
 from endprompt.positions import rope
@@ -112,8 +112,19 @@ class Experiment:
         return None if given is None else Lora.model_validate({**(own or {}), **given})
 
     @cached_property
-    def scaling(self) -> rope.Scaling:
-        return self.method.scaling(self.recipe.rope.type, self.base.original_length, self.target_length)
+    def scaling(self) -> rope.Scheme:
+        """From the base's own RoPE to the target length.  Raises BadInput if the two do not compose."""
+        given, base = self.recipe.rope, self.base
+        factors = None if given.long_factor is None else tuple(given.long_factor)
+        pairs = rope.rotary_dimensions(base.config) // 2
+        if factors is not None and len(factors) != pairs:
+            raise BadInput(
+                f"rope.long_factor: {len(factors)} factors are given, and a head of {base.name!r} has {pairs}"
+                " pairs of rotary dimensions; give one for each"
+            )
+        asked = rope.Asked(given.type, given.theta, factors)
+        found = self.method.scaling(asked, base.own_scheme, base.window, self.target_length)
+        return families.written_scheme(base.config, found, base.window)
 
     @cached_property
     def sharpness(self) -> float:

@@ -6,7 +6,7 @@ import json
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -60,6 +60,10 @@ class DataSection(Section):
 
 class RopeSection(Section):
     type: Type | None = None
+    # Of type theta: the base frequency; null: from L / C by the NTK rule.
+    theta: float | None = Field(None, gt=1)
+    # Of type longrope: what the frequency of each pair of rotary dimensions is divided by.
+    long_factor: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
     # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
     # as the method says.
     sharpen: float | None = Field(None, ge=0, le=4)

@@ -322,6 +322,7 @@ def prepare(
     recipe = experiment.recipe
     tokenizer = experiment.base.tokenizer if tokenizer is None else tokenizer
     rows = experiment.rows(tokenizer)
+    _ = experiment.scaling  # rows of a RoPE that cannot be built would be made in vain
     expected = settings(experiment, tokenizer, rows)
     for where, ids in rows.written().items():
         model.check_ids(ids, tokenizer, experiment.base.config.vocab_size, where)

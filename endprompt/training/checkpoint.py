@@ -113,7 +113,7 @@ def save_final(
         older_readers.complete(partial, experiment.base.tokenizer)
         # A pickle; recipe.yaml beside the folder says the same.
         (partial / "training_args.bin").unlink(missing_ok=True)
-        theta = experiment.base.config.rope_parameters["rope_theta"]
+        theta = rope.parameters(experiment.base.config)["rope_theta"]
         verify_saved(partial, experiment.scaling, theta, experiment.target_length)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
@@ -131,6 +131,7 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
     wherever it states the window."""
     from safetensors import safe_open
     from transformers import AutoConfig
+    from transformers.core_model_loading import revert_weight_conversion
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -153,9 +154,11 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
             names = file.keys()
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     tied = set(network.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    # Experts that are one tensor in memory are single ones in the files.
+    expected = revert_weight_conversion(network, dict(network.named_parameters()))
     wrong = [
         name
-        for name, parameter in network.named_parameters()
+        for name, parameter in expected.items()
         if saved.get(name, None) != tuple(parameter.shape) and name not in tied
     ]
     if wrong:

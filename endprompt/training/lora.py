@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from endprompt import Failure
+from endprompt.bases import families
 from endprompt.recipe.training_keys import Lora
+from endprompt.training import windows
 
 
 def inject(model, lora: Lora, seed: int) -> None:
@@ -31,7 +33,7 @@ def inject(model, lora: Lora, seed: int) -> None:
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
+            target_modules=families.adapted(model.config, lora.targets),
             bias="none",
         ),
         model,
@@ -150,6 +152,7 @@ def verify_merged(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
+    windows.attach(model)  # the adapters' model reads rows with jumps so
     for name, trace in traces.items():
         if trace.adapter.any():
             fraction, error = trace.fraction(model.get_submodule(name).weight)

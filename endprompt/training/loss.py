@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from endprompt import Failure
+from endprompt.bases import families
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time; 64 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**28  # 512 MiB in bfloat16
@@ -119,7 +120,7 @@ def _as_autocast(*tensors):
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, token_weights, chunk, kernel):
+    def forward(ctx, hidden, weight, bias, labels, token_weights, chunk, kernel, divisor):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_any = needs_hidden or needs_weight or bias is not None and needs_bias
         nll = torch.zeros_like(token_weights)
@@ -136,6 +137,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = nn.functional.linear(hidden[part], weight, bias)
+            if divisor != 1:
+                logits /= divisor
             if kernel:
                 nll[part] = kernel(logits, labels[part], token_weights[part], needs_any)
                 gradient = logits
@@ -144,8 +147,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             del logits
             if needs_any:
                 if grad_bias is not None:
-                    grad_bias += gradient.sum(0, dtype=torch.float32)
+                    grad_bias += gradient.sum(0, dtype=torch.float32) / divisor
                 gradient = gradient.to(hidden.dtype)
+                if divisor != 1:
+                    gradient /= divisor
                 if grad_hidden is not None:
                     grad_hidden[part] = gradient @ weight
                 if grad_weight is not None:
@@ -164,7 +169,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         grads = (None if grad is None else _scaled(grad, grad_loss) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=None, chunk=None):
@@ -174,12 +179,20 @@ def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=Non
     token_weights float32 [N]. Returns (sum, float32 scalar with gradient; cross entropy float32 [N] without
     gradient, 0 where there is no target), both in nats.
     """
-    hidden, weight, bias = _as_autocast(hidden, weight, bias)
+    return _divided((hidden, weight, bias), labels, token_weights, 1.0, chunk)
+
+
+def _divided(layer, labels, token_weights, divisor: float, chunk=None):
+    """``chunked_linear_cross_entropy`` of logits that are divided by ``divisor``; layer: (hidden, weight,
+    bias)."""
+    hidden, weight, bias = _as_autocast(*layer)
     kernel = row_kernel(hidden)
     chunk = chunk or _chunk(weight.shape[0], kernel)
     if not torch.is_grad_enabled():  # inside the function, parameters would still ask for a gradient
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _ChunkedLinearCrossEntropy.apply(hidden, weight, bias, labels, token_weights, chunk, kernel)
+    return _ChunkedLinearCrossEntropy.apply(
+        hidden, weight, bias, labels, token_weights, chunk, kernel, divisor
+    )
 
 
 def liger_kernel(hidden):
@@ -201,14 +214,15 @@ class LossHead(nn.Linear):
     The loss has to live inside this module's forward: under ZeRO-3 the weight is whole only there.
     uniform: every target has weight 1.  Then Liger's kernel, which knows no weights a token, gives the same
         sum and is used on a GPU.
+    divisor: of the logits, where the model has one.
     """
 
-    uniform = False
+    uniform, divisor = False, 1.0
 
     def forward(self, hidden, shift_labels=None, shift_weights=None):
         if shift_labels is None:
             return super().forward(hidden)
-        if self.uniform and (kernel := liger_kernel(hidden)):
+        if self.uniform and self.divisor == 1 and (kernel := liger_kernel(hidden)):
             # ignore_index -100, no z-loss, no smoothing, summed; weight gradients of the chunks accumulate in
             # float32, as ours do.
             hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
@@ -227,9 +241,8 @@ class LossHead(nn.Linear):
                 torch.float32,
             )[0]
             return total, None
-        total, nll = chunked_linear_cross_entropy(
-            hidden.flatten(0, 1), self.weight, shift_labels.flatten(), shift_weights.flatten(), self.bias
-        )
+        layer = hidden.flatten(0, 1), self.weight, self.bias
+        total, nll = _divided(layer, shift_labels.flatten(), shift_weights.flatten(), self.divisor)
         return total, nll.view(shift_labels.shape)
 
 
@@ -256,13 +269,27 @@ def _forward_with_loss(
         return type(self).forward(
             self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
-    if attention_mask is not None:
-        attention_mask = seen_by_all(attention_mask)
-    hidden = self.get_decoder()(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
-    loss_sum, nll = self.get_output_embeddings()(hidden, shift_labels, shift_weights)
+    # Mixture of experts: config.json says whether the router's load is part of the loss.
+    balanced = getattr(self.config, "output_router_logits", False)
+    found = self.get_decoder()(
+        input_ids=input_ids,
+        attention_mask=None if attention_mask is None else seen_by_all(attention_mask),
+        position_ids=position_ids,
+        use_cache=False,
+        **({"output_router_logits": True} if balanced else {}),
+    )
+    loss_sum, nll = self.get_output_embeddings()(found.last_hidden_state, shift_labels, shift_weights)
+    if balanced:
+        loss_sum = loss_sum + shift_weights.sum() * _imbalance(self, found.router_logits, attention_mask)
     return {"loss_sum": loss_sum, "nll": nll}
+
+
+def _imbalance(model, router_logits, attention_mask) -> torch.Tensor:
+    """The router's loss of a micro-batch as the model's own forward adds it to the mean over tokens."""
+    experts, chosen = model.num_experts, model.num_experts_per_tok
+    family = sys.modules[type(model).__module__]
+    loss = family.load_balancing_loss_func(router_logits, experts, chosen, attention_mask)
+    return model.router_aux_loss_coef * loss
 
 
 def attach(model, uniform: bool = False) -> None:
@@ -278,7 +305,10 @@ def attach(model, uniform: bool = False) -> None:
     if type(head) is not nn.Linear:
         raise Failure(f"the output layer is {type(head).__name__}, not nn.Linear; its loss cannot be chunked")
     head.__class__ = LossHead
+    family = families.BY_TYPE.get(model.config.model_type)
     cast(LossHead, head).uniform = uniform
+    if family is not None and family.divisor is not None:
+        cast(LossHead, head).divisor = float(getattr(model.config, family.divisor))
     model.forward = types.MethodType(_forward_with_loss, model)
 
 

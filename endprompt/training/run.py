@@ -20,11 +20,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from endprompt import BadInput, Failure, storage
-from endprompt.bases import model, sharpen
+from endprompt.bases import families, model, sharpen
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
 from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
-from endprompt.training import checkpoint, dealing, lora, loss, precision, sequence, watch
+from endprompt.training import checkpoint, dealing, lora, loss, precision, sequence, watch, windows
 from endprompt.training.arguments import batch_shape, resumed_shape, set_up_environment, training_arguments
 from endprompt.training.dataset import load_rows, sample
 from endprompt.training.trainer import Probe, WeightedTrainer, flops_per_token
@@ -189,6 +189,7 @@ def build_network(experiment: Experiment, arguments: TrainingArguments, cuda: bo
     dtype = precision.loaded(arguments, bool(adapters))
     network = model.build(experiment.base, experiment.scaling, dtype, cuda)
     loss.attach(network, uniform=method.uniform)
+    windows.attach(network)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
     if not arguments.deepspeed:
@@ -296,6 +297,9 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
     dataset, manifest = load_rows(experiment, verify=int(os.environ["LOCAL_RANK"]) == 0)
     experiment.base.check_vocabulary()
     sequence.check(experiment, experiment.base.attention_implementation(cuda), world_size, manifest)
+
+    if experiment.adapters:
+        families.adapted(experiment.base.config, experiment.adapters.targets)  # refuses
 
     resume = Resume.of(experiment, world_size, main)
     shape = resumed_shape(batch_shape(experiment), world_size, resume.before)

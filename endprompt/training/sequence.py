@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from endprompt import BadInput, Failure
+from endprompt.bases import families
 from endprompt.recipe.experiment import Experiment
 from endprompt.training import probe as attention
 
@@ -46,6 +47,11 @@ def check(experiment: Experiment, attention: str, ranks: int, manifest: dict) ->
             f"{key}: {n} does not divide the {ranks} ranks; start a multiple of {n}, or choose another"
         )
     config = experiment.base.config
+    if families.of(config).local:
+        raise BadInput(
+            f"{key}: some layers of a {config.model_type} model have a sliding window, and Ulysses attends"
+            " without a mask; remove the key"
+        )
     heads, kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if heads % n or (kv % n and n % kv):
         raise BadInput(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from endprompt.bases import counting
 from endprompt.training import dealing, sequence
 from endprompt.training import probe as attention
 
@@ -25,23 +26,18 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config, attended: int, layers_frozen: bool = False, head_frozen: bool = False) -> float:
-    """Training FLOPs a token: 6 per weight of every matrix product (the output layer's too, the embedding
-    look-up none), and causal attention's 6 x layers x heads x head_dim x attended (QK^T and AV, forward and
-    backward, half of the square).
+    """Training FLOPs a token: 6 per weight of every matrix product that it goes through (the output layer's
+    too, the embedding look-up none; of experts, those that it is sent to), and causal attention's 6 x layers
+    x heads x head_dim x attended (QK^T and AV, forward and backward, half of the square; less in layers with
+    a window of their own).
 
     attended: the row's length, or the group's in shifted sparse attention.  A frozen weight costs 4, having
     no gradient of its own; the adapters' share, some r / hidden_size of it, is left out.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv = (
-        config.num_attention_heads * head_dim,
-        (config.num_key_value_heads or config.num_attention_heads) * head_dim,
-    )
-    layer = config.hidden_size * (2 * heads + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
-    matrices = (4 if layers_frozen else 6) * config.num_hidden_layers * layer + (
+    matrices = (4 if layers_frozen else 6) * counting.products(config) + (
         4 if head_frozen else 6
     ) * config.vocab_size * config.hidden_size
-    return matrices + 6 * config.num_hidden_layers * heads * attended
+    return matrices + 6 * counting.attended(config, attended)
 
 
 def kinds(target: torch.Tensor, is_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

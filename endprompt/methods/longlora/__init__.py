@@ -6,6 +6,8 @@ import contextlib
 
 from pydantic import Field
 
+from endprompt import BadInput
+from endprompt.bases import families
 from endprompt.methods.base import Method, Options, register
 from endprompt.methods.plain import PlainRows
 
@@ -38,6 +40,11 @@ class LongLora(Method):
     def attention(self, network, options, length):
         from endprompt.methods.longlora import s2
 
+        if families.of(network.config).local:
+            raise BadInput(
+                f"{self.name}: some layers of a {network.config.model_type} model have a sliding window,"
+                " which shifted sparse attention would replace; choose another method or base"
+            )
         before = s2.install(network, self.attended(options, length))
         yield
         s2.uninstall(network, before)
