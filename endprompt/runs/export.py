@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 
 from endprompt import BadInput, storage
 from endprompt.bases import older_readers
-from endprompt.bases.sharpen import QUERIES, factor
+from endprompt.bases.sharpen import factor
 from endprompt.runs import card, checkpoint_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Families whose network Ministral 3 computes, where no layer has a bias.
+QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")  # of PLAIN
 PLAIN = ("llama", "mistral")
 CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
 

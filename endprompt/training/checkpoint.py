@@ -139,7 +139,7 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     rope.verify(type(network.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
-    trained = scaling.inv_freq(rope_theta, rope.head_dimension(config))
+    trained = scaling.inv_freq(rope_theta, rope.rotary_dimensions(config))
     older_readers.verify_rope(folder, trained, scaling.attention_factor)
     # A scaling without a window of its own leaves the base's.
     own = scaling.window(target_length) or config.max_position_embeddings
