@@ -169,6 +169,13 @@ REFUSED = {
         ("--dtype", "float16"),
         r"--dtype float16: model\.norm\.weight has values that it cannot hold",
     ),
+    "no JSON": (lambda run: (run / "model/config.json").write_text("{"), (), "cannot be read"),
+    "no mapping": (lambda run: (run / "model/config.json").write_text("[]"), ("--gguf",), "cannot be read"),
+    "no weights": (
+        lambda run: (run / "model/model.safetensors").write_bytes(b"x" * 99),
+        (),
+        "cannot be read: .*; train it again",
+    ),
     "no converter": (lambda run: None, ("--gguf",), "llama-cpp-python"),
     "gguf by position": (
         "linear",
@@ -219,8 +226,16 @@ def test_a_folder_that_is_there_is_not_overwritten(tmp_path, base):
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["mine.txt"]
     (tmp_path / "file").write_text("x")
     assert "is there already" in export(run, tmp_path / "file", expect=2)
+    assert "cannot be made" in export(run, tmp_path / "file/copy", expect=2)
     (tmp_path / "empty").mkdir()
     export(run, tmp_path / "empty")
+
+
+def test_folders_that_were_made_for_a_copy_go_with_it(tmp_path, base):
+    run = trained(tmp_path / "run", base)
+    enlarge(run)
+    export(run, tmp_path / "new/folder/copy", "--dtype", "float16", expect=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("works", [True, False])

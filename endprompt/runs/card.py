@@ -33,11 +33,11 @@ def licence(base) -> Licence:
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     path = base.folder / NAME
-    if not base.folder.is_dir():
-        cached = try_to_load_from_cache(base.name, NAME, revision=base.recipe.model.revision)
-        path = Path(cached) if isinstance(cached, str) else path
     stated: dict[str, Any] = {}
     try:
+        if not base.folder.is_dir():
+            cached = try_to_load_from_cache(base.name, NAME, revision=base.recipe.model.revision)
+            path = Path(cached) if isinstance(cached, str) else path
         if path.is_file():
             stated = ModelCard(storage.read_text(path, 2**22), ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever people write into YAML

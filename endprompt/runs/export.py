@@ -7,6 +7,7 @@ log-n attention in steps of C: 1 inside the window, ln L / ln C at L.  transform
 it, so no code of ours comes with the model.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
+
 from endprompt import BadInput, storage
 from endprompt.bases import older_readers
 from endprompt.bases.sharpen import factor
+from endprompt.bases.unreadable import reason
 from endprompt.runs import card, checkpoint_files
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,31 +53,56 @@ def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, ggu
     dtype: one of DTYPES, of all weights; None: as they are.  Raises BadInput if there is no model, ``to`` is
     there already, or the model cannot be had in that form; nothing is left then.
     """
-    model = run / "model"
+    model, to = run / "model", Path(os.path.abspath(to))
     if not (model / "config.json").is_file():
         raise BadInput(f"export: {run} has no model/; name the folder of a run that was trained to its end")
     if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
         raise BadInput(f"--to: {to} is there already; name a new folder")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    position = _position(model, config) if position_dependent else None
-    converter = _converter(config, position) if gguf else None
-    partial = to.with_name(f".{to.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        for path in sorted(model.iterdir()):
-            if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
-                shutil.copyfile(path, partial / path.name)
-        _write_weights(run, partial, dtype, position)
-        _write_config(partial, config, dtype, position)
-        card.renew(partial, [] if position else None)  # what is sharpened otherwise scores otherwise
-        if converter:
-            _convert(converter, partial)
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no mapping")
+        position = _position(model, config) if position_dependent else None
+        converter = _converter(config, position) if gguf else None
+        with _whole(to) as partial:
+            _copy(run, partial, config, dtype, position)
+            if converter:
+                _convert(converter, partial)
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"export: {model} cannot be read: {reason(error)}; train it again") from None
+    return to
+
+
+@contextlib.contextmanager
+def _whole(to: Path) -> Iterator[Path]:
+    """A folder beside ``to`` that gets its name at the end, or, if anything is raised, is not there.  Raises
+    BadInput if there can be none."""
+    partial = to.with_name(f".{to.name}.part")
+    made = [folder for folder in partial.parents if not folder.exists()]  # innermost first
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(f"--to: {to} cannot be made ({error.strerror}); name another folder") from None
+    try:
+        yield partial
         os.replace(partial, to)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: someone else's by now
+            for folder in made:
+                folder.rmdir()
         raise
-    return to
+
+
+def _copy(run: Path, to: Path, config: dict, dtype: str | None, position: Position | None) -> None:
+    """The files of the run's model in the folder ``to``."""
+    for path in sorted((run / "model").iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
+            shutil.copyfile(path, to / path.name)
+    _write_weights(run, to, dtype, position)
+    _write_config(to, config, dtype, position)
+    card.renew(to, [] if position else None)  # what is sharpened otherwise scores otherwise
 
 
 def _position(model: Path, config: dict) -> Position:
