@@ -1,5 +1,7 @@
 """endprompt plan: what it counts against what is there."""
 
+import re
+
 import pytest
 import torch
 from conftest import REPOSITORY, run_main
@@ -182,6 +184,42 @@ def test_the_page(recipe_file, tmp_path):
     assert run_main("plan", recipe_file(), "endprompt", "--gpus", "1", "--out", tmp_path)[0] == 0 and not [
         path for path in tmp_path.rglob("*") if path.name == "small"
     ]
+
+
+@pytest.mark.parametrize(
+    "name, machine, size, hours, memory",
+    [
+        ("llama3.1-8b-512k", [], "8.03 B", "14.3 h", 45.55),
+        ("qwen3-8b-128k", [], "8.19 B", "14.7 h", 48.22),
+        (
+            "llama3.2-1b-512k-lora",
+            ["--gpus", "1", "--gpu-memory", "24", "--gpu", "4090"],
+            "1.24 B",
+            "2.8 h",
+            5.02,
+        ),
+        (
+            "qwen3-0.6b-128k-lora",
+            ["--gpus", "1", "--gpu-memory", "24", "--gpu", "4090"],
+            "0.596 B",
+            "2.2 h",
+            3.05,
+        ),
+    ],
+)
+def test_recipes_fit_the_machine_of_their_heads(tmp_path, name, machine, size, hours, memory):
+    """Without a hub; the heads of the recipes say these figures."""
+    path = REPOSITORY / f"recipes/{name}.yaml"
+    code, out, error = run_main("plan", path, "endprompt", "--out", tmp_path, *machine)
+    assert code == 0, error
+    assert f"{size} parameters" in out and f": {hours}," in out
+    own = out[out.index("GB a GPU") :].split()[3]
+    assert f"\n{own} fits." in out
+    total = next(line for line in out.splitlines() if line.startswith("sum"))
+    assert float(total.split()[1]) == memory
+    head = path.read_text().partition("model:")[0]
+    assert hours in head
+    assert any(abs(float(said) - memory) <= 0.051 for said in re.findall(r"([\d.]+) GB by", head))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 
 import family_models
 import pytest
-from conftest import run_main
+from conftest import REPOSITORY, run_main
 from family_models import MODELS
 from networks import configuration, network
 
@@ -226,3 +226,11 @@ def test_a_gguf_file_that_lost_its_scaling_is_refused(recipe_file, tmp_path, nam
     code, out, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert f"model.gguf_file: x.gguf holds {name}" in err and "safetensors" in err
+
+
+def test_the_page_holds_the_tables():
+    page = (REPOSITORY / "docs/models.md").read_text()
+    for mark, text in families.tables().items():
+        found = page.partition(f"<!-- {mark} -->\n")[2].partition(f"\n<!-- /{mark} -->")[0]
+        assert found == text, f"docs/models.md: {mark}; python -m endprompt.bases.families"
+    assert f"{len(MODELS)} of them" in page

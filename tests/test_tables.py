@@ -765,12 +765,14 @@ PER_HOUR = 312e12 * 0.4 * 3600  # an A800 at 40 %
 
 @pytest.mark.parametrize(
     "recipe, method, hours",
-    [  # the recipes' headers say 14.3, 27, 11.9, 13.7, 20
+    [  # the recipes' headers say 14.3, 27, 11.9, 13.7, 20, 14.3, 14.7
         ("llama3-8b-64k", "endprompt", 14.3),
         ("llama3-8b-64k", "full_length", 26.9),
         ("llama2-7b-64k", "endprompt", 11.9),
         ("mistral-7b-64k", "pose", 13.7),
         ("llama3-8b-32k", "full_length", 19.7),
+        ("llama3.1-8b-512k", "endprompt", 14.3),
+        ("qwen3-8b-128k", "endprompt", 14.7),
     ],
 )
 def test_hours_of_training_are_those_of_the_recipes_headers(tmp_path, recipe, method, hours):

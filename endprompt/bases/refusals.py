@@ -154,7 +154,7 @@ def _wrong(config) -> Iterator[tuple[str, str]]:
 
 
 def refuse_wrong_numbers(config) -> None:
-    """Raises BadInput if a number or a list of the family's own cannot be right or leaves nothing to scale."""
+    """Raises BadInput if a number or a list of the family's cannot be right, or leaves nothing to scale."""
     for key, wanted in _wrong(config):
         value = getattr(config, key, rope.parameters(config).get(key))
         raise BadInput(f"model: {key} in its config.json is {value!r:.60}, and must be {wanted}; mend it")
