@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from matplotlib import image
 from networks import configuration, network, saved
 
+from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.evaluation import (
     distance,

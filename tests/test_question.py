@@ -395,8 +395,9 @@ def test_results_of_a_model_that_was_moved_stay_together(setting, monkeypatch):
     moved(setting)
     setting.set("eval.lengths=[96,128]")
     assert setting.asked(monkeypatch) == ALL - {"longbench_qasper"}
-    assert [row["scores"]["length"] for row in figures.read(setting.folder / "run/eval/passkey")] == [96, 128]
-    assert results.read(setting.folder / "run/eval").older == 0
+    folder = setting.folder / "run/small/base/eval"
+    assert [row["scores"]["length"] for row in figures.read(folder / "passkey")] == [96, 128]
+    assert results.read(folder).older == 0
 
 
 def test_every_key_of_the_eval_section_is_held_or_named(setting):
