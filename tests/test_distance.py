@@ -5,15 +5,20 @@ answer, that a blind model is seen to be blind, and that a killed evaluation goe
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import run_main, tiny_documents, write_jsonl
+from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 from lm_eval.api.instance import Instance
 from matplotlib import image
 from networks import configuration, network, saved
 
+from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.evaluation import (
     distance,
@@ -33,6 +38,7 @@ from endprompt.evaluation import (
 from endprompt.positions import plans, rope
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
+from endprompt.reports import distances
 from endprompt.rows import shards
 
 TARGET = 2048
@@ -829,3 +835,130 @@ def test_predictions_are_scored_by_the_script_too(keys_recipe, tmp_path):
         path = tmp_path / f"small/base/eval/named_keys/{length}"
         number = score.score("passkey", "named_keys", path.with_suffix(".jsonl"))
         assert number == round(json.loads(path.with_suffix(".json").read_text())["scores"]["score"], 2)
+
+
+# Several runs side by side
+
+
+def scored_run(folder, score, supervised=None, task="distance", nats=1.0):
+    """A run's folder with one result, of two distances or of a length."""
+    cell = {
+        "distance": 0,
+        "between": [20, 90],
+        "correct": 5,
+        "total": 10,
+        "score": score,
+        "low": score / 2,
+        "high": 100.0,
+        "nats": nats,
+        "nats_low": nats / 2,
+        "nats_high": 2 * nats,
+        "supervised": supervised,
+        "pairs": None,
+    }
+    scores = {"length": 512, "metric": "m", "samples": 10, **cell}
+    known = supervised is not None
+    scores["coverage"] = {
+        "source": "rows",
+        "supervised": [[0, 100]] if known else None,
+        "gap": [[101, 511]] if known else None,
+    }
+    scores["cells"] = [cell, cell | {"distance": 300, "between": [320, 390], "supervised": known and 0.0}]
+    path = folder / f"eval/{task}/512.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    asked = {"task": task, "model": {"name_or_path": "x", "fingerprint": "f"}}
+    path.write_text(json.dumps({"question": asked, "date": "2026-01-01", "scores": scores}))
+    return folder
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    """Seeds of an arm are one row, with Student's interval; distances that rows showed are marked."""
+    one, two = (scored_run(tmp_path / f"seed{seed}/r/pose", 40.0 + 20 * seed, 1.0) for seed in (0, 1))
+    alone = scored_run(tmp_path / "seed0/r/base", 10.0, nats=2.0)
+    for task in ("named_keys", "far_gain"):
+        scored_run(one, 30.0, task=task)
+    out = tmp_path / "out"
+    distances.main([f"pose={one}", f"pose={two}", str(alone), "--out", str(out), "--title", "T"])
+    text = (out / "distances.md").read_text()
+    assert text.strip() == capsys.readouterr().out.strip() and text.startswith("# T\n")
+    half = 12.7062 * 14.142136 / math.sqrt(2)
+    found = next(line for line in text.splitlines() if line.startswith("| pose |"))
+    assert half > 100 and found == "| pose | 50 [0, 100] `*` | 50 [0, 100] |"
+    assert "| base | 10 [5, 100] | 10 [5, 100] |" in text and "| base | 2.00 | 2.00 |" in text
+    assert "| pose | 30 [15, 100], 1.00 nats |" in text and "| pose | +30.000 [+15.000, +100.000] |" in text
+    assert image.imread(out / "distances-512.png").std() > 0.05
+    assert set(json.loads((out / "distances.json").read_text())["arms"]) == {"pose", "base"}
+    assert set(distances.named([str(one), str(alone)])) == {"pose", "base"}
+    assert set(distances.named([str(one), str(two)])) == {"seed0/r/pose", "seed1/r/pose"}
+
+
+def test_many_arms_go_into_one_picture(tmp_path):
+    runs = [str(scored_run(tmp_path / f"arm{arm}", 40.0, 1.0)) for arm in range(6)]
+    distances.main([*runs, "--out", str(tmp_path / "out")])
+    assert image.imread(tmp_path / "out/distances-512.png").shape[0] > 900
+
+
+def test_what_cannot_be_put_side_by_side(tmp_path, capsys):
+    empty, one = tmp_path / "empty", scored_run(tmp_path / "one", 40.0)
+    other = scored_run(tmp_path / "two", 40.0)
+    path = other / "eval/distance/512.json"
+    path.write_text(path.read_text().replace('"distance": 300', '"distance": 301'))
+    (tmp_path / "none/eval").mkdir(parents=True)
+    for given, says in (
+        ([str(empty)], "holds no results; name a run's folder that was evaluated"),
+        ([f"x={empty}"], "holds no results"),
+        ([f"a={one}", f"a={other}"], "the seeds of an arm were scored at different distances"),
+        ([str(tmp_path / "none")], "none of the runs has results of distance, named_keys, far_gain"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            distances.main([*given, "--out", str(tmp_path / "out")])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and says in said and said.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+# The whole way
+
+
+@pytest.mark.slow
+def test_from_a_corpus_to_a_picture(recipe_file, tmp_path):
+    """Two methods are trained for a few steps and asked from afar; one evaluation is killed on the way; the
+    picture has both, each over its own rows' distances.
+    """
+    path = recipe_file(
+        lengths={"target": 1024},
+        data={"tokens": 64 * 64},
+        train={"deepspeed": None},
+        eval={"tasks": ["distance"], "samples": 24, "distance_haystack": 96},
+    )
+    command = [sys.executable, "-m", "endprompt"]
+    options = [str(path), "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    runs = [tmp_path / "small" / method for method in ("endprompt", "pose")]
+    for method, folder in zip(("endprompt", "pose"), runs, strict=True):
+        for what in ("prepare", "train"):
+            given = [*command, what, options[0], method, *options[1:]]
+            subprocess.run(given, check=True, env=environment, cwd=tmp_path, capture_output=True)
+        given = [*command, "evaluate", options[0], method, *options[1:]]
+        process = subprocess.Popen(given, env=environment, cwd=tmp_path)
+        part = folder / "eval/distance/1024.part.jsonl"
+        while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 2):
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        done = part.read_bytes().count(b"\n") - 1
+        assert done > 0 and not part.with_name("1024.json").exists()
+        said = subprocess.run(
+            given, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "distance" in said.stdout and not part.exists()
+        scores = json.loads((folder / "eval/distance/1024.json").read_text())["scores"]
+        assert scores["samples"] == 24 and len(scores["cells"]) == distance.POINTS
+        assert scores["coverage"]["supervised"][0][0] == 0 and scores["cells"][0]["supervised"] > 0
+    showed = [
+        json.loads((folder / "eval/distance/1024.json").read_text())["scores"]["coverage"]["supervised"]
+        for folder in runs
+    ]
+    assert showed[0] != showed[1]
+    distances.main([*map(str, runs), "--out", str(tmp_path / "out")])
+    assert image.imread(tmp_path / "out/distances-1024.png").std() > 0.05

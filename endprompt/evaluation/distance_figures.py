@@ -6,6 +6,7 @@ from typing import Any
 from endprompt.evaluation import figures
 
 FOUND, LOSS = "C0", "C3"
+WIDE = 4
 SEEN, UNSEEN = "#dcefdc", "0.88"
 
 
@@ -35,19 +36,24 @@ def _line(axis, cells: list[dict], keys: tuple[str, str, str], colour: str):
 
 def panels(results: dict[str, dict], path: Path, title: str | None = None) -> None:
     """Draws, in a column for each name, keys found (above) and their loss (below) of a result's "scores" by
-    distance, with intervals, into one PNG; green: distances that training rows showed, grey: those that they
-    did not.
+    distance, with intervals, into one PNG, WIDE columns to a row; green: distances that training rows showed,
+    grey: those that they did not.
     """
+    wide, tall = min(WIDE, len(results)), -(-len(results) // WIDE)
     figure, axes = figures._pyplot().subplots(
-        2,
-        len(results),
-        figsize=(1.4 + 3.2 * len(results), 5.2),
+        2 * tall,
+        wide,
+        figsize=(1.4 + 3.2 * wide, 0.8 + 4.4 * tall),
         squeeze=False,
         sharex=True,
-        sharey="row",
         layout="constrained",
     )
-    for (above, below), (name, scores) in zip(axes.T, results.items(), strict=True):
+    places = [axes[2 * row : 2 * row + 2, column] for row in range(tall) for column in range(wide)]
+    for unused in places[len(results) :]:
+        for axis in unused:
+            axis.set_axis_off()
+    ceiling = 1.05 * max(cell["nats_high"] for scores in results.values() for cell in scores["cells"])
+    for (above, below), (name, scores) in zip(places, results.items(), strict=False):
         shown = scores["coverage"]
         for axis in (above, below):
             _shade(axis, shown["supervised"] or [], SEEN)
@@ -57,10 +63,11 @@ def panels(results: dict[str, dict], path: Path, title: str | None = None) -> No
         _line(above, scores["cells"], ("score", "low", "high"), FOUND)
         _line(below, scores["cells"], ("nats", "nats_low", "nats_high"), LOSS)
         above.set_ylim(-3, 103)
-        below.set_ylim(bottom=0)
+        below.set_ylim(0, ceiling or 1)
         above.set_title(name, fontsize=9)
-    axes[0, 0].set_ylabel("keys found in %", fontsize=9)
-    axes[1, 0].set_ylabel("nats a token of the key", fontsize=9)
+    for row in range(tall):
+        axes[2 * row, 0].set_ylabel("keys found in %", fontsize=9)
+        axes[2 * row + 1, 0].set_ylabel("nats a token of the key", fontsize=9)
     any_known = any(scores["coverage"]["supervised"] is not None for scores in results.values())
     shading = " (green: training rows showed it, grey: they did not)" if any_known else ""
     figure.supxlabel(f"distance between question and key in positions{shading}", fontsize=9)

@@ -66,12 +66,19 @@ def prefill(recipe: Recipe, task: str) -> list[tuple[int, int]]:
 class Makers:
     """Makes the pieces of a pair.
 
-    lm: the harness' model.  other: the model that is scored in place of the run's own, by name.
+    scorer: has the harness' model as ``lm``.  other: the model that is scored in place of the run's own, by
+    name.
     """
 
-    def __init__(self, experiment: Experiment, lm, tokenizer, asks: question.Questions, other: str | None):
-        self.experiment, self.lm, self.tokenizer, self.asks = experiment, lm, tokenizer, asks
+    def __init__(
+        self, experiment: Experiment, scorer, tokenizer, asks: question.Questions, other: str | None
+    ):
+        self.experiment, self.scorer, self.tokenizer, self.asks = experiment, scorer, tokenizer, asks
         self.other = other
+
+    @property
+    def lm(self):
+        return self.scorer.lm
 
     def check(self, todo: list[Pair]) -> None:
         """Raises BadInput if the loaded model or its tokenizer cannot be asked for one of ``todo``."""

@@ -445,7 +445,7 @@ class Evaluation:
         asks = Questions(recipe, tokenizer)
         self.asked = {(task, length): asks(task, length, identity) for task, length in todo}
         self.scorer = Scorer(recipe, network, tokenizer, temporary, asks)
-        self.makers = piecewise.Makers(experiment, self.scorer.lm, tokenizer, asks, other)
+        self.makers = piecewise.Makers(experiment, self.scorer, tokenizer, asks, other)
         self.makers.check(todo)
         self.there = {key: _existing(_path(folder, *key), self.asked[key]) for key in todo}
         self.make_samples(temporary)

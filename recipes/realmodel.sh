@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Which distances each method teaches a real pretrained model: every setting and method below with several
+# seeds, then tables and a picture; what is finished is skipped.
+#   CORPUS=... HELD_OUT=... bash recipes/realmodel.sh [SETTING ...]     (SETTING: some of those below; default: all)
+# Environment: CORPUS (text to train on), HELD_OUT (documents of at least 16384 tokens; without it, no far_gain
+# and no perplexity), TOKENS (131072), SEEDS ("0 1"), JOBS (arms at a time, one process and one thread each; 2),
+# METHODS (only these), QUESTIONS (a distance; 200), SAMPLES (of named_keys a length; 16), LENGTHS
+# ("4096 8192 16384"), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), RECIPE
+# (recipes/smollm2-135m-64k-cpu.yaml), OUT (runs/realmodel), PYTHON (python).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python
+  [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
+fi
+export PYTHON root NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export RECIPE=${RECIPE:-$root/recipes/smollm2-135m-64k-cpu.yaml} OUT=${OUT:-runs/realmodel} TOKENS=${TOKENS:-131072}
+export CORPUS=${CORPUS:-} HELD_OUT=${HELD_OUT:-} QUESTIONS=${QUESTIONS:-200} SAMPLES=${SAMPLES:-16}
+export LENGTHS=${LENGTHS:-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-}
+SEEDS=${SEEDS:-0 1}
+JOBS=${JOBS:-2}
+
+# By setting: its methods, and what differs from the recipe (parted by |).
+all='short endprompt endprompt_random endprompt_pose pose pose_sharp pose_matched'
+declare -A methods=(
+  [own]=base [own-sharpened]=base
+  [untrained-linear]=interpolation [untrained-linear-sharpened]=interpolation
+  [untrained-yarn]=interpolation [untrained-yarn-sharpened]=interpolation
+  [untrained-theta]=interpolation [untrained-theta-sharpened]=interpolation
+  [linear]='short endprompt endprompt_pose pose'
+  [yarn]=$all [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
+  [theta]=$all [theta-weight-0]=endprompt [theta-weight-1]=endprompt
+)
+declare -A different=(
+  [own]='' [own-sharpened]='rope.sharpen=1.0'
+  [linear]='rope.type=linear'
+  [yarn]='rope.type=yarn'
+  [yarn-weight-0]='rope.type=yarn|method_options.prompt_loss_weight=0.0'
+  [yarn-weight-1]='rope.type=yarn|method_options.prompt_loss_weight=1.0'
+  [theta]='rope.type=theta'
+  [theta-weight-0]='rope.type=theta|method_options.prompt_loss_weight=0.0'
+  [theta-weight-1]='rope.type=theta|method_options.prompt_loss_weight=1.0'
+)
+for kind in linear yarn theta; do
+  different[untrained-$kind]="rope.type=$kind"
+  different[untrained-$kind-sharpened]="rope.type=$kind|rope.sharpen=1.0"
+done
+order=(own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened linear yarn yarn-weight-0 yarn-weight-1)
+if "$PYTHON" -c 'import sys; from endprompt.positions import rope; sys.exit("theta" not in rope.TYPES)'; then
+  order+=(untrained-theta untrained-theta-sharpened theta theta-weight-0 theta-weight-1)
+fi
+[ $# -gt 0 ] && order=("$@")
+
+arm() {  # setting seed: where its runs are
+  case $1 in
+    own* | untrained*) echo "$OUT/$1/seed$2" ;;
+    *) echo "$OUT/$1-$TOKENS/seed$2" ;;
+  esac
+}
+export -f arm
+
+one() {  # setting method seed differences
+  local setting=$1 method=$2 seed=$3 out keys key run start=$SECONDS marker
+  out=$(arm "$setting" "$seed")
+  run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
+  local options=(--set "data.seed=$seed" --set "data.tokens=$TOKENS")
+  [ -z "$CORPUS" ] || options+=(--set "data.corpus=$CORPUS")
+  IFS='|' read -ra keys <<<"$4"
+  for key in "${keys[@]}"; do options+=(--set "$key"); done
+  local far=(--set 'eval.tasks=[distance]' --set "eval.samples=$QUESTIONS")
+  local tasks=named_keys
+  local near=(--set "eval.samples=$SAMPLES" --set "eval.lengths=[${LENGTHS// /, }]" --set eval.short_text_samples=500)
+  if [ -n "$HELD_OUT" ]; then
+    tasks+=', far_gain, perplexity'
+    near+=(--set "eval.perplexity_corpus=$HELD_OUT" --set eval.far_gain_texts=16)
+  fi
+  [ -z "$SHORT_TEXT" ] || tasks+=", ${SHORT_TEXT// /, }"
+  near+=(--set "eval.tasks=[$tasks]")
+  # The same command after other settings goes on with what they ask for.
+  marker=$run/.study-$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" | cksum | cut -d ' ' -f 1)
+  if [ -f "$marker" ]; then return; fi
+  mkdir -p "$run"
+  {
+    STAGES='prepare train' OUT=$out nice -n 10 bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
+      && nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${far[@]}" \
+      && nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${near[@]}"
+  } >>"$run/study.log" 2>&1 || {
+    tail -n 15 "$run/study.log" >&2
+    echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log; the same command goes on from there" >&2
+    exit 255  # xargs starts no more
+  }
+  touch "$marker"
+  printf '%-28s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
+}
+export -f one
+
+untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+first=${SEEDS%% *}
+for setting in "${order[@]}"; do
+  if [ -z "${methods[$setting]:-}" ]; then
+    echo "realmodel.sh: there is no setting '$setting'; use ${!methods[*]}" >&2
+    exit 2
+  fi
+done
+jobs=() shown=()
+for setting in "${order[@]}"; do
+  for seed in $SEEDS; do
+    for method in ${methods[$setting]}; do
+      if [ -n "${METHODS:-}" ] && [[ " $METHODS " != *" $method "* ]]; then continue; fi
+      # The seed is nothing to a method that trains nothing.
+      if [ "$seed" != "$first" ] && [[ $untrained == *" $method "* ]]; then continue; fi
+      jobs+=("$setting" "$method" "$seed" "${different[$setting]}")
+      shown+=("$setting/$method=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "$setting" "$seed")")")
+    done
+  done
+done
+printf '%s\0' "${jobs[@]}" | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one
+"$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" --title "$(basename "$RECIPE" .yaml), $TOKENS tokens, seeds $SEEDS"
