@@ -144,6 +144,10 @@ class Resume:
     world_size: int
 
     @property
+    def name(self) -> str | None:
+        return self.newest.name if self.newest else None
+
+    @property
     def resized(self) -> bool:
         """Whether the checkpoint is of another number of ranks."""
         return self.before["world_size"] != self.world_size
@@ -338,9 +342,8 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
         return
 
     def finish(folder: Path, merge_difference: float | None) -> None:
-        resumed = resume.newest.name if resume.newest else None
         merged = {"merge_difference": merge_difference} if experiment.adapters else {}
-        told = {"resumed_from": resumed, "seconds": round(seconds, 1), "probe": probe.moved, **merged}
+        told = {"resumed_from": resume.name, "seconds": round(seconds, 1), "probe": probe.moved, **merged}
         said = summary(experiment, trainer, manifest, **told)
         card.write(experiment, folder, said)
         storage.write_json(run / "train.json", said)
