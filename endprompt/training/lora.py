@@ -151,9 +151,9 @@ def verify_merged(
 
     Returns the root mean square difference of the logits in units of their standard deviation.  Raises
     Failure if it is above 1e-3 in float32 or 0.1 in half precision (0.5 of a mixture of experts), where every
-    merged weight is rounded once more (SmolLM2-135M in bf16: 0.03); or if the part of an adapter that is in its matrix is not 1 within 0.1
-    and six standard errors of that rounding. The logits are computed where the adapter model ran if twice the
-    model's size is free there, else on the CPU.
+    merged weight is rounded once more (SmolLM2-135M in bf16: 0.03); or if the part of an adapter that is in
+    its matrix is not 1 within 0.1 and six standard errors of that rounding.  The logits are computed where
+    the adapter model ran if twice the model's size is free there, else on the CPU.
     """
     from transformers import AutoModelForCausalLM
 
