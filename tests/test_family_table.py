@@ -6,6 +6,7 @@ import json
 import shutil
 
 import family_models
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_main
@@ -13,10 +14,10 @@ from family_models import MODELS
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from training import TORCHRUN, run
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from endprompt import BadInput, Failure
-from endprompt.bases import families, model, sharpen
+from endprompt.bases import counting, families, model, sharpen
 from endprompt.evaluation import theory
 from endprompt.planning import estimate
 from endprompt.positions import rope
@@ -349,6 +350,47 @@ def test_local_frequencies_must_stay(gemma):
     built.sliding_attention_inv_freq /= 8
     with pytest.raises(Failure, match="frequencies of sliding_attention layers changed"):
         rope.verify(built, config, scheme, 1e6)
+
+
+def test_what_phi_writes_is_extended_again(tmp_path, base):
+    """Linear by 8 and then longrope by 8 have the frequencies of linear by 64; YaRN's sharpening, written as
+    longrope, would grow by another rule."""
+    folder = family_models.saved(tmp_path / "x", family_models.written("Phi-4"), base)
+
+    def staged(scheme):
+        config = AutoConfig.from_pretrained(folder)
+        rope.apply(config, families.written_scheme(config, scheme, 64), 512)
+        assert config.original_max_position_embeddings == 64
+        return rope.extended(rope.Asked("longrope"), rope.own_scheme(config), 512, 4096)
+
+    found, dims = staged(rope.Linear(8.0)), 16
+    np.testing.assert_allclose(found.inv_freq(250000, dims), rope.Linear(64.0).inv_freq(250000, dims))
+    assert found.attention_factor == 1.0
+    with pytest.raises(BadInput, match="attention_factor.*not known"):
+        staged(rope.Yarn(8.0, 64))
+
+
+@pytest.mark.parametrize("kind", families.BY_TYPE)
+def test_activations_are_those_that_are_kept(kind):
+    """On the CPU with real tensors; the estimate ran on none.  Of experts, the grouped kernel's are counted,
+    and the CPU runs another."""
+    config = AutoConfig.for_model(**family_models.written(FIRST[kind]))
+    config._attn_implementation = "sdpa"
+    network = AutoModelForCausalLM.from_config(config).train()
+    windows.attach(network)
+    positions = torch.cat([torch.arange(100), torch.arange(400, 428)]).expand(2, -1)
+    ids = torch.ones(2, 128, dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": ids, "position_ids": positions}
+    with estimate.Kept(network) as kept:
+        out = network.get_decoder()(**inputs, use_cache=False).last_hidden_state  # noqa: F841  the graph lives
+    layer, rest = estimate.activations(config, 2, 128, torch.float32)
+    near = 0.25 if families.experts(config) else 0.02
+    mask = 4 * 2 * 128 * 128 if families.BY_TYPE[kind].local else 0  # one, whatever the number of layers
+    assert kept.bytes == pytest.approx(config.num_hidden_layers * layer + rest + mask, rel=near)
+    about = estimate.Training(2, 128, False, element=4)
+    zero = estimate.memory(config, {"stage": 3}, 1, about).activations
+    working = 3 * 4 * 2 * 128 * counting.width(config)
+    assert zero == config.num_hidden_layers * layer + rest + working + mask * 5 / 4
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "phi3", "glm", "smollm3", "granite", "gemma3_text"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt.bases import counting
+from endprompt.bases import counting, families
 from endprompt.planning.activations import activations
 from endprompt.planning.shapes import parameter_count, trained_share
 from endprompt.recipe.experiment import Experiment
@@ -190,7 +190,16 @@ def _kept_activations(case: _Case) -> float:
         if training.checkpointing
         else about.num_hidden_layers * layer
     )
-    return kept + rest + working
+    return kept + rest + working + _mask(case)
+
+
+def _mask(case: _Case) -> float:
+    """Of layers with a window of their own: a square a row, which they share, and what it is made of."""
+    about, training = case.about, case.training
+    config = counting.configured(about)
+    if config.model_type not in families.BY_TYPE or not any(families.local_layers(config)):
+        return 0.0
+    return (training.element + 1) * training.tokens * training.length
 
 
 def _loss(case: _Case) -> float:

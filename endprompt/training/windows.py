@@ -31,7 +31,7 @@ def _by_position(decoder, args, kwargs):
 
 
 def masks(decoder, positions: torch.Tensor, padding: torch.Tensor | None) -> dict:
-    """{kind of layer: mask [rows, 1, length, length]} of whole rows; None: causal attention to everything.
+    """{kind of layer: what is added to scores [rows, 1, length, length]}; None: causal attention to all.
 
     positions: int64 [rows, length]; padding: [rows, length], 0 where there is no token, or None.
     """
@@ -42,14 +42,19 @@ def masks(decoder, positions: torch.Tensor, padding: torch.Tensor | None) -> dic
     if hidden and padding is not None:
         itself = torch.eye(length, dtype=torch.bool, device=device)[None, None]
         causal = causal & padding[:, None, None, :].bool() | itself
-    eager = decoder.config._attn_implementation == "eager"
-    full = causal if hidden or eager else None
-    return {"full_attention": _added(full, eager), families.LOCAL: _added(causal & near, eager)}
+    whole = hidden or decoder.config._attn_implementation == "eager"
+    return {
+        "full_attention": _added(causal, decoder) if whole else None,
+        families.LOCAL: _added(causal & near, decoder),
+    }
 
 
-def _added(mask: torch.Tensor | None, eager: bool) -> torch.Tensor | None:
-    """``mask`` as eager attention adds it to scores."""
-    if mask is None or not eager:
-        return mask
-    lowest = torch.finfo(torch.float32).min
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+def _added(seen: torch.Tensor, decoder) -> torch.Tensor:
+    """0 where a key is seen, else the lowest number.  Of a mask of yes and no, every layer would make such a
+    tensor of its own, and keep it for the backward pass.
+    """
+    kind, dtype = seen.device.type, decoder.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
