@@ -892,6 +892,21 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert set(distances.named([str(one), str(two)])) == {"seed0/r/pose", "seed1/r/pose"}
 
 
+def test_what_any_seed_showed_is_shaded(tmp_path):
+    seeds = []
+    for number, spans in enumerate(([[0, 100]], [[50, 120], [200, 210]])):
+        folder = scored_run(tmp_path / f"seed{number}", 40.0, 1.0)
+        seeds.append(json.loads((folder / "eval/distance/512.json").read_text())["scores"])
+        seeds[-1]["coverage"]["supervised"] = spans
+    assert distances.joined(seeds)["coverage"] == {
+        "supervised": [(0, 120), (200, 210)],
+        "gap": [(121, 199), (211, 511)],
+    }
+    unknown = json.loads(json.dumps(seeds[:1]))
+    unknown[0]["coverage"] = {"source": "trains nothing", "supervised": None, "gap": None}
+    assert distances.joined(unknown)["coverage"]["supervised"] is None
+
+
 def test_many_arms_go_into_one_picture(tmp_path):
     runs = [str(scored_run(tmp_path / f"arm{arm}", 40.0, 1.0)) for arm in range(6)]
     distances.main([*runs, "--out", str(tmp_path / "out")])

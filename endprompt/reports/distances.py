@@ -15,6 +15,7 @@ from pathlib import Path
 
 from endprompt import BadInput, storage
 from endprompt.evaluation import distance_figures, intervals, results
+from endprompt.positions import coverage
 from endprompt.recipe import task_names
 from endprompt.reports.markdown import grid
 from endprompt.runs import provenance
@@ -90,7 +91,16 @@ def joined(seeds: list[dict]) -> dict:
             | {"total": sum(cell["total"] for cell in each), "seeds": len(each)}
             | {"supervised": sum(shares) / len(shares) if shares else None}
         )
-    return seeds[0] | {"cells": cells}
+    return seeds[0] | {"cells": cells, "coverage": _shown_by_any(seeds)}
+
+
+def _shown_by_any(seeds: list[dict]) -> dict:
+    """The distances that the rows of one seed or another showed, as ``distance`` writes them."""
+    known = [seed["coverage"]["supervised"] for seed in seeds if seed["coverage"]["supervised"] is not None]
+    if not known:
+        return seeds[0]["coverage"]
+    spans = coverage.union((low, high) for seed in known for low, high in seed)
+    return {"supervised": spans, "gap": coverage.gap(spans, seeds[0]["length"])}
 
 
 def _by_length(arms: Arms, task: str, shown: Callable[[list[dict]], str]) -> str | None:
