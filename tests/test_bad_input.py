@@ -249,7 +249,7 @@ SETTINGS = [
     ("method_options.poes.pose_chunks=3", "method_options.poes", "end_prompts, prompt_loss_weight"),
     ("method_options=3", "method_options", "dictionary"),
     ("method_options=null", "method_options", "dictionary"),
-    ("rope.factor=8", "unknown key rope.factor", "type, sharpen"),
+    ("rope.factor=8", "unknown key rope.factor", "type, theta, long_factor, sharpen"),
     ("eval.task=passkey", "unknown key eval.task;", "tasks"),
     ("train.learning_rat=1e-4", "unknown key train.learning_rat;", "for example learning_rate"),
     ("train.zzzz=1", "unknown key train.zzzz", "TrainingArguments"),
@@ -1386,7 +1386,7 @@ MODELS = {
     "unsupported type": (
         edited("config.json", model_type="gpt2"),
         "type 'gpt2' is not supported",
-        "llama, mistral, qwen2",
+        "llama, mistral, mixtral, qwen2",
     ),
     "unknown type": (edited("config.json", model_type="nonsense"), "nonsense"),
     "no type": (edited("config.json", model_type=None), "model_type"),
@@ -2061,7 +2061,7 @@ WHOLE = {
         },
         "pose_matched": {"match_pieces": 4, "match_tokens": 5},
     },
-    "rope": {"type": None, "sharpen": 0.1},
+    "rope": {"type": None, "theta": None, "long_factor": [1.0, 2.0], "sharpen": 0.1},
     "train": {
         "deepspeed": {
             "zero_optimization": {"stage": 3},

@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "gemma3": (
         "it reads images too",
-        "save its text model alone (Gemma3ForCausalLM, type gemma3_text), or take Gemma-3-1B",
+        "take Gemma-3-1B, or put model.language_model into a Gemma3ForCausalLM (gemma3_text) and save that",
     ),
     "llama4": (f"{_SIGHT}, and cuts attention into chunks", "take Llama-3.1"),
     "llama4_text": ("it cuts attention into chunks and scales scores by position", "take Llama-3.1"),
