@@ -610,7 +610,7 @@ def test_the_code_that_a_task_is_scored_by(tmp_path, monkeypatch):
     copy = shutil.copytree(question.HERE, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(question, "HERE", copy)
     monkeypatch.setattr(engine, "TASKS", copy / "tasks")
-    tasks = ("passkey", "ruler_vt", "perplexity", "hellaswag", *MAKERS)
+    tasks = ("passkey", "perplexity", *MAKERS)
 
     def codes():
         question.code.cache_clear()
@@ -621,12 +621,10 @@ def test_the_code_that_a_task_is_scored_by(tmp_path, monkeypatch):
         ("prefix.py", "PIECE = 1024", "PIECE = 1025", {"distance", "named_keys"}),
         ("haystacks.py", "Remember it.", "Keep it.", {"distance", "named_keys"}),
         ("distance.py", "POINTS = 13", "POINTS = 14", {"distance"}),
-        ("named_keys.py", '"named_keys/', '"keys/', {"distance", "named_keys"}),
         ("far_gain.py", "near - far", "far - near", {"far_gain"}),
         ("tasks/named_keys/named_keys.yaml", "version: 1.0", "version: 1.1", {"named_keys"}),
         ("tasks/far_gain/utils.py", '"far": far', '"far": near', {"far_gain"}),
         ("piecewise.py", "def refuse", "def refuses", set()),
-        ("progress.py", "longest = max(", "longest = min(", set()),
     ):
         text = (copy / name).read_text()
         assert old in text, name
