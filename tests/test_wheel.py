@@ -185,7 +185,7 @@ def test_a_wheel_prepares_trains_evaluates_and_plans(installed):
     )
     assert where.split() == [
         str(installed.packages / "endprompt/__init__.py"),
-        str(installed.packages / "endprompt/endprompt/evaluation/tasks"),
+        str(installed.packages / "endprompt/evaluation/tasks"),
     ]
     plan = installed("endprompt", "plan", "recipes/tiny.yaml", "endprompt", *SMALL)
     assert re.search(r"GB a GPU +zero3 +zero2 +zero3_offload\n", plan)
