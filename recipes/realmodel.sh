@@ -116,4 +116,4 @@ for setting in "${order[@]}"; do
   done
 done
 printf '%s\0' "${jobs[@]}" | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one
-"$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" --title "$(basename "$RECIPE" .yaml), $TOKENS tokens, seeds $SEEDS"
+"$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" --title "${RECIPE##*/}, $TOKENS tokens, seeds $SEEDS"

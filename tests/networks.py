@@ -12,6 +12,16 @@ from endprompt.positions import plans
 THETA = 500000.0
 
 
+def scheme(kind: str | None, window: int, target: int, dims: int = 8):
+    """The RoPE ``kind`` of an unscaled base; longrope's factors grow from pair to pair."""
+    from endprompt.positions import rope
+
+    pairs = dims // 2
+    factors = tuple(1 + (target / window - 1) * (pair + 1) / pairs for pair in range(pairs))
+    asked = rope.Asked(kind, long_factor=factors if kind == "longrope" else None)
+    return rope.extended(asked, rope.Default(), window, target)
+
+
 def configuration(model_type: str = "llama", **changes):
     """Config of a two-layer model with grouped-query attention; vocabulary 96, window 64, rope_theta
     500000.

@@ -1909,7 +1909,7 @@ def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
 
 
 def test_processes(recipe_file, tmp_path, base, model_copy):
-    edited("config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})(
+    edited("config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})(
         model_copy
     )
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"oops\n")
@@ -1929,7 +1929,7 @@ def test_processes(recipe_file, tmp_path, base, model_copy):
             "bad.jsonl line 2: not JSON",
         ),
         ("damaged", {}, ["inspect"], "shard-00000.parquet is damaged"),
-        ("scaled", {"model": {"name_or_path": str(model_copy)}}, ["prepare"], "scaled already"),
+        ("scaled", {"model": {"name_or_path": str(model_copy)}}, ["prepare"], "dynamic NTK"),
         ("other", {"train": {"deepspeed": None}}, ["train", "--set", "data.seed=7"], "seed is 0, expected 7"),
         (
             "misfit",
@@ -2098,6 +2098,12 @@ WHOLE = {
         "perplexity_column": None,
         "perplexity_tokens": 64,
         "perplexity_stride": 32,
+        "distance_haystack": 64,
+        "distance_keys": 2,
+        "distances": [0, 8],
+        "named_keys": 2,
+        "far_gain_tokens": 8,
+        "far_gain_texts": 2,
         "ruler_samples": None,
         "longbench_data": None,
         "longbench_length": 64,

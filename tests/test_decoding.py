@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_main, tiny_documents, write_jsonl
 from lm_eval.api.instance import Instance
+from networks import scheme
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -616,7 +617,7 @@ def test_vllm_is_asked_as_transformers_is(served, base, tmp_path, tokenizer, tin
 @pytest.mark.parametrize("kind", [*rope.TYPES, None])
 def test_vllm_grants_the_window_that_is_asked_of_it(served, base, tmp_path, kind):
     """The model's own target length with its answer, and no more than it has positions for."""
-    target, scaling = (2048, rope.scaling_for(kind, 256, 2048)) if kind else (256, None)
+    target, scaling = (2048, scheme(kind, 256, 2048, 32)) if kind else (256, None)
     config = AutoConfig.from_pretrained(base)
     if scaling:
         rope.apply(config, scaling, target)

@@ -16,7 +16,7 @@ import torch
 from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 from lm_eval.api.instance import Instance
 from matplotlib import image
-from networks import configuration, network, saved
+from networks import configuration, network, saved, scheme
 
 from endprompt import BadInput
 from endprompt.bases import model
@@ -57,7 +57,7 @@ def scaled(base, tmp_path_factory):
 
     def build(kind):
         if kind not in built:
-            scaling = rope.scaling_for(kind, found.original_length, TARGET)
+            scaling = scheme(kind, found.original_length, TARGET, 32)
             built[kind] = model.build(found, scaling, torch.float32, False).eval()
         return built[kind]
 

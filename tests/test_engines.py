@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_documents
+from networks import scheme
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt.bases import older_readers, sharpen
@@ -22,8 +23,8 @@ from endprompt.runs import export
 pytestmark = [pytest.mark.slow, pytest.mark.engines, pytest.mark.timeout(2 * engines.HOURS)]
 
 WINDOW, TARGET, THETA = 256, 2048, 500000.0
-# The only list of scalings here: a new type of rope.TYPES that needs nothing but lengths is in it.
-SCALINGS = {kind: rope.scaling_for(kind, WINDOW, TARGET) for kind in rope.TYPES}
+# The only list of scalings here.
+SCALINGS = {kind: scheme(kind, WINDOW, TARGET, 32) for kind in rope.TYPES}
 SHARPENED = "linear, sharpened"
 # Copies that are sharpened by position, of these types.
 BY_POSITION = {f"{kind}, by position": kind for kind in ("linear", "yarn")}

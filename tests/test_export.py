@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_main
-from networks import configuration, network, saved
+from networks import configuration, network, saved, scheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +27,7 @@ def trained(run: Path, base: Path, kind: str = "yarn", model_type: str = "llama"
     config = configuration(model_type, vocab_size=896, **changes)
     if model_type == "qwen2":  # transformers builds its tokenizer otherwise than the base's
         base = saved(run / "base", base, model_type)
-    rope.apply(config, rope.scaling_for(kind, C, L), L)
+    rope.apply(config, scheme(kind, C, L), L)
     config.endprompt = NOTE
     checkpoint, tokenizer = run / "checkpoints/checkpoint-2", AutoTokenizer.from_pretrained(base)
     tokenizer.model_max_length = L

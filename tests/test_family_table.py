@@ -248,9 +248,10 @@ def test_an_expert_that_is_missing_is_seen(tmp_path, base):
     tensors = load_file(path)
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     theta = rope.parameters(experiment.base.config)["rope_theta"]
+    dims = rope.rotary_dimensions(experiment.base.config)
 
     def verify():
-        checkpoint.verify_saved(path.parent, experiment.scaling, theta, experiment.target_length)
+        checkpoint.verify_saved(path.parent, experiment.scaling, theta, experiment.target_length, dims)
 
     verify()
     save_file({key: one for key, one in tensors.items() if key != name}, path, {"format": "pt"})

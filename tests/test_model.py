@@ -293,7 +293,7 @@ def save(recipe, out, target):
     network.save_pretrained(out)
     tokenizer.save_pretrained(out)
     older_readers.complete(out, tokenizer)
-    checkpoint.verify_saved(out, rope.Linear(8.0), THETA, 512)
+    checkpoint.verify_saved(out, rope.Linear(8.0), THETA, 512, 8)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_a_saved_folder_with_another_length_is_refused(recipe, base, tmp_path):
         right = path.read_text()
         path.write_text(json.dumps({**json.loads(right), key: 64}))
         with pytest.raises(Failure, match=f"{key}.*: 64" if key != "max_position_embeddings" else "."):
-            checkpoint.verify_saved(tmp_path / "out", rope.Linear(8.0), THETA, 512)
+            checkpoint.verify_saved(tmp_path / "out", rope.Linear(8.0), THETA, 512, 8)
         path.write_text(right)
     path = tmp_path / "out/tokenizer_config.json"
     path.write_text(
@@ -370,7 +370,7 @@ def test_a_saved_folder_with_another_length_is_refused(recipe, base, tmp_path):
         )
     )
     with pytest.raises(Failure, match="model_max_length.*None"):
-        checkpoint.verify_saved(tmp_path / "out", rope.Linear(8.0), THETA, 512)
+        checkpoint.verify_saved(tmp_path / "out", rope.Linear(8.0), THETA, 512, 8)
 
 
 def drop_config(folder, *keys):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from networks import THETA, configuration, network
+from networks import THETA, configuration, network, scheme
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ KINDS = (*rope.TYPES, None)
 def save(folder, tokenizer, kind="linear", model_type="llama"):
     """A model scaled by ``kind`` from 64 to 512, as a run leaves it; its scaling."""
     config = configuration(model_type, vocab_size=896)
-    scaling = rope.scaling_for(kind, 64, 512)
+    scaling = scheme(kind, 64, 512)
     rope.apply(config, scaling, 512)
     tokenizer.model_max_length = 512
     network(config).save_pretrained(folder)
@@ -59,7 +59,7 @@ def test_older_keys_say_what_the_newer_ones_say(tmp_path, tokenizer, model_type,
     found = AutoConfig.from_pretrained(tmp_path)
     assert found.rope_parameters == parameters
     assert not hasattr(found, "rope_theta") and "rope_scaling" not in found.to_diff_dict()
-    checkpoint.verify_saved(tmp_path, scaling, THETA, 512)
+    checkpoint.verify_saved(tmp_path, scaling, THETA, 512, HEAD)
 
 
 def test_it_may_be_done_twice_and_after_another_scaling(tmp_path, tokenizer):
@@ -110,8 +110,10 @@ def test_a_model_that_older_readers_would_read_otherwise_is_refused(tmp_path, to
     with pytest.raises(Failure, match="transformers 4 and mlx-lm"):
         older_readers.verify_rope(tmp_path, *trained)
     # transformers 5 prefers some of these keys.
-    with pytest.raises((Failure, KeyError), match="RoPE check|transformers 4|Missing required keys"):
-        checkpoint.verify_saved(tmp_path, scaling, THETA, 512)
+    with pytest.raises(
+        (Failure, KeyError), match="RoPE check|transformers 4|Missing required keys|dimensions of a head"
+    ):
+        checkpoint.verify_saved(tmp_path, scaling, THETA, 512, HEAD)
 
 
 OTHERS = {

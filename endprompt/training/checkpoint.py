@@ -114,21 +114,24 @@ def save_final(
         # A pickle; recipe.yaml beside the folder says the same.
         (partial / "training_args.bin").unlink(missing_ok=True)
         theta = rope.parameters(experiment.base.config)["rope_theta"]
-        verify_saved(partial, experiment.scaling, theta, experiment.target_length)
+        dims = rope.rotary_dimensions(experiment.base.config)
+        verify_saved(partial, experiment.scaling, theta, experiment.target_length, dims)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
         experiment.method.after_training(partial, experiment)
-        verify_saved(partial, experiment.scaling, theta, experiment.target_length)
+        verify_saved(partial, experiment.scaling, theta, experiment.target_length, dims)
         flush(partial)
         finish(partial, difference)
         os.replace(partial, folder)
     barrier()
 
 
-def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int) -> None:
+def verify_saved(
+    folder: Path, scaling: rope.Scaling, rope_theta: float, target_length: int, dims: int
+) -> None:
     """Raises Failure unless ``folder`` holds every parameter in its full shape and a config that builds the
     expected inv_freq, for transformers 5 and by the keys of older readers, and states ``target_length``
-    wherever it states the window."""
+    wherever it states the window.  dims: dimensions of a head that RoPE turns."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from transformers.core_model_loading import revert_weight_conversion
@@ -138,8 +141,10 @@ def verify_saved(folder: Path, scaling: rope.Scaling, rope_theta: float, target_
     with torch.device("meta"):
         # Not from_config: under a live ZeRO-3 that partitions over all ranks, and only one of them is here.
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    if (found := rope.rotary_dimensions(config)) != dims:
+        raise Failure(f"saved model: {folder} turns {found} dimensions of a head, and {dims} were trained")
     rope.verify(type(network.get_decoder().rotary_emb)(config), config, scaling, rope_theta)
-    trained = scaling.inv_freq(rope_theta, rope.rotary_dimensions(config))
+    trained = scaling.inv_freq(rope_theta, dims)
     older_readers.verify_rope(folder, trained, scaling.attention_factor)
     # A scaling without a window of its own leaves the base's.
     own = scaling.window(target_length) or config.max_position_embeddings
