@@ -315,6 +315,11 @@ def _stage(stage: str, arguments, deadline: float) -> dict:
         rows,
         **({"steps": 1, "warm_up": 1} if small else {}),
     )
+    return _fastest(shape, found)
+
+
+def _fastest(shape: str, found: dict) -> dict:
+    """What summary.json says of the steps of ``shape``."""
     fitting = [entry for entry in found["entries"] if entry["fits"]]
     fastest_of = {
         method: max(

@@ -9,6 +9,7 @@ A target that is not met stands there as such; what was not measured on a machin
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import measure
@@ -29,120 +30,25 @@ def _at(found: dict, *keys):
     return found
 
 
-def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
+Row = tuple[str, str, str, bool | None]
+
+
+def rows(found: dict) -> list[Row]:
     """(what, measured, target, met) of what one machine's file holds; met is None where there is no
     target.
     """
-    made: list[tuple[str, str, str, bool | None]] = []
+    made: list[Row] = []
 
     def row(what: str, value, shown: str, target: str = "-", met=None) -> None:
         if value is not None:
             made.append((what, shown.format(value), target, None if met is None else bool(met(value))))
 
     for shape, result in sorted((found.get("efficiency") or {}).items()):
-        gpu, ratios = not result["device"].startswith("CPU"), result["ratios"]
-        for target, ratio in sorted(
-            ((int(key), value) for key, value in ratios.items() if key.isdigit()), key=lambda pair: pair[0]
-        ):
-            met = (lambda value: value >= 3) if gpu and shape == "llama-3.2-1b" and target == 65536 else None
-            row(
-                f"`endprompt` against `full_length`, {shape}, target {target}: tokens/s",
-                ratio["speedup"],
-                f"{{:.2f}} times (arithmetic {ratio['arithmetic']:.2f})",
-                ">= 3" if met else "-",
-                met,
-            )
-            for way in ("none", "full"):
-                if f"memory_share_{way}" in ratio:
-                    limit = (lambda value: value <= 0.14) if _windows(shape, target) == 8 else None
-                    row(
-                        f"memory above the states, {shape}, target {target}, checkpointing {way}",
-                        ratio[f"memory_share_{way}"],
-                        "{:.1%} of `full_length`'s",
-                        "<= 14 %" if limit else "-",
-                        limit,
-                    )
-        row(
-            f"`endprompt`, {shape}: time a token at its slowest target against its fastest",
-            ratios.get("endprompt_slowest_of_fastest_target"),
-            "{:.3f}",
-            "<= 1.02",
-            lambda value: value <= 1.02,
-        )
-        best = max(
-            (entry["mfu"] for entry in result["entries"] if entry["fits"] and entry.get("mfu")), default=None
-        )
-        row(
-            f"best MFU, {shape}",
-            best,
-            "{:.1%}",
-            ">= 50 %" if shape == "llama-3.2-1b" else "-",
-            (lambda value: value >= 0.5) if shape == "llama-3.2-1b" else None,
-        )
+        _steps(row, shape, result)
     if loss := found.get("loss"):
-        size = f"{loss['tokens']} tokens x {loss['vocabulary']}, width {loss['width']}"
-        row(
-            f"chunked loss, {size}: memory",
-            loss["memory_share"],
-            "{:.1%} of full logits'",
-            "<= 5 %",
-            lambda value: value <= 0.05,
-        )
-        row(
-            f"chunked loss, {size}: time",
-            loss["time_ratio"],
-            "{:.2f} of full logits'",
-            "<= 1",
-            lambda value: value <= 1,
-        )
+        _loss(row, loss)
     if prepare := found.get("prepare"):
-        text = f"{prepare['documents']} documents"
-        start, speed = (
-            prepare["prepare_first"]["seconds"],
-            prepare["prepare_without_start_up_tokens_per_second"],
-        )
-        row(
-            f"`prepare`, {text}, its {start:.1f} s of start-up included: tokens/s",
-            prepare["prepare_once_of_bare"],
-            "{:.2f} of the bare tokenizer's",
-            ">= 0.8",
-            lambda value: value >= 0.8,
-        )
-        row(
-            "the same, without start-up",
-            prepare["prepare_without_start_up_of_bare"],
-            "{:.1f} times the bare tokenizer's",
-            ">= 0.8",
-            lambda value: value >= 0.8,
-        )
-        row(
-            "the same against a plain `datasets.map`, which is timed without start-up too",
-            speed / prepare["map"]["tokens_per_second"],
-            "{:.1f} times",
-            ">= 1.9",
-            lambda value: value >= 1.9,
-        )
-        row(
-            "`prepare` where fastokens is not installed, without start-up",
-            prepare["tokenizers_without_start_up_of_bare"],
-            "{:.2f} of the bare tokenizer's",
-            ">= 0.8",
-            lambda value: value >= 0.8,
-        )
-        row(
-            "`prepare`: memory at 8 times the documents against once",
-            prepare["prepare_memory_8_times_of_once"],
-            "{:.2f}",
-            "flat (<= 1.1)",
-            lambda value: value <= 1.1,
-        )
-        row(
-            "position columns' share of shard bytes",
-            _at(prepare, "prepare_8", "position_share_of_bytes"),
-            "{:.3%}",
-            "<= 1 %",
-            lambda value: value <= 0.01,
-        )
+        _prepare(row, prepare)
     row(
         "command to the first step, tiny recipe",
         _at(found, "startup", "first_step_seconds"),
@@ -168,6 +74,116 @@ def rows(found: dict) -> list[tuple[str, str, str, bool | None]]:
         )
         row("the same, from the cache", ruler["seconds_from_cache"], "{:.1f} s")
     return made
+
+
+def _steps(row: Callable[..., None], shape: str, result: dict) -> None:
+    gpu, ratios = not result["device"].startswith("CPU"), result["ratios"]
+    for target, ratio in sorted(
+        ((int(key), value) for key, value in ratios.items() if key.isdigit()), key=lambda pair: pair[0]
+    ):
+        met = (lambda value: value >= 3) if gpu and shape == "llama-3.2-1b" and target == 65536 else None
+        row(
+            f"`endprompt` against `full_length`, {shape}, target {target}: tokens/s",
+            ratio["speedup"],
+            f"{{:.2f}} times (arithmetic {ratio['arithmetic']:.2f})",
+            ">= 3" if met else "-",
+            met,
+        )
+        for way in ("none", "full"):
+            if f"memory_share_{way}" in ratio:
+                limit = (lambda value: value <= 0.14) if _windows(shape, target) == 8 else None
+                row(
+                    f"memory above the states, {shape}, target {target}, checkpointing {way}",
+                    ratio[f"memory_share_{way}"],
+                    "{:.1%} of `full_length`'s",
+                    "<= 14 %" if limit else "-",
+                    limit,
+                )
+    row(
+        f"`endprompt`, {shape}: time a token at its slowest target against its fastest",
+        ratios.get("endprompt_slowest_of_fastest_target"),
+        "{:.3f}",
+        "<= 1.02",
+        lambda value: value <= 1.02,
+    )
+    best = max(
+        (entry["mfu"] for entry in result["entries"] if entry["fits"] and entry.get("mfu")), default=None
+    )
+    row(
+        f"best MFU, {shape}",
+        best,
+        "{:.1%}",
+        ">= 50 %" if shape == "llama-3.2-1b" else "-",
+        (lambda value: value >= 0.5) if shape == "llama-3.2-1b" else None,
+    )
+
+
+def _loss(row: Callable[..., None], loss: dict) -> None:
+    size = f"{loss['tokens']} tokens x {loss['vocabulary']}, width {loss['width']}"
+    row(
+        f"chunked loss, {size}: memory",
+        loss["memory_share"],
+        "{:.1%} of full logits'",
+        "<= 5 %",
+        lambda value: value <= 0.05,
+    )
+    row(
+        f"chunked loss, {size}: time",
+        loss["time_ratio"],
+        "{:.2f} of full logits'",
+        "<= 1",
+        lambda value: value <= 1,
+    )
+
+
+def _prepare(row: Callable[..., None], prepare: dict) -> None:
+    text = f"{prepare['documents']} documents"
+    start, speed = (
+        prepare["prepare_first"]["seconds"],
+        prepare["prepare_without_start_up_tokens_per_second"],
+    )
+    row(
+        f"`prepare`, {text}, its {start:.1f} s of start-up included: tokens/s",
+        prepare["prepare_once_of_bare"],
+        "{:.2f} of the bare tokenizer's",
+        ">= 0.8",
+        lambda value: value >= 0.8,
+    )
+    row(
+        "the same, without start-up",
+        prepare["prepare_without_start_up_of_bare"],
+        "{:.1f} times the bare tokenizer's",
+        ">= 0.8",
+        lambda value: value >= 0.8,
+    )
+    row(
+        "the same against a plain `datasets.map`, which is timed without start-up too",
+        speed / prepare["map"]["tokens_per_second"],
+        "{:.1f} times",
+        ">= 1.9",
+        lambda value: value >= 1.9,
+    )
+    row(
+        "`prepare` where fastokens is not installed, without start-up",
+        prepare["tokenizers_without_start_up_of_bare"],
+        "{:.2f} of the bare tokenizer's",
+        ">= 0.8",
+        lambda value: value >= 0.8,
+    )
+    row(
+        "`prepare`: memory at 8 times the documents against once",
+        prepare["prepare_memory_8_times_of_once"],
+        "{:.2f}",
+        "flat (<= 1.1)",
+        lambda value: value <= 1.1,
+    )
+    row(
+        "position columns' share of shard bytes",
+        _at(prepare, "prepare_8", "position_share_of_bytes"),
+        "{:.3%}",
+        "<= 1 %",
+        lambda value: value <= 0.01,
+    )
 
 
 def _windows(shape: str, target: int) -> float:

@@ -110,6 +110,25 @@ class Rows(IterableDataset):
             yield {"input_ids": torch.tensor(row), "labels": torch.tensor(row)}
 
 
+def network(arguments, tokenizer) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=arguments.width,
+            intermediate_size=3 * arguments.width,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=WINDOW,
+            tie_word_embeddings=False,
+            initializer_range=0.02,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,22 +147,7 @@ def main() -> None:
 
     set_seed(arguments.seed)
     tokenizer = train_tokenizer(arguments.out, arguments.vocabulary)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=arguments.width,
-            intermediate_size=3 * arguments.width,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=WINDOW,
-            tie_word_embeddings=False,
-            initializer_range=0.02,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = network(arguments, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         training = TrainingArguments(
             output_dir=scratch,
