@@ -21,42 +21,49 @@ from pathlib import Path
 import measure
 
 
-def worker(
-    version: str, tokens: int, vocabulary: int, width: int, repeats: int, reference: str | None
-) -> dict:
+def inputs(version: str, tokens: int, vocabulary: int, width: int):
+    """Hidden states, head, labels and weights: bfloat16 on a GPU, float32 on a CPU and for ``exact``."""
     import torch
-    from torch.nn import functional
-
-    from endprompt.training.loss import chunked_linear_cross_entropy, liger_kernel
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
-    weight = (
-        (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
-    )
+    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype)
     labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     weights = torch.ones(tokens, device=device)
     if not cuda:  # Liger's loss knows no weights
         weights[-12:] = 0.1
     if version == "exact":
-        hidden, weight = (value.detach().float().requires_grad_() for value in (hidden, weight))
+        hidden, weight = hidden.float(), weight.float()
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, weights
 
-    def full():
+
+def loss_of(version: str, hidden, weight, labels, weights):
+    import torch
+    from torch.nn import functional
+
+    from endprompt.training.loss import chunked_linear_cross_entropy, liger_kernel
+
+    if version in ("full", "exact"):
         losses = functional.cross_entropy(functional.linear(hidden, weight).float(), labels, reduction="none")
         return (losses * weights).sum()
+    if version == "liger":
+        return liger_kernel(hidden)(
+            hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
+        )[0]
+    return chunked_linear_cross_entropy(hidden, weight, labels, weights)[0]
+
+
+def worker(version: str, shape: tuple[int, int, int], repeats: int, reference: Path) -> dict:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    hidden, weight, labels, weights = inputs(version, *shape)
 
     def step():
         hidden.grad = weight.grad = None
-        if version in ("full", "exact"):
-            loss = full()
-        elif version == "liger":
-            loss = liger_kernel(hidden)(
-                hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
-            )[0]
-        else:
-            loss = chunked_linear_cross_entropy(hidden, weight, labels, weights)[0]
+        loss = loss_of(version, hidden, weight, labels, weights)
         loss.backward()
         if cuda:
             torch.cuda.synchronize()
@@ -83,11 +90,10 @@ def worker(
         "memory_bytes": peak - before,
         "loss": value,
     }
-    path = Path(reference)
     if version == ("exact" if cuda else "full"):
-        torch.save([hidden.grad, weight.grad], path)
+        torch.save([hidden.grad, weight.grad], reference)
     else:
-        others = torch.load(path, weights_only=True)
+        others = torch.load(reference, weights_only=True)
         found["relative_gradient_difference"] = [
             float((mine.float() - other).norm() / other.norm())
             for mine, other in zip((hidden.grad, weight.grad), others, strict=True)
@@ -105,11 +111,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--reference", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=Path, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    shape = (arguments.tokens, arguments.vocabulary, arguments.width, arguments.repeats)
+    shape = (arguments.tokens, arguments.vocabulary, arguments.width)
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker, *shape, arguments.reference)))
+        print(json.dumps(worker(arguments.worker, shape, arguments.repeats, arguments.reference)))
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -121,13 +127,8 @@ def main() -> None:
             else ["full", "chunked"]
         )
         for version in versions:
-            options = [
-                part
-                for name, value in zip(
-                    ("--tokens", "--vocabulary", "--width", "--repeats"), shape, strict=True
-                )
-                for part in (name, str(value))
-            ]
+            named = ("tokens", "vocabulary", "width", "repeats")
+            options = [part for name in named for part in (f"--{name}", str(getattr(arguments, name)))]
             result = subprocess.run(
                 [
                     sys.executable,

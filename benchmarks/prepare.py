@@ -135,7 +135,7 @@ def position_share(shards: list[Path]) -> float:
     return positions / total
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--documents", type=int, default=24)
@@ -144,78 +144,94 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def written(folder: Path, texts: list[str], name: str, gguf: str) -> dict[str, Path]:
+    """The recipes: one row, the documents once, the documents eight times."""
+    recipes = {}
+    for label, times, wanted in (("first", 1, LENGTH), ("1", 1, 10**10), ("8", 8, 10**10)):
+        corpus = folder / f"corpus-{times}.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(times) for text in texts))
+        recipes[label] = folder / f"times{label}.yaml"
+        recipes[label].write_text(
+            RECIPE.format(model=name, gguf=gguf or "null", corpus=corpus, tokens=wanted, length=LENGTH)
+        )
+    return recipes
+
+
+def as_from_the_hub(folder: Path, recipes: dict[str, Path], tokenizer, gguf: str) -> None:
+    """The model as plain files: to read a tokenizer out of a GGUF file takes seconds, which a user of the
+    hub does not wait.
+    """
+    from endprompt.bases import model
+    from endprompt.recipe import schema
+
+    recipe = schema.load(recipes["1"])
+    saved = folder / "model"
+    tokenizer.save_pretrained(saved)
+    model.load_config(recipe).save_pretrained(saved)
+    for path in recipes.values():
+        text = path.read_text().replace(f'"{recipe.model.name_or_path}"', f'"{saved}"')
+        path.write_text(text.replace(gguf, "null"))
+
+
+def alternating(runs: dict, repeats: int, out: Path) -> dict[str, dict]:
+    """The median run of each; they alternate, so that a slow minute of the machine meets all."""
+    made: dict = {}
+    for _ in range(repeats):
+        for name, function in runs.items():
+            made.setdefault(name, []).append(function(out))
+            shutil.rmtree(out, ignore_errors=True)
+    return {
+        name: sorted(figures, key=lambda run: run["seconds"])[len(figures) // 2]
+        for name, figures in made.items()
+    }
+
+
+def compared(found: dict, kind: str) -> dict:
+    """Shares of the bare tokenizer and of datasets.map, with and without the start-up."""
+    first, once, more = (found[f"{kind}_{name}"] for name in ("first", "1", "8"))
+    steady = (more["tokens"] - first["tokens"]) / (more["seconds"] - first["seconds"])
+    figures = {
+        f"{kind}_without_start_up_tokens_per_second": steady,
+        f"{kind}_without_start_up_of_bare": steady / found["bare"]["tokens_per_second"],
+    }
+    for name, run in (("once", once), ("8_times", more)):
+        for other in ("bare", "map"):
+            share = run["tokens_per_second"] / found[other]["tokens_per_second"]
+            figures[f"{kind}_{name}_of_{other}"] = share
+    figures[f"{kind}_memory_8_times_of_once"] = more["peak_memory_bytes"] / once["peak_memory_bytes"]
+    return figures
+
+
+def main() -> None:
+    arguments = parsed()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from endprompt.bases import model
     from endprompt.recipe import schema
 
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     texts = documents(arguments.corpus, arguments.documents)
-    recipes = {}
-    for name, times, wanted in (("first", 1, LENGTH), ("1", 1, 10**10), ("8", 8, 10**10)):
-        corpus = folder / f"corpus-{times}.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(times) for text in texts))
-        recipes[name] = folder / f"times{name}.yaml"
-        recipes[name].write_text(
-            RECIPE.format(
-                model=arguments.model,
-                gguf=arguments.gguf or "null",
-                corpus=corpus,
-                tokens=wanted,
-                length=LENGTH,
-            )
-        )
+    recipes = written(folder, texts, arguments.model, arguments.gguf)
     tokenizer = model.load_tokenizer(schema.load(recipes["1"]))
-    if (
-        arguments.gguf
-    ):  # the files of a model as it comes from the hub: to read a tokenizer out of a GGUF file takes seconds
-        saved = folder / "model"
-        tokenizer.save_pretrained(saved)
-        model.load_config(schema.load(recipes["1"])).save_pretrained(saved)
-        for path in recipes.values():
-            path.write_text(
-                path.read_text().replace(f'"{arguments.model}"', f'"{saved}"').replace(arguments.gguf, "null")
-            )
+    if arguments.gguf:
+        as_from_the_hub(folder, recipes, tokenizer, arguments.gguf)
     tokenizer.model_max_length = sys.maxsize
     hidden = folder / "hidden"
     hidden.mkdir()
     (hidden / "fastokens.py").write_text("raise ImportError\n")
-    made: dict = {}
     runs = {
         "bare": lambda out: bare(tokenizer, texts),
         "map": lambda out: mapped(tokenizer, texts, arguments.workers),
-        **{
-            f"prepare_{name}": lambda out, name=name: prepared(recipes[name], out, arguments.workers)
-            for name in recipes
-        },
-        **{
-            f"tokenizers_{name}": lambda out, name=name: prepared(
-                recipes[name], out, arguments.workers, hidden
+    }
+    for kind, without in (("prepare", None), ("tokenizers", hidden)):
+        for name, recipe in recipes.items():
+            runs[f"{kind}_{name}"] = lambda out, recipe=recipe, without=without: prepared(
+                recipe, out, arguments.workers, without
             )
-            for name in recipes
-        },
-    }
-    for _ in range(arguments.repeats):  # alternating, so that a slow minute of the machine meets all
-        for name, function in runs.items():
-            out = folder / "out"
-            made.setdefault(name, []).append(function(out))
-            shutil.rmtree(out, ignore_errors=True)
-    found: dict = {
-        name: sorted(figures, key=lambda run: run["seconds"])[len(figures) // 2]
-        for name, figures in made.items()
-    }
-    for kind in ("prepare", "tokenizers"):
-        first, once, more = (found[f"{kind}_{name}"] for name in recipes)
-        found[f"{kind}_without_start_up_tokens_per_second"] = (more["tokens"] - first["tokens"]) / (
-            more["seconds"] - first["seconds"]
-        )
-        found[f"{kind}_without_start_up_of_bare"] = (
-            found[f"{kind}_without_start_up_tokens_per_second"] / found["bare"]["tokens_per_second"]
-        )
-        for name, run in (("once", once), ("8_times", more)):
-            found[f"{kind}_{name}_of_bare"] = run["tokens_per_second"] / found["bare"]["tokens_per_second"]
-            found[f"{kind}_{name}_of_map"] = run["tokens_per_second"] / found["map"]["tokens_per_second"]
-        found[f"{kind}_memory_8_times_of_once"] = more["peak_memory_bytes"] / once["peak_memory_bytes"]
+    found = alternating(runs, arguments.repeats, folder / "out")
+    found |= {**compared(found, "prepare"), **compared(found, "tokenizers")}
     shutil.rmtree(folder)
     measure.write(
         arguments.out,

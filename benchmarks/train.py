@@ -47,6 +47,66 @@ def corpus(path: Path, tokens: int) -> None:
             file.write(json.dumps({"text": " ".join(rng.choices(words, k=1000))}) + "\n")
 
 
+def written(folder: Path, window: int, rows: int, tokens: int) -> Path:
+    recipe = {
+        "model": {"name_or_path": str(folder / "base")},
+        "lengths": {"physical": window, "target": 8 * window},
+        "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens, "end_prompts": ["EP_1"]},
+        "train": {
+            "deepspeed": str(measure.REPOSITORY / "ds_configs" / "zero3.json"),
+            "per_device_train_batch_size": rows,
+            "logging_steps": 1,
+            "warmup_steps": 2,
+            "gradient_checkpointing": False,
+            "report_to": [],
+            "save_steps": 10**6,  # none before the end
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # which is YAML too
+    return path
+
+
+def ran(command: str, start: list[str], recipe: Path, changes: list[str]) -> None:
+    """Runs one command of endprompt; raises SystemExit with its own message where it fails."""
+    result = subprocess.run(
+        [
+            *start,
+            "endprompt",
+            command,
+            str(recipe),
+            "endprompt",
+            "--out",
+            str(recipe.parent / "runs"),
+            *changes,
+        ],
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode:
+        lines = result.stdout.strip().splitlines()
+        told = [line for line in lines if "Error" in line or line.startswith("endprompt:")] or lines[-1:]
+        print(f"benchmarks/train.py: {command} failed: {told[0] if told else 'no message'}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def measured(arguments: argparse.Namespace, window: int) -> dict:
+    """What train.json holds after ``steps`` steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokens = arguments.steps * arguments.rows * window
+        model_folder(arguments.shape, folder / "base")
+        corpus(folder / "corpus.jsonl", tokens)
+        recipe = written(folder, window, arguments.rows, tokens)
+        changes = [part for value in arguments.set for part in ("--set", value)]
+        ran("prepare", [sys.executable, "-m"], recipe, changes)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"]
+        ran("train", torchrun, recipe, changes)
+        return json.loads((folder / "runs" / "recipe" / "endprompt" / "train.json").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=efficiency.SHAPES, default="smollm2-135m")
@@ -56,61 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     window = efficiency.SHAPES[arguments.shape][6]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        tokens = arguments.steps * arguments.rows * window
-        model_folder(arguments.shape, folder / "base")
-        corpus(folder / "corpus.jsonl", tokens)
-        recipe = {
-            "model": {"name_or_path": str(folder / "base")},
-            "lengths": {"physical": window, "target": 8 * window},
-            "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens, "end_prompts": ["EP_1"]},
-            "train": {
-                "deepspeed": str(measure.REPOSITORY / "ds_configs" / "zero3.json"),
-                "per_device_train_batch_size": arguments.rows,
-                "logging_steps": 1,
-                "warmup_steps": 2,
-                "gradient_checkpointing": False,
-                "report_to": [],
-                "save_steps": 10**6,  # none before the end
-            },
-        }
-        (folder / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
-        changes = [part for value in arguments.set for part in ("--set", value)]
-        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ}
-        for start in (
-            [sys.executable, "-m"],
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"],
-        ):
-            command = "train" if "--standalone" in start else "prepare"
-            result = subprocess.run(
-                [
-                    *start,
-                    "endprompt",
-                    command,
-                    str(folder / "recipe.yaml"),
-                    "endprompt",
-                    "--out",
-                    str(folder / "runs"),
-                    *changes,
-                ],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            if result.returncode:
-                told = [
-                    line
-                    for line in result.stdout.strip().splitlines()
-                    if "Error" in line or line.startswith("endprompt:")
-                ] or result.stdout.strip().splitlines()[-1:]
-                print(
-                    f"benchmarks/train.py: {command} failed: {told[0] if told else 'no message'}",
-                    file=sys.stderr,
-                )
-                raise SystemExit(1)
-        found = json.loads((folder / "runs" / "recipe" / "endprompt" / "train.json").read_text())
+    found = measured(arguments, window)
     steady = found["history"][3:] or found["history"][-1:]
     values = {
         name: statistics.median(entry[name] for entry in steady)

@@ -40,6 +40,41 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def _configuration(host: str, folder: Path, user: str, ports: list[int]) -> str:
+    """slurm.conf of a controller and two nodes on this host; ``ports`` are theirs, in this order."""
+    return f"""\
+ClusterName=endprompt
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/munge.socket,cred_expire=30
+CredType=cred/munge
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=5
+KillWait=10
+JobRequeue=1
+MinJobAge=3600
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
 class Cluster:
     """nodes n1 and n2.  environment: what a client of the cluster needs."""
 
@@ -83,38 +118,7 @@ class Cluster:
         for path in (munge, key):
             os.chmod(path, 0o700 if path.is_dir() else 0o600)
         os.chmod(munge, 0o711)
-        controller, first, second = _free_ports(3)
-        (folder / "slurm.conf").write_text(f"""\
-ClusterName=endprompt
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller}
-AuthType=auth/munge
-AuthInfo=socket={munge}/munge.socket,cred_expire=30
-CredType=cred/munge
-SlurmUser={owner.pw_name}
-SlurmdUser={owner.pw_name}
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd-%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd-%n.log
-ProctrackType=proctrack/pgid
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-MpiDefault=none
-ReturnToService=2
-SlurmctldTimeout=30
-SlurmdTimeout=5
-KillWait=10
-JobRequeue=1
-MinJobAge=3600
-SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory=4000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-""")
+        (folder / "slurm.conf").write_text(_configuration(host, folder, owner.pw_name, _free_ports(3)))
         version = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
         (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/{version}\n")
         self._spawn(

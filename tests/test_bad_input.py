@@ -1914,29 +1914,18 @@ def test_processes(recipe_file, tmp_path, base, model_copy):
     )
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"oops\n")
     SCORED["weights in a wrong shape"][0](shutil.copytree(base, tmp_path / "misfit"))
-    # (recipe name, sections, command, what is told)
+    misfit = {"model": {"name_or_path": str(tmp_path / "misfit")}}
+    bad_line = {"data": {"corpus": str(tmp_path / "bad.jsonl")}}
+    scaled = {"model": {"name_or_path": str(model_copy)}}
+    prepare, other_seed = ["prepare", "--workers", "2"], ["train", "--set", "data.seed=7"]
+    # (recipe name, sections, command, what is told); misfit as ZeRO-3 meets it
     cases = [
-        (
-            "yaml",
-            {"lengths": {"physical": 1024}},
-            ["prepare", "--workers", "2"],
-            "greater than lengths.target",
-        ),
-        (
-            "line",
-            {"data": {"corpus": str(tmp_path / "bad.jsonl")}},
-            ["prepare", "--workers", "2"],
-            "bad.jsonl line 2: not JSON",
-        ),
+        ("yaml", {"lengths": {"physical": 1024}}, prepare, "greater than lengths.target"),
+        ("line", bad_line, prepare, "bad.jsonl line 2: not JSON"),
         ("damaged", {}, ["inspect"], "shard-00000.parquet is damaged"),
-        ("scaled", {"model": {"name_or_path": str(model_copy)}}, ["prepare"], "dynamic NTK"),
-        ("other", {"train": {"deepspeed": None}}, ["train", "--set", "data.seed=7"], "seed is 0, expected 7"),
-        (
-            "misfit",
-            {"model": {"name_or_path": str(tmp_path / "misfit")}},
-            ["train"],
-            "size mismatch for model.norm.weight",
-        ),  # as ZeRO-3 meets it
+        ("scaled", scaled, ["prepare"], "dynamic NTK"),
+        ("other", {"train": {"deepspeed": None}}, other_seed, "seed is 0, expected 7"),
+        ("misfit", misfit, ["train"], "size mismatch for model.norm.weight"),
     ]
     out = tmp_path / "out"
     paths = {name: recipe_file(name, **sections) for name, sections, _, _ in cases}
@@ -1946,19 +1935,10 @@ def test_processes(recipe_file, tmp_path, base, model_copy):
     before = files(out)
     # All at once: most of the time goes into importing.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "endprompt"]
     running = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "endprompt",
-                command[0],
-                str(paths[name]),
-                "endprompt",
-                "--out",
-                str(out),
-                *command[1:],
-            ],
+            [*start, command[0], str(paths[name]), "endprompt", "--out", str(out), *command[1:]],
             cwd=REPOSITORY,
             env=environment,
             stdout=subprocess.PIPE,

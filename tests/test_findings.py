@@ -127,6 +127,11 @@ def test_numbers(runs):
         },
     }
     assert list(found["short"]["losses"]) == ["text_loss"]
+
+
+def test_keys_by_distance(runs):
+    found = {entry["name"]: entry for entry in findings.collect(runs)}
+    prompt = found["endprompt"]
     # 48 and 50 of 60 keys: mean 81.6667, s = 2.3570, t(1) = 12.7062, half 21.1770.
     assert prompt["passkey"]["mean"] == {
         "mean": pytest.approx(81.6667, abs=1e-3),

@@ -78,9 +78,16 @@ def too_long(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: f"{room(path)}-{path.stem}")
+def every_file() -> list[Path]:
+    rooms = (REPOSITORY / name for name in ("endprompt", "eval", "benchmarks", "recipes", "tests"))
+    return sorted(path for folder in rooms for path in folder.rglob("*.py") if "tasks" not in path.parts)
+
+
+@pytest.mark.parametrize("path", every_file(), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_functions_are_read_at_one_sight(path):
-    assert too_long(path.read_text()) == []
+    found = too_long(path.read_text())
+    # A test's parameters are fixtures and the names of its cases.
+    assert [line for line in found if "tests" not in path.parts or line.endswith("lines")] == []
 
 
 def test_a_long_function_is_seen():

@@ -107,28 +107,34 @@ def test_names_that_would_be_taken_for_others(before, after, said):
     assert table_before == methods.METHODS
 
 
-@pytest.mark.timeout(600)
-def test_a_new_method_is_one_file(file, tmp_path):
-    run = tmp_path / "out/tiny/strided"
+WORKERS = ("--workers", 1)
 
-    def command(name, *options, method="strided", out="out", **settings):
+
+class Commands:
+    """The commands on one recipe: ``done`` gives what is printed, ``refused`` the one line of exit code 2."""
+
+    def __init__(self, folder):
+        self.folder, self.run = folder, folder / "out/tiny/strided"
+
+    def line(self, name, *options, method="strided", out="out", **settings):
         given = [f"{key}={json.dumps(value)}" for key, value in (SETTINGS | settings).items()]
         chosen = [part for setting in given for part in ("--set", setting)]
-        return [name, RECIPE, method, "--out", tmp_path / out, *chosen, *options]
+        return [name, RECIPE, method, "--out", self.folder / out, *chosen, *options]
 
-    def done(*arguments, **settings):
-        code, told, error = run_main(*command(*arguments, **settings))
+    def done(self, *arguments, **settings):
+        code, told, error = run_main(*self.line(*arguments, **settings))
         assert code == 0, error
         return told
 
-    def refused(*arguments, **settings):
-        code, told, error = run_main(*command(*arguments, **settings))
+    def refused(self, *arguments, **settings):
+        code, told, error = run_main(*self.line(*arguments, **settings))
         assert (code, told) == (2, "") and error.count("\n") == 1
         return error
 
-    # Its option: in the manifest, in recipe.yaml, in the rows, and nobody else's.
-    workers = ("--workers", 1)
-    assert "64 rows, 16384 tokens" in done("prepare", *workers)
+
+def rows_follow_the_option(commands):
+    assert "64 rows, 16384 tokens" in commands.done("prepare", *WORKERS)
+    run = commands.run
     manifest = shards.read_manifest(run / "shards")
     assert (manifest["method"], manifest["stride"], manifest["rows"]) == ("strided", 2, 64)
     assert "more" not in manifest
@@ -141,17 +147,23 @@ def test_a_new_method_is_one_file(file, tmp_path):
         starts.add(first)
         assert row["position_ids"] == list(range(first, first + 512, 2))
     assert starts == {0, 1}
+
+
+def another_value_is_seen_or_refused(commands):
     other = {"method_options.stride": 3}
     for name in ("prepare", "train", "inspect"):
-        assert "stride is 2, expected 3" in refused(name, **other)
-    done("prepare", *workers, out="other", **other)
-    changed = shards.read_manifest(tmp_path / "other/tiny/strided/shards")
+        assert "stride is 2, expected 3" in commands.refused(name, **other)
+    commands.done("prepare", *WORKERS, out="other", **other)
+    changed = shards.read_manifest(commands.folder / "other/tiny/strided/shards")
     assert changed["stride"] == 3
+    manifest = shards.read_manifest(commands.run / "shards")
     assert changed["shards"][0]["sha256"] != manifest["shards"][0]["sha256"]
-    assert "method_options.stride: " in refused("prepare", **{"method_options.stride": 1})
-    said = refused("prepare", method="short")
+    assert "method_options.stride: " in commands.refused("prepare", **{"method_options.stride": 1})
+    said = commands.refused("prepare", method="short")
     assert "method_options.more: short has no such option (it has: none)" in said
-    # Of a shared recipe it may say so under the method's name.
+
+
+def a_shared_recipe_names_the_method():
     own = {"method_options.strided.stride": 5}
     plain = {key: value for key, value in SETTINGS.items() if not key.startswith("method_options")}
     given = [part for key, value in (plain | own).items() for part in ("--set", f"{key}={json.dumps(value)}")]
@@ -161,15 +173,10 @@ def test_a_new_method_is_one_file(file, tmp_path):
     assert (code, error) == (0, "")
     assert yaml.safe_load(told)["method_options"] == {"strided": {"stride": 5, "more": 0.0}}
 
-    told = done("inspect")
-    assert "64 rows, 16384 tokens; all checksums hold" in told and "256 of 2048 supervised" in told
-    told = done("inspect", "--coverage")
-    assert "coverage of strided: 64 prepared rows" in told
-    assert f"never seen: {2048 - 256} of the distances 0..2047" in told
-    assert (run / "coverage.png").stat().st_size > 0
 
-    # Its term of the loss, at every step, and its step after training.
-    training.run([sys.executable, "-c", SCRIPT, file, *command("train")])
+def training_has_its_term_and_its_step(commands, file):
+    training.run([sys.executable, "-c", SCRIPT, file, *commands.line("train")])
+    run = commands.run
     history = json.loads((run / "train.json").read_text())["history"]
     assert [entry["step"] for entry in history] == list(range(1, 9))
     for entry in history:
@@ -177,6 +184,22 @@ def test_a_new_method_is_one_file(file, tmp_path):
     assert json.loads((run / "model/strided.json").read_text()) == {"stride": 2}
     assert json.loads((run / "model/config.json").read_text())["endprompt"]["method"] == "strided"
 
-    assert "passkey" in done("evaluate")
-    result = json.loads((run / "eval/passkey/256.json").read_text())
+
+@pytest.mark.timeout(600)
+def test_a_new_method_is_one_file(file, tmp_path):
+    commands = Commands(tmp_path)
+    rows_follow_the_option(commands)
+    another_value_is_seen_or_refused(commands)
+    a_shared_recipe_names_the_method()
+
+    told = commands.done("inspect")
+    assert "64 rows, 16384 tokens; all checksums hold" in told and "256 of 2048 supervised" in told
+    told = commands.done("inspect", "--coverage")
+    assert "coverage of strided: 64 prepared rows" in told
+    assert f"never seen: {2048 - 256} of the distances 0..2047" in told
+    assert (commands.run / "coverage.png").stat().st_size > 0
+
+    training_has_its_term_and_its_step(commands, file)
+    assert "passkey" in commands.done("evaluate")
+    result = json.loads((commands.run / "eval/passkey/256.json").read_text())
     assert result["scores"]["samples"] == 2

@@ -65,43 +65,12 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     (data / "train.jsonl").write_text(
         "".join(json.dumps({"messages": CONVERSATION}) + "\n" for _ in range(16))
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=1",
-        "-m",
-        "trl.scripts.sft",
-        "--config",
-        str(RECIPE),
-        "--model_name_or_path",
-        str(extended),
-        "--output_dir",
-        str(tmp_path / "sft"),
-        "--dataset_name",
-        str(data),
-        "--dataset_train_split",
-        "train",
-        "--bf16",
-        "false",
-        "--use_cpu",
-        "true",
-        "--ddp_backend",
-        "gloo",
-        "--dtype",
-        "float32",
-        "--max_steps",
-        "8",
-        "--max_length",
-        "128",
-        "--logging_steps",
-        "1",
-        "--gradient_accumulation_steps",
-        "1",
-        "--learning_rate",
-        "5e-4",
-    ]
+    start = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=1 -m trl.scripts.sft"
+    folders = f"--config {RECIPE} --model_name_or_path {extended} --output_dir {tmp_path / 'sft'}"
+    rows = f"--dataset_name {data} --dataset_train_split train --max_length 128"
+    machine = "--bf16 false --use_cpu true --ddp_backend gloo --dtype float32"
+    steps = "--max_steps 8 --logging_steps 1 --gradient_accumulation_steps 1 --learning_rate 5e-4"
+    command = f"{start} {folders} {rows} {machine} {steps}".split()
     result = subprocess.run(
         command,
         cwd=REPOSITORY,

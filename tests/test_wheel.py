@@ -99,21 +99,8 @@ def installed(wheel, tmp_path_factory):
     beside it what this one has."""
     project = tmp_path_factory.mktemp("project")  # of somebody who keeps the environment in it
     subprocess.run(["git", "init", "--quiet", project], check=True)
-    subprocess.run(
-        [
-            "git",
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b",
-            "commit",
-            "--quiet",
-            "--allow-empty",
-            "--message=x",
-        ],
-        cwd=project,
-        check=True,
-    )
+    commit = "git -c user.name=a -c user.email=a@b commit --quiet --allow-empty --message=x"
+    subprocess.run(commit.split(), cwd=project, check=True)
     venv.create(project / ".venv", with_pip=False)
     packages = next((project / ".venv/lib").glob("python*/site-packages"))
     # Folders that a .pth file names are searched, their own .pth files (an editable endprompt) are not read.
@@ -121,23 +108,18 @@ def installed(wheel, tmp_path_factory):
         "".join(f"{path}\n" for path in sys.path if path.endswith("-packages"))
     )
     python = project / ".venv/bin/python"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            python,
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-            wheel,
-        ],
-        check=True,
-        capture_output=True,
-        timeout=240,
-    )
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run([*install, wheel], check=True, capture_output=True, timeout=240)
     (project / "empty").mkdir()
     environment = {
         key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "ENDPROMPT_COMMIT")
