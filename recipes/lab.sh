@@ -22,6 +22,7 @@ declare -A methods=(
   [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora'
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
+  [by-position]='pose_sharp pose_matched'
   [yarn]='full_length endprompt_pose'
   [yarn-sharpened]='full_length endprompt_pose'
   [weight-0]=endprompt [weight-1]=endprompt
@@ -31,6 +32,7 @@ declare -A different=(
   [plain]=''
   [sharpened]='rope.sharpen=1.0'
   [unsharpened]='rope.sharpen=0.0'
+  [by-position]=''
   [yarn]='rope.type=yarn'
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
   [weight-0]='method_options.prompt_loss_weight=0.0'
@@ -39,8 +41,8 @@ declare -A different=(
   [prompt-long]="method_options.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
-declare -A trained=([sharpened]=plain [unsharpened]=plain [yarn-sharpened]=yarn)
-order=(plain sharpened unsharpened yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
+declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained
@@ -52,17 +54,31 @@ one() {  # setting method seed differences trained
   for key in "${keys[@]}"; do options+=(--set "$key"); done
   if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi
   mkdir -p "$run"
-  if [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
+  local stages='prepare train evaluate'
+  if [ "$setting" = by-position ]; then
+    stages=evaluate
+    by_position "$other" "$run" >>"$run/lab.log" 2>&1 || stopped "$@"
+  elif [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
     cp -r "$other/shards" "$other/checkpoints" "$run/"
   fi
-  if ! OUT=$out bash "$root/recipes/run.sh" "$root/recipes/tiny.yaml" "$method" "${options[@]}" >>"$run/lab.log" 2>&1; then
-    tail -n 15 "$run/lab.log" >&2
-    echo "lab.sh: $setting $method seed $seed failed; its log is $run/lab.log; the same command goes on from there" >&2
-    exit 255  # xargs starts no more
-  fi
+  STAGES=$stages OUT=$out bash "$root/recipes/run.sh" "$root/recipes/tiny.yaml" "$method" "${options[@]}" >>"$run/lab.log" 2>&1 || stopped "$@"
   printf '%-14s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
 }
-export -f one
+
+by_position() {  # trained run, this run: the same model, sharpened by position in place of the constant
+  [ -d "$1/model" ] || { echo "lab.sh: $1 has no model; run the setting plain first" >&2 && return 1; }
+  [ -d "$2/model" ] && return
+  cp -r "$1/shards" "$1/train.json" "$1/recipe.yaml" "$2/"
+  "$PYTHON" -m endprompt export "$1" --to "$2/model" --position-dependent
+}
+
+stopped() {  # as one(), which it ends
+  local log=$OUT/$1/seed$3/tiny/$2/lab.log
+  tail -n 15 "$log" >&2
+  echo "lab.sh: $1 $2 seed $3 failed; its log is $log; the same command goes on from there" >&2
+  exit 255  # xargs starts no more
+}
+export -f one by_position stopped
 
 untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
 first=${SEEDS%% *}

@@ -186,3 +186,9 @@ def test_the_card_says_what_the_page_of_engines_says():
     page = (REPOSITORY / "docs/engines.md").read_text()
     commands = re.findall(r"`([^`]+)`", card.loading(config).replace("512", "L"))
     assert len(commands) >= 6 and [command for command in commands if f"`{command}`" not in page] == []
+
+
+def test_every_score_has_its_unit():
+    scores = [(task, 512, 1.5, 1.25, 1.75, 8) for task in ("passkey", "perplexity", "far_gain")]
+    rows = card.table(scores).splitlines()[2:]
+    assert [row.split("|")[3].strip() for row in rows] == ["1.50 %", "1.500", "1.5000 nats"]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_documents
-from networks import scheme
+from networks import configuration, network, scheme
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt.bases import older_readers, sharpen
-from endprompt.positions import rope
+from endprompt.positions import rope, schemes
 from endprompt.runs import export
 
 pytestmark = [pytest.mark.slow, pytest.mark.engines, pytest.mark.timeout(2 * engines.HOURS)]
@@ -128,6 +128,28 @@ def test_an_engine_reads_the_tokenizer_as_it_is(engine, base):
     wanted = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]
     for name, answer in answers.items():
         assert answer.get("ids") in (None, wanted), (about.name, name)
+
+
+def phi(folder, base, attention_factor=None):
+    """A Phi-3 of random weights in longrope, with the base's tokenizer."""
+    config = configuration("phi3", vocab_size=896, pad_token_id=0, max_position_embeddings=WINDOW)
+    pairs = 4
+    factors = tuple(1.0 + pair for pair in range(pairs))
+    scaling = schemes.LongRope(factors, WINDOW, TARGET / WINDOW, given=attention_factor)
+    rope.apply(config, scaling, TARGET)
+    network(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder)
+    older_readers.complete(folder, tokenizer)
+    return folder
+
+
+def test_transformers_4_reads_phi_or_says_that_it_does_not(base, asked, tmp_path):
+    models = {"formula": phi(tmp_path / "0", base), "another factor": phi(tmp_path / "1", base, 1.0)}
+    answers = engines.read("transformers4", models, asked, tmp_path / "read")
+    found = answers["formula"]["log_probabilities"]
+    assert difference(found, reference(models["formula"], asked)) < 1e-4
+    assert "must be a dictionary with three fields" in answers["another factor"]["error"]
 
 
 # Keys that a program goes by where transformers 5 does not, the models that are read without them, and by how

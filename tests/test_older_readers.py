@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from endprompt import Failure
 from endprompt.bases import older_readers
-from endprompt.positions import rope
+from endprompt.positions import rope, schemes
 from endprompt.training import checkpoint
 
 HEAD = 8  # dimensions of a head of the networks here
@@ -60,6 +60,29 @@ def test_older_keys_say_what_the_newer_ones_say(tmp_path, tokenizer, model_type,
     assert found.rope_parameters == parameters
     assert not hasattr(found, "rope_theta") and "rope_scaling" not in found.to_diff_dict()
     checkpoint.verify_saved(tmp_path, scaling, THETA, 512, HEAD)
+
+
+def phi(folder, tokenizer, attention_factor=None):
+    """A Phi-3 in longrope; the formula's factor of cos and sin unless one is given."""
+    config = configuration("phi3", vocab_size=896, pad_token_id=0)
+    factors = tuple(1.0 + pair for pair in range(HEAD // 2))
+    scaling = schemes.LongRope(factors, 64, 8.0, given=attention_factor)
+    rope.apply(config, scaling, 512)
+    tokenizer.model_max_length = 512
+    network(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    older_readers.complete(folder, tokenizer)
+    return scaling
+
+
+def test_phi_has_the_three_keys_that_transformers_4_takes(tmp_path, tokenizer):
+    scaling = phi(tmp_path, tokenizer)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert set(told["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    checkpoint.verify_saved(tmp_path, scaling, THETA, 512, HEAD)
+    # The twin: with another factor of cos and sin three keys would be misread, and all are there.
+    phi(tmp_path, tokenizer, 1.0)
+    assert json.loads((tmp_path / "config.json").read_text())["rope_scaling"]["attention_factor"] == 1.0
 
 
 def test_it_may_be_done_twice_and_after_another_scaling(tmp_path, tokenizer):

@@ -50,7 +50,21 @@ def state_rope(folder: Path) -> None:
         config["rope_scaling"] = {key: value for key, value in parameters.items() if key not in TOP_LEVEL}
     if parameters.get("rope_type") == "longrope":  # transformers 4 takes max_position_embeddings for it
         config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
+        if config["model_type"] == "phi3":
+            config["rope_scaling"] = _three_keys(config)
     storage.write_json(path, config)
+
+
+def _three_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """``rope_scaling`` as transformers 4 takes it for Phi-3: exactly these keys, and its own factor of cos
+    and sin.  Where another factor was trained all keys stay, and transformers 4 refuses them."""
+    scaling = config["rope_scaling"]
+    derived = {key: value for key, value in scaling.items() if key != "attention_factor"}
+    _, trained = read_rope(config)
+    _, told = read_rope({**config, "rope_scaling": derived})
+    if not math.isclose(trained, told, rel_tol=1e-9):
+        return scaling
+    return {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
 
 
 def read_rope(config: dict[str, Any]) -> tuple[np.ndarray, float]:

@@ -207,6 +207,8 @@ def collect(runs: Path) -> list[dict]:
             if setting == PLAIN:
                 plain[method] = recipe
             different = difference(_plain(plain, method), recipe) if setting != PLAIN else ""
+            if setting == findings_tables.BY_POSITION:
+                different = findings_tables.EXPORTED
             entries.append(
                 {
                     "setting": setting,

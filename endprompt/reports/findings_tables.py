@@ -29,6 +29,8 @@ CONTRASTS = (
     ("endprompt_pose, sharpened", "endprompt_pose"),
     ("pose_sharp", "pose"),
     ("pose_recall", "pose_sharp"),
+    ("pose_sharp, by-position", "pose_sharp"),
+    ("pose_matched, by-position", "pose_matched"),
     ("pose_sharp", "short"),
     ("pose_sharp", "endprompt"),
     ("pose_sharp", "full_length"),
@@ -51,6 +53,10 @@ CONTRASTS = (
     ("pose_sharp", "lceg, sharpened"),
     ("pose_matched", "lceg, sharpened"),
 )
+
+# A setting whose recipe is the plain one: its models are the plain ones', exported.
+BY_POSITION = "by-position"
+EXPORTED = "export --position-dependent"
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -270,11 +276,15 @@ def prompts(entries: list[dict]) -> list[dict]:
 
 def sharpened(entries: list[dict]) -> list[dict]:
     """What differs in the scaling or the sharpness of attention, after the same methods without."""
-    kinds = {entry["method"] for entry in entries if entry["different"].startswith("rope")}
+
+    def differs(entry: dict) -> bool:
+        return entry["different"].startswith("rope") or entry["different"] == EXPORTED
+
+    kinds = {entry["method"] for entry in entries if differs(entry)}
     return [
         entry
         for entry in entries
-        if entry["different"].startswith("rope") or entry["setting"] == "plain" and entry["method"] in kinds
+        if differs(entry) or entry["setting"] == "plain" and entry["method"] in kinds
     ]
 
 

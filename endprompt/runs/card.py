@@ -16,6 +16,7 @@ from endprompt import storage
 from endprompt.recipe.experiment import Experiment
 
 NAME = "README.md"
+UNITS = {"perplexity": ("", 3), "far_gain": (" nats", 4)}  # and digits; all others are percent
 # task, length in tokens (None: the task has none), score, its interval's ends, samples
 Score = tuple[str, int | None, float, float, float, int]
 
@@ -166,7 +167,7 @@ def table(scores: Sequence[Score]) -> str:
         return "None yet."
     lines = ["| task | tokens | score | 95 % interval | samples |", "|---|---|---|---|---|"]
     for task, length, score, low, high, samples in scores:
-        unit, digits = ("", 3) if task == "perplexity" else (" %", 2)
+        unit, digits = UNITS.get(task, (" %", 2))
         found = f"{score:.{digits}f}{unit} | {low:.{digits}f} to {high:.{digits}f}"
         lines.append(f"| {task} | {length or '-'} | {found} | {samples} |")
     return "\n".join(lines)
