@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import ranks
 import torch
 from conftest import REPOSITORY, run_main
 from safetensors.torch import load_file
@@ -17,17 +19,19 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def run(command: list, expect: int = 0) -> str:
-    result = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        timeout=240,
-    )
-    assert result.returncode == expect, result.stdout[-4000:]
-    return result.stdout
+    """What ``command`` prints.  This Python, or a TORCHRUN of it, is forked from a process that has imported
+    what training needs, as imports would take most of a test's time."""
+    parts = [str(part) for part in command]
+    with tempfile.TemporaryFile() as log:
+        if parts[0] == sys.executable:
+            code = ranks.run(parts, ENVIRONMENT, log.fileno(), 240)
+        else:
+            told = {"stdout": log, "stderr": subprocess.STDOUT, "env": ENVIRONMENT, "timeout": 240}
+            code = subprocess.run(parts, cwd=REPOSITORY, **told).returncode
+        log.seek(0)
+        told = log.read().decode(errors="replace")
+    assert code == expect, told[-4000:]
+    return told
 
 
 def train(recipe: Path, method: str, out: Path, *options, ranks: int = 1) -> list:

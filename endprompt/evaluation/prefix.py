@@ -8,7 +8,8 @@ Greedy answers are those of reading every prompt whole; logits differ in their l
 in another order.
 """
 
-from collections import defaultdict
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from endprompt.evaluation import engine
 
 # Tokens that are read at once behind a cache: attention then has a mask of PIECE x all tokens.
 PIECE = 1024
+# Elements of the mask of questions that are asked together: half a GiB in float32.
+MASK = 2**27
 # The share of all tokens that must be saved before prompts are read one after another.
 WORTH = 0.2
 
@@ -105,42 +108,67 @@ class Reader:
         return self.cache
 
     def ask(self, ids: list[int], questions: list[Question]) -> list[Reply]:
-        """The replies to ``questions``, each asked by itself behind ``ids``; questions of equal lengths are
-        asked together, so that nothing is padded."""
-        cache = self.read(ids)
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, question in enumerate(questions):
-            groups[len(question.ids), len(question.answer)].append(number)
-        found: dict[int, Reply] = {}
-        for (asked, answered), numbers in groups.items():
-            rows = max(1, engine.TOKENS_AT_ONCE // (len(ids) + asked + max(answered, self.new_tokens)))
-            for at in range(0, len(numbers), rows):
-                chosen = numbers[at : at + rows]
-                replies = self._together(cache, [questions[number] for number in chosen])
-                found |= dict(zip(chosen, replies, strict=True))
-        return [found[number] for number in range(len(questions))]
+        """The replies to ``questions``, each asked by itself behind ``ids``.
+
+        They stand in one row, under a mask that shows each of them what was read and itself: copies of the
+        cache would be read and written again for every token of an answer.
+        """
+        self.read(ids)
+        found: list[Reply] = []
+        with _masked(self.network):
+            for chosen in _shares(questions, len(ids), self.new_tokens):
+                found += self._together(chosen)
+                self.cache.crop(-(self.cache.get_seq_length() - len(ids)))
+        return found
 
     @torch.no_grad()
-    def _together(self, cache: DynamicCache, questions: list[Question]) -> list[Reply]:
-        """The replies to questions of equal lengths, asked behind copies of ``cache``."""
-        asked, answered = len(questions[0].ids), len(questions[0].answer)
-        own = copies(cache, len(questions))
-        ids = torch.tensor([[*question.ids, *question.answer] for question in questions])
-        starts = torch.tensor([[question.start] for question in questions])
-        logits = self._forward(ids, starts + torch.arange(ids.shape[1]), own, answered + 1).float().cpu()
-        nats = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), ids[:, asked:], reduction="none"
+    def _together(self, questions: list[Question]) -> list[Reply]:
+        """The replies to questions that are read as one row; their tokens are left in the cache."""
+        rows = [torch.tensor([*question.ids, *question.answer]) for question in questions]
+        sizes = torch.tensor([len(row) for row in rows])
+        own = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+        places = torch.cat([torch.arange(len(row)) for row in rows])
+        starts = torch.tensor([question.start for question in questions])
+        # A token sees its question up to itself; no answer is seen by what is generated.
+        inside = (own[:, None] == own) & (places[:, None] >= places)
+        asked = torch.tensor([len(question.ids) for question in questions])
+        predicts = places >= asked[own] - 1
+        logits = self._step(torch.cat(rows), starts[own] + places, inside, predicts.nonzero()[:, 0])
+        split = logits.split([len(question.answer) + 1 for question in questions])
+        nats = [
+            torch.nn.functional.cross_entropy(some[:-1], row[len(question.ids) :], reduction="none")
+            for some, row, question in zip(split, rows, questions, strict=True)
+        ]
+        chosen = torch.stack([some[0].argmax(-1) for some in split])[:, None]
+        sees = (torch.arange(len(rows))[:, None] == own) & (places < asked[own])
+        same = torch.eye(len(rows), dtype=torch.bool)
+        while chosen.shape[1] < self.new_tokens and not all(map(self._ended, chosen.tolist())):
+            sees = torch.cat([sees, same], 1)
+            at = starts + asked + chosen.shape[1] - 1
+            logits = self._step(chosen[:, -1], at, sees, torch.arange(len(rows)))
+            chosen = torch.cat([chosen, logits.argmax(-1)[:, None]], 1)
+        return [Reply(self._cut(row), loss.tolist()) for row, loss in zip(chosen.tolist(), nats, strict=True)]
+
+    def _step(self, ids, positions, sees, wanted):
+        """The logits [wanted, vocabulary] of ``ids`` [tokens] at ``positions`` [tokens], which are added to
+        the cache.
+
+        sees: bool [tokens, keys]: of the last keys in the cache, their own among them, which each sees; what
+        is before them all do.  wanted: which of ``ids``.
+        """
+        device, dtype = self.network.device, self.network.dtype
+        before = self.cache.get_seq_length() + len(ids) - sees.shape[1]
+        hidden = torch.zeros(len(ids), before + sees.shape[1], dtype=dtype)
+        hidden[:, before:].masked_fill_(~sees, torch.finfo(dtype).min)
+        found = self.network(
+            ids[None].to(device),
+            attention_mask=hidden[None, None].to(device),
+            position_ids=positions[None].to(device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=wanted.to(device),
         )
-        own.crop(-answered)
-        chosen = [logits[:, 0].argmax(-1)]
-        while len(chosen) < self.new_tokens:
-            if all(self._ended(row) for row in torch.stack(chosen, 1).tolist()):
-                break
-            last = chosen[-1][:, None]
-            logits = self._forward(last, starts + asked + len(chosen) - 1, own, 1)
-            chosen.append(logits[:, -1].float().cpu().argmax(-1))
-        continued = torch.stack(chosen, 1).tolist()
-        return [Reply(self._cut(row), loss) for row, loss in zip(continued, nats.tolist(), strict=True)]
+        return found.logits[0].float().cpu()
 
     def _ended(self, ids: list[int]) -> bool:
         return any(token in self.ends for token in ids)
@@ -149,12 +177,33 @@ class Reader:
         return next((ids[:at] for at, token in enumerate(ids) if token in self.ends), ids)
 
 
-def copies(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A cache of ``rows`` rows that are all the one row of ``cache``."""
-    found = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        found.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
-    return found
+def _shares(questions: list[Question], read: int, new_tokens: int) -> Iterator[list[Question]]:
+    """``questions`` in parts whose masks behind ``read`` tokens have at most MASK elements."""
+    part: list[Question] = []
+    tokens = 0
+    for question in questions:
+        size = len(question.ids) + len(question.answer) + new_tokens
+        if part and (tokens + size) * (read + tokens + size) > MASK:
+            yield part
+            part, tokens = [], 0
+        part.append(question)
+        tokens += size
+    if part:
+        yield part
+
+
+@contextlib.contextmanager
+def _masked(network) -> Iterator[None]:
+    """Inside, ``network`` takes a mask of any form, which FlashAttention does not."""
+    before = network.config._attn_implementation
+    if before in ("sdpa", "eager"):
+        yield
+        return
+    network.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)
 
 
 class SharedLM(engine.LongLM):
