@@ -1,4 +1,4 @@
-"""Writes the tables of this folder's README.md and of the repository's, and their picture, from results/.
+"""Writes the tables of this folder's README.md and docs/speed.md, and their picture, from results/.
 
     python benchmarks/table.py            # write
     python benchmarks/table.py --check    # exit code 1 if they are not what results/ says
@@ -19,7 +19,7 @@ from endprompt.reports.markdown import replaced
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = {
     Path(__file__).resolve().parent / "README.md": "benchmarks",
-    measure.REPOSITORY / "README.md": "costs",
+    measure.REPOSITORY / "docs/speed.md": "costs",
 }
 PICTURE = measure.REPOSITORY / "docs" / "costs.png"
 

@@ -460,12 +460,25 @@ def script(tmp_path):
     return call
 
 
-def test_script_runs_every_setting_and_skips_what_is_finished(script):
+def trained(out, method, seed):
+    """What a plain run leaves, empty."""
+    run = out / f"plain/seed{seed}/tiny/{method}"
+    for part in ("model", "shards", "checkpoints/checkpoint-192"):
+        (run / part).mkdir(parents=True)
+    for name in ("train.json", "recipe.yaml"):
+        (run / name).touch()
+    return run
+
+
+def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
+    for method in ("pose_sharp", "pose_matched"):
+        for seed in (0, 1):
+            trained(tmp_path / "out", method, seed)
     done, calls = script(SEEDS="0 1", JOBS="3")
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (11 + 6 + 3 + 2 + 2 + 5) and len(set(asked)) == len(asked)
+    assert len(asked) == 2 + 2 * (11 + 6 + 3 + 2 + 2 + 2 + 5) and len(set(asked)) == len(asked)
     common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
     assert (
@@ -497,15 +510,25 @@ def test_settings_of_the_script_are_recipes(script):
 
 
 def test_sharpened_runs_start_where_the_plain_ones_end(script, tmp_path):
-    plain = tmp_path / "out/plain/seed0/tiny/short"
-    for part in ("model", "shards", "checkpoints/checkpoint-192"):
-        (plain / part).mkdir(parents=True)
+    trained(tmp_path / "out", "short", 0)
     done, _ = script("sharpened", SEEDS="0", METHODS="short")
     assert (
         done.returncode == 0
         and (tmp_path / "out/sharpened/seed0/tiny/short/checkpoints/checkpoint-192").is_dir()
     )
     assert not (tmp_path / "out/sharpened/seed0/tiny/short/model").exists()
+
+
+def test_models_by_position_are_exports_of_the_plain_ones(script, tmp_path):
+    done, _ = script("by-position", SEEDS="0", METHODS="pose_sharp")
+    assert done.returncode != 0 and "pose_sharp has no model; run the setting plain first" in done.stderr
+    run = trained(tmp_path / "out", "pose_sharp", 0)
+    done, calls = script("by-position", SEEDS="0", METHODS="pose_sharp")
+    assert done.returncode == 0, done.stderr
+    own = "out/by-position/seed0/tiny/pose_sharp"
+    assert f"-m endprompt export out/{run.relative_to(tmp_path / 'out')} --to {own}/model" in calls[0]
+    assert not [call for call in calls if " train " in call or " prepare " in call]
+    assert (tmp_path / own / "train.json").is_file()
 
 
 def test_script_stops_at_a_failure_and_says_so(script):

@@ -21,18 +21,34 @@ def test_the_first_command_stands_within_thirty_lines():
     assert all(f"\n{target}:" in makefile for target in re.findall(r"^make (\w+)", README, re.M))
 
 
-def test_files_that_the_readme_names_exist():
-    named = set(
-        re.findall(r"(?<![\w/])(?:recipes|docs|ds_configs|endprompt|eval|tests|slurm)/[\w./-]*\w", README)
-    ) - {"endprompt/eval"}
-    assert len(named) >= 8
-    missing = [name for name in named if not (REPOSITORY / name).exists()]
+PAGES = [name for name in TRACKED if name.endswith(".md") and not name.startswith("docs/results/")]
+
+
+def named(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w/.])(?:recipes|docs|ds_configs|endprompt|tests|slurm)/[\w./-]*\w", text))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    text = (REPOSITORY / page).read_text()
+    if page == "README.md":
+        assert len(named(text)) >= 8
+    told = set() if page == "CHANGELOG.md" else named(text)  # which tells of what went
+    missing = [name for name in told if not (REPOSITORY / name).exists()]
+    folder = (REPOSITORY / page).parent
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text)
+    missing += [link for link in links if not (folder / link).exists()]
     assert not missing, missing
+
+
+def test_the_readme_is_read_at_one_sight():
+    assert README.count("\n") <= 200 and max(map(len, README.splitlines())) <= 110
 
 
 def test_every_module_is_in_the_file_map():
     """Each module stands in the lines of its room."""
-    rooms = re.split(r"^ ?(\w+)/ ", README[README.index("## File map") :], flags=re.M)
+    page = (REPOSITORY / "docs/architecture.md").read_text()
+    rooms = re.split(r"^ ?(\w+)/ ", page[page.index("## File map") :], flags=re.M)
     told = dict(zip(rooms[1::2], rooms[2::2], strict=True))
     modules = [name.split("/") for name in TRACKED if re.fullmatch(r"(endprompt|eval)/[\w/]+\.py", name)]
     modules = [path for path in modules if not path[-1].startswith("__") and "tasks" not in path]

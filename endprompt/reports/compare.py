@@ -7,6 +7,7 @@ python -m endprompt.reports.compare runs/seed0/tiny runs/seed1/tiny runs/seed2/t
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,7 @@ TASKS = {
     "multikey": (100.0, "{:.0f}%"),
     "perplexity": (float("inf"), "{:.2f}"),
 }
+Order = Callable[[dict[str, dict]], dict[str, dict]]  # of the methods in ``summary``
 NOTE = (
     "Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or"
     " that of one seed's own samples (Wilson for keys) where there is one seed, or where all seeds agree"
@@ -143,12 +145,12 @@ def summary(folders: list[Path]) -> dict[str, dict]:
     return result
 
 
-def table(*folders: Path) -> str:
+def table(*folders: Path, order: Order = dict) -> str:
     """Markdown: a row a method, keys found and perplexity by length with 95 % intervals, training beside it.
 
     With several folders, a seed each, every cell also says of how many seeds it is the mean.
     """
-    found, several = summary(list(folders)), len(folders) > 1
+    found, several = order(summary(list(folders))), len(folders) > 1
     columns = [
         (task, length)
         for task in TASKS
@@ -175,7 +177,9 @@ def table(*folders: Path) -> str:
     return f"{lines}\n\n{NOTE}" if several else lines
 
 
-def compare(folders: list[Path], out: Path | None = None, title: str | None = None) -> None:
+def compare(
+    folders: list[Path], out: Path | None = None, title: str | None = None, order: Order = dict
+) -> None:
     """Writes comparison.md, comparison.json and the pictures into ``out`` (one folder: itself; several:
     comparison-<recipe> in the folder above them all) and prints the table.  Raises BadInput if nothing was
     evaluated or the folders do not belong together.
@@ -192,7 +196,7 @@ def compare(folders: list[Path], out: Path | None = None, title: str | None = No
             / f"comparison-{folders[0].absolute().name}"
         )
     out.mkdir(parents=True, exist_ok=True)
-    text, found = table(*folders), summary(folders)
+    text, found = table(*folders, order=order), order(summary(folders))
     (out / "comparison.md").write_text(text + "\n")
     storage.write_json(
         out / "comparison.json",

@@ -302,11 +302,12 @@ def settings(entries: list[dict]) -> str:
 
 
 def evidence(entries: list[dict]) -> str:
-    """The few rows of the README: keys found by length and their mean, multikey's mean, perplexity at the
-    least length.
+    """The few rows of the README: keys found at the least and the greatest length and their mean, named keys
+    at the greatest, perplexity at the least.
     """
     known = {entry["name"]: entry for entry in entries}
-    rows, lengths, scored = [], _lengths(entries, "passkey"), _lengths(entries, "perplexity")
+    asked, scored = _lengths(entries, "passkey"), _lengths(entries, "perplexity")
+    rows, lengths = [], sorted({*asked[:1], *asked[-1:]})
     for name in (
         "short",
         "endprompt",
@@ -325,7 +326,6 @@ def evidence(entries: list[dict]) -> str:
                     *[cell(entry["scores"]["passkey"].get(length)) for length in lengths],
                     cell(entry["passkey"].get("mean")),
                     *[cell(entry["scores"]["multikey"].get(length)) for length in _greatest(entries)],
-                    cell(entry["multikey"].get("mean")),
                     cell(entry["scores"]["perplexity"].get(scored[0]), "{:.3f}") if scored else "-",
                 ]
             )
@@ -335,7 +335,6 @@ def evidence(entries: list[dict]) -> str:
             *[f"passkey {length}" for length in lengths],
             "mean",
             *[f"multikey {length}" for length in _greatest(entries)],
-            "multikey, mean",
             f"perplexity {scored[0]}" if scored else "perplexity",
         ],
         rows,
