@@ -1168,3 +1168,15 @@ def test_a_budget_ends_an_evaluation_between_two_pairs(recipe_file, tmp_path, mo
     for budget in ("0", "-1", "nan"):
         code, _, error = run_main("evaluate", path, "base", "--out", tmp_path, "--budget", budget)
         assert code == 2 and "name a positive number of seconds" in error and error.count("\n") == 1
+
+
+def test_no_call_of_the_harness_lists_all_packages(recipe_file, tmp_path, monkeypatch):
+    """Which takes seconds a pair of task and length, for what no result holds."""
+    from lm_eval import evaluator
+
+    asked = evaluator.add_env_info
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: pytest.fail("asked pip"))
+    path = recipe_file(eval={"lengths": [96]})
+    code, _, error = run_main("evaluate", path, "base", "--out", tmp_path / "out")
+    assert code == 0, error
+    assert evaluator.add_env_info is asked

@@ -10,10 +10,12 @@ Of a model's generation_config.json nothing counts but the tokens that end an an
 a forced token in it would make "greedy" answers others than the model's own.
 """
 
+import contextlib
 import functools
 import logging
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +426,22 @@ def _samples(lm, task: str, manager, **options) -> dict[str, list[dict]]:
     """What ``manager``'s ``task`` gives under the harness' ``options``, without its own intervals."""
     from lm_eval import simple_evaluate
 
-    return simple_evaluate(
-        lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
-    )["samples"]
+    with _unlisted():
+        found = simple_evaluate(
+            lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+        )
+    return found["samples"]
+
+
+@contextlib.contextmanager
+def _unlisted() -> Iterator[None]:
+    """Inside, the harness does not ask pip for all packages, which takes seconds a call; results carry the
+    versions that matter (``provenance.stamp``)."""
+    from lm_eval import evaluator
+
+    asked = evaluator.add_env_info
+    evaluator.add_env_info = lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = asked
