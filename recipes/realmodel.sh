@@ -5,7 +5,7 @@
 # Environment: CORPUS (text to train on), HELD_OUT (documents of at least 16384 tokens; without it, no far_gain
 # and no perplexity), TOKENS (131072), SEEDS ("0 1"), JOBS (arms at a time, one process and one thread each; 2),
 # METHODS (only these), QUESTIONS (a distance; 200), SAMPLES (of named_keys a length; 16), LENGTHS
-# ("4096 8192 16384"), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), RECIPE
+# ("4096 8192 16384"; empty: distance alone), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), RECIPE
 # (recipes/smollm2-135m-64k-cpu.yaml), OUT (runs/realmodel), PYTHON (python).
 set -euo pipefail
 
@@ -17,7 +17,7 @@ fi
 export PYTHON root NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export RECIPE=${RECIPE:-$root/recipes/smollm2-135m-64k-cpu.yaml} OUT=${OUT:-runs/realmodel} TOKENS=${TOKENS:-131072}
 export CORPUS=${CORPUS:-} HELD_OUT=${HELD_OUT:-} QUESTIONS=${QUESTIONS:-200} SAMPLES=${SAMPLES:-16}
-export LENGTHS=${LENGTHS:-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-}
+export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-}
 SEEDS=${SEEDS:-0 1}
 JOBS=${JOBS:-2}
 
@@ -84,7 +84,7 @@ one() {  # setting method seed differences
   {
     STAGES='prepare train' OUT=$out nice -n 10 bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
       && nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${far[@]}" \
-      && nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${near[@]}"
+      && { [ -z "$LENGTHS" ] || nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${near[@]}"; }
   } >>"$run/study.log" 2>&1 || {
     tail -n 15 "$run/study.log" >&2
     echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log; the same command goes on from there" >&2
