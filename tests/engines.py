@@ -167,12 +167,15 @@ def table() -> str:
     lines = [f"| program | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for name, models in found.items():
         version = next(model["version"] for model in models.values() if model["version"])
-        cells = [
-            "refused" if models[kind]["difference"] is None else f"{models[kind]['difference']:.1g}"
-            for kind in kinds
-        ]
-        lines.append(f"| {name} {version} | {' | '.join(cells)} |")
+        lines.append(f"| {name} {version} | {' | '.join(_cell(models[kind]) for kind in kinds)} |")
     return "\n".join(lines)
+
+
+def _cell(model: dict) -> str:
+    if model["difference"] is None:
+        return "refused"
+    wrong = "" if model["same_argmax"] == 1 else "**wrong**, "
+    return f"{wrong}{model['difference']:.1g}"
 
 
 if __name__ == "__main__":

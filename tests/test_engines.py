@@ -16,6 +16,7 @@ from conftest import tiny_documents
 from networks import configuration, network, scheme
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from endprompt import BadInput
 from endprompt.bases import older_readers, sharpen
 from endprompt.positions import rope, schemes
 from endprompt.runs import export
@@ -35,6 +36,8 @@ UNREAD = {
     ("transformers4", "yarn, by position"): "ministral3",
     ("llama.cpp", "linear, by position"): "rope_type must be 'yarn'",
 }
+# What an engine computes as something else without a word, and what an export says of it.
+MISREAD = {("llama.cpp", "longrope"): "does not write rope_type 'longrope' of a llama model"}
 POSITIONS = [100, 250, 300, 700, 1200, 1900, 2046]
 TEXT = "The pass key is 40817. Old towns, and so on:  two  spaces\nand a line."
 
@@ -120,6 +123,9 @@ def test_an_engine_computes_what_was_trained(engine, expected, name):
     found = difference(answer["log_probabilities"], expected[name])
     same = float(np.mean(answer["log_probabilities"].argmax(-1) == expected[name].argmax(-1)))
     engines.note(about.name, name, answer, found, same)
+    if (about.name, name) in MISREAD:
+        assert found > 1, "it is read rightly by now: take it out of MISREAD and docs/engines.md"
+        return
     assert found < about.tolerance and same == 1.0, (found, same)
 
 
@@ -128,6 +134,23 @@ def test_an_engine_reads_the_tokenizer_as_it_is(engine, base):
     wanted = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]
     for name, answer in answers.items():
         assert answer.get("ids") in (None, wanted), (about.name, name)
+
+
+def test_what_llama_cpp_would_misread_is_not_exported(base, tmp_path, monkeypatch):
+    """By its own converter, whose file is read back."""
+    installed = engines.ready("llama.cpp").python.parents[1]
+    source = next((installed / "source").glob("*/vendor/llama.cpp"))
+    monkeypatch.setenv("LLAMA_CPP", str(source))
+    for kind in ("llama3", "longrope"):
+        saved(tmp_path / kind / "model", base, SCALINGS[kind])
+        copy = tmp_path / f"{kind}-copy"
+        if said := MISREAD.get(("llama.cpp", kind)):
+            with pytest.raises(BadInput, match=said):
+                export.export(tmp_path / kind, copy, False, None, True)
+            assert not copy.exists()
+        else:
+            export.export(tmp_path / kind, copy, False, None, True)
+            assert (copy / "model.gguf").stat().st_size > 2**20
 
 
 def phi(folder, base, attention_factor=None):

@@ -1,14 +1,16 @@
 """Copies for serving: the same model in another form, or no copy at all."""
 
+import importlib.util
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_main
-from networks import configuration, network, saved, scheme
+from networks import THETA, configuration, network, saved, scheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -238,22 +240,54 @@ def test_folders_that_were_made_for_a_copy_go_with_it(tmp_path, base):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_a_gguf_file_is_made_by_llama_cpps_converter(tmp_path, base, monkeypatch, works):
+# What a converter writes of linear scaling by 8, and what is said where it does not: lines of a script.
+WRITES = """
+import pathlib, sys
+from gguf import GGUFWriter, RopeScalingType
+assert pathlib.Path(sys.argv[1], "config.json").is_file()
+file = GGUFWriter(sys.argv[3], "llama")
+file.add_rope_dimension_count(8)
+file.add_rope_freq_base(THETA)
+file.add_rope_scaling_type(RopeScalingType.LINEAR)
+file.add_rope_scaling_factor(8.0)
+file.write_header_to_file()
+file.write_kv_data_to_file()
+file.close()
+""".replace("THETA", str(THETA))
+CONVERTERS = {
+    "all of it": (lambda text: text, None),
+    "nothing": (lambda text: "import sys; sys.exit('no such model')", "cannot convert.*: no such model"),
+    "another factor": (lambda text: text.replace("(8.0)", "(4.0)"), "does not write rope_type 'linear'"),
+    "no scaling": (
+        lambda text: "\n".join(line for line in text.splitlines() if "scaling" not in line),
+        "does not write rope_type 'linear' of a llama model: its slowest pair",
+    ),
+    "longrope without factors": (
+        lambda text: text.replace("RopeScalingType.LINEAR", "RopeScalingType.LONGROPE"),
+        "does not write rope_type 'linear'",
+    ),
+    "another theta": (lambda text: text.replace(str(THETA), "10000.0"), "does not write rope_type 'linear'"),
+    "fewer dimensions": (lambda text: text.replace("count(8)", "count(4)"), "does not write"),
+    "no dimensions": (lambda text: text.replace("file.add_rope_dimension_count(8)", ""), "cannot be read back"),
+    "no GGUF file": (lambda text: "import sys; open(sys.argv[3], 'w').write('GGUF')", "cannot be read back"),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_a_gguf_file_is_made_by_llama_cpps_converter_and_read_back(tmp_path, base, monkeypatch, name):
     """Here a stub; llama.cpp's own is run in tests/test_engines.py."""
-    run = trained(tmp_path / "run", base)
+    run = trained(tmp_path / "run", base, "linear")
+    changed, complaint = CONVERTERS[name]
     source = tmp_path / "llama.cpp"
     source.mkdir()
-    (source / "convert_hf_to_gguf.py").write_text(
-        "import pathlib, sys\nassert pathlib.Path(sys.argv[1], 'config.json').is_file()\n"
-        + ("pathlib.Path(sys.argv[3]).write_bytes(b'GGUF')" if works else "sys.exit('no such model')")
-    )
+    (source / "convert_hf_to_gguf.py").write_text(changed(WRITES))
     monkeypatch.setenv("LLAMA_CPP", str(source))
-    said = export(run, tmp_path / "copy", "--gguf", expect=0 if works else 2)
-    if works:
-        assert (tmp_path / "copy/model.gguf").read_bytes() == b"GGUF"
+    said = export(run, tmp_path / "copy", "--gguf", expect=2 if complaint else 0)
+    if complaint is None:
+        assert (tmp_path / "copy/model.gguf").read_bytes().startswith(b"GGUF")
     else:
-        assert "cannot convert the model: no such model" in said
+        assert re.search(complaint, said)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["llama.cpp", "run"]
 
 

@@ -156,6 +156,8 @@ def loading(config: dict) -> str:
     ]
     if by_position and kind != "yarn":
         lines.append("- llama.cpp: its converter reads this type under YaRN alone.")
+    elif kind == "longrope" and config["model_type"] != "phi3":
+        lines.append("- llama.cpp: its converter drops longrope's factors, and the model is another one.")
     else:
         lines.append(f"- llama.cpp: `convert_hf_to_gguf.py FOLDER`, then `-c {window}` (or `-c 0`).")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from endprompt import BadInput, storage
 from endprompt.bases import older_readers
 from endprompt.bases.sharpen import factor
 from endprompt.bases.unreadable import reason
-from endprompt.runs import card, checkpoint_files
+from endprompt.runs import card, checkpoint_files, gguf_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Families whose network Ministral 3 computes, where no layer has a bias.
@@ -259,3 +259,5 @@ def _convert(converter: Path, folder: Path) -> None:
     if done.returncode or not (folder / "model.gguf").is_file():
         last = (done.stdout.strip().splitlines() or ["no output"])[-1]
         raise BadInput(f"--gguf: {converter} cannot convert the model: {last}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    gguf_file.verify(folder / "model.gguf", config)
