@@ -301,19 +301,24 @@ def summary(experiment: Experiment, trainer: WeightedTrainer, manifest: dict, **
     }
 
 
+def refuse_base(experiment: Experiment) -> None:
+    """Raises BadInput if the base is not one that the recipe can train."""
+    base = experiment.base
+    base.check_vocabulary()
+    if experiment.recipe.rope.sharpen_heads:
+        heads.check(base.config)
+    if experiment.adapters:
+        families.adapted(base.config, experiment.adapters.targets)
+
+
 def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> None:
     recipe, run, method = experiment.recipe, experiment.run, experiment.method
     main, world_size = int(os.environ["RANK"]) == 0, int(os.environ["WORLD_SIZE"])
     shared = recipe.sequence_parallel
 
     dataset, manifest = load_rows(experiment, verify=int(os.environ["LOCAL_RANK"]) == 0)
-    experiment.base.check_vocabulary()
+    refuse_base(experiment)
     sequence.check(experiment, experiment.base.attention_implementation(cuda), world_size, manifest)
-
-    if recipe.rope.sharpen_heads:
-        heads.check(experiment.base.config)
-    if experiment.adapters:
-        families.adapted(experiment.base.config, experiment.adapters.targets)  # refuses
 
     resume = Resume.of(experiment, world_size, main)
     shape = resumed_shape(batch_shape(experiment), world_size, resume.before)
