@@ -88,7 +88,7 @@ def test_closed_form_is_the_papers_for_its_own_rows(sizes):
 def test_gap_of_the_paper():
     a, b, L = 8172, 20, 65536
     parts = plans.segments(plans.text_then_end_prompt(a, b, L, GENERATOR))
-    assert coverage.contributions(parts) == [
+    assert list(coverage.contributions(parts)) == [
         ((0, 8171), (0, 8171), (0, 8171)),
         ((65516, 65535), (0, 8171), (57345, 65535)),
         ((65516, 65535), (65516, 65535), (0, 19)),

@@ -206,6 +206,20 @@ def load_tokenizer(recipe: Named, where: dict | None = None):
     return tokenizer
 
 
+@contextlib.contextmanager
+def whole_loading():
+    """Inside, from_pretrained loads whole weights on this rank alone, even while a ZeRO-3 run lives."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref() if deepspeed._hf_deepspeed_config_weak_ref else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if before is not None:
+            deepspeed.set_hf_deepspeed_config(before)
+
+
 def load_weights(where: str, **arguments):
     """AutoModelForCausalLM.from_pretrained(**arguments), of safetensors or a GGUF file, with all weights from
     the files.

@@ -167,11 +167,10 @@ class Base:
 def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
     """The base model with its RoPE in place before it is built and its inv_freq checked afterwards.
 
-    dtype: a torch dtype of the weights.  Under ZeRO-3 (a live TrainingArguments with a stage 3 file)
-    parameters load partitioned, except a GGUF file's, which every rank holds whole until DeepSpeed starts.
-    Raises BadInput on unusable files and on weights that are missing from them; Failure if the frequencies
-    are not the expected ones.
-    """
+    dtype: a torch dtype of the weights, or "auto", the files'.  Under ZeRO-3 (a live TrainingArguments with a
+    stage 3 file) parameters load partitioned, except a GGUF file's, which every rank holds whole until
+    DeepSpeed starts. Raises BadInput on unusable files and on weights that are missing from them; Failure if
+    the frequencies are not the expected ones."""
     config = copy.deepcopy(base.config)
     theta: Any = rope.parameters(config).get("rope_theta")
     rope.apply(config, scaling, base.recipe.lengths.target)

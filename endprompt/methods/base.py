@@ -50,12 +50,13 @@ class Rows:
     A subclass writes ``build``.  Everything random about a row comes from its number and the seed.
     uniform: whether every target weighs 1.  contiguous: whether positions run on without a jump.
     together: rows that are made of one stretch of the corpus; between them the cursor stands behind all of
-        it.
+        it.  of_text: whether positions depend on what the text says, and not on its length alone.
     """
 
     uniform = True
     contiguous = False
     together = 1
+    of_text = False
 
     def __init__(self, setting: Setting):
         """Raises BadInput if the options do not fit the setting."""
@@ -127,6 +128,10 @@ class Method:
         where nothing is trained, before it is scored, unless ``rope.sharpen`` names another power; 0 leaves
         them.
     adapters: settings of ``train.lora`` that the method trains with, under the recipe's; None: all weights.
+    base_share: of the base's weights in the saved model, the rest being what was trained, unless
+        ``train.base_share`` names another.
+    reads_hidden: whether ``loss_term`` needs the last hidden states, ``outputs["hidden"]`` [rows, length,
+        width].
     """
 
     name: ClassVar[str]
@@ -138,6 +143,8 @@ class Method:
     whole_factor: ClassVar[bool] = False
     sharpening: ClassVar[float] = 0.0
     adapters: ClassVar[dict[str, Any] | None] = None
+    base_share: ClassVar[float] = 0.0
+    reads_hidden: ClassVar[bool] = False
 
     @property
     def trained(self) -> bool:
@@ -184,11 +191,25 @@ class Method:
         """Inside, ``network`` attends as the method trains."""
         return contextlib.nullcontext()
 
+    def work(self, options: AnyOptions) -> float:
+        """FLOPs of a step in those of a forward and backward pass over its rows, for estimates."""
+        return 1.0
+
+    def base_beside(self, adapters) -> bool:
+        """Whether every rank holds the base a second time, whole, in training with ``adapters`` (of
+        ``train.lora``, or None), for estimates."""
+        return False
+
+    def before_training(self, network, experiment, cuda: bool) -> None:
+        """Puts what ``loss_term`` needs beside ``network``, which is built and has its adapters.  All ranks
+        call it.  Raises BadInput if the experiment does not fit."""
+
     def loss_term(self, network, batch: dict, outputs: dict, options: AnyOptions):
         """A scalar that is added to the sum of the loss over the targets of ``batch``, in nats; None:
         nothing.
 
-        It is divided like the loss by the weights of all rows of the step on all ranks.
+        It is divided like the loss by the weights of all rows of the step on all ranks.  network: without
+        what wraps it; its output layer sums divergences too (``distilling.divergence``).
         """
         return None
 

@@ -9,7 +9,8 @@ from endprompt.methods.base import METHODS, Method, get, register
 # As tables and pictures list them; what is not named here comes after, by its name.
 ORDER = (
     "base interpolation short endprompt endprompt_random pose endprompt_pose full_length lceg longlora"
-    " pose_sharp pose_recall pose_matched"
+    " pose_sharp pose_recall pose_matched randpos cream longrecipe e2llm perturbed self_distil longrope2"
+    " drope"
 ).split()
 
 for _module in pkgutil.iter_modules(methods.__path__, "endprompt.methods."):

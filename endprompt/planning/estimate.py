@@ -172,4 +172,5 @@ def token_flops(experiment: Experiment, about) -> float:
 
     adapters = experiment.adapters
     head_frozen = adapters is not None and not (adapters.train_embed_norm and about.tie_word_embeddings)
-    return flops_per_token(about, experiment.attended, bool(adapters), head_frozen)
+    work = experiment.method.work(experiment.options)
+    return work * flops_per_token(about, experiment.attended, bool(adapters), head_frozen)

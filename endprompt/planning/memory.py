@@ -41,7 +41,8 @@ class Training:
     """What one GPU computes in a micro-batch.
 
     rows: of ``length`` tokens; element: bytes of what matrix products take (2: bfloat16; 4: float32);
-    summed: bytes in which ZeRO sums gradients, ``element`` unless given.
+    summed: bytes in which ZeRO sums gradients, ``element`` unless given.  base_beside: whether every rank
+    holds the base a second time, whole.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Training:
     adapters: Any = None
     element: int = 2
     summed: int | None = None
+    base_beside: bool = False
 
     @property
     def tokens(self) -> int:
@@ -147,6 +149,7 @@ def _states(case: _Case) -> tuple[float, float, float, float]:
     if case.offloads("param") and case.stage == 3:
         host += weights
         weights = 0.0
+    weights += element * count * case.training.base_beside
     return weights, gradients, optimizer, host
 
 
@@ -271,5 +274,6 @@ def training_memory(
             experiment.adapters,
             2 if half else 4,
             {"fp32": 4, "bf16": 2}.get((sums or {}).get("grad_accum_dtype", "")),
+            experiment.method.base_beside(experiment.adapters),
         ),
     )

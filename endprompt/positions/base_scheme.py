@@ -2,6 +2,7 @@
 give other frequencies than the weights were trained with.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -121,6 +122,8 @@ def _yarn(parameters: dict, original: int) -> Yarn:
         )
     if parameters.get("attention_factor") is not None:
         given = _said(parameters, "attention_factor")
+        if given == 1 and found.attention_factor != 1:  # no factor, which grows to none
+            return dataclasses.replace(found, given=1.0)
         if not math.isclose(given, found.attention_factor, rel_tol=1e-4):
             raise BadInput(
                 f"model: attention_factor of rope_parameters or rope_scaling in its config.json is {given},"

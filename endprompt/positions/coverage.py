@@ -8,7 +8,7 @@ segments: its maximal runs of consecutive positions, as inclusive (first, last) 
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,13 +22,17 @@ def pair_counts(rows: Iterable[Sequence[Span]], L: int) -> np.ndarray:
     ValueError if a row spans more than L.
 
     Between two segments the count is a trapezoid over the distance, within one a falling line.  Second
-    differences of either are a few steps, so a row costs its pairs of segments, not of tokens.
+    differences of either are a few steps, so a row costs its pairs of segments, not of tokens.  A row of more
+    such pairs than L costs a Fourier transform.
     """
-    steps = np.zeros(L + 2, np.int64)
+    steps, scattered = np.zeros(L + 2, np.int64), np.zeros(L, np.int64)
     for parts, times in Counter(tuple(parts) for parts in rows).items():
         first, last = np.array(parts, np.int64).T
         if last[-1] - first[0] >= L:
             raise ValueError(f"positions {first[0]}..{last[-1]} span more than {L}")
+        if _many(parts, L):
+            scattered += times * _correlated(parts, L)
+            continue
         sizes = last - first + 1
         steps[0] += times * sizes.sum()
         steps[1] -= times * (sizes + 1).sum()
@@ -39,7 +43,22 @@ def pair_counts(rows: Iterable[Sequence[Span]], L: int) -> np.ndarray:
         np.add.at(steps, nearest + sizes[earlier], -times)
         np.add.at(steps, nearest + sizes[later], -times)
         np.add.at(steps, nearest + sizes[earlier] + sizes[later], times)
-    return np.cumsum(np.cumsum(steps))[:L]
+    return np.cumsum(np.cumsum(steps))[:L] + scattered
+
+
+def _many(parts: Sequence[Span], L: int) -> bool:
+    """Whether a row has more pairs of segments than L."""
+    return len(parts) * (len(parts) - 1) // 2 > L
+
+
+def _correlated(parts: Sequence[Span], L: int) -> np.ndarray:
+    """Int64 [L]: pairs of a row at each distance, which is how often its positions meet themselves when they
+    are moved by it.  Counts are below 2^31, so rounding in float64 is exact."""
+    taken = np.zeros(1 << (2 * L - 1).bit_length())
+    for low, high in parts:
+        taken[low - parts[0][0] : high - parts[0][0] + 1] = 1
+    spectrum = np.fft.rfft(taken)
+    return np.rint(np.fft.irfft(spectrum * spectrum.conj(), len(taken))[:L]).astype(np.int64)
 
 
 def observed_distances(position_ids: np.ndarray) -> np.ndarray:
@@ -49,18 +68,18 @@ def observed_distances(position_ids: np.ndarray) -> np.ndarray:
     )
 
 
-def contributions(parts: Sequence[Span]) -> list[tuple[Span, Span, Span]]:
+def contributions(parts: Sequence[Span]) -> Iterator[tuple[Span, Span, Span]]:
     """(queries' segment, keys' segment, distances between them) for every pair of a row's segments, in closed
     form.
 
     A segment [p, q] shows 0..q-p to itself; two segments [p, q] and [r, s] with q < r show r-q..s-p.  For
     text 0..a-1 and a prompt L-b..L-1 these are the three parts of the paper's D_obs (Eq. 8).
     """
-    return [
+    return (
         ((r, s), (p, q), (0, s - r) if i == j else (r - q, s - p))
         for j, (r, s) in enumerate(parts)
         for i, (p, q) in enumerate(parts[: j + 1])
-    ]
+    )
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
@@ -75,8 +94,24 @@ def union(spans: Iterable[Span]) -> list[Span]:
 
 
 def observed(rows: Iterable[Sequence[Span]]) -> list[Span]:
-    """D_obs of ``rows`` in closed form (paper Eq. 8), as disjoint spans in order."""
-    return union({span for parts in set(map(tuple, rows)) for *_, span in contributions(parts)})
+    """D_obs of ``rows`` in closed form (paper Eq. 8), as disjoint spans in order; of a row of very many
+    segments (``pair_counts``) as it is counted."""
+    different = set(map(tuple, rows))
+    longest = max((parts[-1][1] - parts[0][0] + 1 for parts in different), default=0)
+    steps = np.zeros(longest + 1, np.int64)
+    for parts in different:
+        if _many(parts, longest):
+            for low, high in counted(_correlated(parts, longest)):
+                steps[low] += 1
+                steps[high + 1] -= 1
+            continue
+        first, last = np.array(parts, np.int64).T
+        earlier, later = np.triu_indices(len(parts), 1)
+        steps[0] += 1
+        steps[(last - first).max() + 1] -= 1
+        np.add.at(steps, first[later] - last[earlier], 1)
+        np.add.at(steps, last[later] - first[earlier] + 1, -1)
+    return counted(np.cumsum(steps)[:longest])
 
 
 def gap(spans: Sequence[Span], L: int) -> list[Span]:

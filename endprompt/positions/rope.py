@@ -39,11 +39,13 @@ LAYERS = "full_attention"
 @dataclass(frozen=True)
 class Asked:
     """What a recipe asks for.  type: one of TYPES, or None, which keeps the base's own RoPE; theta: the base
-    frequency of type theta, None for the NTK rule's; long_factor: of type longrope, a factor a pair."""
+    frequency of type theta, None for the NTK rule's; long_factor: of type longrope, a factor a pair;
+    yarn_factor: of type yarn, whether cos and sin have its factor."""
 
     type: str | None
     theta: float | None = None
     long_factor: tuple[float, ...] | None = None
+    yarn_factor: bool = True
 
 
 def extended(asked: Asked, own: Scheme, window: int, target_length: int, whole: bool = False) -> Scheme:
@@ -67,6 +69,12 @@ def extended(asked: Asked, own: Scheme, window: int, target_length: int, whole: 
         raise BadInput(f"rope.theta: {asked.type} has no such value; set rope.type=theta, or remove it")
     if asked.long_factor is not None and asked.type != "longrope":
         raise BadInput(f"rope.long_factor: {asked.type} has none; set rope.type=longrope, or remove it")
+    trained_with = isinstance(own, Yarn) and own.attention_factor != 1
+    if not asked.yarn_factor and (asked.type != "yarn" or trained_with):
+        why = "the base was trained with it" if trained_with else f"{asked.type} has none"
+        raise BadInput(
+            f"rope.yarn_factor: {why}; set rope.type=yarn on a base without it, or remove rope.yarn_factor"
+        )
     if not isinstance(own, Default) and asked.type != own.name:
         raise BadInput(
             f"rope.type: the model's RoPE is scaled by {own.name} already, and {asked.type} on top of it"
@@ -85,7 +93,7 @@ def extended(asked: Asked, own: Scheme, window: int, target_length: int, whole: 
         case "theta":
             return Theta(factor, asked.theta)
         case "yarn":
-            return Yarn(factor, window)
+            return Yarn(factor, window, given=None if asked.yarn_factor else 1.0)
     return Llama3(factor, window)
 
 

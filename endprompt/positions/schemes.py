@@ -149,7 +149,8 @@ class Yarn(Scheme):
     by 0.1 ln(s) + 1 on both query and key.
 
     fast, slow: the paper's alpha and beta, turns within C.  truncate: whether the ramp's ends are whole
-    dimensions.  mscale, mscale_all_dim: DeepSeek's, which change the sharpening; both or none.
+    dimensions.  mscale, mscale_all_dim: DeepSeek's, which change the sharpening; both or none.  given: in the
+    place of 0.1 ln(s) + 1, for every s.
     """
 
     factor: float
@@ -159,6 +160,7 @@ class Yarn(Scheme):
     truncate: bool = True
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    given: float | None = None
     name = hf_type = "yarn"
 
     def _sharpening(self, scale: float) -> float:
@@ -166,6 +168,8 @@ class Yarn(Scheme):
 
     @property
     def attention_factor(self) -> float:  # type: ignore[override]  # computed
+        if self.given is not None:
+            return self.given
         if self.mscale and self.mscale_all_dim:
             return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
         return self._sharpening(1)
@@ -182,7 +186,7 @@ class Yarn(Scheme):
         return plain(rope_theta, dims) * (1 - ramp + ramp / self.factor)
 
     def hf_parameters(self, rope_theta: float, dims: int) -> dict:
-        names = {"fast": "beta_fast", "slow": "beta_slow"}
+        names = {"fast": "beta_fast", "slow": "beta_slow", "given": "attention_factor"}
         changed = {
             names.get(field.name, field.name): getattr(self, field.name)
             for field in dataclasses.fields(self)[2:]

@@ -111,6 +111,11 @@ class Experiment:
         given = self.recipe.train.get("lora", own)
         return None if given is None else Lora.model_validate({**(own or {}), **given})
 
+    @property
+    def base_share(self) -> float:
+        """Of the base's weights in the saved model."""
+        return self.recipe.train.get("base_share", self.method.base_share)
+
     @cached_property
     def scaling(self) -> rope.Scheme:
         """From the base's own RoPE to the target length.  Raises BadInput if the two do not compose."""
@@ -122,7 +127,7 @@ class Experiment:
                 f"rope.long_factor: {len(factors)} factors are given, and a head of {base.name!r} has {pairs}"
                 " pairs of rotary dimensions; give one for each"
             )
-        asked = rope.Asked(given.type, given.theta, factors)
+        asked = rope.Asked(given.type, given.theta, factors, given.yarn_factor)
         found = self.method.scaling(asked, base.own_scheme, base.window, self.target_length)
         return families.written_scheme(base.config, found, base.window)
 

@@ -67,6 +67,10 @@ class RopeSection(Section):
     # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
     # as the method says.
     sharpen: float | None = Field(None, ge=0, le=4)
+    # Beside it, a factor for each head, trained and folded into the queries when the model is saved.
+    sharpen_heads: bool = False
+    # Of type yarn: whether cos and sin are multiplied by 0.1 ln s + 1 as the paper says.
+    yarn_factor: bool = True
 
     @field_validator("type", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""The keys of a recipe's ``train:``: names of transformers.TrainingArguments, and two of our own.
+"""The keys of a recipe's ``train:``: names of transformers.TrainingArguments, and three of our own.
 
 Every name was looked at.  A key that does nothing with this repository's loss, checkpoints or data is refused
 with the reason, and so is one that harms.  A key that a later transformers brings is refused until somebody
@@ -175,6 +175,10 @@ ALLOWED = {
 OURS = {
     "lora": "adapters in place of whole weights: `r`, `alpha`, `dropout`, `targets`, `train_embed_norm`",
     "sequence_parallel": "ranks that share a row (DeepSpeed's Ulysses); 1 unless given",
+    "base_share": (
+        "of the base's weights in the saved model, the rest being what was trained; 0 unless given, or as the"
+        " method says"
+    ),
 }
 
 _REFUSED = {
@@ -317,6 +321,12 @@ def _value(key: str, value: Any) -> Any:
                 f"(given: {reprlib.repr(value)})"
             )
         return value
+    if key == "base_share":
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise BadInput(
+                f"train.base_share: a number from 0 to below 1 is wanted (given: {reprlib.repr(value)})"
+            )
+        return float(value)
     if key in REFUSED:
         raise BadInput(f"train.{key} is not for recipes ({REFUSED[key]}); remove it")
     if key not in known():
@@ -327,7 +337,7 @@ def _value(key: str, value: Any) -> Any:
         near = difflib.get_close_matches(key, [*ALLOWED, *OURS], 1)
         raise BadInput(
             f"unknown key train.{key}; it takes names of transformers.TrainingArguments"
-            + (f", for example {near[0]}" if near else ", lora and sequence_parallel")
+            + (f", for example {near[0]}" if near else ", lora, sequence_parallel and base_share")
             + " (docs/training-keys.md)"
         )
     if key not in ALLOWED:

@@ -2,6 +2,7 @@
 supervise.
 """
 
+import contextlib
 from collections.abc import Sequence
 from itertools import islice, pairwise, repeat
 from pathlib import Path
@@ -12,10 +13,13 @@ from endprompt import BadInput, methods
 from endprompt.positions import coverage, plans
 from endprompt.positions.coverage import Span
 from endprompt.recipe.experiment import Experiment
-from endprompt.rows import prepare, shards
+from endprompt.recipe.schema import Recipe
+from endprompt.rows import corpus, prepare, shards
 from endprompt.rows.stream import Cursor
+from endprompt.rows.tokenizing import tokenized
 
 SAMPLED_TOKENS = 2**24
+SAMPLED_TEXT = 2**20  # where text has to be read for it
 BANDS = 8
 
 
@@ -60,9 +64,9 @@ def _rows(experiment: Experiment, strict: bool) -> tuple[list[list[Span]], str]:
     """(segments of each row, where they come from): the run's shards, or the rows that ``prepare``
     would begin with.
 
-    The plan asks nothing of the text but its length, so rows are sampled from a corpus of one endless blank.
-    Raises BadInput if shards are there and damaged, or another setting's; unless ``strict``, rows are then
-    sampled.
+    As a rule the plan asks nothing of the text but its length, so rows are sampled from a corpus of one
+    endless blank; where it asks more, from the beginning of the corpus.  Raises BadInput if shards are there
+    and damaged, or another setting's; unless ``strict``, rows are then sampled.
     """
     folder = experiment.run / "shards"
     if (folder / shards.MANIFEST).exists():
@@ -74,11 +78,29 @@ def _rows(experiment: Experiment, strict: bool) -> tuple[list[list[Span]], str]:
             if strict:
                 raise
     make, length = experiment.rows(), experiment.row_length
-    blank = Cursor(repeat(("", np.zeros(experiment.target_length, np.int32))), 0, 0)
-    count = max(1, min(experiment.recipe.data.tokens, SAMPLED_TOKENS) // length)
-    made = (make(number, blank) for number in range(count))
-    segments = [plans.segments(row["position_ids"]) for row in made if row is not None]
-    return segments, f"{count} sampled rows of {length} tokens (there are no shards)"
+    most = SAMPLED_TEXT if make.of_text else SAMPLED_TOKENS
+    count = max(1, min(experiment.recipe.data.tokens, most) // length)
+    blank = repeat(("", np.zeros(experiment.target_length, np.int32)))
+    with _text(experiment) if make.of_text else contextlib.nullcontext(blank) as stream:
+        cursor = Cursor(stream, 0, 0)
+        made = (make(number, cursor) for number in range(count))
+        segments = [plans.segments(row["position_ids"]) for row in made if row is not None]
+    return segments, f"{len(segments)} sampled rows of {length} tokens (there are no shards)"
+
+
+def _text(experiment: Experiment):
+    """The corpus' documents as ids, inside a context."""
+    recipe = experiment.recipe
+    documents = corpus.documents(recipe, corpus.local_files(recipe))
+    return contextlib.closing(tokenized(documents, experiment.base.tokenizer, 1))
+
+
+def _is_here(recipe: Recipe) -> bool:
+    """Whether the corpus lies on this machine."""
+    try:
+        return corpus.local_files(recipe) is not None
+    except BadInput:
+        return False
 
 
 def checked(experiment: Experiment) -> dict:
@@ -160,11 +182,14 @@ def draw_coverage(experiment: Experiment) -> bytes:
     """A PNG of how often every method that trains supervises each distance under the recipe: of its shards if
     prepared, else of sampled rows.
 
-    Raises BadInput if the recipe cannot make rows for one of them.
+    Raises BadInput if the recipe cannot make rows for one of them; other methods than the experiment's whose
+    rows ask for text are left out where the corpus is not here.
     """
     panels, L, recipe = [], experiment.target_length, experiment.recipe
     for method in filter(lambda method: method.trained, methods.METHODS.values()):
         own = experiment.with_method(method.name) if method is not experiment.method else experiment
+        if own is not experiment and own.rows().of_text and not _is_here(recipe):
+            continue
         rows, source = _rows(own, strict=False)
         tokens = sum(last - first + 1 for row in rows for first, last in row)
         counts = coverage.pair_counts(rows, L)

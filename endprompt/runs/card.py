@@ -126,6 +126,13 @@ def form(config: dict) -> str:
     numbers = ((key, value) for key, value in parameters.items() if isinstance(value, int | float))
     told = ", ".join(f"{key} {value:g}" for key, value in numbers)
     lines = [f"- RoPE: type `{parameters.get('rope_type', 'default')}`, {told}."]
+    if share := note.get("base_share"):
+        lines.append(f"- Weights: {1 - share:.1%} of what was trained, {share:.1%} of the base's, averaged.")
+    if learnt := note.get("sharpened_heads"):
+        lines.append(
+            f"- Queries of each head are multiplied by a factor that was trained, {learnt['least']:.4f} to"
+            f" {learnt['most']:.4f}; it is in their weights."
+        )
     if (by := note.get("sharpened")) is not None:
         lines.append(f"- Attention scores are multiplied by {by:.4f}, which is in the queries' weights.")
     elif (start := note.get("sharpened_beyond")) is not None:

@@ -111,7 +111,7 @@ def training_arguments(
     given = {
         key: value
         for key, value in recipe.train.items()
-        if key not in ("lora", "sequence_parallel", "save_total_limit")
+        if key not in (*training_keys.OURS, "save_total_limit")
     }
     if recipe.deepspeed is not None:
         options = zero_file.filled(recipe.deepspeed, accumulation)

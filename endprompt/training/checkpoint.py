@@ -15,7 +15,7 @@ from endprompt.positions import rope
 from endprompt.recipe.experiment import Experiment
 from endprompt.runs import checkpoint_files
 from endprompt.runs.checkpoint_files import MARKER
-from endprompt.training import lora, precision
+from endprompt.training import averaging, heads, lora, precision
 
 
 def barrier() -> None:
@@ -88,7 +88,8 @@ def save_final(
     finish: Callable[[Path, float | None], None],
 ) -> None:
     """Gathers the weights of all ranks into the run's ``model/`` (safetensors, config, tokenizer), checks it,
-    lets the method change it, and only then gives it its name.
+    averages it with the base if that is asked for, lets the method change it, and only then gives it its
+    name.
 
     adapted: for a model with LoRA adapters, a batch of the collator, the same on all ranks; the adapters are
     merged, and the saved model must give the adapter model's logits on that batch.  finish: called on the
@@ -99,6 +100,9 @@ def save_final(
     difference = None
     if adapted is not None:
         expected = lora.logits(trainer.model, adapted, trainer.args.device)
+    if experiment.recipe.rope.sharpen_heads:
+        trainer.model.config.endprompt["sharpened_heads"] = heads.fold(trainer.model)
+    if adapted is not None:
         traces = lora.merge(trainer.model)
     if not trainer.is_deepspeed_enabled:
         precision.lower(trainer.model, precision.saved(trainer.args))
@@ -118,6 +122,7 @@ def save_final(
         verify_saved(partial, experiment.scaling, theta, experiment.target_length, dims)
         if adapted is not None:
             difference = lora.verify_merged(partial, adapted, expected, traces, trainer.args.device)
+        averaging.average(partial, experiment, trainer.args.device.type == "cuda")
         experiment.method.after_training(partial, experiment)
         verify_saved(partial, experiment.scaling, theta, experiment.target_length, dims)
         flush(partial)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from endprompt import Failure
-from endprompt.bases import families
+from endprompt.bases import families, loading
 from endprompt.recipe.training_keys import Lora
 from endprompt.training import windows
 
@@ -50,7 +50,7 @@ def _layers(model) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _gathered(parameters: list, write: bool):
+def gathered(parameters: list, write: bool):
     """The whole parameters inside, whether ZeRO-3 holds them in pieces or not; with ``write``, rank 0's
     values are kept.
     """
@@ -105,7 +105,7 @@ def merge(model) -> dict[str, Trace]:
             (layer.lora_A["default"].weight, layer.lora_B["default"].weight),
             layer.scaling["default"],
         )
-        with _gathered([a, b], write=False), _gathered([base.weight], write=True):
+        with gathered([a, b], write=False), gathered([base.weight], write=True):
             if a.dim() != 2 or b.dim() != 2 or base.weight.shape != (b.shape[0], a.shape[1]):
                 raise Failure(
                     f"merge: {name} has a weight of {tuple(base.weight.shape)} and adapters of"
@@ -157,7 +157,7 @@ def verify_merged(
     """
     from transformers import AutoModelForCausalLM
 
-    with whole_loading():
+    with loading.whole_loading():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
@@ -182,17 +182,3 @@ def verify_merged(
             " checkpoints are kept"
         )
     return difference
-
-
-@contextlib.contextmanager
-def whole_loading():
-    """Inside, from_pretrained loads whole weights on this rank alone, even while a ZeRO-3 run lives."""
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref() if deepspeed._hf_deepspeed_config_weak_ref else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if before is not None:
-            deepspeed.set_hf_deepspeed_config(before)

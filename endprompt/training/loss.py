@@ -92,7 +92,7 @@ def _chunk(vocabulary: int, kernel) -> int:
     return max(128, GPU_CHUNK_ELEMENTS // vocabulary // 128 * 128)  # whole tiles of a matrix product
 
 
-def _scaled(gradient, scale):
+def scaled(gradient, scale):
     """gradient x scale (float32, no dimensions) in the gradient's type, each product rounded once.
 
     A scale that is rounded to bf16 first is wrong by up to 0.39 %, everywhere alike.  What remains is the
@@ -106,7 +106,7 @@ def _scaled(gradient, scale):
     return torch.mul(gradient, scale[None], out=torch.empty_like(gradient))
 
 
-def _as_autocast(*tensors):
+def as_autocast(*tensors):
     """The tensors (or None) in autocast's type where it is on: weights are float32 masters then, and products
     would mix types.
     """
@@ -168,7 +168,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        grads = (None if grad is None else _scaled(grad, grad_loss) for grad in ctx.saved_tensors)
+        grads = (None if grad is None else scaled(grad, grad_loss) for grad in ctx.saved_tensors)
         return *grads, None, None, None, None, None
 
 
@@ -185,7 +185,7 @@ def chunked_linear_cross_entropy(hidden, weight, labels, token_weights, bias=Non
 def _divided(layer, labels, token_weights, divisor: float, chunk=None):
     """``chunked_linear_cross_entropy`` of logits that are divided by ``divisor``; layer: (hidden, weight,
     bias)."""
-    hidden, weight, bias = _as_autocast(*layer)
+    hidden, weight, bias = as_autocast(*layer)
     kernel = row_kernel(hidden)
     chunk = chunk or _chunk(weight.shape[0], kernel)
     if not torch.is_grad_enabled():  # inside the function, parameters would still ask for a gradient
@@ -215,17 +215,26 @@ class LossHead(nn.Linear):
     uniform: every target has weight 1.  Then Liger's kernel, which knows no weights a token, gives the same
         sum and is used on a GPU.
     divisor: of the logits, where the model has one.
+    target, target_head: hidden states whose predictions, under another output layer or this one, are held to
+        instead of labels.
     """
 
     uniform, divisor = False, 1.0
 
-    def forward(self, hidden, shift_labels=None, shift_weights=None):
+    def forward(self, hidden, shift_labels=None, shift_weights=None, target=None, target_head=None):
+        if target is not None:
+            from endprompt.training import divergence
+
+            layer = hidden.flatten(0, 1), self.weight, self.bias
+            logits = divergence.logits_of(target_head or self, target.flatten(0, 1), self.divisor)
+            total, each = divergence.chunked_divergence(layer, logits, shift_weights.flatten(), self.divisor)
+            return total, each.view(shift_weights.shape)
         if shift_labels is None:
             return super().forward(hidden)
         if self.uniform and self.divisor == 1 and (kernel := liger_kernel(hidden)):
             # ignore_index -100, no z-loss, no smoothing, summed; weight gradients of the chunks accumulate in
             # float32, as ours do.
-            hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
+            hidden, weight, bias = as_autocast(hidden, self.weight, self.bias)
             total = kernel(
                 hidden.flatten(0, 1),
                 weight,
@@ -263,6 +272,7 @@ def _forward_with_loss(
     position_ids=None,
     shift_labels=None,
     shift_weights=None,
+    with_hidden=False,
     **kwargs,
 ):
     if shift_labels is None:
@@ -281,7 +291,8 @@ def _forward_with_loss(
     loss_sum, nll = self.get_output_embeddings()(found.last_hidden_state, shift_labels, shift_weights)
     if balanced:
         loss_sum = loss_sum + shift_weights.sum() * _imbalance(self, found.router_logits, attention_mask)
-    return {"loss_sum": loss_sum, "nll": nll}
+    hidden = {"hidden": found.last_hidden_state} if with_hidden else {}
+    return {"loss_sum": loss_sum, "nll": nll, **hidden}
 
 
 def _imbalance(model, router_logits, attention_mask) -> torch.Tensor:
@@ -293,8 +304,8 @@ def _imbalance(model, router_logits, attention_mask) -> torch.Tensor:
 
 
 def attach(model, uniform: bool = False) -> None:
-    """Gives a causal model a forward that returns {"loss_sum", "nll"} when called with shift_labels and
-    shift_weights.
+    """Gives a causal model a forward that returns {"loss_sum", "nll"}, and with ``with_hidden`` the last
+    hidden states under "hidden", when called with shift_labels and shift_weights.
 
     Padding must stand on the right, and the model be causal (see seen_by_all).
     uniform: promise that every target's weight is 1 (see LossHead); nll is None where Liger's kernel made the

@@ -24,7 +24,7 @@ from endprompt.bases import families, model, sharpen
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
 from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
-from endprompt.training import checkpoint, dealing, lora, loss, precision, sequence, watch, windows
+from endprompt.training import checkpoint, dealing, heads, lora, loss, precision, sequence, watch, windows
 from endprompt.training.arguments import batch_shape, resumed_shape, set_up_environment, training_arguments
 from endprompt.training.dataset import load_rows, sample
 from endprompt.training.trainer import Probe, WeightedTrainer, flops_per_token
@@ -194,10 +194,16 @@ def build_network(experiment: Experiment, arguments: TrainingArguments, cuda: bo
     network = model.build(experiment.base, experiment.scaling, dtype, cuda)
     loss.attach(network, uniform=method.uniform)
     windows.attach(network)
+    sharpened = experiment.recipe.rope.sharpen_heads
+    if sharpened:
+        heads.attach(network)
     if adapters:
         lora.inject(network, adapters, arguments.seed)
+    if sharpened:
+        heads.train(network)
     if not arguments.deepspeed:
         precision.raise_trained(network)
+    method.before_training(network, experiment, cuda)
     network.config.endprompt = {
         "method": method.name,
         "original_length": experiment.base.original_length,
@@ -243,8 +249,10 @@ def wrap(
         train_dataset=dealing.Rows(dataset),
         data_collator=collator,
         sequence_parallel=experiment.recipe.sequence_parallel,
-        token_flops=flops_per_token(network.config, experiment.attended, adapters, head_frozen),
+        token_flops=experiment.method.work(experiment.options)
+        * flops_per_token(network.config, experiment.attended, adapters, head_frozen),
         loss_term=functools.partial(experiment.method.loss_term, options=experiment.options),
+        reads_hidden=experiment.method.reads_hidden,
         callbacks=[precision.Masters(whole=not adapters), *callbacks],
     )
     # The Trainer switches it off, for good.
@@ -293,17 +301,24 @@ def summary(experiment: Experiment, trainer: WeightedTrainer, manifest: dict, **
     }
 
 
+def refuse_base(experiment: Experiment) -> None:
+    """Raises BadInput if the base is not one that the recipe can train."""
+    base = experiment.base
+    base.check_vocabulary()
+    if experiment.recipe.rope.sharpen_heads:
+        heads.check(base.config)
+    if experiment.adapters:
+        families.adapted(base.config, experiment.adapters.targets)
+
+
 def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> None:
     recipe, run, method = experiment.recipe, experiment.run, experiment.method
     main, world_size = int(os.environ["RANK"]) == 0, int(os.environ["WORLD_SIZE"])
     shared = recipe.sequence_parallel
 
     dataset, manifest = load_rows(experiment, verify=int(os.environ["LOCAL_RANK"]) == 0)
-    experiment.base.check_vocabulary()
+    refuse_base(experiment)
     sequence.check(experiment, experiment.base.attention_implementation(cuda), world_size, manifest)
-
-    if experiment.adapters:
-        families.adapted(experiment.base.config, experiment.adapters.targets)  # refuses
 
     resume = Resume.of(experiment, world_size, main)
     shape = resumed_shape(batch_shape(experiment), world_size, resume.before)

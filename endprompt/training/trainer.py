@@ -62,9 +62,18 @@ class WeightedTrainer(Trainer):
     where the text ends cannot be foretold, what follows the first token can.
     """
 
-    def __init__(self, *args, token_flops: float, sequence_parallel: int = 1, loss_term=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        token_flops: float,
+        sequence_parallel: int = 1,
+        loss_term=None,
+        reads_hidden=False,
+        **kwargs,
+    ):
         """loss_term: (network, batch, outputs) -> a scalar added to the batch's sum, or None; see Method."""
         super().__init__(*args, **kwargs)
+        self.asked = {"with_hidden": True} if reads_hidden else {}
         self.token_flops, self.sequence_parallel = token_flops, sequence_parallel
         self.loss_term = loss_term
         self.averaged = sequence.averaged_ranks(self.args, sequence_parallel)
@@ -115,9 +124,11 @@ class WeightedTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_prompt, rows = inputs.pop("shift_prompt"), inputs.pop("row_numbers")
-        outputs = model(**inputs)
+        outputs = model(**inputs, **self.asked)
         loss_sum = outputs["loss_sum"]
-        more = self.loss_term(model, inputs, outputs) if self.loss_term else None
+        with self.accelerator.autocast():  # the term may call parts of the network, around which nothing is
+            network = self.accelerator.unwrap_model(model)
+            more = self.loss_term(network, inputs, outputs) if self.loss_term else None
         if more is not None:
             loss_sum = loss_sum + more
         self.micro_batches.append((rows, loss_sum.detach()))
