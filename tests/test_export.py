@@ -268,7 +268,10 @@ CONVERTERS = {
     ),
     "another theta": (lambda text: text.replace(str(THETA), "10000.0"), "does not write rope_type 'linear'"),
     "fewer dimensions": (lambda text: text.replace("count(8)", "count(4)"), "does not write"),
-    "no dimensions": (lambda text: text.replace("file.add_rope_dimension_count(8)", ""), "cannot be read back"),
+    "no dimensions": (
+        lambda text: text.replace("file.add_rope_dimension_count(8)", ""),
+        "cannot be read back",
+    ),
     "no GGUF file": (lambda text: "import sys; open(sys.argv[3], 'w').write('GGUF')", "cannot be read back"),
 }
 
