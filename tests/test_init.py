@@ -16,8 +16,6 @@ from endprompt.planning.shapes import SHAPES
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 
-# Their own scheme alone goes on from them.
-SCALED = {"Llama-3.1": "llama3", "DeepSeek-Coder": "linear", "Phi-4-mini": "longrope", "OLMo-3": "yarn"}
 A24 = estimate.Machine(1, 24, "4090", 0.4)
 
 
@@ -55,16 +53,19 @@ def test_what_it_writes_is_a_recipe_that_fits(tmp_path, base, corpus):
     assert out.read_text().count("#") > 10
 
 
-@pytest.mark.parametrize("name", [*SCALED, "GLM-4-9B"])
-def test_a_scaled_base_goes_on_in_its_own_scheme(name, tmp_path, base, corpus):
+@pytest.mark.parametrize("name", family_models.MODELS)
+def test_a_recipe_for_every_family_and_scaled_bases_in_their_own_scheme(name, tmp_path, base, corpus):
     out, target = tmp_path / "my.yaml", family_models.MODELS[name].target
     code, said, error = init(family(tmp_path / "base", name, base), corpus, out, target=target)
     assert code == 0, error
     recipe = schema.load(out)
-    scheme = SCALED.get(name, "yarn")
+    scaled = family_models.MODELS[name].keys.get("rope_scaling") or {}
+    scheme = scaled.get("rope_type", scaled.get("type", "yarn"))
     assert recipe.rope.type == (None if scheme == "yarn" else scheme)  # yarn is the method's own
     found = Experiment.of(recipe, "pose_sharp")
-    assert found.scaling.name == scheme and found.sharpness > 1
+    written = "longrope" if found.base.config.model_type == "phi3" else scheme
+    assert found.scaling.name == written and found.sharpness > 1
+    assert recipe.lengths.physical <= found.base.window
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,16 @@ def test_the_file_is_a_new_recipe(tmp_path, base, corpus):
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path, base):
     short = write_jsonl(tmp_path / "short.jsonl", ["a few words"])
     code, _, error = init(base, short, tmp_path / "my.yaml")
-    assert code == 2 and "less than one row of 256" in error
+    assert code == 2 and "less than the 256 that one row" in error
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents(2, 18))
+    code, _, error = init(base, text, tmp_path / "my.yaml", "--method", "pose_matched", target=4096)
+    assert code == 2 and "less than the 4096 that one row of pose_matched" in error
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path, corpus):
+    for name, complaint in (("./nowhere", "there is no folder"), ("somebody/model", "cannot be loaded")):
+        code, _, error = init(name, corpus, tmp_path / "my.yaml")
+        assert code == 2 and complaint in error and error.count("\n") == 1
 
 
 # -- the choice, for shapes that people have ---------------------------------------------------------------

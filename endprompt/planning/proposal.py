@@ -208,7 +208,7 @@ def propose(asked: Asked, machine: Machine) -> Proposal:
     for physical in lengths[: 1 if first.method.fills == "target" else None]:
         recipe = _recipe(asked, physical, tokens, kind)
         search = Search(recipe, asked.method, base.config)
-        _refuse_short(search, tokens)
+        _refuse_short(search, base.tokenizer, tokens)
         if found := search.first(asked.train, machine, _most_rows(search, machine)):
             break
     if found is None:
@@ -236,12 +236,14 @@ def _most_rows(search: Search, machine: Machine) -> int:
     return min(MOST_ROWS, step_rows(search.recipe, machine.gpus) // machine.gpus)
 
 
-def _refuse_short(search: Search, tokens: int) -> None:
-    length = Experiment.of(search.recipe, search.method).row_length
-    if tokens < length:
+def _refuse_short(search: Search, tokenizer, tokens: int) -> None:
+    """Raises BadInput if the rows cannot be made, of this tokenizer or of so few tokens."""
+    found = Experiment.of(search.recipe, search.method)
+    needed = found.rows(tokenizer).together * found.row_length
+    if tokens < needed:
         raise BadInput(
-            f"--corpus: it holds some {tokens} tokens, less than one row of {length} that {search.method}"
-            " trains on; give more text"
+            f"--corpus: {tokens} tokens are less than the {needed} that one row of {search.method} takes;"
+            " give more text, or more --tokens"
         )
 
 
