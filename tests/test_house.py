@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "endprompt"
 # A room imports only itself and rooms before it; what lies in the package itself is before all but cli.
-ROOMS = "positions bases methods recipe rows runs training planning evaluation reports".split()
+ROOMS = "positions bases methods recipe rows runs training planning evaluation reports commands".split()
 LINES, PARAMETERS = 60, 6
 # The signatures of autograd functions, kernels and of others' interfaces are not ours.
 NOT_OURS = {"forward", "backward", "_forward", "_kernel", "_row", "shifted_sparse_attention"}

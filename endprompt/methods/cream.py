@@ -21,12 +21,14 @@ ENDS = 4  # tokens of head and of tail in each row's length of the target, where
 
 
 class CreamOptions(Options):
-    """cream_sigma: standard deviation of the factor f.
-    cream_text: "contiguous", or "matching": the chunks are taken from the places of their document that their
-    positions name, the tail from the end of its first target_length tokens."""
-
-    cream_sigma: float = Field(3.0, gt=0)
-    cream_text: Literal["contiguous", "matching"] = "contiguous"
+    cream_sigma: float = Field(
+        3.0, gt=0, description="standard deviation of the factor whose draw says where the middle ends"
+    )
+    cream_text: Literal["contiguous", "matching"] = Field(
+        "contiguous",
+        description="matching: chunks are taken from the places of their document that their positions name,"
+        " the tail from the end of its first lengths.target tokens",
+    )
 
     @field_validator("cream_sigma", mode="before")
     @classmethod

@@ -8,9 +8,7 @@ from endprompt.methods.pose import ChunkOptions
 
 
 class DistillingOptions(ChunkOptions):
-    """kl_weight: of the divergence of a token beside its cross entropy."""
-
-    kl_weight: float = Field(1.0, gt=0)
+    kl_weight: float = Field(1.0, gt=0, description="of the divergence of a token, beside its cross entropy")
 
     @field_validator("kl_weight", mode="before")
     @classmethod

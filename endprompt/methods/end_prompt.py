@@ -21,11 +21,16 @@ KEY = "method_options.end_prompts"
 
 
 class EndPromptOptions(Options):
-    """end_prompts: EP_1 to EP_3, or texts of one's own; a row takes one at random.
-    prompt_loss_weight: of a prompt's tokens in the loss, where text weighs 1 (paper Eq. 11)."""
-
-    end_prompts: list[str] = Field(["EP_1"], min_length=1)
-    prompt_loss_weight: float = Field(0.1, ge=0)
+    end_prompts: list[str] = Field(
+        ["EP_1"],
+        min_length=1,
+        description="EP_1, EP_2, EP_3 (the paper's), or texts of one's own; a row takes one at random",
+    )
+    prompt_loss_weight: float = Field(
+        0.1,
+        ge=0,
+        description="of a prompt's tokens in the loss, where text weighs 1 (paper Eq. 11)",
+    )
 
     @field_validator("prompt_loss_weight", mode="before")
     @classmethod

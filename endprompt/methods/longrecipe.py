@@ -22,9 +22,9 @@ CLOSING = " \t\"'\u201d\u2019)]\u300d\u300f"  # what may follow a mark in a toke
 
 
 class SentenceOptions(Options):
-    """sentence_marks: the characters that end a sentence."""
-
-    sentence_marks: str = Field(".!?\n\u3002\uff01\uff1f", min_length=1)
+    sentence_marks: str = Field(
+        ".!?\n\u3002\uff01\uff1f", min_length=1, description="the characters that end a sentence"
+    )
 
     @field_validator("sentence_marks")
     @classmethod

@@ -45,9 +45,7 @@ class Beyond(Scheme):
 
 
 class MixedOptions(ChunkOptions):
-    """short_share: of the rows that are short, without a jump."""
-
-    short_share: float = Field(0.5, gt=0, lt=1)
+    short_share: float = Field(0.5, gt=0, lt=1, description="of the rows, those without a jump")
 
 
 class MixedRows(PoseRows):

@@ -10,12 +10,8 @@ from endprompt.positions import plans
 
 
 class MatchOptions(Options):
-    """match_pieces: a row, a power of two.  match_tokens: as many in a row that two pieces share count
-    once.
-    """
-
-    match_pieces: int = Field(4, ge=2)
-    match_tokens: int = Field(5, gt=0)
+    match_pieces: int = Field(4, ge=2, description="pieces of a row, a power of two")
+    match_tokens: int = Field(5, gt=0, description="as many in a row that two pieces share count once")
 
     @field_validator("match_pieces")
     @classmethod

@@ -10,15 +10,17 @@ view has the loss, which of the two is the constant, and the direction of the di
 
 from typing import Literal
 
+from pydantic import Field
+
 from endprompt.methods import distilling
 from endprompt.methods.base import register
 from endprompt.methods.pose import Chunked, PoseRows
 
 
 class PerturbedOptions(distilling.DistillingOptions):
-    """kl_target: the view whose predictions are the constant; the other one's are held to them."""
-
-    kl_target: Literal["clean", "perturbed"] = "clean"
+    kl_target: Literal["clean", "perturbed"] = Field(
+        "clean", description="the view whose predictions are the constant; the other's are held to them"
+    )
 
 
 class PerturbedRows(PoseRows):

@@ -14,12 +14,12 @@ from endprompt.positions import plans
 
 
 class ChunkOptions(Options):
-    """pose_chunks: parts that a row's text is cut into at random.
-    pose_text: "contiguous", or "later_span": as in github.com/dwzhu-pku/PoSE the chunks are spread over the
-    first target_length tokens of their document; the positions are those of contiguous text."""
-
-    pose_chunks: int = Field(2, ge=2)
-    pose_text: Literal["contiguous", "later_span"] = "contiguous"
+    pose_chunks: int = Field(2, ge=2, description="parts that a row's text is cut into at random")
+    pose_text: Literal["contiguous", "later_span"] = Field(
+        "contiguous",
+        description="later_span: as in github.com/dwzhu-pku/PoSE the chunks are spread over the first"
+        " lengths.target tokens of their document; the positions are those of contiguous text",
+    )
 
 
 class Chunked(Method):

@@ -10,12 +10,11 @@ from endprompt.positions import plans
 
 
 class RecallOptions(ChunkOptions):
-    """recall_share: of a row's tokens that repeat.  recall_cue: tokens of a span that name the place, without
-    loss.  recall_tokens: tokens of a span after its cue."""
-
-    recall_share: float = Field(0.25, gt=0, le=0.5)
-    recall_cue: int = Field(4, gt=0)
-    recall_tokens: int = Field(16, gt=0)
+    recall_share: float = Field(0.25, gt=0, le=0.5, description="of a row's tokens that repeat")
+    recall_cue: int = Field(
+        4, gt=0, description="tokens of a repeated span that name the place, without loss"
+    )
+    recall_tokens: int = Field(16, gt=0, description="tokens of a repeated span after its cue")
 
 
 def repeated(

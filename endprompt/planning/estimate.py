@@ -57,12 +57,13 @@ class Machine:
             raise BadInput(f"--gpu {self.gpu}: its peak is not known; use one of {', '.join(PEAK_FLOPS)}")
         if self.gpus < 1 or not self.gpu_memory > 0 or not 0 < self.mfu <= 1:
             raise BadInput(
-                f"plan: --gpus {self.gpus}, --gpu-memory {self.gpu_memory:g} and --mfu {self.mfu:g} must be"
+                f"--gpus {self.gpus}, --gpu-memory {self.gpu_memory:g} and --mfu {self.mfu:g} must be"
                 " at least 1, above 0, and above 0 and at most 1"
             )
         return PEAK_FLOPS[self.gpu]
 
 
+USABLE = 0.92  # of a GPU's memory
 PARTS = (
     ("gradients", "gradients"),
     ("optimizer states, fp32", "optimizer"),
@@ -126,26 +127,26 @@ def _memory_table(experiment: Experiment, found: dict[str, Memory], machine: Mac
         label = gathered if label == "gathered" else label
         lines.append(f"{label:34}" + "".join(f"{getattr(one, of) / 1e9:16.2f}" for one in found.values()))
     host = "".join(f"{one.host / 1e9:16.2f}" for one in found.values())
-    fits = "".join(f"{'yes' if _fits(one, machine) else 'no':>16}" for one in found.values())
+    fitting = "".join(f"{'yes' if fits(one, machine) else 'no':>16}" for one in found.values())
     return [
         *lines,
         f"{'on the host, GB a rank':34}{host}",
-        f"{f'fits {machine.gpu_memory:g} GB (at most 92 %)':34}{fits}",
+        f"{f'fits {machine.gpu_memory:g} GB (at most {100 * USABLE:.0f} %)':34}{fitting}",
     ]
 
 
-def _fits(memory: Memory, machine: Machine) -> bool:
+def fits(memory: Memory, machine: Machine) -> bool:
     """Fragments of the allocator, the CUDA context and NCCL take their share of what the maker prints."""
-    return memory.total <= 0.92 * machine.gpu_memory * 1e9
+    return memory.total <= USABLE * machine.gpu_memory * 1e9
 
 
 def _advice(found: dict[str, Memory], machine: Machine) -> str:
     own, *_ = found
-    if _fits(found[own], machine):
+    if fits(found[own], machine):
         return f"\n{own} fits."
     # Of those that fit, what offloads least.
     better = sorted(
-        (name for name, one in found.items() if _fits(one, machine)), key=lambda name: found[name].host
+        (name for name, one in found.items() if fits(one, machine)), key=lambda name: found[name].host
     )
     mend = (
         "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation checkpointing; no"
@@ -155,15 +156,28 @@ def _advice(found: dict[str, Memory], machine: Machine) -> str:
 
 
 def _hours(experiment: Experiment, about, machine: Machine, step_tokens: int) -> str:
-    recipe = experiment.recipe
-    tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
-    flops = token_flops(experiment, about)
-    hours = flops * tokens / (machine.peak * machine.gpus * machine.mfu) / 3600
+    flops, tokens, took = (
+        token_flops(experiment, about),
+        trained_tokens(experiment),
+        hours(experiment, about, machine),
+    )
     return (
         f"{flops / 1e9:.1f} GFLOP a token, {flops * step_tokens / 1e15:.3g} PFLOP a step; {tokens / 1e9:.3g}"
-        f" B tokens at {machine.mfu:.0%} MFU of {machine.gpus} x {machine.gpu}: {hours:.1f} h,"
-        f" {hours * machine.gpus:.0f} GPU-hours"
+        f" B tokens at {machine.mfu:.0%} MFU of {machine.gpus} x {machine.gpu}: {took:.1f} h,"
+        f" {took * machine.gpus:.0f} GPU-hours"
     )
+
+
+def trained_tokens(experiment: Experiment) -> float:
+    """Tokens of all epochs."""
+    recipe = experiment.recipe
+    return recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
+
+
+def hours(experiment: Experiment, about, machine: Machine) -> float:
+    """How long the run takes at the machine's share of its peak."""
+    flops = token_flops(experiment, about) * trained_tokens(experiment)
+    return flops / (machine.peak * machine.gpus * machine.mfu) / 3600
 
 
 def token_flops(experiment: Experiment, about) -> float:

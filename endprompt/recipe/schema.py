@@ -21,17 +21,30 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name_or_path: str = Field(min_length=1)
-    gguf_file: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False  # whether Python files that come with the model may run
-    original_length: int | None = Field(None, gt=0)
-    attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = None
+    name_or_path: str = Field(
+        min_length=1,
+        description="the base: a folder with config.json, an id of the Hugging Face hub, or `package:NAME`,"
+        " an installed Python package that holds one",
+    )
+    gguf_file: str | None = Field(None, description="the GGUF file in it that holds config and weights")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(
+        False, description="whether Python files that come with the model may run"
+    )
+    original_length: int | None = Field(
+        None, gt=0, description="tokens that the base reads as it came, C; null: as its config.json says"
+    )
+    attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] | None = Field(
+        None, description="null: flash_attention_2 where it is installed and there is a GPU, else sdpa"
+    )
 
 
 class LengthsSection(Section):
-    physical: int = Field(gt=1)
-    target: int = Field(gt=1, le=2**31)  # shards hold positions as int32
+    physical: int = Field(gt=1, description="tokens in a row of the short-row methods")
+    # shards hold positions as int32
+    target: int = Field(
+        gt=1, le=2**31, description="positions that a row may span, L: the window of the trained model"
+    )
 
     @model_validator(mode="after")
     def ordered(self):
@@ -44,13 +57,28 @@ class LengthsSection(Section):
 
 
 class DataSection(Section):
-    corpus: str | list[str]
-    text_column: str = "text"
-    split: str = "train"
-    tokens: int = Field(gt=0, lt=2**63)
-    packing: Literal["cut", "document"] = "cut"
-    rows_per_shard: int = Field(4096, gt=0)
-    seed: int = Field(0, ge=0, lt=2**32)
+    corpus: str | list[str] = Field(
+        description="text to train on: files of .jsonl, .json, .parquet or .txt (packed ones too), a folder"
+        " of them, or an id of the hub; several as a list"
+    )
+    text_column: str = Field("text", description="the field of a row that is its text")
+    split: str = Field("train", description="of a hub id")
+    tokens: int = Field(
+        gt=0,
+        lt=2**63,
+        description="of all rows together, end prompts included; a longer corpus is read so far",
+    )
+    packing: Literal["cut", "document"] = Field(
+        "cut",
+        description="cut: documents one after the other, cut into rows; document: a row holds one alone",
+    )
+    rows_per_shard: int = Field(4096, gt=0, description="rows of a Parquet file")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="of everything that is drawn for rows, and of training unless it has one",
+    )
 
     @field_validator("tokens", mode="before")
     @classmethod
@@ -59,18 +87,31 @@ class DataSection(Section):
 
 
 class RopeSection(Section):
-    type: Type | None = None
-    # Of type theta: the base frequency; null: from L / C by the NTK rule.
-    theta: float | None = Field(None, gt=1)
-    # Of type longrope: what the frequency of each pair of rotary dimensions is divided by.
-    long_factor: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
-    # Attention scores x (ln L / ln C) ** sharpen once trained, or once built where nothing is trained; null:
-    # as the method says.
-    sharpen: float | None = Field(None, ge=0, le=4)
-    # Beside it, a factor for each head, trained and folded into the queries when the model is saved.
-    sharpen_heads: bool = False
-    # Of type yarn: whether cos and sin are multiplied by 0.1 ln s + 1 as the paper says.
-    yarn_factor: bool = True
+    type: Type | None = Field(None, description="the scaling; null: as the method says")
+    theta: float | None = Field(
+        None, gt=1, description="of type theta: the base frequency; null: from L / C by the NTK rule"
+    )
+    long_factor: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="of type longrope: what the frequency of each pair of rotary dimensions is divided by",
+    )
+    sharpen: float | None = Field(
+        None,
+        ge=0,
+        le=4,
+        description="attention scores are multiplied by (ln L / ln C) ** sharpen once trained, or once built"
+        " where nothing is trained; null: as the method says",
+    )
+    sharpen_heads: bool = Field(
+        False,
+        description="beside it, a factor for each head, trained, and folded into the queries when the model"
+        " is saved",
+    )
+    yarn_factor: bool = Field(
+        True,
+        description="of type yarn: whether cos and sin are multiplied by 0.1 ln s + 1, as its paper says",
+    )
 
     @field_validator("type", mode="before")
     @classmethod
@@ -84,30 +125,57 @@ class RopeSection(Section):
 
 
 class EvalSection(Section):
-    tasks: list[str] = ["passkey"]  # names and groups of endprompt/recipe/task_names.py
-    lengths: list[int] = Field([4096, 8192, 16384, 32768, 65536], min_length=1)
-    samples: int = Field(500, gt=0)  # a task and length, where the benchmark holds as many
-    depths: int = Field(10, gt=0)
-    seed: int = Field(42, ge=0, lt=2**32)
-    perplexity_corpus: str | None = None
-    perplexity_column: str | None = None  # the field that holds its text; null: data.text_column
-    perplexity_tokens: int = Field(65536, gt=0)
-    perplexity_stride: int = Field(256, gt=0)
-    # distance: keys of a short haystack, asked for from further and further on, up to lengths.target
-    distance_haystack: int = Field(1024, gt=0)  # its tokens
-    distance_keys: int = Field(2, gt=0, le=16)  # of a haystack; samples / distance_keys haystacks are made
-    distances: list[int] | None = Field(None, min_length=1)  # positions left out before a question; null: 13
-    named_keys: int = Field(4, gt=0, le=16)  # of a haystack, each asked in turn, at some of the depths
-    # far_gain: on the documents of perplexity_corpus
-    far_gain_tokens: int = Field(256, gt=0)  # that are scored at the end of a text
-    far_gain_texts: int = Field(64, gt=0)  # where the documents hold as many
-    ruler_samples: str | None = None  # a folder of samples made elsewhere; null: made here
-    longbench_data: str | None = None  # a folder of the official jsonl files; null: from the hub
-    longbench_length: int = Field(32768, gt=1)  # tokens a prompt is cut to, in its middle
-    short_text_samples: int | None = Field(None, gt=0)  # a subtask; null: all
-    chat_template: bool = False  # put around prompts; never around the text of perplexity
-    run_unsafe_code: bool = False  # HumanEval runs what the model writes
-    backend: Literal["hf", "vllm"] = "hf"
+    tasks: list[str] = Field(["passkey"], description="benchmarks and groups of them (evaluation.md)")
+    lengths: list[int] = Field(
+        [4096, 8192, 16384, 32768, 65536], min_length=1, description="tokens of a prompt"
+    )
+    samples: int = Field(500, gt=0, description="of a task and length, where the benchmark holds as many")
+    depths: int = Field(
+        10, gt=0, description="places of a key in its haystack, evenly from the first to the last"
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="of the samples that are drawn")
+    perplexity_corpus: str | None = Field(
+        None, description="held-out documents of perplexity and far_gain, as data.corpus"
+    )
+    perplexity_column: str | None = Field(
+        None, description="the field that holds their text; null: data.text_column"
+    )
+    perplexity_tokens: int = Field(65536, gt=0, description="tokens that are scored at a length")
+    perplexity_stride: int = Field(256, gt=0, description="tokens that are scored at the end of a window")
+    distance_haystack: int = Field(
+        1024,
+        gt=0,
+        description="tokens of the short haystack whose keys are asked for from further and further on, up to"
+        " lengths.target",
+    )
+    distance_keys: int = Field(
+        2, gt=0, le=16, description="keys of such a haystack; samples / distance_keys haystacks are made"
+    )
+    distances: list[int] | None = Field(
+        None, min_length=1, description="positions left out before a question; null: 13 of them"
+    )
+    named_keys: int = Field(
+        4, gt=0, le=16, description="keys of a haystack, each asked for in turn, at some of the depths"
+    )
+    far_gain_tokens: int = Field(256, gt=0, description="tokens that are scored at the end of a text")
+    far_gain_texts: int = Field(64, gt=0, description="texts, where the documents hold as many")
+    ruler_samples: str | None = Field(
+        None, description="a folder of RULER samples made elsewhere; null: made here"
+    )
+    longbench_data: str | None = Field(
+        None, description="a folder of the official jsonl files; null: from the hub"
+    )
+    longbench_length: int = Field(
+        32768, gt=1, description="tokens that a LongBench prompt is cut to, in its middle"
+    )
+    short_text_samples: int | None = Field(
+        None, gt=0, description="of a subtask of the short-text tasks; null: all"
+    )
+    chat_template: bool = Field(
+        False, description="put around prompts; never around the text of perplexity and far_gain"
+    )
+    run_unsafe_code: bool = Field(False, description="whether HumanEval may run what the model writes")
+    backend: Literal["hf", "vllm"] = Field("hf", description="what runs the model")
 
     @field_validator("tasks")
     @classmethod
@@ -149,6 +217,8 @@ class EvalSection(Section):
 
 
 class Recipe(Section):
+    """The sections; what each key means is its ``description``, which docs/recipe.md shows."""
+
     model: ModelSection
     lengths: LengthsSection
     data: DataSection
@@ -266,6 +336,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     names the key and the mend."""
     path = settings_file.find(Path(path))
     name, tree = settings_file.recipe(path)
+    return made(tree, name, path, overrides)
+
+
+def made(tree: dict, name: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe ``name`` of the sections ``tree``, overridden and checked.
+
+    path: of its file, whether or not it is there; the folder is where its own paths begin, and messages begin
+    with it.  Raises BadInput, see ``load``.
+    """
     for assignment in overrides:
         _override(tree, assignment)
     for key in ("name", "folder", "former"):
@@ -281,6 +360,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe.train = training_keys.check(recipe.train)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+    _deepspeed(recipe, path)
+    return recipe
+
+
+def _deepspeed(recipe: Recipe, path: Path) -> None:
+    """Checks the recipe's ZeRO options, and puts in the file's path as it was found.  Raises BadInput."""
     deepspeed = recipe.train.get("deepspeed")
     if isinstance(deepspeed, dict):
         zero_file.check(recipe.train, deepspeed, f"{path}: train.deepspeed")
@@ -300,4 +385,3 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             ) from None
         zero_file.check(recipe.train, options, f"{path}: train.deepspeed: {found}")
         recipe.train["deepspeed"] = str(found)
-    return recipe

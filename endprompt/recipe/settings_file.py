@@ -116,7 +116,7 @@ def parse(text: str, where: str) -> Any:
         ) from None
 
 
-def _name(name: Any, source: str) -> str:
+def folder_name(name: Any, source: str) -> str:
     """``name`` if it can be the folder of a recipe's results and leads nowhere else.  Raises BadInput."""
     if (
         not isinstance(name, str)
@@ -165,9 +165,9 @@ def recipe(path: str | Path) -> tuple[str, dict]:
     # A resolved copy names its recipe and method: it loads again under the same name.
     copied = "method" in tree and "recipe" in tree
     name = (
-        _name(tree.pop("recipe"), f"{path}: recipe:")
+        folder_name(tree.pop("recipe"), f"{path}: recipe:")
         if copied
-        else _name(path.stem, "recipe: the file's name")
+        else folder_name(path.stem, "recipe: the file's name")
     )
     tree.pop("method", None)
     return name, tree

@@ -60,9 +60,10 @@ class Key(NamedTuple):
 
 ALLOWED = {
     "per_device_train_batch_size": Key(
-        Some, "rows of `lengths.physical` tokens a rank and micro-batch; longer rows are fewer"
+        Some,
+        "rows of `lengths.physical` tokens a rank and micro-batch, 1 unless given; longer rows are fewer",
     ),
-    "gradient_accumulation_steps": Key(Some, "micro-batches a step"),
+    "gradient_accumulation_steps": Key(Some, "micro-batches a step; 1 unless given"),
     "num_train_epochs": Key(Above, "passes over the rows, fractions too; 1 unless given"),
     "max_steps": Key(
         Annotated[int, Field(ge=-1)], "ends after so many steps, whatever the epochs; -1: not used"
@@ -264,18 +265,21 @@ ADAMW = (None, "adamw_torch", "adamw_torch_fused")
 class Lora(BaseModel):
     """``train.lora`` of a recipe: W + alpha / r x B A in place of W, with A [r, in] and B [out, r] trained.
 
-    dropout: of the adapters' input.  train_embed_norm: every parameter whose name contains ``embed`` or
-    ``norm`` is trained whole, as in LongLoRA (section 3.3); a tied output layer is then trained with the
-    embedding.
     Source: arXiv 2106.09685.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    r: int = Field(8, gt=0)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[Target] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
-    train_embed_norm: bool = False
+    r: int = Field(8, gt=0, description="rank of an adapter")
+    alpha: float = Field(16.0, gt=0, description="the adapter's product is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
+    targets: list[Target] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1, description="the matrices that get one"
+    )
+    train_embed_norm: bool = Field(
+        False,
+        description="every parameter whose name contains `embed` or `norm` is trained whole, as in LongLoRA"
+        " (section 3.3); a tied output layer is then trained with the embedding",
+    )
 
     @field_validator("alpha", "dropout", mode="before")
     @classmethod

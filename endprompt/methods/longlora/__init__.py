@@ -13,9 +13,9 @@ from endprompt.methods.plain import PlainRows
 
 
 class GroupOptions(Options):
-    """s2_group_size: tokens that attend to each other; null: a quarter of a row."""
-
-    s2_group_size: int | None = Field(None, gt=1)
+    s2_group_size: int | None = Field(
+        None, gt=1, description="tokens that attend to each other; null: a quarter of a row"
+    )
 
 
 class LongRows(PlainRows):

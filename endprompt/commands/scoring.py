@@ -1,0 +1,75 @@
+"""What `endprompt evaluate` is asked to score: the pairs of a recipe, or those of the command line alone."""
+
+import json
+from pathlib import Path
+
+from endprompt import BadInput
+from endprompt.recipe import schema, settings_file, task_names
+from endprompt.recipe.experiment import Experiment
+
+# What a model is called where results are put, where no recipe says it.
+NAMELESS = "model"
+
+
+def _tasks(given: list[str]) -> list[str]:
+    return [name for text in given for name in text.replace(",", " ").split()]
+
+
+def _lengths(given: list[str]) -> list[int]:
+    """Raises BadInput on what is no number of tokens."""
+    found = []
+    for text in _tasks(given):
+        if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= 2**31:
+            raise BadInput(
+                f"--lengths {text!r:.60}: give numbers of tokens, for example --lengths 4096 65536"
+            )
+        found.append(int(text))
+    return found
+
+
+def chosen(arguments) -> list[str]:
+    """The overrides that --tasks and --lengths stand for."""
+    found = {"eval.tasks": _tasks(arguments.tasks), "eval.lengths": _lengths(arguments.lengths)}
+    return [f"{key}={json.dumps(value)}" for key, value in found.items() if value]
+
+
+def without_recipe(arguments) -> Experiment:
+    """The experiment that scores ``--model`` as it is, on --tasks and --lengths, under the method base.
+
+    Raises BadInput if one of them is missing or wrong, or an override is of what only a recipe has.
+    """
+    asked = {"--model": arguments.model, "--tasks": arguments.tasks, "--lengths": arguments.lengths}
+    if missing := [name for name, value in asked.items() if not value]:
+        raise BadInput(
+            f"evaluate: {missing[0]} is missing; without RECIPE and METHOD name a model and what to score:"
+            " --model DIR_OR_ID --tasks passkey --lengths 4096 8192"
+        )
+    for assignment in arguments.overrides:
+        if not assignment.startswith(("eval.", "model.")):
+            raise BadInput(
+                f"--set {assignment[:60]}: without a recipe there are the keys of eval and model alone"
+            )
+    lengths = _lengths(arguments.lengths)
+    tree = {
+        "model": {"name_or_path": arguments.model},
+        # Nothing is trained: these two are read by what is asked at chosen positions alone, or not at all.
+        "lengths": {"physical": 2, "target": max(2, *lengths)},
+        "data": {"corpus": "none", "tokens": 1},
+        "eval": {"tasks": _tasks(arguments.tasks), "lengths": lengths},
+    }
+    recipe = schema.made(tree, _name(arguments.model), Path("evaluate"), arguments.overrides)
+    if task_names.FAR_GAIN in recipe.eval.tasks and recipe.model.original_length is None:
+        raise BadInput(
+            "--tasks: far_gain compares with the window of a base; set it with --set"
+            " model.original_length=TOKENS, or name a recipe"
+        )
+    return Experiment.of(recipe, "base", arguments.out)
+
+
+def _name(model: str) -> str:
+    """What the folder of the model's results is called: the end of its path or id."""
+    name = Path(model).name or Path(model).absolute().name
+    try:
+        return settings_file.folder_name(name, "--model")
+    except BadInput:
+        return NAMELESS

@@ -1,0 +1,182 @@
+"""The commands as a newcomer meets them: help, versions, completion, and evaluation without a recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_main
+from training import ENVIRONMENT
+
+from endprompt import methods
+from endprompt.commands import alone, of_runs, options
+
+QUICK = (["--version"], ["--help"], ["doctor", "--help"], ["evaluate", "--help"])
+
+
+def commands() -> list[str]:
+    parser = options.parser()
+    return list(next(action for action in parser._actions if action.dest == "command").choices)
+
+
+def test_every_command_does_something():
+    assert set(commands()) == {*alone.COMMANDS, *of_runs.OF_EXPERIMENTS}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_ends_in_the_exit_codes(command):
+    code, said, _ = run_main(command, "--help")
+    assert code == 0 and "exit codes: 0" in said and "2 bad input" in " ".join(said.split())
+
+
+def test_versions_of_what_the_figures_depend_on():
+    code, said, _ = run_main("--version")
+    found = dict(line.split(" ", 1) for line in said.splitlines())
+    assert code == 0 and set(found) >= {"endprompt", "torch", "transformers", "deepspeed", "flash-attn"}
+    import torch
+
+    assert found["torch"] == torch.__version__
+
+
+def test_what_is_asked_quickly_imports_no_torch():
+    script = f"""
+import sys
+from endprompt.cli import main
+for given in {[list(one) for one in QUICK]!r}:
+    try:
+        main(given)
+    except SystemExit as error:
+        assert not error.code
+print(sorted({{"torch", "transformers", "numpy", "pydantic"}} & set(sys.modules)))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    assert out.returncode == 0 and out.stdout.splitlines()[-1] == "[]", out.stderr
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What the shell is offered behind ``line``."""
+    environment = {
+        **ENVIRONMENT,
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+        "_ARGCOMPLETE_SHELL": "bash",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    script = (
+        "import os, sys; os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 8);"
+        "sys.argv[:] = ['endprompt']; from endprompt.cli import main; main()"
+    )
+    out = folder / "offered"
+    out.unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-c", script, str(out)], env=environment, cwd=folder, timeout=120)
+    return out.read_text().split()
+
+
+def test_the_shell_completes(tmp_path):
+    assert set(completed("endprompt ", tmp_path)) >= set(commands())
+    (tmp_path / "mine.yaml").touch()
+    assert "mine.yaml" in completed("endprompt plan mi", tmp_path)
+    assert set(completed("endprompt plan mine.yaml ", tmp_path)) >= set(methods.METHODS)
+    assert "ruler_vt" in completed("endprompt evaluate --tasks ruler_v", tmp_path)
+    assert "--gpu-memory" in completed("endprompt init --gpu", tmp_path)
+
+
+# -- evaluate without a recipe -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(base, tmp_path):
+    """scored(*more) of the tiny base on passkey at two lengths."""
+
+    def run(*more):
+        given = ["--model", base, "--tasks", "passkey", "--lengths", "128", "256"]
+        return run_main(
+            "evaluate",
+            *given,
+            "--out",
+            tmp_path / "out",
+            "--set",
+            "eval.samples=4",
+            "--set",
+            "eval.depths=2",
+            *more,
+        )
+
+    return run
+
+
+def test_a_model_is_scored_without_a_recipe(scored, tmp_path, base, recipe_file):
+    code, said, error = scored()
+    assert code == 0 and said.count("passkey") == 2, error
+    found = sorted((tmp_path / "out").glob("base/base/eval-base-*/passkey/*.json"))
+    assert [path.name for path in found] == ["128.json", "256.json"]
+    one = json.loads(found[0].read_text())
+    # The same answers as a recipe's command gives, under the same question but for what a recipe names.
+    lengths = {"eval": {"lengths": [128, 256]}}
+    recipe = ["evaluate", recipe_file(**lengths), "base", "--model", base, "--out", tmp_path / "recipe"]
+    code, _, error = run_main(*recipe)
+    assert code == 0, error
+    other = json.loads(next((tmp_path / "recipe").rglob("passkey/128.json")).read_text())
+    assert one["scores"] == other["scores"] and set(one) == set(other)
+    assert one["question"]["model"] == other["question"]["model"]
+    before = found[0].stat().st_mtime_ns
+    assert scored()[0] == 0 and found[0].stat().st_mtime_ns == before  # what is there is not made again
+
+
+def test_tasks_and_lengths_go_before_the_recipe(recipe_file, tmp_path):
+    out = ["--out", tmp_path / "out", "--list"]
+    assert run_main("evaluate", recipe_file(), "base", *out)[1].split() == ["passkey:64", "passkey:128"]
+    given = ["--tasks", "multikey,passkey", "--lengths", "256"]
+    for order in ([recipe_file(), "base", *given, *out], [*given, *out, recipe_file(), "base"]):
+        assert run_main("evaluate", *order)[1].split() == ["multikey:256", "passkey:256"]
+    code, _, error = run_main("evaluate", *out, *given, recipe_file(), "base")  # taken for lengths
+    assert code == 2 and error.count("\n") == 1
+
+
+def test_places_between_options(recipe_file, tmp_path):
+    """RECIPE and METHOD stand anywhere, as they did before they could be left out."""
+    found = run_main("evaluate", recipe_file(), "--out", tmp_path / "out", "base", "--list")
+    assert found[1].split() == ["passkey:64", "passkey:128"]
+
+
+@pytest.mark.parametrize(
+    "given, complaint",
+    [
+        ([], "--model is missing"),
+        (["--model", "x"], "--tasks is missing"),
+        (["--model", "x", "--tasks", "passkey"], "--lengths is missing"),
+        (["--model", "x", "--tasks", "passkey", "--lengths", "many"], "--lengths 'many'"),
+        (["--model", "x", "--tasks", "passkey", "--lengths", "0"], "--lengths '0'"),
+        (["--model", "x", "--tasks", "nope", "--lengths", "64"], "there is no task 'nope'"),
+        (["--model", "./x", "--tasks", "passkey", "--lengths", "64"], "there is no folder"),
+        (["--model", "x", "--tasks", "far_gain", "--lengths", "64"], "eval.perplexity_corpus is missing"),
+        (
+            ["--model", "x", "--tasks", "passkey", "--lengths", "64", "--set", "data.tokens=3"],
+            "--set data.tokens=3: without a recipe",
+        ),
+        (
+            ["--model", "x", "--tasks", "passkey", "--lengths", "64", "--set", "eval.x=3"],
+            "unknown key eval.x",
+        ),
+        (["recipes/tiny.yaml"], "METHOD is missing"),
+    ],
+)
+def test_bad_input_in_one_line(given, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said, error = run_main("evaluate", *given)
+    assert (code, said) == (2, "") and complaint in error and error.count("\n") == 1, error
+    assert os.listdir(tmp_path) == []
+
+
+def test_far_gain_asks_for_the_window(base, tmp_path):
+    given = ["--model", base, "--tasks", "far_gain", "--lengths", "512", "--set", "eval.perplexity_corpus=x"]
+    code, _, error = run_main("evaluate", *given, "--out", tmp_path / "out")
+    assert code == 2 and "model.original_length=TOKENS" in error
+    code, said, _ = run_main("evaluate", *given, "--set", "model.original_length=256", "--list")
+    assert (code, said.split()) == (0, ["far_gain:512"])

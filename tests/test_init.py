@@ -1,0 +1,181 @@
+"""`endprompt init`: a recipe that fits the machine, for any base that works; what cannot fit is refused."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import family_models
+import pytest
+import yaml
+from conftest import run_main, tiny_documents, write_jsonl
+
+from endprompt import BadInput
+from endprompt.bases import counting
+from endprompt.planning import estimate, proposal
+from endprompt.planning.shapes import SHAPES
+from endprompt.recipe import schema
+from endprompt.recipe.experiment import Experiment
+
+A24 = estimate.Machine(1, 24, "4090", 0.4)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_jsonl(tmp_path / "text.jsonl", tiny_documents(40, 18))
+
+
+def family(folder, name, base):
+    """The folder of a config.json of a family, and of the tiny base's tokenizer; no weights are read."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(family_models.written(name)))
+    for file in base.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def init(base, corpus, out, *more, target=512):
+    return run_main("init", base, "--target", target, "--corpus", corpus, "--out", out, *more)
+
+
+def test_what_it_writes_is_a_recipe_that_fits(tmp_path, base, corpus):
+    out = tmp_path / "my.yaml"
+    code, said, error = init(base, corpus, out)
+    assert code == 0, error
+    assert f"{out}: written" in said and "memory" in said and "time" in said
+    assert f"endprompt prepare {out} pose_sharp" in said
+    recipe = schema.load(out)
+    assert (recipe.lengths.physical, recipe.lengths.target) == (256, 512)
+    assert recipe.rope.type is None and recipe.eval.lengths == [256, 512]
+    assert 5_000 < recipe.data.tokens < 20_000  # what the corpus holds, not 1e8
+    code, resolved, error = run_main("prepare", out, "pose_sharp", "--dry-run")
+    assert code == 0 and yaml.safe_load(resolved)["train"] == recipe.train, error
+    # Every key has its reason beside it where there is one to choose.
+    assert out.read_text().count("#") > 10
+
+
+@pytest.mark.parametrize("name", family_models.MODELS)
+def test_a_recipe_for_every_family_and_scaled_bases_in_their_own_scheme(name, tmp_path, base, corpus):
+    out, target = tmp_path / "my.yaml", family_models.MODELS[name].target
+    code, said, error = init(family(tmp_path / "base", name, base), corpus, out, target=target)
+    assert code == 0, error
+    recipe = schema.load(out)
+    scaled = family_models.MODELS[name].keys.get("rope_scaling") or {}
+    scheme = scaled.get("rope_type", scaled.get("type", "yarn"))
+    assert recipe.rope.type == (None if scheme == "yarn" else scheme)  # yarn is the method's own
+    found = Experiment.of(recipe, "pose_sharp")
+    written = "longrope" if found.base.config.model_type == "phi3" else scheme
+    assert found.scaling.name == written and found.sharpness > 1
+    assert recipe.lengths.physical <= found.base.window
+
+
+@pytest.mark.parametrize(
+    "given, complaint",
+    [
+        (["--target", 256], "does not exceed the model's own window of 256"),
+        (["--target", 0], "--target 0"),
+        (["--gpus", 0], "--gpus 0"),
+        (["--gpu", "abacus"], "--gpu abacus: its peak is not known"),
+        (["--gpu-memory", 0.001], "nothing fits 1 x 0.001 GB"),
+        (["--method", "interpolation"], "it trains nothing"),
+        (["--method", "nope"], "none named 'nope'"),
+        (["--method", "longlora", "--train", "all"], "--train all: longlora trains adapters"),
+        (["--tokens", -1], "--tokens -1"),
+        (["--corpus", "nowhere/x.jsonl"], "there is no file or folder 'nowhere/x.jsonl'"),
+    ],
+)
+def test_what_is_refused_writes_nothing(given, complaint, tmp_path, base, corpus):
+    out = tmp_path / "my.yaml"
+    code, said, error = init(base, corpus, out, *given)
+    assert (code, said) == (2, "") and complaint in error and error.count("\n") == 1, error
+    assert not out.exists()
+
+
+def test_the_file_is_a_new_recipe(tmp_path, base, corpus):
+    there = tmp_path / "my.yaml"
+    there.write_text("kept: true\n")
+    code, _, error = init(base, corpus, there)
+    assert code == 2 and "is there already" in error and there.read_text() == "kept: true\n"
+    for name in ("my.txt", ".yaml", "-x.yaml"):
+        code, _, error = init(base, corpus, tmp_path / name)
+        assert code == 2 and "--out" in error and error.count("\n") == 1 and not (tmp_path / name).exists()
+
+
+def test_a_corpus_shorter_than_a_row_is_refused(tmp_path, base):
+    short = write_jsonl(tmp_path / "short.jsonl", ["a few words"])
+    code, _, error = init(base, short, tmp_path / "my.yaml")
+    assert code == 2 and "less than the 256 that one row" in error
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents(2, 18))
+    code, _, error = init(base, text, tmp_path / "my.yaml", "--method", "pose_matched", target=4096)
+    assert code == 2 and "less than the 4096 that one row of pose_matched" in error
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path, corpus):
+    for name, complaint in (("./nowhere", "there is no folder"), ("somebody/model", "cannot be loaded")):
+        code, _, error = init(name, corpus, tmp_path / "my.yaml")
+        assert code == 2 and complaint in error and error.count("\n") == 1
+
+
+# -- the choice, for shapes that people have ---------------------------------------------------------------
+
+
+@pytest.fixture
+def search(tmp_path):
+    """search(shape, method) of a known model's shape, 8192 -> 65536 on 1e8 tokens."""
+
+    def make(name, method="pose_sharp", physical=8192):
+        about = counting.configured(SimpleNamespace(**SHAPES[name]))
+        asked = proposal.Asked(name, None, 65536, ["a/b"], method, None, "auto", tmp_path / "my.yaml")
+        return proposal.Search(proposal._recipe(asked, physical, 10**8, None), method, about), asked
+
+    return make
+
+
+def test_one_gpu_of_24_gb_trains_a_small_model_whole_and_a_large_one_not(search):
+    small, _ = search("Qwen/Qwen3-0.6B")
+    way, memory = small.first("auto", A24, 8)
+    assert (way.what, way.zero) == ("all", "none") and estimate.fits(memory, A24)
+    large, _ = search("meta-llama/Llama-3.2-1B")
+    way, memory = large.first("auto", A24, 8)
+    assert (way.what, way.zero) == ("lora", "none") and estimate.fits(memory, A24)
+    # The widest: twice the rows do not fit, or are more than are asked for.
+    assert way.rows == 8 or not estimate.fits(large.memory(replace(way, rows=2 * way.rows), A24), A24)
+
+
+def test_eight_gpus_share_what_one_cannot_hold(search):
+    found, _ = search("meta-llama/Meta-Llama-3-8B")
+    for size, zero in ((80, "zero2"), (32, "zero3")):
+        machine = estimate.Machine(8, size, "A100", 0.4)
+        way, memory = found.first("auto", machine, 8)
+        assert (way.what, way.zero) == ("all", zero) and estimate.fits(memory, machine)
+    train = proposal.settings(found.recipe, "pose_sharp", way, 8)
+    assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * 8 == 64
+
+
+def test_what_would_fit_does_fit(search):
+    found, asked = search("meta-llama/Meta-Llama-3-8B")
+    machine = estimate.Machine(1, 8, "4090", 0.4)
+    assert found.first("auto", machine, 1) is None
+    line = proposal._what_would(found, replace(asked, train="auto"), machine)
+    needed = int(line.partition("--gpu-memory ")[2].partition("--gpu-memory ")[2].split(",")[0])
+    assert found.first("auto", replace(machine, gpu_memory=needed), 1)
+    assert not found.first("auto", replace(machine, gpu_memory=needed - 1), 1)
+
+
+def test_rows_of_the_target_length_keep_the_tokens_of_a_step(search):
+    found, _ = search("Qwen/Qwen3-0.6B", "full_length")
+    train = proposal.settings(found.recipe, "full_length", proposal.Way("all", "none"), 1)
+    assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 64
+    from endprompt.training.arguments import batch_shape
+
+    assert batch_shape(found.experiment(proposal.Way("all", "none"), 1)) == (1, 8)
+
+
+def test_a_corpus_that_cannot_be_read_is_bad_input(tmp_path, recipe_file, tokenizer):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{not json\n")
+    recipe = schema.load(recipe_file(data={"corpus": str(broken)}))
+    with pytest.raises(BadInput, match="not JSON"):
+        proposal.counted(recipe, tokenizer, 10**6)
+    assert proposal.counted(schema.load(recipe_file()), tokenizer, 100) == 100
+    hub = schema.load(recipe_file(data={"corpus": "somebody/texts"}))
+    assert proposal.counted(hub, tokenizer, 10**6) is None
