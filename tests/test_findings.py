@@ -336,15 +336,22 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_pages_hold_the_committed_numbers():
-    """docs/findings.md and README.md say what docs/findings/findings.json says."""
-    tables = findings_tables.tables(findings.read(REPOSITORY / "docs/findings/findings.json")["entries"])
-    for page in ("docs/findings.md", "README.md"):
-        text = (REPOSITORY / page).read_text()
-        assert findings_tables.filled(REPOSITORY / page, tables) == text, (
-            f"{page}: run python -m endprompt.reports.findings docs/findings/findings.json"
-        )
-        assert set(re.findall(r"<!-- /([\w-]+) -->", text)) - {"costs"} <= set(tables)
+@pytest.mark.parametrize(
+    "page, source",
+    [
+        ("docs/findings.md", "docs/findings/findings.json"),
+        ("README.md", "docs/findings/findings.json"),
+        ("docs/findings/by-position.md", "docs/findings/by-position.json"),
+    ],
+)
+def test_pages_hold_the_committed_numbers(page, source):
+    tables = findings_tables.tables(findings.read(REPOSITORY / source)["entries"])
+    text = (REPOSITORY / page).read_text()
+    assert findings_tables.filled(REPOSITORY / page, tables) == text, (
+        f"{page}: run python -m endprompt.reports.findings {source} --out FOLDER --page {page}"
+    )
+    marks = set(re.findall(r"<!-- /([\w-]+) -->", text))
+    assert marks and marks <= set(tables)
 
 
 @pytest.mark.parametrize(
