@@ -227,13 +227,13 @@ def _grids(runs: list[Run]) -> list[tuple[str, str]]:
     for label, one in scored.items():
         for length in one.lengths(task_names.DISTANCE):
             file = one.found[task_names.DISTANCE, length]
-            cells = {
+            by_distance = {
                 cell["distance"]: {"mean": cell["score"], "low": cell["low"], "high": cell["high"]}
                 for cell in run_data.cells(file, "distance", "score", "low", "high")
             }
             gap = (file["scores"].get("coverage") or {}).get("gap") or []
-            if cells:
-                far[label] = cells, [(low, high) for low, high in gap]
+            if by_distance:
+                far[label] = by_distance, [(low, high) for low, high in gap]
     if far:
         found.append(("distance: keys found by how far away they are", run_figures.far(far)))
     return found
