@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 from pydantic import BaseModel, Field
 
-from endprompt import methods
+from endprompt import BadInput, methods
 from endprompt.recipe import schema, training_keys
 from endprompt.reports import reference
 
@@ -94,3 +94,13 @@ def test_another_page_is_refused_and_left_alone(tmp_path, capsys):
     said = capsys.readouterr().err
     assert caught.value.code == 2 and "0 blocks model" in said and said.count("\n") == 1
     assert other.read_text() == "# another page\n"
+
+
+def test_the_example_is_a_recipe(tmp_path):
+    """Its five keys are all that must be given."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
+    assert schema.load(path).lengths.target == 131072
+    path.write_text(path.read_text().replace("tokens: 1.0e8", ""))
+    with pytest.raises(BadInput, match="data.tokens is missing"):
+        schema.load(path)

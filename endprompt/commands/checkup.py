@@ -217,7 +217,7 @@ def _memory(experiment, facts: Facts) -> Iterator[Line]:
 
     gpus = max(1, len(facts.gpus))
     found = estimate.training_memory(experiment, experiment.base.config, gpus)
-    needs = f"training takes {found.total / GB:.1f} GB a GPU"
+    needs = f"training takes {found.total / GB:.3g} GB a GPU"
     plan = "endprompt plan shows what each part takes and which ZeRO file fits"
     if not facts.gpus:
         yield Line(NOTE, "memory", f"{needs}, computed for one; there is none here. {plan}")

@@ -49,7 +49,7 @@ def _head(asked: Asked, proposal: Proposal) -> list[str]:
         f"# {name} from {window} to {asked.target} positions (factor {asked.target / window:g}), method"
         f" {asked.method}.",
         f"# Written by endprompt init {__version__} for {machine.gpus} x {machine.gpu_memory:g} GB. Computed,"
-        f" not measured: {proposal.memory.total / 1e9:.1f} GB a GPU,",
+        f" not measured: {proposal.memory.total / 1e9:.3g} GB a GPU,",
         f"# {time(proposal.hours)} at {machine.mfu:.0%} of the peak of {machine.gpus} x {machine.gpu}. What"
         " each key means: docs/recipe.md.",
         *(f"#   {command}" for command in commands(asked, proposal)),
@@ -158,7 +158,7 @@ def told(asked: Asked, proposal: Proposal) -> str:
             f" step, {experiment.recipe.data.tokens} in all",
             f"train    {what}, {'no ZeRO file' if way.zero == 'none' else way.zero}, activations"
             f" {'computed again' if way.recomputed else 'kept'}",
-            f"memory   {memory.total / 1e9:.1f} of {machine.gpu_memory:g} GB a GPU ({split}){host}",
+            f"memory   {memory.total / 1e9:.3g} of {machine.gpu_memory:g} GB a GPU ({split}){host}",
             f"time     {time(proposal.hours)} on {machine.gpus} x {machine.gpu} at {machine.mfu:.0%} MFU"
             " (computed)",
             "next     " + "\n         ".join(commands(asked, proposal)),
