@@ -316,6 +316,16 @@ def experiment(folder: Path, name: str, base: Path, **sections) -> Experiment:
     return Experiment.of(schema.load(path), "endprompt", folder / "out")
 
 
+def table() -> str:
+    """The models that are tried, as docs/models.md lists them."""
+    lines = ["| model | type | positions, before and after | rope.type |", "|---|---|---|---|"]
+    for name, model in MODELS.items():
+        lines.append(
+            f"| {name} | `{model.type}` | {model.window} -> {model.target} | {model.rope or 'linear'} |"
+        )
+    return "\n".join(lines)
+
+
 @contextlib.contextmanager
 def environment():
     """As it was before, afterwards."""

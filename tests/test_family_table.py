@@ -442,3 +442,9 @@ def test_two_ranks_train_every_family_in_pieces(tmp_path, base, third):
         found = logits(reloaded(folder / "model"))
         expected = logits(reloaded(tmp_path / kind / "out/run/endprompt/model"))
         assert (found - expected).abs().max() < 0.05 * expected.std(), kind
+
+
+def test_the_page_lists_what_is_tried():
+    page = (REPOSITORY / "docs/models.md").read_text()
+    found = page.partition("<!-- tried -->\n")[2].partition("\n<!-- /tried -->")[0]
+    assert found == family_models.table() and len(family_models.MODELS) >= 20
