@@ -493,5 +493,5 @@ def test_a_scale_for_which_bf16_has_a_number_is_as_before():
     gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
         scale = torch.tensor(0.125)
-        assert torch.equal(loss._scaled(gradient.to(dtype), scale), gradient.to(dtype) * scale.to(dtype))
-        assert loss._scaled(gradient.to(dtype), scale).dtype == dtype
+        assert torch.equal(loss.scaled(gradient.to(dtype), scale), gradient.to(dtype) * scale.to(dtype))
+        assert loss.scaled(gradient.to(dtype), scale).dtype == dtype
