@@ -354,8 +354,8 @@ main()
 @pytest.mark.parametrize(
     "patch",
     [
-        "lora._gathered = lambda parameters, write: contextlib.nullcontext()",
-        "gathered = lora._gathered\nlora._gathered = lambda parameters, write: gathered(parameters, False)",
+        "lora.gathered = lambda parameters, write: contextlib.nullcontext()",
+        "gathered = lora.gathered\nlora.gathered = lambda parameters, write: gathered(parameters, False)",
     ],
     ids=["nothing gathered", "nothing written back"],
 )
