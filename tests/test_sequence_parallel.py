@@ -108,7 +108,9 @@ def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage, ranks", [("zero3", 2), ("zero2", 2), ("zero3", 4)])
+@pytest.mark.parametrize(
+    "stage, ranks", [("zero3", 2), ("zero2", 2), pytest.param("zero3", 4, marks=pytest.mark.slow)]
+)
 def test_the_gradient_has_its_size(stage, ranks, recipe, by_gradient, tmp_path):
     """At every stage of ZeRO, and with two groups of two ranks that also accumulate."""
     alone, options = by_gradient
@@ -147,6 +149,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_weights(recipe, together, tmp_path):
     folder = prepared(recipe, "full_length", tmp_path)

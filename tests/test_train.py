@@ -127,6 +127,7 @@ def test_a_killed_run_resumes_to_the_same_weights(train_recipe, two_ranks, tmp_p
     assert_same(weights(folder), weights(two_ranks), tolerance=0)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_deepspeed_launcher_starts_it_too(train_recipe, two_ranks, tmp_path):
     folder = prepared(train_recipe, "endprompt", tmp_path)
@@ -191,6 +192,7 @@ def test_a_broken_run_is_refused_before_the_first_step(name, train_recipe, tmp_p
     assert not (folder / "model").exists() and not list((folder / "checkpoints").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_run_sh_goes_through_all_stages_and_skips_what_is_done(train_recipe, tmp_path):
     options = [
