@@ -239,6 +239,7 @@ def test_44_rows_on_two_ranks_give_the_losses_of_one(two, one):
     assert_like_one(two, one)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_44_rows_on_three_ranks_give_the_losses_of_one(trained, one):
     assert_like_one(trained(3), one)

@@ -42,7 +42,10 @@ from endprompt.reports import distances
 from endprompt.rows import shards
 
 TARGET = 2048
-SCALINGS = [None, *rope.TYPES]
+FIRST = ("linear", "yarn", "longrope")  # the others among the slow tests
+SCALINGS = [
+    kind if kind in FIRST else pytest.param(kind, marks=pytest.mark.slow) for kind in (None, *rope.TYPES)
+]
 TEMPLATE = "{% for m in messages %}The end. {{ m['content'] }} {% endfor %}Here we go."
 
 

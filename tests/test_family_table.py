@@ -418,7 +418,7 @@ def test_every_family_has_a_model_here():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("third", [0, 1, 2])
+@pytest.mark.parametrize("third", [0, *(pytest.param(third, marks=pytest.mark.slow) for third in (1, 2))])
 def test_two_ranks_train_every_family_in_pieces(tmp_path, base, third):
     """Under ZeRO-3, in one launch.  The losses of the first step are those of one process."""
     recipes, alone = [], {}

@@ -446,6 +446,7 @@ if os.environ["RANK"] == "1":
 # -- another number of ranks ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_go_on_as_one_to_the_same_weights(train_recipe, half_way, two_ranks, tmp_path):
     folder = half_way(tmp_path)

@@ -305,8 +305,8 @@ def ended(recipe: Path, out: Path, **environment) -> tuple[int, str]:
     "case",
     [
         "shards of another recipe",
-        "a foreign checkpoint",
-        "ranks that do not divide a step",
+        pytest.param("a foreign checkpoint", marks=pytest.mark.slow),
+        pytest.param("ranks that do not divide a step", marks=pytest.mark.slow),
         "a rank that crashes",
     ],
 )

@@ -330,6 +330,7 @@ def test_longlora_changes_what_it_says_and_nothing_else(longlora, base):
             assert ranks[8:].max() < 1e-4 * ranks[0] < ranks[0], name
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_resumed_longlora_is_the_same(recipe, longlora, tmp_path):
     folder = prepared(recipe, "longlora", tmp_path)

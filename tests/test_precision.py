@@ -102,6 +102,7 @@ def zero3(train_recipe, tmp_path_factory) -> tuple[Path, str]:
 # -- masters -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_without_deepspeed_bf16_trains_what_zero3_trains(alone, zero3, base):
     """Both start alike, and as many weights move.  Later losses differ: autocast computes with the masters of
@@ -163,6 +164,7 @@ def test_activations_under_autocast_are_those_that_a_real_model_keeps():
     assert layer > 1.2 * bare and out is not None
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("options", [ALONE, HALF], ids=["alone", "zero3"])
 def test_adapters_have_masters(options, train_recipe, tmp_path):
@@ -331,6 +333,7 @@ def test_gradients_of_several_micro_batches_are_summed_in_float32(stage):
     assert zero(stage) == zero(stage)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_deepspeed_sums_them_so(zero3, train_recipe, tmp_path):
     """In bf16, every sum is one of bf16's numbers; in float32 few are."""

@@ -47,7 +47,7 @@ def steps(folder: Path) -> int:
     return json.loads((folder / "train.json").read_text())["steps"]
 
 
-FAST = ("max_steps", "a part of an epoch")
+FAST = ("max_steps",)
 
 
 @pytest.mark.distributed
@@ -80,6 +80,7 @@ def test_a_model_that_is_changed_after_its_check_is_checked_again(train_recipe, 
     assert not (folder / "model").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_so_does_one_after_a_guard_of_the_saving_has_failed(train_recipe, two_ranks, tmp_path):
     folder = fresh(two_ranks, tmp_path)

@@ -47,6 +47,7 @@ def test_the_template_marks_what_the_assistant_says(tokenizer):
     assert asked == f"{tokenizer.bos_token}Be brief.\n\nUser: What is the door code?\nAssistant: "
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_extended_model_is_tuned_and_keeps_its_scaling(base, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
