@@ -13,7 +13,8 @@ export PYTHON
 read -ra chosen <<<"${DEMO_METHODS:-base short endprompt full_length pose_sharp}"
 recipe=recipes/tiny.yaml
 runs=$("$PYTHON" -m endprompt path "$recipe" --out "$OUT")
-export runs logs=$runs/demo-logs start recipe
+pairs=$("$PYTHON" -c 'import sys, yaml; asked = yaml.safe_load(open(sys.argv[1]))["eval"]; print(len(asked["tasks"]) * len(asked["lengths"]))' "$recipe")
+export runs logs=$runs/demo-logs start recipe pairs
 start=$(date +%s)
 untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
 for method in "${chosen[@]}"; do
@@ -28,8 +29,8 @@ done
 say() { printf "[%3d s] %s\n" $(($(date +%s) - start)) "$*"; }
 
 # What a stage's own files say of how far it is: steps, or pairs of task and length.
-how_far() { # stage method
-  "$PYTHON" -SE - "$runs/$2" "$1" <<'EOF'
+how_far() { # stage method seconds-so-far
+  "$PYTHON" -SE - "$runs/$2" "$1" "$3" "$pairs" <<'EOF'
 import json, pathlib, sys
 run, stage = pathlib.Path(sys.argv[1]), sys.argv[2]
 try:
@@ -40,16 +41,18 @@ try:
 except (OSError, ValueError, KeyError, TypeError):
     pass
 if stage == "evaluate":
-    print(f"{len(list(run.glob('eval/*/*.json')))} of 8 scores")
+    done, seconds, pairs = len(list(run.glob("eval/*/*.json"))), *map(int, sys.argv[3:])
+    left = f", {seconds * (pairs - done) / done:.0f} s left" if done else ""
+    print(f"{done} of {pairs} scores{left}")
 EOF
 }
 
 stage() { # stage method: one stage of one method, its output in a file that is shown if it fails
-  local log=$logs/$2.$1.log code=0 pid
+  local log=$logs/$2.$1.log code=0 began=$SECONDS pid
   STAGES=$1 bash recipes/run.sh "$recipe" "$2" >"$log" 2>&1 &
   pid=$!
   while [ -t 1 ] && kill -0 "$pid" 2>/dev/null; do
-    printf "\r\033[K[%3d s] %s %s: %s" $(($(date +%s) - start)) "$1" "$2" "$(how_far "$1" "$2")"
+    printf "\r\033[K[%3d s] %s %s: %s" $(($(date +%s) - start)) "$1" "$2" "$(how_far "$1" "$2" $((SECONDS - began)))"
     sleep 1
   done
   wait "$pid" || code=$?
