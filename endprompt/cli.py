@@ -10,7 +10,7 @@ import sys
 
 from endprompt import BadInput, Failure
 from endprompt.commands import alone, options
-from endprompt.commands.saying import say
+from endprompt.commands.saying import say_or_wait
 from endprompt.runs import launch
 
 
@@ -70,13 +70,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise
         _run(arguments)
     except BadInput as error:
-        if speaks:
-            say(error)
+        say_or_wait(error, speaks)
         launch.note_exit_code(2)
         raise SystemExit(2) from None
     except Failure as error:
-        if speaks:
-            say(error)
+        say_or_wait(error, speaks)
         raise SystemExit(1) from None
     except BrokenPipeError:  # the reader of our output, `head` say, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno is None or isinstance(error, ConnectionError):
             raise
         # Full disk, missing permission: the file and the reason say it all.
-        if speaks:
-            say(f"{error.filename or arguments.out}: {error.strerror}; nothing half-written was kept")
+        say_or_wait(
+            f"{error.filename or arguments.out}: {error.strerror}; nothing half-written was kept", speaks
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("endprompt: interrupted; the same command goes on from the last saved state", file=sys.stderr)

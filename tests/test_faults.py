@@ -408,8 +408,15 @@ def test_the_others_end_when_one_rank_hangs_or_dies(train_recipe, shards_of, tmp
 def test_a_folder_that_a_node_does_not_share_is_refused(train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
     patch = """
-import os
+import os, time
 import torch.distributed as distributed
+from endprompt.commands import saying
+if os.environ["RANK"] == "0":  # slow to speak: the other rank must not end both before
+    said = saying.say
+    def later(*args):
+        time.sleep(1)
+        said(*args)
+    saying.say = later
 if os.environ["RANK"] == "1":
     told = distributed.broadcast_object_list
     def elsewhere(objects, *args, **kwargs):

@@ -6,7 +6,7 @@ import sys
 
 from endprompt import BadInput, Failure, storage
 from endprompt.commands.claiming import check_out, claim
-from endprompt.commands.saying import say
+from endprompt.commands.saying import say_or_wait
 
 MOST_WORKERS = 1024
 
@@ -80,8 +80,7 @@ def train(arguments, experiment) -> None:
         try:
             train(experiment)
         except Failure as error:
-            if main_rank or error.everywhere:
-                say(error)
+            say_or_wait(error, main_rank or error.everywhere)
             held.close()
             _leave(1)
         import torch

@@ -1,6 +1,19 @@
 """What a command says when it ends early: one line."""
 
 import sys
+import time
+
+PATIENCE = 2.0  # seconds
+
+
+def say_or_wait(error: Exception | str, speaks: bool) -> None:
+    """Says ``error`` on the rank that speaks.  The others wait, for torchrun ends all ranks as soon as it
+    sees one end, and the message would be lost.
+    """
+    if speaks:
+        say(error)
+    else:
+        time.sleep(PATIENCE)
 
 
 def say(error: Exception | str) -> None:
