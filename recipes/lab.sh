@@ -18,13 +18,19 @@ EP_1='This is the end of text, please pay attention here.'
 
 # By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same
 # training: there, a run whose model only needs other sharpening finds its last checkpoint.
+neighbours='randpos cream longrecipe e2llm drope longrope2 perturbed self_distil'
 declare -A methods=(
-  [plain]='base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora'
+  [plain]="base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora $neighbours"
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
   [by-position]='pose_sharp pose_matched'
   [yarn]='full_length endprompt_pose'
   [yarn-sharpened]='full_length endprompt_pose'
+  [theta]="full_length pose_matched pose_sharp pose short endprompt endprompt_pose $neighbours"
+  [theta-by-position]='pose_sharp pose_matched'
+  [lr-low]=full_length [lr-high]=full_length
+  [yarn-lr-low]=full_length [yarn-lr-high]=full_length
+  [theta-lr-low]=full_length [theta-lr-high]=full_length
   [weight-0]=endprompt [weight-1]=endprompt
   [prompt-short]=endprompt [prompt-long]=endprompt [prompts-3]=endprompt
 )
@@ -35,14 +41,19 @@ declare -A different=(
   [by-position]=''
   [yarn]='rope.type=yarn'
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
+  [theta]='rope.type=theta'
+  [theta-by-position]='rope.type=theta'
+  [lr-low]='train.learning_rate=5.0e-4' [lr-high]='train.learning_rate=2.0e-3'
+  [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
+  [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
   [weight-0]='method_options.prompt_loss_weight=0.0'
   [weight-1]='method_options.prompt_loss_weight=1.0'
   [prompt-short]='method_options.end_prompts=[EP_3]'
   [prompt-long]="method_options.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
-declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened weight-0 weight-1 prompt-short prompt-long prompts-3)
+declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained
@@ -55,7 +66,7 @@ one() {  # setting method seed differences trained
   if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi
   mkdir -p "$run"
   local stages='prepare train evaluate'
-  if [ "$setting" = by-position ]; then
+  if [[ $setting = *by-position ]]; then
     stages=evaluate
     by_position "$other" "$run" >>"$run/lab.log" 2>&1 || stopped "$@"
   elif [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
@@ -66,7 +77,7 @@ one() {  # setting method seed differences trained
 }
 
 by_position() {  # trained run, this run: the same model, sharpened by position in place of the constant
-  [ -d "$1/model" ] || { echo "lab.sh: $1 has no model; run the setting plain first" >&2 && return 1; }
+  [ -d "$1/model" ] || { echo "lab.sh: $1 has no model; run the setting it was trained in first" >&2 && return 1; }
   [ -d "$2/model" ] && return
   cp -r "$1/shards" "$1/train.json" "$1/recipe.yaml" "$2/"
   "$PYTHON" -m endprompt export "$1" --to "$2/model" --position-dependent

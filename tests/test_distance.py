@@ -22,6 +22,7 @@ from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.evaluation import (
     distance,
+    distance_figures,
     engine,
     far_gain,
     haystacks,
@@ -38,7 +39,7 @@ from endprompt.evaluation import (
 from endprompt.positions import plans, rope
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.reports import distances
+from endprompt.reports import distance_tables, distances
 from endprompt.rows import shards
 
 TARGET = 2048
@@ -902,13 +903,95 @@ def test_what_any_seed_showed_is_shaded(tmp_path):
         folder = scored_run(tmp_path / f"seed{number}", 40.0, 1.0)
         seeds.append(json.loads((folder / "eval/distance/512.json").read_text())["scores"])
         seeds[-1]["coverage"]["supervised"] = spans
-    assert distances.joined(seeds)["coverage"] == {
+    assert distance_tables.joined(seeds)["coverage"] == {
         "supervised": [(0, 120), (200, 210)],
         "gap": [(121, 199), (211, 511)],
     }
     unknown = json.loads(json.dumps(seeds[:1]))
     unknown[0]["coverage"] = {"source": "trains nothing", "supervised": None, "gap": None}
-    assert distances.joined(unknown)["coverage"]["supervised"] is None
+    assert distance_tables.joined(unknown)["coverage"]["supervised"] is None
+
+
+def trained_run(folder, score, supervised=None, last=2.0):
+    scored_run(folder, score, supervised, nats=1.0 + (100 - score) / 100)
+    steps = [{"step": step, "text_loss": last + 0.5 - step / 10} for step in range(8)]
+    steps[7]["end_prompt_loss"] = 0.5
+    (folder / "train.json").write_text(
+        json.dumps({"tokens": 99, "steps": 8, "seconds": 1.0, "history": steps})
+    )
+    scored_run(folder, 30.0, task="perplexity")
+    return folder
+
+
+def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
+    """Tables and pictures of distances.json are those of the runs, and new runs stand in the place of old."""
+    short, far = trained_run(tmp_path / "short", 20.0, 1.0), trained_run(tmp_path / "far", 50.0, 1.0, 3.0)
+    one, two, page = tmp_path / "one", tmp_path / "two", tmp_path / "page.md"
+    options = ["--picture", "which=far,short", "--page", str(page)]
+    places = ("which", "found-512", "filled-in-512", "perplexity", "inside")
+    page.write_text("Above\n" + "".join(f"<!-- {place} -->\n<!-- /{place} -->\n" for place in places))
+    distances.main([f"short={short}", f"far={far}", "--out", str(one), *options])
+    text = page.read_text()
+    assert "| far | 50 [25, 100] `*` | 50 [25, 100] |" in text
+    # Rows showed 0 to 100; the question at 320 to 390 is 255 positions from them.
+    assert "| far | +30 points, -0.30 nats (1) | +30 points, -0.30 nats (1) | - | - | - |" in text
+    # The last six of eight: 2.5 less 0.2 to 0.7 on average.
+    assert "| short | 99 | 2.050 |" in text and "| far | 99 | 3.050 |" in text
+    assert "| short | 30.00 [15.00, 100.00] |" in text
+    shown = capsys.readouterr().out
+    distances.main([str(one / "distances.json"), "--out", str(two), *options])
+    assert page.read_text() == text and capsys.readouterr().out == shown
+    assert not (two / "distances.json").exists()
+    for name in ("which.png", "distances-512.png"):
+        assert (image.imread(one / name) == image.imread(two / name)).all()
+    record = json.loads((one / "distances.json").read_text())["arms"]["far"][0]
+    assert record["training"]["end_prompt_loss"] == {"7": 0.5} and record["run"].endswith("/far")
+    trained_run(tmp_path / "far", 60.0, 1.0)
+    distances.main([str(one / "distances.json"), f"far={far}", "--out", str(two), *options])
+    assert "| far | 60 [30, 100] `*` |" in page.read_text() and (two / "distances.json").exists()
+
+
+def test_strips_show_what_rows_showed(tmp_path):
+    trained_run(tmp_path / "a", 20.0, 1.0)
+    scored_run(tmp_path / "b", 10.0)
+    arms = distances.gathered([f"{name}={tmp_path / name}" for name in "ab"])
+    _, drawn = distances.tables(arms, "short", {"both": ["a", "b"], "untrained": ["b"]})
+    pictures = {}
+    for name in ("both", "untrained"):
+        distance_figures.overlay(drawn[name], tmp_path / f"{name}.png")
+        pictures[name] = image.imread(tmp_path / f"{name}.png")
+        assert pictures[name].std() > 0.05
+    assert pictures["both"].shape[0] > pictures["untrained"].shape[0]
+    assert (
+        distance_tables.filled_in(drawn["both"], "b").splitlines()[0].startswith("| arm, less `b` | shown |")
+    )
+    assert distance_tables.filled_in(drawn["both"], "none") is None
+    assert distance_tables.filled_in(drawn["untrained"], "a") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        (None, [], "none.json is no distances.json"),
+        ("[]", [], "is no distances.json"),
+        ('{"arms": {"a": [{"results": 1}]}}', [], "a run has no results"),
+        ('{"entries": []}', [], "no 'arms'"),
+        ("good", ["--picture", "x=nobody"], "there is no arm nobody; write NAME=ARM,ARM with a"),
+        ("good", ["--picture", "x"], "there is no arm named"),
+        ("good", ["--page", "missing.md"], "missing.md: it cannot be read"),
+    ],
+)
+def test_bad_numbers_for_a_page(tmp_path, capsys, content, options, says):
+    source = tmp_path / "none.json"
+    if content == "good":
+        distances.main([f"a={scored_run(tmp_path / 'a', 10.0)}", "--out", str(tmp_path)])
+        source = tmp_path / "distances.json"
+    elif content is not None:
+        source.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        distances.main([str(source), "--out", str(tmp_path / "out"), *options])
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_many_arms_go_into_one_picture(tmp_path):

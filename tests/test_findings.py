@@ -19,7 +19,7 @@ from endprompt import BadInput, methods
 from endprompt.evaluation import intervals
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.reports import findings, findings_tables
+from endprompt.reports import findings, findings_tables, markdown
 
 
 def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
@@ -347,7 +347,7 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
 def test_pages_hold_the_committed_numbers(page, source):
     tables = findings_tables.tables(findings.read(REPOSITORY / source)["entries"])
     text = (REPOSITORY / page).read_text()
-    assert findings_tables.filled(REPOSITORY / page, tables) == text, (
+    assert markdown.filled(REPOSITORY / page, tables) == text, (
         f"{page}: run python -m endprompt.reports.findings {source} --out FOLDER --page {page}"
     )
     marks = set(re.findall(r"<!-- /([\w-]+) -->", text))

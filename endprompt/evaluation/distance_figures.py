@@ -26,12 +26,12 @@ def _shade(axis, spans: list[list[int]], colour: str) -> None:
     )
 
 
-def _line(axis, cells: list[dict], keys: tuple[str, str, str], colour: str):
+def _line(axis, cells: list[dict], keys: tuple[str, str, str], colour: str, name: str | None = None):
     value, low, high = ([cell[key] for cell in cells] for key in keys)
     down = [max(0.0, middle - end) for middle, end in zip(value, low, strict=True)]
     up = [max(0.0, end - middle) for middle, end in zip(value, high, strict=True)]
     style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2, "capsize": 2}
-    axis.errorbar([middle(cell) for cell in cells], value, [down, up], color=colour, **style)
+    axis.errorbar([middle(cell) for cell in cells], value, [down, up], color=colour, label=name, **style)
 
 
 def panels(results: dict[str, dict], path: Path, title: str | None = None) -> None:
@@ -71,4 +71,39 @@ def panels(results: dict[str, dict], path: Path, title: str | None = None) -> No
     any_known = any(scores["coverage"]["supervised"] is not None for scores in results.values())
     shading = " (green: training rows showed it, grey: they did not)" if any_known else ""
     figure.supxlabel(f"distance between question and key in positions{shading}", fontsize=9)
+    figures._save(figure, path, title)
+
+
+def overlay(results: dict[str, dict], path: Path, title: str | None = None) -> None:
+    """Draws keys found (left) and their loss (right) of several results' "scores" by distance, a line each,
+    and under them, where rows are known, a strip for each name: coloured where its rows showed the distance.
+    """
+    known = {name: spans for name in results if (spans := results[name]["coverage"]["supervised"])}
+    strip = 0.25 + 0.22 * len(known) if known else 0.01
+    figure, axes = figures._pyplot().subplots(
+        2, 2, figsize=(12, 4.2 + strip), sharex=True, height_ratios=[4.2, strip], layout="constrained"
+    )
+    colours = figures._colours(list(results))
+    for column, keys in enumerate((("score", "low", "high"), ("nats", "nats_low", "nats_high"))):
+        above, below = axes[:, column]
+        for name, scores in results.items():
+            _line(above, scores["cells"], keys, colours[name], name)
+        for row, (name, spans) in enumerate(known.items()):
+            bars = [(low, high + 1 - low) for low, high in spans]
+            below.broken_barh(bars, (row - 0.4, 0.8), color=colours[name], linewidth=0)
+        above.grid(alpha=0.3)
+        above.tick_params(labelsize=8)
+        below.set_yticks(range(len(known)), known, fontsize=7)
+        below.set_ylim(len(known) - 0.4, -0.6)
+        below.tick_params(axis="x", labelsize=8)
+        below.set_visible(bool(known))
+        if not known:
+            above.tick_params(labelbottom=True)
+    axes[0, 0].set_ylim(-3, 103)
+    axes[0, 1].set_ylim(0, None)
+    axes[0, 0].set_ylabel("keys found in %", fontsize=9)
+    axes[0, 1].set_ylabel("nats a token of the key", fontsize=9)
+    axes[0, 0].legend(fontsize=8)
+    shown = " (strips: training rows showed it)" if known else ""
+    figure.supxlabel(f"distance between question and key in positions{shown}", fontsize=9)
     figures._save(figure, path, title)

@@ -1,26 +1,37 @@
-"""The tasks distance, named_keys and far_gain of several runs side by side: tables, and one picture of keys
-found over distance with an arm in each column.
+"""The tasks distance, named_keys and far_gain of several runs side by side: tables, and pictures of keys
+found over distance.
 
     python -m endprompt.reports.distances RUN [RUN ...] --out DIR
+    python -m endprompt.reports.distances DIR/distances.json --out DIR --page docs/realmodel.md \\
+        --picture untrained=own,untrained-yarn --control short
 
 RUN is a run's folder, OUT/<recipe>/<method>, or NAME=RUN; runs under one name are an arm's seeds, and their
 mean is shown with Student's interval over them.  Without names, an arm is called by as much of its folder as
-tells the runs apart.
+tells the runs apart.  A distances.json that was written before gives the same without the runs; of several
+sources, a later one's arm stands in the place of an earlier one's.  A page takes those tables that it has a
+place for, between ``<!-- name -->`` and ``<!-- /name -->``: found-<target>, filled-in-<target>, named_keys,
+far_gain, perplexity, inside, and one a picture.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from endprompt import BadInput, storage
-from endprompt.evaluation import distance_figures, intervals, results
-from endprompt.positions import coverage
+from endprompt.evaluation import distance_figures, results
 from endprompt.recipe import task_names
-from endprompt.reports.markdown import grid
+from endprompt.reports import distance_tables, markdown
 from endprompt.runs import provenance
 
-Arms = dict[str, list[results.Results]]
+Arms = dict[str, list[dict]]
+
+LAST = 6  # logged steps whose text loss is averaged
+HEADINGS = {
+    task_names.NAMED_KEYS: ("Named keys by length: found in %, and loss", distance_tables.keys),
+    task_names.FAR_GAIN: ("Gain from far context by length, nats a token", distance_tables.gain),
+    "perplexity": ("Perplexity by length", distance_tables.perplexity),
+}
 
 
 def named(given: list[str]) -> dict[str, list[Path]]:
@@ -49,155 +60,134 @@ def _told_apart(folders: list[Path]) -> dict[Path, str]:
     return {folder: str(folder) for folder in folders}
 
 
-def _scores(arm: list[results.Results], task: str) -> dict[int, list[dict]]:
-    """{length: "scores" of each seed} of one task."""
-    found: dict[int, list[dict]] = {}
-    for seed in arm:
-        for (name, length), result in seed.found.items():
-            if name == task and length is not None:
-                found.setdefault(length, []).append(result["scores"])
-    return dict(sorted(found.items()))
+def entry(run: Path) -> dict:
+    """What is kept of a run: {"run": the last parts of its folder, "results": {"task:length": scores},
+    "training": tokens, steps, seconds and losses or None, "commit", "device", "versions"}."""
+    found = results.read_run(run).found
+    one = next(iter(found.values()), {})
+    return {
+        "run": "/".join(run.absolute().parts[-4:]),
+        "results": {f"{task}:{length or ''}": file["scores"] for (task, length), file in found.items()},
+        "training": _training(run),
+        **{key: one[key] for key in ("commit", "device", "versions") if key in one},
+    }
 
 
-def pooled(cells: list[dict], keys: tuple[str, str, str], limits: tuple[float, float]) -> dict:
-    """The value ``keys[0]`` of each seed's cell as one, {"mean", "low", "high", "seeds", "interval"}; the
-    others are the ends of a cell's own interval, which stands for one seed."""
-    value, low, high = keys
-    alone = cells[0][low], cells[0][high]
-    return intervals.over_seeds([cell[value] for cell in cells], alone, *limits)
+def _training(run: Path) -> dict | None:
+    record = results.training(run)
+    if record is None:
+        return None
+    history = record.get("history", [])
+    text = [step["text_loss"] for step in history if "text_loss" in step][-LAST:]
+    return {
+        **{key: record.get(key) for key in ("tokens", "steps", "seconds")},
+        "text_loss": sum(text) / len(text) if text else None,
+        "end_prompt_loss": {
+            str(step["step"]): step["end_prompt_loss"] for step in history if "end_prompt_loss" in step
+        },
+    }
 
 
-FOUND = ("score", "low", "high"), (0.0, 100.0)
-NATS = ("nats", "nats_low", "nats_high"), (0.0, float("inf"))
-GAIN = ("score", "low", "high"), (float("-inf"), float("inf"))
+def read(path: Path) -> Arms:
+    """The arms of a distances.json.  Raises BadInput if it is none."""
+    try:
+        arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+        if not all(isinstance(run["results"], dict) for arm in arms.values() for run in arm):
+            raise ValueError("a run has no results")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise BadInput(
+            f"{path} is no distances.json ({reason}); make it from runs with endprompt.reports.distances"
+        ) from None
+    return arms
 
 
-def joined(seeds: list[dict]) -> dict:
-    """The "scores" of distance of several seeds as one.  Raises BadInput if they are of other distances."""
-    rows = [{cell["distance"]: cell for cell in seed["cells"]} for seed in seeds]
-    if any(row.keys() != rows[0].keys() for row in rows):
-        raise BadInput("distance: the seeds of an arm were scored at different distances; score them alike")
-    cells = []
-    for place, first in rows[0].items():
-        each = [row[place] for row in rows]
-        found, nats = pooled(each, *FOUND), pooled(each, *NATS)
-        spans = [cell["between"] for cell in each]
-        shares = [cell["supervised"] for cell in each if cell["supervised"] is not None]
-        cells.append(
-            first
-            | {"score": found["mean"], "low": found["low"], "high": found["high"]}
-            | {"nats": nats["mean"], "nats_low": nats["low"], "nats_high": nats["high"]}
-            | {"between": [min(low for low, _ in spans), max(high for _, high in spans)]}
-            | {"total": sum(cell["total"] for cell in each), "seeds": len(each)}
-            | {"supervised": sum(shares) / len(shares) if shares else None}
-        )
-    return seeds[0] | {"cells": cells, "coverage": _shown_by_any(seeds)}
+def gathered(given: list[str]) -> Arms:
+    """The arms of files and of runs."""
+    files = [Path(text) for text in given if text.endswith(".json")]
+    arms: Arms = {}
+    for path in files:
+        arms |= read(path)
+    for name, folders in named([text for text in given if not text.endswith(".json")]).items():
+        arms[name] = [entry(folder) for folder in folders]
+    return arms
 
 
-def _shown_by_any(seeds: list[dict]) -> dict:
-    """The distances that the rows of one seed or another showed, as ``distance`` writes them."""
-    known = [seed["coverage"]["supervised"] for seed in seeds if seed["coverage"]["supervised"] is not None]
-    if not known:
-        return seeds[0]["coverage"]
-    spans = coverage.union((low, high) for seed in known for low, high in seed)
-    return {"supervised": spans, "gap": coverage.gap(spans, seeds[0]["length"])}
+def chosen(pictures: list[str], arms: Arms) -> dict[str, list[str]]:
+    """{name of a picture: its arms} of NAME=ARM,ARM arguments.  Raises BadInput if one names no arm."""
+    found = {}
+    for text in pictures:
+        name, _, listed = text.partition("=")
+        found[name] = [arm for arm in listed.split(",") if arm]
+        unknown = [arm for arm in found[name] if arm not in arms]
+        if unknown or not found[name]:
+            raise BadInput(
+                f"--picture {text}: there is no arm {', '.join(unknown) or 'named'}; write NAME=ARM,ARM with"
+                f" {', '.join(arms)}"
+            )
+    return found
 
 
-def _by_length(arms: Arms, task: str, shown: Callable[[list[dict]], str]) -> str | None:
-    """A table of ``task``: a row an arm, a column a length; None if no arm has results."""
-    found = {name: _scores(arm, task) for name, arm in arms.items()}
-    lengths = sorted({length for cells in found.values() for length in cells})
-    rows = [
-        (name, [shown(cells[length]) if length in cells else "not run" for length in lengths])
-        for name, cells in found.items()
-        if cells
-    ]
-    return grid("arm", [str(length) for length in lengths], rows) if rows else None
-
-
-def _percent(cell: dict) -> str:
-    return f"{cell['mean']:.0f} [{cell['low']:.0f}, {cell['high']:.0f}]"
-
-
-def _keys(seeds: list[dict]) -> str:
-    return f"{_percent(pooled(seeds, *FOUND))}, {pooled(seeds, *NATS)['mean']:.2f} nats"
-
-
-def _gain(seeds: list[dict]) -> str:
-    cell = pooled(seeds, *GAIN)
-    return f"{cell['mean']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
-
-
-def _distance_tables(shown: dict[str, dict]) -> list[str]:
-    """Keys found, and their loss, by distance: a row an arm."""
-    places = sorted({cell["distance"] for scores in shown.values() for cell in scores["cells"]})
-    found, nats = [], []
-    for name, scores in shown.items():
-        cells = {cell["distance"]: cell for cell in scores["cells"]}
-        there = [cells.get(place) for place in places]
-        marked = [
-            "not run" if cell is None else f"{_percent({**cell, 'mean': cell['score']})}{_mark(cell)}"
-            for cell in there
-        ]
-        found.append((name, marked))
-        nats.append((name, ["not run" if cell is None else f"{cell['nats']:.2f}" for cell in there]))
-    heads = [f"+{place}" for place in places]
-    return [
-        "Keys found in % by extra distance, with 95 % interval (Student's t over seeds, Wilson for one seed"
-        " or equal ones); `*`: training rows showed most of these distances.",
-        grid("arm", heads, found),
-        "Loss of the key in nats a token.",
-        grid("arm", heads, nats),
-    ]
-
-
-def _mark(cell: dict) -> str:
-    return " `*`" if cell["supervised"] is not None and cell["supervised"] > 0.5 else ""
-
-
-def report(given: list[str], out: Path, title: str | None = None) -> None:
-    """Writes distances.md, distances.json and a distances-<target>.png for each target length into ``out``.
-    Raises BadInput if a folder is no run's, or no run has results of these tasks.
-    """
-    runs = named(given)
-    arms: Arms = {name: [results.read_run(folder) for folder in folders] for name, folders in runs.items()}
-    by_arm = {name: _scores(arm, task_names.DISTANCE) for name, arm in arms.items()}
-    blocks, pictures = [], {}
-    for target in sorted({length for cells in by_arm.values() for length in cells}):
-        shown = {name: joined(cells[target]) for name, cells in by_arm.items() if target in cells}
-        pictures[target] = shown
-        blocks += [f"## Distance, up to {target}", *_distance_tables(shown)]
-    for task, heading, form in (
-        (task_names.NAMED_KEYS, "Named keys by length: found in %, and loss", _keys),
-        (task_names.FAR_GAIN, "Gain from far context by length, nats a token", _gain),
-    ):
-        if made := _by_length(arms, task, form):
-            blocks += [f"## {heading}", made]
-    if not blocks:
+def tables(
+    arms: Arms, control: str, pictures: dict[str, list[str]]
+) -> tuple[dict[str, str], dict[str, dict]]:
+    """({name of its place: table}, {name of a picture: its arms' results of distance}).  Raises BadInput if
+    no arm has results of these tasks."""
+    found: dict[str, str | None] = {}
+    drawn: dict[str, dict] = {}
+    by_arm = {name: distance_tables.by_length(arm, task_names.DISTANCE) for name, arm in arms.items()}
+    targets = sorted({length for cells in by_arm.values() for length in cells})
+    for target in targets:
+        shown = {
+            name: distance_tables.joined(cells[target]) for name, cells in by_arm.items() if target in cells
+        }
+        drawn[f"distances-{target}"] = shown
+        found[f"found-{target}"] = distance_tables.distances(shown)
+        found[f"filled-in-{target}"] = distance_tables.filled_in(shown, control)
+        for name, listed in pictures.items():
+            if part := {arm: shown[arm] for arm in listed if arm in shown}:
+                place = name if len(targets) == 1 else f"{name}-{target}"
+                drawn[place], found[place] = part, distance_tables.distances(part)
+    for task, (_, form) in HEADINGS.items():
+        found[task] = distance_tables.lengths(arms, task, form)
+    if not any(found.values()):
         tasks = ", ".join(task_names.PIECEWISE)
         raise BadInput(f"none of the runs has results of {tasks}; add them to eval.tasks and evaluate")
+    found["inside"] = distance_tables.inside(arms)
+    return {name: table for name, table in found.items() if table}, drawn
+
+
+def _heading(place: str) -> str:
+    name, _, target = place.rpartition("-")
+    if place in HEADINGS:
+        return HEADINGS[place][0]
+    if place == "inside":
+        return "Training, and tasks of short text"
+    if name == "found":
+        return f"Distance, up to {target}"
+    return f"Distances filled in, up to {target}" if name == "filled-in" else place
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Writes distances.md, distances.json (where there are runs among the sources), a distances-<target>.png
+    for each target length and the pictures that were asked for into ``--out``, and tables into pages.
+    Raises BadInput if a folder is no run's, or no run has results of these tasks.
+    """
+    out: Path = arguments.out
+    arms = gathered(arguments.run)
+    found, drawn = tables(arms, arguments.control, chosen(arguments.picture, arms))
+    pages = {page: markdown.filled(page, found) for page in arguments.page}
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join([f"# {title or 'Distances'}", *blocks]) + "\n"
+    blocks = [f"## {_heading(place)}\n\n{table}" for place, table in found.items()]
+    text = "\n\n".join([f"# {arguments.title or 'Distances'}", *blocks]) + "\n"
     storage.write_atomically(out / "distances.md", text.encode())
-    content = {
-        "arms": {
-            name: [
-                {
-                    "run": str(folder),
-                    "results": {
-                        f"{task}:{length}": file["scores"]
-                        for (task, length), file in read.found.items()
-                        if task in task_names.PIECEWISE
-                    },
-                }
-                for folder, read in zip(runs[name], arms[name], strict=True)
-            ]
-            for name in arms
-        }
-    }
-    storage.write_json(out / "distances.json", {**content, **provenance.stamp()})
-    for target, shown in pictures.items():
-        distance_figures.panels(shown, out / f"distances-{target}.png", title)
+    if not all(source.endswith(".json") for source in arguments.run):
+        storage.write_json(out / "distances.json", {"arms": arms, **provenance.stamp()})
+    for name, shown in drawn.items():
+        draw = distance_figures.panels if name.startswith("distances-") else distance_figures.overlay
+        draw(shown, out / f"{name}.png", arguments.title)
+    for page, content in pages.items():
+        page.write_text(content, encoding="utf-8")
     print(text)
 
 
@@ -205,12 +195,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="+", help="OUT/<recipe>/<method>, or NAME=OUT/<recipe>/<method>")
+    parser.add_argument("run", nargs="+", help="OUT/<recipe>/<method>, NAME=RUN, or a distances.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
     parser.add_argument("--title", default=None)
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--picture",
+        action="append",
+        default=[],
+        metavar="NAME=ARM,ARM",
+        help="a picture of these arms, a line each",
+    )
+    parser.add_argument("--control", default="short", metavar="ARM", help="what others are compared with")
+    parser.add_argument(
+        "--page", type=Path, action="append", default=[], metavar="PAGE", help="whose tables are replaced"
+    )
     try:
-        report(arguments.run, arguments.out, arguments.title)
+        report(parser.parse_args(argv))
     except BadInput as error:
         print(f"distances: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -24,7 +24,7 @@ from typing import Any
 from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, intervals, passkey, results
 from endprompt.positions import coverage, plans
-from endprompt.reports import compare, findings_tables
+from endprompt.reports import compare, findings_tables, markdown
 from endprompt.rows import shards
 from endprompt.runs import provenance
 
@@ -329,7 +329,7 @@ def findings(sources: list[Path], out: Path, title: str | None = None, pages: Se
     entries, title = joined(sources), title or next(iter(titles), None)
     made = any(source.is_dir() for source in sources)
     tables = findings_tables.tables(entries)
-    texts = {page: findings_tables.filled(page, tables) for page in pages}
+    texts = {page: markdown.filled(page, tables) for page in pages}
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"<!-- {name} -->\n{table}\n<!-- /{name} -->" for name, table in tables.items())
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")

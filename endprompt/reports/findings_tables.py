@@ -1,9 +1,7 @@
 """The Markdown tables of endprompt.reports.findings, by the name of their place in a page."""
 
 import math
-from pathlib import Path
 
-from endprompt import BadInput
 from endprompt.evaluation import intervals, passkey
 from endprompt.reports import markdown
 
@@ -357,28 +355,3 @@ def tables(entries: list[dict]) -> dict[str, str]:
         "evidence": evidence(entries),
     }
     return {name: table for name, table in found.items() if table.count("\n") > 1}
-
-
-def filled(page: Path, found: dict[str, str]) -> str:
-    """The text of ``page`` with those of the tables ``found`` that it has a place for.  Raises BadInput if it
-    cannot be read, has no place, or one twice or without an end.
-    """
-    try:
-        text = page.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"--page {page}: it cannot be read ({getattr(error, 'strerror', None) or error}); name a page of"
-            " this repository"
-        ) from None
-    places = [name for name in found if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text]
-    try:
-        for name in places:
-            text = markdown.replaced(text, name, found[name])
-    except ValueError as error:
-        raise BadInput(f"--page {page}: {error}") from None
-    if not places:
-        raise BadInput(
-            f"--page {page}: it has no place for a table; write <!-- passkey --> and <!-- /passkey -->, or"
-            f" another of {', '.join(found)}"
-        )
-    return text
