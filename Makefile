@@ -32,10 +32,11 @@ $(VENV)/.tokenizers: $(VENV)/.installed
 demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
-# Style and types first, as that takes seconds.  A process a core, but for the tests that start several ranks.
+# Style and types first, as that takes seconds.  A process a core, and two tests at a time of those that start
+# several ranks.
 test: quality $(VENV)/.installed $(VENV)/.tokenizers
 	$(BIN)/python -m pytest tests -m "not slow and not distributed" -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest tests -m "distributed and not slow"
+	$(BIN)/python -m pytest tests -m "distributed and not slow" -n 2 --dist loadfile
 
 # Fast tests first.
 test-all: test $(VENV)/.smollm2
