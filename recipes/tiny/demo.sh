@@ -34,7 +34,7 @@ say() { printf "%s[%3d s] %s\n" "$clear" $(($(date +%s) - start)) "$*"; }
 # What the files of the stages that are running say of how far they are: steps, or pairs of task and length.
 how_far() {
   "$PYTHON" -SE - "$runs" "$logs" "$pairs" <<'EOF'
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 runs, logs, pairs = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
 found = []
 for path in sorted(logs.glob("*.now")):
@@ -54,7 +54,11 @@ for path in sorted(logs.glob("*.now")):
     except (OSError, ValueError, KeyError, TypeError):
         about = ""
     found.append(f"{stage} {method}{about}")
-print("; ".join(found), end="")
+try:
+    width = os.get_terminal_size(2).columns
+except OSError:
+    width = 80
+print("; ".join(found)[: width - 10], end="")  # a line that wraps would not be cleared
 EOF
 }
 
