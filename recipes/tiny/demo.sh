@@ -63,10 +63,10 @@ EOF
 }
 
 stage() { # stage method: its output goes to a file that is shown if it fails
-  local log=$logs/$2.$1.log
+  local log=$logs/$2.$1.log options=(--set train.per_device_train_batch_size=16 --set eval.samples=60)
   echo "$1 $(date +%s)" >"$logs/$2.now"
   # Rows a step as on the two ranks that the recipe is for; fewer keys, for time.
-  if ! STAGES=$1 bash recipes/run.sh "$recipe" "$2" --set train.per_device_train_batch_size=16 --set eval.samples=60 >"$log" 2>&1; then
+  if ! STAGES=$1 bash recipes/run.sh "$recipe" "$2" "${options[@]}" >"$log" 2>&1; then
     cat "$log" >&2
     echo "demo: $1 $2 failed; its log is $log" >&2
     exit 255 # xargs starts no more
