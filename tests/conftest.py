@@ -8,9 +8,12 @@ import os
 import random
 from pathlib import Path
 
-# Before anything imports transformers: no test reaches for the network.
+# Before anything imports transformers or torch: no test reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A process a core: threads of one would wait for cores that another one has.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import yaml

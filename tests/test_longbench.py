@@ -32,7 +32,14 @@ def shared(name: str) -> Path:
 # Scores
 
 
-@pytest.mark.parametrize("task", longbench_scores.TASKS)
+# ROUGE of long summaries takes ten to twenty seconds a task; qmsum and samsum stand for them.
+LONG = ("gov_report", "multi_news", "vcsum")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=pytest.mark.slow) if task in LONG else task for task in longbench_scores.TASKS],
+)
 def test_official_score_of_public_predictions(task):
     """Llama-2-7B-chat's predictions, for which the official script printed these."""
     official = json.loads(shared("predictions/official_scores.json").read_text())[task]

@@ -347,6 +347,10 @@ def command(name: str, method: str, out, *options, **more):
     return told
 
 
+# Of those that draw positions only, of those with a divergence, and of those with a step after training.
+KINDS = ("cream", "perturbed", "drope", "longrope2")
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """All of them, prepared and trained for three steps."""
@@ -359,7 +363,9 @@ def out(tmp_path_factory):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(
+    "method", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_every_command(out, method):
     run = out / "tiny" / method
     assert "64 rows, 16384 tokens; all checksums hold" in command("inspect", method, out)

@@ -6,7 +6,8 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root"
-export OUT=${OUT:-runs} OMP_NUM_THREADS=1
+# Two methods at a time, each on one rank with one thread, take half the time of one method on two ranks.
+export OUT=${OUT:-runs} NPROC=1 OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 [ -x "$PYTHON" ] || PYTHON=python
 export PYTHON
@@ -26,53 +27,75 @@ for method in "${chosen[@]}"; do
   if [[ $untrained != *" $method "* ]]; then shown=$method; fi
 done
 
-say() { printf "[%3d s] %s\n" $(($(date +%s) - start)) "$*"; }
+clear=''
+[ ! -t 1 ] || clear=$'\r\033[K'
+say() { printf "%s[%3d s] %s\n" "$clear" $(($(date +%s) - start)) "$*"; }
 
-# What a stage's own files say of how far it is: steps, or pairs of task and length.
-how_far() { # stage method seconds-so-far
-  "$PYTHON" -SE - "$runs/$2" "$1" "$3" "$pairs" <<'EOF'
-import json, pathlib, sys
-run, stage = pathlib.Path(sys.argv[1]), sys.argv[2]
+# What the files of the stages that are running say of how far they are: steps, or pairs of task and length.
+how_far() {
+  "$PYTHON" -SE - "$runs" "$logs" "$pairs" <<'EOF'
+import json, os, pathlib, sys, time
+runs, logs, pairs = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+found = []
+for path in sorted(logs.glob("*.now")):
+    method = path.stem
+    try:
+        stage, began = path.read_text().split()
+        about = ""
+        if stage == "train":
+            state = json.loads((runs / method / "status.json").read_text())
+            if state["command"] == "train" and state.get("tokens_per_second"):
+                left = (state["max_steps"] - state["step"]) * state["tokens_per_step"] / state["tokens_per_second"]
+                about = f": step {state['step']} of {state['max_steps']}, {left:.0f} s left"
+        elif stage == "evaluate":
+            done = len(list((runs / method).glob("eval/*/*.json")))
+            left = (time.time() - int(began)) * (pairs - done) / done if done else None
+            about = f": {done} of {pairs} scores" + (f", {left:.0f} s left" if left else "")
+    except (OSError, ValueError, KeyError, TypeError):
+        about = ""
+    found.append(f"{stage} {method}{about}")
 try:
-    found = json.loads((run / "status.json").read_text())
-    if stage == "train" and found["command"] == "train" and found.get("tokens_per_second"):
-        left = (found["max_steps"] - found["step"]) * found["tokens_per_step"] / found["tokens_per_second"]
-        print(f"step {found['step']} of {found['max_steps']}, {left:.0f} s left")
-except (OSError, ValueError, KeyError, TypeError):
-    pass
-if stage == "evaluate":
-    done, seconds, pairs = len(list(run.glob("eval/*/*.json"))), *map(int, sys.argv[3:])
-    left = f", {seconds * (pairs - done) / done:.0f} s left" if done else ""
-    print(f"{done} of {pairs} scores{left}")
+    width = os.get_terminal_size(2).columns
+except OSError:
+    width = 80
+print("; ".join(found)[: width - 10], end="")  # a line that wraps would not be cleared
 EOF
 }
 
-stage() { # stage method: one stage of one method, its output in a file that is shown if it fails
-  local log=$logs/$2.$1.log code=0 began=$SECONDS pid
-  STAGES=$1 bash recipes/run.sh "$recipe" "$2" >"$log" 2>&1 &
-  pid=$!
-  while [ -t 1 ] && kill -0 "$pid" 2>/dev/null; do
-    printf "\r\033[K[%3d s] %s %s: %s" $(($(date +%s) - start)) "$1" "$2" "$(how_far "$1" "$2" $((SECONDS - began)))"
-    sleep 1
-  done
-  wait "$pid" || code=$?
-  [ ! -t 1 ] || printf "\r\033[K"
-  if [ "$code" -ne 0 ]; then
+stage() { # stage method: its output goes to a file that is shown if it fails
+  local log=$logs/$2.$1.log options=(--set train.per_device_train_batch_size=16 --set eval.samples=60)
+  echo "$1 $(date +%s)" >"$logs/$2.now"
+  # Rows a step as on the two ranks that the recipe is for; fewer keys, for time.
+  if ! STAGES=$1 bash recipes/run.sh "$recipe" "$2" "${options[@]}" >"$log" 2>&1; then
     cat "$log" >&2
     echo "demo: $1 $2 failed; its log is $log" >&2
-    exit 1
+    exit 255 # xargs starts no more
   fi
+  rm "$logs/$2.now"
   say "$1 $2"
 }
-export -f say stage how_far
+job() { # method
+  if [[ $untrained != *" $1 "* ]]; then
+    stage prepare "$1"
+    stage train "$1"
+  fi
+  stage evaluate "$1"
+}
+export -f say stage job
+export untrained clear
 
-for method in "${chosen[@]}"; do
-  if [[ $untrained == *" $method "* ]]; then continue; fi
-  stage prepare "$method"
-  stage train "$method"
+rm -f "$logs"/*.now
+# The method with the longest rows first.
+{
+  printf '%s\n' "${chosen[@]}" | grep -x full_length || true
+  printf '%s\n' "${chosen[@]}" | grep -vx full_length || true
+} | xargs -P 2 -I{} bash -c 'job {}' &
+jobs=$!
+while [ -t 1 ] && kill -0 "$jobs" 2>/dev/null; do
+  printf "%s[%3d s] %s" "$clear" $(($(date +%s) - start)) "$(how_far)"
+  sleep 1
 done
-# Two evaluations at a time, one thread each.
-printf '%s\n' "${chosen[@]}" | xargs -P 2 -I{} bash -c "stage evaluate {}"
+wait "$jobs" || exit 1
 
 echo
 "$PYTHON" -m endprompt.reports.readings "$runs" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
