@@ -467,9 +467,9 @@ def script(tmp_path):
     return call
 
 
-def trained(out, method, seed):
-    """What a plain run leaves, empty."""
-    run = out / f"plain/seed{seed}/tiny/{method}"
+def trained(out, method, seed, setting="plain"):
+    """What a run leaves, empty."""
+    run = out / f"{setting}/seed{seed}/tiny/{method}"
     for part in ("model", "shards", "checkpoints/checkpoint-192"):
         (run / part).mkdir(parents=True)
     for name in ("train.json", "recipe.yaml"):
@@ -481,11 +481,12 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     for method in ("pose_sharp", "pose_matched"):
         for seed in (0, 1):
             trained(tmp_path / "out", method, seed)
+            trained(tmp_path / "out", method, seed, "theta")
     done, calls = script(SEEDS="0 1", JOBS="3")
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (11 + 6 + 3 + 2 + 2 + 2 + 5) and len(set(asked)) == len(asked)
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 2 + 15 + 2 + 6 + 5) and len(set(asked)) == len(asked)
     common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
     assert (
@@ -528,7 +529,10 @@ def test_sharpened_runs_start_where_the_plain_ones_end(script, tmp_path):
 
 def test_models_by_position_are_exports_of_the_plain_ones(script, tmp_path):
     done, _ = script("by-position", SEEDS="0", METHODS="pose_sharp")
-    assert done.returncode != 0 and "pose_sharp has no model; run the setting plain first" in done.stderr
+    assert (
+        done.returncode != 0
+        and "pose_sharp has no model; run the setting it was trained in first" in done.stderr
+    )
     run = trained(tmp_path / "out", "pose_sharp", 0)
     done, calls = script("by-position", SEEDS="0", METHODS="pose_sharp")
     assert done.returncode == 0, done.stderr
