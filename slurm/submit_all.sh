@@ -2,9 +2,9 @@
 # Submits prepare (in parts) -> train -> evaluate for each method, chained by their dependencies, and prints
 # the job numbers.
 #   bash slurm/submit_all.sh [METHOD ...]                      (endprompt)
-# Environment: RECIPE, OUT and PYTHON as in train_64k.sbatch; PARTS (8) tasks that prepare; EVALS (5) tasks
-# that evaluate; NODES (1) that train; PREPARE_OPTIONS, TRAIN_OPTIONS, EVAL_OPTIONS: more options of sbatch
-# for that job, for example "--partition=gpu --account=me".
+# Environment: RECIPE, OUT, PYTHON and ENDPROMPT_SITE as in train_64k.sbatch; PARTS (8) tasks that prepare;
+# EVALS (5) tasks that evaluate; NODES (1) that train; PREPARE_OPTIONS, TRAIN_OPTIONS, EVAL_OPTIONS: more
+# options of sbatch for that job, for example "--partition=gpu --account=me"; the site's file may set them too.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +27,7 @@ read -ra eval_options <<<"${EVAL_OPTIONS:-}"
 for METHOD in "${@:-endprompt}"; do
   export METHOD
   # A wrong recipe or method ends here, not in the queue.
-  "$PYTHON" -m endprompt prepare "$RECIPE" "$METHOD" --dry-run >/dev/null
+  in_job "$PYTHON" -m endprompt prepare "$RECIPE" "$METHOD" --dry-run >/dev/null
   prepare=$(sbatch --parsable --array="1-${PARTS:-8}" "${prepare_options[@]}" slurm/prepare.sbatch)
   train=$(sbatch --parsable --dependency="afterok:${prepare%%;*}" --nodes="${NODES:-1}" "${train_options[@]}" slurm/train_64k.sbatch)
   evaluate=$(sbatch --parsable --dependency="afterok:${train%%;*}" --array="0-$((${EVALS:-5} - 1))" "${eval_options[@]}" slurm/eval.sbatch)

@@ -69,8 +69,10 @@ KillWait=10
 JobRequeue=1
 MinJobAge=3600
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName=DEFAULT CPUs=2 RealMemory=4000 Gres=gpu:a100:2 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -119,6 +121,10 @@ class Cluster:
             os.chmod(path, 0o700 if path.is_dir() else 0o600)
         os.chmod(munge, 0o711)
         (folder / "slurm.conf").write_text(_configuration(host, folder, owner.pw_name, _free_ports(3)))
+        # Two GPUs a node, of which nobody asks but how many there are.
+        for number in range(2):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu Type=a100 File={folder}/gpu[0-1]\n")
         version = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
         (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/{version}\n")
         self._spawn(
@@ -176,7 +182,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=180,
         )
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: exit {result.returncode}: {result.stdout}")

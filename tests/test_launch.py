@@ -5,8 +5,10 @@ ended.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,97 @@ def test_run_sh_starts_a_rank_for_each_gpu_that_it_may_use(recipe_file, started,
     )
     (folder / "shards/manifest.json").unlink()
     assert started(folder / "recipe.yaml", "short") is None  # no shards: said once, by one process
+
+
+# -- several nodes, and signals ------------------------------------------------------------------------------
+
+# A Python of the test's own: a stage notes its name; the training goes on until it is asked to stop.
+STAGES = """#!/bin/bash
+case "$*" in
+  *"endprompt path"*) echo "{run}" ;;
+  *"endprompt gpus"*) echo 0 ;;
+  *torch.distributed.run*) echo "train $*" >>"{log}"; until [ -e "{run}/stop" ]; do sleep 0.05; done ;;
+  *) echo "$3" >>"{log}"; [ -z "$STAYS" ] || exec sleep 60 ;;
+esac
+"""
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """staged(**environment) -> run.sh as a process; what it starts is noted in tmp_path/log."""
+    (tmp_path / "run/shards").mkdir(parents=True)
+    (tmp_path / "run/shards/manifest.json").touch()
+    fake = tmp_path / "python"
+    fake.write_text(STAGES.format(run=tmp_path / "run", log=tmp_path / "log"))
+    fake.chmod(0o755)
+
+    def start(**environment) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", "recipes/run.sh", "recipes/tiny.yaml", "short"],
+            cwd=REPOSITORY,
+            env={**ENVIRONMENT, "PYTHON": str(fake), "OUT": str(tmp_path), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def begun(log: Path, count: int = 1) -> list[str]:
+    end = time.monotonic() + 30
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return log.read_text().splitlines()
+
+
+def test_the_first_of_several_nodes_prepares_and_evaluates_and_all_train(staged, tmp_path):
+    nodes = {"NNODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    log, shards = tmp_path / "log", tmp_path / "run/shards/manifest.json"
+    shards.unlink()
+    other = staged(**nodes, NODE_RANK="1")
+    assert "node 1 waits until the first has prepared" in other.stdout.readline() and not log.exists()
+    shards.touch()
+    (line,) = begun(log)
+    assert line.startswith("train ") and "--nnodes=2 --node_rank=1 --master_addr=first" in line
+    (tmp_path / "run/model").mkdir()
+    (tmp_path / "run/stop").touch()
+    assert other.wait(20) == 0 and begun(log) == [line]
+    first = staged(**nodes, NODE_RANK="0")
+    assert first.wait(20) == 0 and begun(log)[1:] == ["prepare", "train", "evaluate"]
+
+
+def test_sigterm_ends_a_stage_at_once_and_the_training_after_its_step(staged, tmp_path):
+    log = tmp_path / "log"
+    process = staged(STAYS="yes")
+    assert begun(log) == ["prepare"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    log.unlink()
+    (tmp_path / "run/stop").touch()  # of a start that did not live to hear it
+    process = staged(STAGES="train evaluate")
+    begun(log)
+    assert process.poll() is None and not (tmp_path / "run/stop").exists()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75 and "evaluate" not in log.read_text()
+    # Nor does it go on to the next stage where it came too late, with the last step.
+    log.unlink()
+    process = staged(STAGES="train evaluate")
+    begun(log)
+    (tmp_path / "run/model").mkdir()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75 and "evaluate" not in log.read_text()
+
+
+def test_in_a_step_of_slurm_the_ranks_hear_the_signal_themselves(staged, tmp_path):
+    process = staged(STAGES="train", SLURM_STEP_ID="0")
+    begun(tmp_path / "log")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None and not (tmp_path / "run/stop").exists()
+    (tmp_path / "run/stop").touch()
+    assert process.wait(20) == 75
 
 
 # -- exit codes ----------------------------------------------------------------------------------------------

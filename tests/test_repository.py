@@ -60,7 +60,8 @@ def test_every_module_is_in_the_file_map():
 @pytest.mark.parametrize("name", SHELL)
 def test_shell_is_strict(name):
     text = (REPOSITORY / name).read_text()
-    assert "set -euo pipefail" in text
+    # A cluster's own file is read by environment.sh, which is strict.
+    assert "set -euo pipefail" in text or name.startswith("slurm/sites/")
     checked = subprocess.run(
         [str(Path(sys.executable).parent / "shellcheck"), "-x", name],
         cwd=REPOSITORY,

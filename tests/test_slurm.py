@@ -5,6 +5,7 @@ come.  See slurm_cluster.py.
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import slurm_cluster
 import torch
 import yaml
 from conftest import REPOSITORY, tiny_documents, write_jsonl
+from fake_site import Site
 from safetensors.torch import load_file
 
 REASON = slurm_cluster.missing()
@@ -72,7 +74,7 @@ class Jobs:
             "sbatch",
             "--parsable",
             f"--chdir={folder}",
-            "--gpus-per-node=0",
+            "--gres=none",
             f"--output={self.out}/%x-%j.log",
             *options,
             REPOSITORY / script,
@@ -118,8 +120,8 @@ def undisturbed(cluster, recipe, tmp_path_factory) -> Jobs:
         PARTS="2",
         EVALS="2",
         PREPARE_OPTIONS=f"{options} --cpus-per-task=1",
-        TRAIN_OPTIONS=f"{options} --gpus-per-node=0",
-        EVAL_OPTIONS=f"{options} --gpus-per-node=0 --cpus-per-task=1",
+        TRAIN_OPTIONS=f"{options} --gres=none",
+        EVAL_OPTIONS=f"{options} --gres=none --cpus-per-task=1",
     )
     words = said.split()
     jobs.numbers = {name: words[words.index(name) + 1] for name in ("prepare", "train", "evaluate")}
@@ -180,7 +182,14 @@ def test_a_lost_node_costs_a_restart_and_nothing_else(again, undisturbed, cluste
     assert_same_weights(again.run, undisturbed.run)
 
 
-def test_a_signal_before_the_end_saves_and_queues_again(again, undisturbed, cluster):
+@pytest.mark.parametrize("launcher", ["none", "container"])
+def test_a_signal_before_the_end_saves_and_queues_again(again, undisturbed, cluster, launcher, tmp_path):
+    if launcher == "container":
+        site = Site(tmp_path / "site")
+        inside = site.environment(ENDPROMPT_SITE="slurm/sites/apptainer.sh")
+        again.environment |= {
+            name: inside[name] for name in ("PATH", "IMAGE", "ENDPROMPT_SITE", "PYTHONPATH")
+        }
     number = again.submit("--nodes=2")
     again.until(again.run / "checkpoints/checkpoint-4/complete.json")
     cluster.client("scancel", "--batch", "--signal=USR1", number)  # what --signal=B:USR1@300 sends
@@ -195,6 +204,38 @@ def test_a_signal_before_the_end_saves_and_queues_again(again, undisturbed, clus
     assert json.loads((again.run / "train.json").read_text())["resumed_from"] == f"checkpoint-{stopped}"
     assert not (again.run / "stop").exists()
     assert_same_weights(again.run, undisturbed.run)
+    if launcher == "container":
+        # On both nodes, in both starts: prepare on one, training on two.
+        started = [line for line in site.calls("apptainer") if " recipes/run.sh " in line]
+        assert len(started) == 6 and all(line.startswith(f"{site.image} ") for line in site.calls("python"))
+
+
+@pytest.mark.parametrize(
+    "options, gpus",
+    [
+        (["--gres=gpu:a100:2"], "2"),
+        (["--gres=gpu:1"], "1"),
+        (["--gres=none", "--gpus-per-node=2"], "2"),
+        (["--gres=none"], "0"),
+    ],
+)
+def test_a_job_counts_the_gpus_that_it_was_given(again, options, gpus, tmp_path):
+    """Whatever way they are asked for; the nodes have two.  This Python does no more than count."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case "$*" in
+  *" path "* | -c*) exec {sys.executable} "$@" ;;
+  *" gpus"*) {sys.executable} "$@" | tee -a {tmp_path}/gpus ;;
+  *) exit 2 ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    again.environment["PYTHON"] = str(python)
+    job = again.wait(again.submit(*options))
+    assert job["ExitCode"] == "2:0", again.log()
+    assert (tmp_path / "gpus").read_text().split() == [gpus]
 
 
 def test_a_cancelled_job_is_not_queued_again(again, cluster):
