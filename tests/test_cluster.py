@@ -106,8 +106,9 @@ def skypilot(node: int, port: int) -> tuple[list[str], dict[str, str]]:
     return ["bash", "-c", TASK["run"].replace("29500", str(port))], {**TASK["envs"], **given}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("program", [kubernetes, pytest.param(skypilot, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("program", [kubernetes, skypilot])
 def test_the_command_on_two_nodes(program, train_recipe, tmp_path):
     """Both nodes run the same command: the first prepares and evaluates, both train one run."""
     with socket.socket() as free:
