@@ -128,8 +128,32 @@ def set_up() -> torch.device:
             return [torch.bfloat16, torch.float16]
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
+    torch.nn.Module.to = _module_to
     _set_up_autocast()
     return torch.device(NAME, 0)
+
+
+MODULE_TO = torch.nn.Module.to
+
+
+def _module_to(self, *args, **kwargs):
+    """nn.Module.to, which would untie matrices and replace parameters each time, as it cannot write one kind
+    of tensor into the other."""
+    device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if device is None or device.type != NAME:
+        return MODULE_TO(self, *args, **kwargs)
+    known: dict[torch.Tensor, torch.Tensor] = {}
+    for module in self.modules():
+        for held in (module._parameters, module._buffers):
+            for name, one in held.items():
+                if one is None or isinstance(one, Pretended):
+                    continue
+                if one not in known:
+                    known[one] = one.detach().to(device)
+                    if held is module._parameters:
+                        known[one] = torch.nn.Parameter(known[one], one.requires_grad)
+                held[name] = known[one]
+    return self
 
 
 def _set_up_autocast() -> None:
