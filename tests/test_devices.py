@@ -49,10 +49,10 @@ def test_a_place_that_asks_for_a_gpu_is_seen():
     source = (
         "import torch\nclass A:\n    def f(self, x):\n        if x.is_cuda:\n            return torch.cuda\n"
     )
-    assert walking.places(source) == {"A.f": {3, 4}}
+    assert walking.places(source) == {"A.f": {4, 5}}
     assert walking.places('def g(cuda):\n    return "gloo" if not cuda else\\\n "nccl"\n') == {"g": {2, 3}}
     assert walking.places("def h(x):\n    return x.device.type == 'cuda'") == {"h": {2}}
-    assert walking.places("def i(x):\n    '''cuda'''\n    return x.cpu()") == {}
+    assert walking.places("def i(x):\n    '''On cuda.'''\n    return x.cpu()") == {}
 
 
 def test_a_line_that_is_not_gone_over_is_missed():

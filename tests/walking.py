@@ -1,6 +1,7 @@
 """Which lines of the package ask for a GPU, and which of them a call goes over."""
 
 import ast
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -45,6 +46,7 @@ def places(source: str) -> dict[str, set[int]]:
     return found
 
 
+@functools.cache
 def all_places() -> dict[str, set[int]]:
     """The same of the whole package, by file:function."""
     return {
