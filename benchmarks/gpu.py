@@ -137,8 +137,12 @@ def steps_of(
 
     within = efficiency.Limits(deadline=deadline, seconds=STEP_SECONDS, **limits)
 
+    left: list[dict] = []
+
     def go(settings: list[dict]) -> list[dict]:
-        return efficiency.measure_all(shape, settings, out, within)["entries"]
+        found = efficiency.measure_all(shape, settings, out, within)
+        left.extend(found["left"])
+        return found["entries"]
 
     first = {"target": middle}
     plain = [first, {**first, "attention": "cudnn"}, {**first, "attention": "flash"}]
@@ -170,9 +174,9 @@ def steps_of(
             *({**whole, "target": target, "checkpointing": "full"} for target in targets if target > middle),
         ]
     )
-    return efficiency.measure_all(
-        shape, [{**first, **options, "checkpointing": "full", "rows": max(rows)}], out, within
-    )
+    last = {**first, **options, "checkpointing": "full", "rows": max(rows)}
+    found = efficiency.measure_all(shape, [last], out, within)
+    return {**found, "left": [*left, *found["left"]]}
 
 
 def loss(out: Path, deadline: float, shape: tuple[int, int, int]) -> dict:
