@@ -4,11 +4,11 @@ with what is missing.
     python benchmarks/gpu.py --out FOLDER --budget 540
 
 FOLDER gets a file a stage, each written after every setting: machine.json (what the device does at best,
-which kernel attention takes), llama-3.2-1b.json (targets 16K to 1M), loss.json (8192 x 128,256 x 2048),
-llama-3-8b-8-layers.json (a whole 8B with its optimizer states, 16 bytes a parameter, is 128 GB and fits no
-GPU here), train.json (DeepSpeed ZeRO-3, SmolLM2-135M's shape with random weights), and summary.json.  A stage
-that fails says so there, and the next goes on.  The fastest options are looked for with endprompt at 64K and
-then used for everything else.
+which kernel attention takes), loss.json (8192 x 128,256 x 2048), llama-3.2-1b.json (targets 16K to 1M),
+train.json (DeepSpeed ZeRO-3, SmolLM2-135M's shape with random weights), llama-3-8b-8-layers.json (a whole 8B
+with its optimizer states, 16 bytes a parameter, is 128 GB and fits no GPU here), and summary.json.  A stage
+that fails, or for which no time is left, says so there, and the next goes on.  The fastest options are looked
+for with endprompt at 64K and then used for everything else.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure
@@ -26,67 +28,82 @@ from endprompt import BadInput
 from endprompt.planning import efficiency
 
 K = 1024
+STAGES = ("machine", "loss", "1b", "train", "8b")  # by what they are worth
 OPTIONS = ("kernels", "compiled", "attention")
-RESERVED = {"8b": 60, "train": 90}  # seconds, of 540
+RESERVED = {"train": 110, "8b": 60}  # seconds, of 540
 STEP_SECONDS = 60  # the longest that one setting's steps may take
 
 
-def machine() -> dict:
-    """Measured ceilings of the device (bfloat16 product of 8192 x 8192 on random data, FLOP/s;
-    device-to-device copy, bytes read and written a second), and what scaled_dot_product_attention chooses for
-    rows of each shape.
+@dataclass(frozen=True)
+class Sizes:
+    """Of what ``machine`` measures.  product: rows and columns of a matrix; copy: bytes."""
+
+    product: int = 8192
+    copy: int = 2**32
+    shapes: tuple[str, ...] = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b")
+    repeats: int = 20
+
+
+REHEARSED = Sizes(256, 2**20, ("small",), 1)
+
+
+def machine(sizes: Sizes) -> dict:
+    """Measured ceilings of the device (bfloat16 product on random data, FLOP/s; copy on the device, bytes
+    read and written a second), and what scaled_dot_product_attention chooses for rows of each shape.
     """
     import torch
 
-    def seconds(function, repeats: int = 20) -> float:
+    from endprompt.planning.step import Clock
+
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+
+    def seconds(function) -> float:
         for _ in range(3):
             function()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
+        clock = Clock(cuda)
+        clock.mark()
+        for _ in range(sizes.repeats):
             function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
+        clock.mark()
+        return clock.seconds()[0] / sizes.repeats
 
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.empty(2**32, device="cuda", dtype=torch.uint8).random_()
+    n = sizes.product
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(sizes.copy, device=device, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
-    found = {
-        "memory_bytes": torch.cuda.mem_get_info()[1],
-        "matrix_product_flops": 2 * 8192**3 / seconds(lambda: a @ b),
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "memory_bytes": torch.cuda.mem_get_info()[1] if cuda else host,
+        "matrix_product_flops": 2 * n**3 / seconds(lambda: a @ b),
         "copy_bytes_per_second": 2 * len(source) / seconds(lambda: target.copy_(source)),
-        "attention": {},
+        "attention": {shape: attention(shape, device, seconds) for shape in sizes.shapes},
     }
+
+
+def attention(shape: str, device: str, seconds: Callable[[Callable], float]) -> dict:
+    """Which kernel torch chooses for a row of ``shape``, and FLOP/s of each that can be asked for."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
     names = {int(value): name for name, value in torch.nn.attention.SDPBackend.__members__.items()}
-    for shape in ("smollm2-135m", "llama-3.2-1b", "llama-3-8b"):
-        _, width, _, heads, kv, _, window, _ = efficiency.SHAPES[shape]
-        query, key = (
-            torch.randn(1, n, window, width // heads, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for n in (heads, kv)
-        )
-        chosen = torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True)
-        times, flops = {}, 2 * width * window**2
-        for name in ("flash", "cudnn"):
-            with efficiency.attention_backend(name):
-                try:
-                    out = torch.nn.functional.scaled_dot_product_attention(
-                        query, key, key, is_causal=True, enable_gqa=True
-                    )
-                    forward = seconds(
-                        lambda q=query, k=key: torch.nn.functional.scaled_dot_product_attention(
-                            q, k, k, is_causal=True, enable_gqa=True
-                        )
-                    )
-                    backward = seconds(
-                        lambda out=out, q=query, k=key: torch.autograd.grad(
-                            out, (q, k), out, retain_graph=True
-                        )
-                    )
-                    times[name] = {"forward_flops": flops / forward, "backward_flops": 2.5 * flops / backward}
-                except RuntimeError as error:
-                    times[name] = {"reason": str(error).splitlines()[0][:200]}
-        found["attention"][shape] = {"chosen": names.get(chosen, str(chosen)), **times}
+    _, width, _, heads, kv, _, window, _ = efficiency.SHAPES[shape]
+    q, k = (
+        torch.randn(1, n, window, width // heads, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, kv)
+    )
+    causal = {"is_causal": True, "enable_gqa": True}
+    chosen = torch._fused_sdp_choice(q, k, k, **causal)
+    found, flops = {"chosen": names.get(chosen, str(chosen))}, 2 * width * window**2
+    for name in ("flash", "cudnn"):
+        with efficiency.attention_backend(name):
+            try:
+                out = scaled_dot_product_attention(q, k, k, **causal)
+                forward = seconds(lambda: scaled_dot_product_attention(q, k, k, **causal))
+                backward = seconds(lambda out=out: torch.autograd.grad(out, (q, k), out, retain_graph=True))
+                found[name] = {"forward_flops": flops / forward, "backward_flops": 2.5 * flops / backward}
+            except RuntimeError as error:
+                found[name] = {"reason": str(error).splitlines()[0][:200]}
     return found
 
 
@@ -120,8 +137,12 @@ def steps_of(
 
     within = efficiency.Limits(deadline=deadline, seconds=STEP_SECONDS, **limits)
 
+    left: list[dict] = []
+
     def go(settings: list[dict]) -> list[dict]:
-        return efficiency.measure_all(shape, settings, out, within)["entries"]
+        found = efficiency.measure_all(shape, settings, out, within)
+        left.extend(found["left"])
+        return found["entries"]
 
     first = {"target": middle}
     plain = [first, {**first, "attention": "cudnn"}, {**first, "attention": "flash"}]
@@ -153,9 +174,9 @@ def steps_of(
             *({**whole, "target": target, "checkpointing": "full"} for target in targets if target > middle),
         ]
     )
-    return efficiency.measure_all(
-        shape, [{**first, **options, "checkpointing": "full", "rows": max(rows)}], out, within
-    )
+    last = {**first, **options, "checkpointing": "full", "rows": max(rows)}
+    found = efficiency.measure_all(shape, [last], out, within)
+    return {**found, "left": [*left, *found["left"]]}
 
 
 def loss(out: Path, deadline: float, shape: tuple[int, int, int]) -> dict:
@@ -199,11 +220,15 @@ def train(out: Path, deadline: float, shape: str, steps: int) -> dict:
 
 
 def _run(command: list[str], deadline: float, out: Path, name: str) -> dict:
+    """What ``command`` put under ``name`` into ``out``; it is ended at the deadline."""
+    left = deadline - time.monotonic()
+    if left < 1:
+        return {"reason": "no time is left"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        _, told = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        _, told = process.communicate(timeout=left)
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)  # and what it started
         process.communicate()
@@ -220,14 +245,17 @@ def main() -> None:
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=("machine", "1b", "loss", "8b", "train"),
-        default=["machine", "loss", "1b", "8b", "train"],
+        choices=STAGES,
+        default=STAGES,
     )
     parser.add_argument(
         "--small", action="store_true", help="the small shape at short targets: a rehearsal, on a CPU too"
     )
     parser.add_argument("--only-machine", action="store_true", help=argparse.SUPPRESS)
+    # Of the budget, before this process was there.
+    parser.add_argument("--spent", type=float, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    began = time.monotonic() - arguments.spent
     import torch
 
     if not (arguments.small or torch.cuda.is_available()):
@@ -238,9 +266,9 @@ def main() -> None:
         raise SystemExit(2)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only_machine:
-        measure.write(arguments.out / "machine.json", "machine", machine(), quiet=True)
+        found = machine(REHEARSED if arguments.small else Sizes())
+        measure.write(arguments.out / "machine.json", "machine", found, quiet=True)
         return
-    began = time.monotonic()
     deadline = began + arguments.budget
     summary_file = arguments.out / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
@@ -277,11 +305,10 @@ def _told(value):
 def _stage(stage: str, arguments, deadline: float) -> dict:
     out, small = arguments.out, arguments.small
     if stage == "machine":
-        if small:
-            return {"reason": "left out of a rehearsal"}
         # In a process of its own, so that this one holds nothing on the device.
+        options = ["--out", str(out), "--only-machine", *(["--small"] if small else [])]
         return _run(
-            [sys.executable, __file__, "--out", str(out), "--only-machine"],
+            [sys.executable, __file__, *options],
             min(deadline, time.monotonic() + 120),
             out / "machine.json",
             "machine",
@@ -339,8 +366,10 @@ def _fastest(shape: str, found: dict) -> dict:
                 entry
                 and {
                     **{name: entry[name] for name in efficiency.SETTING},
-                    "mfu": entry["mfu"],
-                    "tokens_per_second": entry["tokens_per_second"],
+                    **{
+                        name: entry[name]
+                        for name in ("mfu", "tokens_per_second", "peak_bytes", "memory_above_states_bytes")
+                    },
                 }
             )
             for method, entry in fastest_of.items()

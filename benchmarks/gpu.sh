@@ -24,4 +24,4 @@ if ! "$PYTHON" -P -c 'import endprompt.evaluation' 2>/dev/null; then
   exit 2
 fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec "$PYTHON" "$root/benchmarks/gpu.py" --out "$out" --budget "$seconds" "$@"
+exec "$PYTHON" "$root/benchmarks/gpu.py" --out "$out" --budget "$seconds" --spent "$SECONDS" "$@"

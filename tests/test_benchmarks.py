@@ -220,13 +220,13 @@ def test_gpu_sh_refuses_in_one_line(tmp_path, arguments, message):
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
 
 
-def gpu_sh(folder: Path, python: Path | str, *arguments) -> subprocess.CompletedProcess:
+def gpu_sh(folder: Path, python: Path | str, *arguments, timeout: int = 100) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", str(REPOSITORY / "benchmarks/gpu.sh"), *map(str, arguments)],
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout,
         env={**os.environ, "PYTHON": str(python)},
     )
 
@@ -243,8 +243,33 @@ def test_gpu_sh_needs_the_package(tmp_path):
 def test_gpu_sh_measures_into_a_folder_with_a_budget(tmp_path):
     result = gpu_sh(tmp_path, sys.executable, "OUT", 60, "--small", "--stages", "machine")
     assert result.returncode == 0 and " s of 60; OUT/summary.json" in result.stdout, result.stderr
+    found = json.loads((tmp_path / "OUT/summary.json").read_text())["machine"]
+    assert found["matrix_product_flops"] > 1e6 and found["copy_bytes_per_second"] > 1e6
+    flash = found["attention"]["small"]["flash"]
+    assert min(flash.values()) > 1e6 and "reason" in found["attention"]["small"]["cudnn"]  # of GPUs alone
+
+
+def test_gpu_sh_ends_in_time_and_says_what_it_left(tmp_path):
+    result = gpu_sh(tmp_path, sys.executable, "OUT", 1, "--small")
+    assert result.returncode == 0 and result.stdout.count("\n") == 6, result.stderr
     summary = json.loads((tmp_path / "OUT/summary.json").read_text())
-    assert summary["machine"]["reason"] == "left out of a rehearsal"
+    for stage in ("machine", "loss", "train"):
+        assert summary[stage]["reason"] == "no time is left"
+    assert (summary["1b"]["measured"], summary["8b"]["measured"]) == (0, 0) and summary["1b"]["left"] > 8
+
+
+@pytest.mark.slow
+def test_gpu_sh_is_rehearsed_to_its_last_line(tmp_path):
+    result = gpu_sh(tmp_path, sys.executable, "OUT", 540, "--small", timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("benchmarks/gpu.py: "), result.stdout
+    summary = json.loads((tmp_path / "OUT/summary.json").read_text())
+    assert list(summary) == sorted(["machine", "loss", "1b", "train", "8b"])
+    assert {stage: found["reason"] for stage, found in summary.items() if "reason" in found} == {}
+    for stage in ("1b", "8b"):
+        best = summary[stage]["best"]
+        assert all(best[method]["tokens_per_second"] > 0 for method in ("endprompt", "full_length"))
+        assert summary[stage]["left"] == 0 and summary[stage]["ratios"]
 
 
 def stand_in(monkeypatch):
@@ -328,7 +353,7 @@ def test_gpu_keeps_the_later_stages_their_share_and_says_what_failed(monkeypatch
     monkeypatch.setattr(gpu, "_stage", stage)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--out", str(tmp_path), "--budget", "540"])
     gpu.main()
-    assert given == [("machine", 390), ("loss", 390), ("1b", 390), ("8b", 450), ("train", 540)]
+    assert given == [("machine", 370), ("loss", 370), ("1b", 370), ("train", 480), ("8b", 540)]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (
         summary["train"]["reason"] == "no such thing"
@@ -337,4 +362,4 @@ def test_gpu_keeps_the_later_stages_their_share_and_says_what_failed(monkeypatch
     )
     given.clear()
     gpu.main()  # what is whole is not done again; settings always are looked through
-    assert [name for name, _ in given] == ["1b", "8b", "train"]
+    assert [name for name, _ in given] == ["1b", "train", "8b"]

@@ -103,3 +103,49 @@ def test_no_flag_of_a_method_is_asked_outside_its_file():
     for path in modules():
         if room(path) != "methods":
             assert not flags.search(path.read_text()), path
+
+
+# What makes a tensor from nothing: on the host unless told otherwise, and a GPU's code is not told by a CPU.
+MAKERS = (
+    "tensor as_tensor scalar_tensor zeros ones full empty empty_strided arange range linspace logspace eye"
+    " rand randn randint randperm normal bartlett_window hann_window tril_indices triu_indices"
+).split()
+
+
+def without_device(source: str) -> list[str]:
+    """Calls of torch's MAKERS that do not say on which device, by line; however torch is imported."""
+    tree, found = ast.parse(source), []
+    modules, names = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {name.asname or "torch" for name in node.names if name.name.split(".")[0] == "torch"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            names |= {name.asname or name.name: name.name for name in node.names}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called, maker = node.func, ""
+        if isinstance(called, ast.Name):
+            maker = names.get(called.id, "")
+        elif isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+            maker = called.attr if called.value.id in modules else ""
+        if maker in MAKERS and not any(word.arg == "device" for word in node.keywords):
+            found.append(f"{node.lineno}: torch.{maker}")
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_tensors_are_made_on_a_device_that_is_named(path):
+    """``device="cpu"`` where the host is meant."""
+    assert without_device(path.read_text()) == []
+
+
+def test_a_tensor_without_a_device_is_seen():
+    assert without_device("import torch\nx = torch.zeros(3)") == ["2: torch.zeros"]
+    assert without_device("import torch as t\ndef f():\n    return t.arange(4)[None]") == ["3: torch.arange"]
+    assert without_device("from torch import eye as one\none(3)") == ["2: torch.eye"]
+    assert without_device("import torch\ntorch.full((2,), 1.0, **options)") == ["2: torch.full"]
+    told = (
+        "import torch\ntorch.zeros(3, device=x.device)\ntorch.zeros_like(x)\nx.new_zeros(3)\nother.zeros(3)"
+    )
+    assert without_device(told) == []

@@ -77,26 +77,42 @@ def test_losses_speed_and_memory_are_logged_apart(two_ranks):
     assert min(text, prompt) < loss < max(text, prompt)
 
 
+# Says, of the first step, what computes, what is stepped, and what gradients there are.
+LOOK = """
+import json
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+step = deepspeed.DeepSpeedEngine.step
+def look(self, *args, **kwargs):
+    if self.is_gradient_accumulation_boundary() and self.global_steps == 0:
+        of = dict(self.module.named_parameters())
+        print("look " + json.dumps({
+            "computes": sorted({str(one.dtype) for one in of.values()}),
+            "masters": sorted({str(safe_get_full_fp32_param(one).dtype) for one in of.values()}),
+            "gradients": {name: float(safe_get_full_grad(one).float().norm()) for name, one in of.items()},
+        }), flush=True)
+    return step(self, *args, **kwargs)
+deepspeed.DeepSpeedEngine.step = look
+from endprompt.cli import main
+main()
+"""
+
+
 @pytest.mark.distributed
 def test_half_precision_keeps_the_weights_of_the_loss(train_recipe, two_ranks, tmp_path):
     """Under DeepSpeed the Trainer would cast them to bf16 too, which the loss refuses."""
-    folder = prepared(train_recipe, "endprompt", tmp_path)
-    run(
-        train(
-            train_recipe,
-            "endprompt",
-            tmp_path,
-            "--set",
-            "train.bf16=true",
-            "--set",
-            "train.max_steps=2",
-            "--set",
-            "train.gradient_accumulation_steps=4",
-        )
-    )
+    folder, script = prepared(train_recipe, "endprompt", tmp_path), tmp_path / "look.py"
+    script.write_text(LOOK)
+    changes = ("train.bf16=true", "train.max_steps=2", "train.gradient_accumulation_steps=4")
+    options = [part for change in changes for part in ("--set", change)]
+    said = run([sys.executable, script, "train", train_recipe, "endprompt", "--out", tmp_path, *options])
     assert all(
         a == pytest.approx(b, rel=2e-2) for a, b in zip(losses(folder), losses(two_ranks)[:2], strict=True)
     )
+    seen = json.loads(next(line for line in said.splitlines() if "look {" in line).partition("look ")[2])
+    assert seen["computes"] == ["torch.bfloat16"] and seen["masters"] == ["torch.float32"]
+    gradients = seen["gradients"]
+    assert len(gradients) > 20 and all(0 < norm < 1e4 for norm in gradients.values()), gradients
 
 
 KILL = """

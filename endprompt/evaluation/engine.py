@@ -129,10 +129,11 @@ class LongLM(Prompting, HFLM):
         """
         rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
         shape = len(rows), max(map(len, rows))
-        ids, mask = torch.full(shape, self.tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
+        ids = torch.full(shape, self.tokenizer.pad_token_id, device="cpu")
+        mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             place = slice(shape[1] - len(row), None) if padding_side == "left" else slice(len(row))
-            ids[number, place], mask[number, place] = torch.tensor(row, dtype=torch.long), 1
+            ids[number, place], mask[number, place] = ids.new_tensor(row), 1
         return ids, mask
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

@@ -80,7 +80,7 @@ class Reader:
 
         The mask is there, whole: without it, transformers takes a jump in positions for another text.
         """
-        mask = torch.ones(len(ids), cache.get_seq_length() + ids.shape[1], dtype=torch.long)
+        mask = torch.ones(len(ids), cache.get_seq_length() + ids.shape[1], dtype=torch.long, device="cpu")
         device = self.network.device
         return self.network(
             ids.to(device),
@@ -102,8 +102,9 @@ class Reader:
             self.cache = DynamicCache()
         step = PIECE if kept else max(1, len(ids))  # a whole prompt has no mask to make
         for at in range(kept, len(ids), step):
-            piece = torch.tensor([ids[at : at + step]])
-            self._forward(piece, torch.arange(at, at + piece.shape[1])[None], self.cache, 1)
+            piece = torch.tensor([ids[at : at + step]], device="cpu")
+            positions = torch.arange(at, at + piece.shape[1], device="cpu")
+            self._forward(piece, positions[None], self.cache, 1)
             self.ids = ids[: at + piece.shape[1]]
         return self.cache
 
@@ -124,14 +125,16 @@ class Reader:
     @torch.no_grad()
     def _together(self, questions: list[Question]) -> list[Reply]:
         """The replies to questions that are read as one row; their tokens are left in the cache."""
-        rows = [torch.tensor([*question.ids, *question.answer]) for question in questions]
-        sizes = torch.tensor([len(row) for row in rows])
-        own = torch.repeat_interleave(torch.arange(len(rows)), sizes)
-        places = torch.cat([torch.arange(len(row)) for row in rows])
-        starts = torch.tensor([question.start for question in questions])
+        host = torch.device("cpu")  # the network's inputs are made there
+        rows = [torch.tensor([*question.ids, *question.answer], device=host) for question in questions]
+        sizes = torch.tensor([len(row) for row in rows], device=host)
+        each = torch.arange(len(rows), device=host)
+        own = torch.repeat_interleave(each, sizes)
+        places = torch.cat([torch.arange(len(row), device=host) for row in rows])
+        starts = torch.tensor([question.start for question in questions], device=host)
         # A token sees its question up to itself; no answer is seen by what is generated.
         inside = (own[:, None] == own) & (places[:, None] >= places)
-        asked = torch.tensor([len(question.ids) for question in questions])
+        asked = torch.tensor([len(question.ids) for question in questions], device=host)
         predicts = places >= asked[own] - 1
         logits = self._step(torch.cat(rows), starts[own] + places, inside, predicts.nonzero()[:, 0])
         split = logits.split([len(question.answer) + 1 for question in questions])
@@ -140,12 +143,12 @@ class Reader:
             for some, row, question in zip(split, rows, questions, strict=True)
         ]
         chosen = torch.stack([some[0].argmax(-1) for some in split])[:, None]
-        sees = (torch.arange(len(rows))[:, None] == own) & (places < asked[own])
-        same = torch.eye(len(rows), dtype=torch.bool)
+        sees = (each[:, None] == own) & (places < asked[own])
+        same = torch.eye(len(rows), dtype=torch.bool, device=host)
         while chosen.shape[1] < self.new_tokens and not all(map(self._ended, chosen.tolist())):
             sees = torch.cat([sees, same], 1)
             at = starts + asked + chosen.shape[1] - 1
-            logits = self._step(chosen[:, -1], at, sees, torch.arange(len(rows)))
+            logits = self._step(chosen[:, -1], at, sees, each)
             chosen = torch.cat([chosen, logits.argmax(-1)[:, None]], 1)
         return [Reply(self._cut(row), loss.tolist()) for row, loss in zip(chosen.tolist(), nats, strict=True)]
 
@@ -158,7 +161,7 @@ class Reader:
         """
         device, dtype = self.network.device, self.network.dtype
         before = self.cache.get_seq_length() + len(ids) - sees.shape[1]
-        hidden = torch.zeros(len(ids), before + sees.shape[1], dtype=dtype)
+        hidden = torch.zeros(len(ids), before + sees.shape[1], dtype=dtype, device="cpu")
         hidden[:, before:].masked_fill_(~sees, torch.finfo(dtype).min)
         found = self.network(
             ids[None].to(device),

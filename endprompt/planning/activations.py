@@ -108,17 +108,16 @@ def activations(about, rows: int, length: int, dtype, autocast: bool = False) ->
     def counted(layers: int) -> int:
         config = _cut(about, layers)
         # Neither autocast nor experts see meta tensors, but fake ones of a CPU, which have no data either.
+        fake = autocast or mixed
         with (
-            FakeTensorMode() if autocast or mixed else torch.device("meta"),
+            FakeTensorMode() if fake else torch.device("meta"),
             _default(torch.float32 if autocast else dtype),
         ):
             network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).train()
             if mixed:
                 network.set_experts_implementation("grouped_mm")
-            inputs = {
-                "input_ids": torch.zeros(rows, length, dtype=torch.int64),
-                "position_ids": torch.zeros(rows, length, dtype=torch.int64),
-            }
+            zeros = torch.zeros(rows, length, dtype=torch.int64, device="cpu" if fake else "meta")
+            inputs = {"input_ids": zeros, "position_ids": zeros}
             with Kept(network) as kept, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = network.get_decoder()(**inputs, use_cache=False).last_hidden_state
         del out

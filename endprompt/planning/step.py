@@ -112,7 +112,7 @@ def attention_backend(name: str):
     return contextlib.nullcontext() if name == "auto" else sdpa_kernel(backends[name])
 
 
-class _Clock:
+class Clock:
     """Points in time on the device (or, on a CPU, here), read at the end of a step, so that none of them
     holds the step up.
     """
@@ -262,7 +262,7 @@ class _Training:
 
     def step(self, first: bool) -> list[float]:
         """One step; returns the seconds of its data, forward, backward and optimizer."""
-        clock = _Clock(self.cuda)
+        clock = Clock(self.cuda)
         clock.mark()
         self.inputs, divisor = self.rows.batch()
         clock.mark()

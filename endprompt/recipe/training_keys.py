@@ -533,7 +533,7 @@ def _optimizer(text: str, optim: str):
     }
     arguments = types.SimpleNamespace(optim=OptimizerNames(optim), optim_args=text, **rest)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    return kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    return kind([torch.nn.Parameter(torch.zeros(1, device="cpu"))], **options)
 
 
 def _schedule(train: dict[str, Any], name: str) -> None:
@@ -545,7 +545,7 @@ def _schedule(train: dict[str, Any], name: str) -> None:
     rate, where = train.get("learning_rate", DEFAULTS["learning_rate"]), "train.lr_scheduler_kwargs"
 
     def rates() -> list[float]:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))], lr=rate)
         made = get_scheduler(name, optimizer, min(2, steps - 1), steps, train.get("lr_scheduler_kwargs"))
         return [
             float(rate * made.lr_lambdas[0](step))

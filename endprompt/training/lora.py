@@ -87,7 +87,8 @@ class Trace:
 
 
 def _direction(size: int) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
 
 
 @torch.no_grad()

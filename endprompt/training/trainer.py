@@ -13,6 +13,7 @@ from endprompt.training import probe as attention
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -81,7 +82,7 @@ class WeightedTrainer(Trainer):
         self.last_metrics: dict[str, float] = {}
         # Nats and targets of text, prompt, prompt without its first token, and all tokens of rows; this rank,
         # since the last log.
-        self._sums = torch.zeros(7, dtype=torch.float64)
+        self._sums = torch.zeros(7, dtype=torch.float64, device="cpu")
         self._since = time.perf_counter()
         self.micro_batches: list[
             tuple[torch.Tensor, torch.Tensor]
@@ -113,7 +114,7 @@ class WeightedTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         weights = sum(
             (batch["shift_weights"].sum(dtype=torch.float64) for batch in batches),
-            torch.zeros((), dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64, device="cpu"),
         ).to(device)
         return batches, self.accelerator.reduce(weights, "sum")
 

@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
     def __init__(self, request: StopRequest, run: Path):
         self.request, self.run, self.stopped = request, run, False
         self.trainer: Any = None
-        self._plain_gradients_finite = True
+        self._gradients_finite: torch.Tensor | None = None  # bool, of no dimensions
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not before: a process that waits inside gloo or NCCL for ranks that never come would not hear of a
@@ -76,19 +76,21 @@ class Watch(TrainerCallback):
         # Without DeepSpeed, gradients are where everybody expects them; with it, it knows their norm
         # afterwards.
         sums = [parameter.grad.sum() for parameter in model.parameters() if parameter.grad is not None]
-        self._plain_gradients_finite = not sums or bool(torch.stack(sums).isfinite().all())
+        self._gradients_finite = torch.stack(sums).isfinite().all() if sums else None
 
     def on_step_end(self, args, state, control, **kwargs):
-        losses = [loss for _, loss in self.trainer.micro_batches]
-        finite = self._plain_gradients_finite and bool(torch.stack(losses).isfinite().all())
+        finite = torch.stack([loss for _, loss in self.trainer.micro_batches]).isfinite().all()
+        if self._gradients_finite is not None:
+            finite = finite & self._gradients_finite
         norm = getattr(self.trainer.model_wrapped, "get_global_grad_norm", lambda: None)()
-        finite = finite and (norm is None or math.isfinite(float(norm)))
-        # One reduction says both; only the first rank looks at the file.
-        said = torch.tensor(
-            [not finite, self.request.wished() if state.is_world_process_zero else self.request.signalled],
-            dtype=torch.float32,
-            device=args.device,
-        )
+        if isinstance(norm, torch.Tensor):
+            finite = finite & norm.isfinite().all()
+        elif norm is not None:
+            finite = finite & math.isfinite(norm)
+        wished = self.request.wished() if state.is_world_process_zero else self.request.signalled
+        # One reduction says both, and is the one value that the host waits for; only the first rank looks at
+        # the file.
+        said = torch.stack([~finite, torch.full_like(finite, wished)]).float()
         if _distributed():
             torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
         bad, stop = (value > 0 for value in said.tolist())
