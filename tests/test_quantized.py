@@ -55,7 +55,7 @@ def test_linear_layers_of_every_family_and_nothing_else(name, recipe_file, tmp_p
     rope = {"rope": {"type": kind}} if (kind := family_models.MODELS[name].rope) else {}
     found = experiment(recipe_file(model={"name_or_path": str(folder)}, lengths=lengths, **rope))
     built = [model.build(found.base, found.scaling, torch.float32, False, four) for four in (True, False)]
-    four, whole = ({**one.named_parameters()} for one in built)
+    four, whole = (dict(one.named_parameters()) for one in built)
     assert four.keys() == whole.keys()
     for key, parameter in four.items():
         is_matrix = ".layers." in key and whole[key].dim() == 2
