@@ -150,7 +150,14 @@ if out.endswith("killed"):
 recipe, method, *settings = given
 run.train(experiment.resolve(recipe, settings, method, Path(out)))
 """
-GIVEN = (*FOUR, "train.max_steps=4", "train.save_steps=2", "train.learning_rate=0.01", "train.warmup_steps=1")
+GIVEN = (
+    *FOUR,
+    "train.logging_steps=1",
+    "train.max_steps=4",
+    "train.save_steps=2",
+    "train.learning_rate=0.01",
+    "train.warmup_steps=1",
+)
 
 
 def trained(path, method, out, *more, expect: int = 0, before: str = ""):
@@ -193,7 +200,7 @@ def test_a_run_saves_a_plain_model_and_goes_on_after_a_kill_as_it_was(recipe_fil
     assert losses(resumed)[-1] == losses(folder)[-1]
 
     code, _, error = run_main(
-        "evaluate", path, method, "--out", tmp_path / "again", "--set", "eval.samples=1"
+        "evaluate", path, method, "--out", tmp_path / "again", "--set", "eval.lengths=[128]"
     )
     assert code == 0, error
 
