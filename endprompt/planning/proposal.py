@@ -159,7 +159,7 @@ def settings(recipe: schema.Recipe, method: str, way: Way, gpus: int) -> dict[st
         "learning_rate": RATES[adapters],
         "warmup_steps": min(20, -(-steps // 10)),
     }
-    lora = {} if own.adapters is not None or not adapters else dict(LORA)
+    lora: dict[str, Any] = {} if own.adapters is not None or not adapters else dict(LORA)
     if way.what == QUANTIZED:
         lora["quantize"] = QUANTIZED
     if lora:
