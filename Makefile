@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python 3.11 or newer is needed (set PYTHON3=)" or 0)'
 	$(PYTHON3) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[dev,eval,fast,gguf]'
+	$(PIP) -e '.[dev,eval,fast,gguf,qlora]'
 	$(PIP) --no-deps llama-index-core
 	touch $@
 

@@ -170,7 +170,7 @@ def test_recipes_load_from_anywhere(path, tmp_path, monkeypatch):
     from_elsewhere = config.load(path).train["deepspeed"]
     monkeypatch.chdir(path.parent)
     recipe = config.load(path.name)
-    if path.stem.endswith(("-lora", "-cpu")):  # of one device, which shares nothing
+    if path.stem.endswith(("-lora", "-qlora", "-cpu")):  # of one device, which shares nothing
         assert from_elsewhere is recipe.train["deepspeed"] is None
         return
     assert Path(from_elsewhere) == Path(recipe.train["deepspeed"]) in ZERO_FILES

@@ -205,6 +205,13 @@ def test_the_page(recipe_file, tmp_path):
             "2.2 h",
             3.05,
         ),
+        (
+            "qwen3-8b-128k-qlora",
+            ["--gpus", "1", "--gpu-memory", "24", "--gpu", "4090"],
+            "8.19 B",
+            "15.8 h",
+            17.04,
+        ),
     ],
 )
 def test_recipes_fit_the_machine_of_their_heads(tmp_path, name, machine, size, hours, memory):

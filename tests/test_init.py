@@ -141,6 +141,60 @@ def test_one_gpu_of_24_gb_trains_a_small_model_whole_and_a_large_one_not(search)
     assert way.rows == 8 or not estimate.fits(large.memory(replace(way, rows=2 * way.rows), A24), A24)
 
 
+def test_a_base_is_read_into_4_bits_where_adapters_alone_do_not_fit(search):
+    """Qwen3-8B on 24 GB and Llama-3-8B on 16, which 24 would hold."""
+    found, _ = search("Qwen/Qwen3-8B")
+    lora = found.memory(proposal.Way("lora", "none"), A24)
+    way, memory = found.first("auto", A24, 8)
+    assert not estimate.fits(lora, A24)
+    assert (way.what, way.zero) == ("nf4", "none") and estimate.fits(memory, A24)
+    matrices = counting.products(found.about)
+    assert lora.weights - memory.weights == pytest.approx((2 - 0.51587) * matrices, rel=1e-4)
+    assert found.first("lora", A24, 8) == (way, memory)
+    train = proposal.settings(found.recipe, "pose_sharp", way, 1)
+    assert train["lora"] == {"r": 16, "alpha": 32.0, "quantize": "nf4"} and train["deepspeed"] is None
+    assert "quantize" not in proposal.LORA
+    other, _ = search("meta-llama/Meta-Llama-3-8B")
+    assert [other.first("auto", replace(A24, gpu_memory=size), 1)[0].what for size in (16, 24)] == [
+        "nf4",
+        "lora",
+    ]
+
+
+def test_what_is_not_read_into_4_bits(search):
+    def ways(train="auto", method="pose_sharp", **changes):
+        found, _ = search("Qwen/Qwen3-8B", method)
+        for key, value in changes.items():
+            setattr(found, key, value)
+        return [one.what for one in found.ways(train, 1)]
+
+    mixture = counting.configured(SimpleNamespace(**family_models.written("Mixtral")))
+    found, _ = search("Qwen/Qwen3-8B", "longlora")
+    gguf = found.recipe.model_copy(update={"model": found.recipe.model.model_copy(update={"gguf_file": "x"})})
+    assert ways().count("nf4") == ways("lora").count("nf4") == ways(method="longlora").count("nf4") == 1
+    for none in (ways("all"), ways(about=mixture), ways(recipe=gguf)):
+        assert none and "nf4" not in none
+    # A method's own adapters stay what they are.
+    own = proposal.settings(found.recipe, "longlora", proposal.Way("nf4", "none"), 1)
+    assert own["lora"] == {"quantize": "nf4"}
+
+
+def test_a_recipe_with_4_bits_is_written_and_planned(tmp_path, base, corpus, monkeypatch):
+    out = tmp_path / "my.yaml"
+    monkeypatch.setattr(
+        proposal.Search, "ways", lambda *given: iter([proposal.Way("nf4", "none")]), raising=True
+    )
+    code, said, error = init(base, corpus, out)
+    assert code == 0 and "LoRA on a base in 4 bits, no ZeRO file" in said, error
+    assert (
+        schema.load(out).train["lora"]["quantize"] == "nf4"
+        and "pip install 'endprompt[qlora]'" in out.read_text()
+    )
+    code, said, error = run_main("plan", out, "pose_sharp", "--gpus", 1)
+    # No column of a ZeRO file beside its own.
+    assert code == 0 and "layers nf4" in said and "zero3" not in said, error
+
+
 def test_eight_gpus_share_what_one_cannot_hold(search):
     found, _ = search("meta-llama/Meta-Llama-3-8B")
     for size, zero in ((80, "zero2"), (32, "zero3")):

@@ -53,6 +53,12 @@ def products(about) -> int:
     return found
 
 
+def largest(about) -> int:
+    """Weights of the largest matrix of a layer."""
+    parameters = skeleton(about).get_decoder().layers.parameters()
+    return max(parameter.numel() for parameter in parameters if parameter.dim() == 2)
+
+
 def width(about) -> int:
     """Of the feed-forward layer that a token goes through."""
     share = families.experts(configured(about))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput
-from endprompt.bases import families
+from endprompt.bases import families, quantized
 from endprompt.bases.loading import (
     SUPPORTED,
     first_length,
@@ -164,10 +164,11 @@ class Base:
         return "sdpa"
 
 
-def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
+def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool, quantize: bool = False):
     """The base model with its RoPE in place before it is built and its inv_freq checked afterwards.
 
-    dtype: a torch dtype of the weights, or "auto", the files'.  Under ZeRO-3 (a live TrainingArguments with a
+    dtype: a torch dtype of the weights, or "auto", the files'.  quantize: whether the layers' matrices are
+    read into 4 bits (see ``quantized``).  Under ZeRO-3 (a live TrainingArguments with a
     stage 3 file) parameters load partitioned, except a GGUF file's, which every rank holds whole until
     DeepSpeed starts. Raises BadInput on unusable files and on weights that are missing from them; Failure if
     the frequencies are not the expected ones."""
@@ -180,6 +181,8 @@ def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
 
         # Else the model stays marked as quantized, and transformers refuses to train and to save it.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
+    if quantize:
+        arguments |= quantized.loading(dtype, cuda)
     model = load_weights(
         f"model.name_or_path: the weights of {base.name!r}",
         **arguments,
@@ -187,6 +190,8 @@ def build(base: Base, scaling: rope.Scaling, dtype, cuda: bool):
         dtype=dtype,
         attn_implementation=base.attention_implementation(cuda),
     )
+    if quantize:
+        quantized.settle(model)
     # transformers takes config.json's pad_token_id for it, and torch gives that row no gradient; it may be
     # the separator of documents.
     model.get_input_embeddings().padding_idx = None

@@ -179,6 +179,7 @@ def recipe(experiment, facts: Facts) -> Iterator[Line]:
     yield from _tried("base", functools.partial(_base, experiment))
     yield from _tried("corpus", functools.partial(_corpus, experiment))
     if experiment.method.trained:
+        yield from _tried("adapters", functools.partial(_adapters, experiment))
         yield from _tried("memory", functools.partial(_memory, experiment, facts))
         yield from _tried("compiler", functools.partial(_compiler, experiment, facts))
         yield from _tried("disk", functools.partial(_disk, experiment, facts))
@@ -209,6 +210,19 @@ def _corpus(experiment) -> Iterator[Line]:
         return
     size = sum(file.path.stat().st_size for file in files)
     yield Line(OK, "corpus", f"{len(files)} files, {size / GB:.3g} GB")
+
+
+def _adapters(experiment) -> Iterator[Line]:
+    from endprompt.training import lora
+
+    lora.check(experiment)
+    if experiment.adapters:
+        base = (
+            f"a base in 4 bits ({experiment.adapters.quantize})"
+            if experiment.adapters.quantize
+            else "the base"
+        )
+        yield Line(OK, "adapters", f"rank {experiment.adapters.r}, on {base}")
 
 
 def _memory(experiment, facts: Facts) -> Iterator[Line]:

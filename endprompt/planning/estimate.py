@@ -121,6 +121,8 @@ def _memory_table(experiment: Experiment, found: dict[str, Memory], machine: Mac
     half = "bf16" if recipe.train.get("bf16", True) else None
     masters = half and not recipe.deepspeed
     trained = f" (none: {'trained ' if adapters else ''}fp32)" if masters else ""
+    if adapters and adapters.quantize:
+        trained = f", layers {adapters.quantize}"
     gathered = f"gathered weights, {half} copies" if masters else "gathered weights and gradient"
     lines = [f"{'GB a GPU':34}" + "".join(f"{name:>16}" for name in found)]
     for label, of in ((f"weights, {half or 'fp32'}{trained}", "weights"), *PARTS):

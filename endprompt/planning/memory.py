@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt.bases import counting, families
+from endprompt.bases import counting, families, quantized
 from endprompt.planning.activations import activations
 from endprompt.planning.shapes import parameter_count, trained_share
 from endprompt.recipe.experiment import Experiment
@@ -92,6 +92,12 @@ class _Case:
         )
 
     @property
+    def quantized(self) -> bool:
+        """Whether the layers' matrices are in 4 bits."""
+        adapters = self.training.adapters
+        return adapters is not None and adapters.quantize is not None
+
+    @property
     def autocast(self) -> bool:
         """Between layers; it always is in adapters."""
         adapters = self.training.adapters
@@ -138,6 +144,8 @@ def _states(case: _Case) -> tuple[float, float, float, float]:
     )
     if case.stage == 0:
         weights, gradients, optimizer = element * (count - trained) + 4 * trained, 4 * trained, 8 * trained
+        if case.quantized:
+            weights -= (element - quantized.BYTES) * counting.products(case.about)
     else:
         weights = element * count / (gpus if case.stage == 3 else 1)
         gradients = (case.training.summed or element) * trained / (gpus if case.stage >= 2 else 1)
@@ -162,8 +170,9 @@ def _gathered(case: _Case) -> float:
             parameter_count(case.about) - case.head, case.number("stage3_max_live_parameters", 1e9, 1e9)
         )
         return element * (live + case.head + case.head * (case.share == 1.0))
-    # autocast's copies live as long as the step's graph
-    return element * case.trained if case.stage == 0 and element == 2 else 0.0
+    # autocast's copies live as long as the step's graph; of what is in 4 bits, one matrix at a time is whole
+    copies = element * case.trained if case.stage == 0 and element == 2 else 0.0
+    return copies + case.quantized * element * counting.largest(case.about)
 
 
 def _buckets(case: _Case) -> float:
@@ -238,10 +247,12 @@ def zero_options(recipe: Recipe) -> tuple[str, dict]:
 
 def candidates(recipe: Recipe) -> dict[str, dict]:
     """DeepSpeed's options by name: the recipe's own file first ({} without one), then those that come with
-    this program.
+    this program; none beside a base in 4 bits.
     """
     name, _ = zero_options(recipe)
     found = {name: recipe.deepspeed or {}}
+    if (recipe.train.get("lora") or {}).get("quantize"):
+        return found
     for path in sorted((SHIPPED / "ds_configs").glob("*.json")):
         found.setdefault(path.stem, json.loads(path.read_text(encoding="utf-8")))
     return found

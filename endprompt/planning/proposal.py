@@ -1,7 +1,8 @@
 """How a model is extended on a machine so that it fits: what `endprompt init` chooses.
 
 The choice is made by the memory that ``estimate`` counts.  Tried in this order, the first that fits is taken:
-all weights, adapters, all weights with the optimizer on the host; for each the ZeRO file that shares least;
+all weights, adapters, adapters on a base in 4 bits, all weights with the optimizer on the host; for each the
+ZeRO file that shares least;
 then activations kept before activations computed again; then as many rows a micro-batch as fit.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput
-from endprompt.bases import families
+from endprompt.bases import families, quantized
 from endprompt.planning import estimate
 from endprompt.planning.estimate import Machine
 from endprompt.planning.memory import Memory, candidates, training_memory
@@ -31,7 +32,8 @@ SAMPLE = 2**20  # characters that are tokenized to see how many tokens a corpus 
 LORA = {"r": 16, "alpha": 32.0}
 RATES = {True: 2.0e-4, False: 2.0e-5}  # with adapters, and without
 MORE_GPUS = (2, 4, 8, 16, 32, 64)
-ALL, ADAPTERS = "all", "lora"
+ALL, ADAPTERS, QUANTIZED = "all", "lora", "nf4"
+WHAT = {ALL: "all weights", ADAPTERS: "LoRA", QUANTIZED: "LoRA on a base in 4 bits"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training.  what: ALL or ADAPTERS; zero: the name of a ZeRO file, "none" without DeepSpeed;
-    recomputed: whether activations are; rows: of a micro-batch."""
+    """One way of training.  what: ALL, ADAPTERS, or QUANTIZED, adapters on a base in 4 bits; zero: the name
+    of a ZeRO file, "none" without DeepSpeed; recomputed: whether activations are; rows: of a micro-batch."""
 
     what: str
     zero: str
@@ -88,6 +90,16 @@ class Search:
         rows = None if found.method.fills == "target" else way.rows
         return training_memory(found, self.about, machine.gpus, self.files[way.zero], rows)
 
+    @property
+    def quantizable(self) -> bool:
+        """Whether adapters can be trained on this base in 4 bits, by this method."""
+        try:
+            quantized.refuse(self.about)
+        except BadInput:
+            return False
+        found = self.experiment(Way(QUANTIZED, "none"), 1)
+        return not (self.recipe.model.gguf_file or found.method.base_beside(found.adapters))
+
     def ways(self, train: str, gpus: int) -> Iterator[Way]:
         """By preference."""
         shared = ["none"] if gpus == 1 else ["none", "zero2", "zero3"]
@@ -95,6 +107,8 @@ class Search:
         whole, adapted = train != ADAPTERS and not own, train != ALL
         for what in [ALL] * whole + [ADAPTERS] * adapted:
             yield from (Way(what, zero) for zero in shared)
+        if adapted and self.quantizable:
+            yield Way(QUANTIZED, "none")
         for what in [ALL] * whole + [ADAPTERS] * adapted:
             yield Way(what, "zero3_offload")
 
@@ -128,7 +142,7 @@ def step_rows(recipe: schema.Recipe, gpus: int) -> int:
 
 def settings(recipe: schema.Recipe, method: str, way: Way, gpus: int) -> dict[str, Any]:
     """``train:`` of a recipe that trains so."""
-    adapters = way.what == ADAPTERS
+    adapters = way.what != ALL
     own = Experiment.of(recipe, method).method
     rows, wide = step_rows(recipe, gpus), way.rows
     if own.fills == "target":  # a longer row takes the place of so many short ones
@@ -145,8 +159,11 @@ def settings(recipe: schema.Recipe, method: str, way: Way, gpus: int) -> dict[st
         "learning_rate": RATES[adapters],
         "warmup_steps": min(20, -(-steps // 10)),
     }
-    if adapters and own.adapters is None:
-        found["lora"] = LORA
+    lora: dict[str, Any] = {} if own.adapters is not None or not adapters else dict(LORA)
+    if way.what == QUANTIZED:
+        lora["quantize"] = QUANTIZED
+    if lora:
+        found["lora"] = lora
     if path := found["deepspeed"]:
         found["deepspeed"] = str(recipe.path(path))
     return found
@@ -252,7 +269,7 @@ def _what_would(search: Search, asked: Asked, machine: Machine) -> str:
     way, memory = search.least(asked.train, machine)
     length = Experiment.of(search.recipe, search.method).row_length
     needed = math.ceil(memory.total / estimate.USABLE / 1e9)
-    what = "all weights" if way.what == ALL else "LoRA"
+    what = WHAT[way.what]
     line = (
         f"--gpu-memory {machine.gpu_memory:g}: nothing fits {machine.gpus} x {machine.gpu_memory:g} GB; the"
         f" least is {memory.total / 1e9:.1f} GB a GPU ({what}, one row of {length} tokens a GPU,"

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from endprompt import __version__
-from endprompt.planning.proposal import ADAPTERS, LORA, Asked, Proposal
+from endprompt.planning.proposal import ADAPTERS, QUANTIZED, WHAT, Asked, Proposal
 
 MOST_LENGTHS = 6  # at which the trained model is scored
 SHORTEST = 256  # tokens of a passkey prompt that has some text around its key
@@ -77,10 +77,11 @@ def _train(proposal: Proposal) -> list[str]:
     why = ZERO[way.zero].format(host=proposal.memory.host / 1e9)
     lines = [_line("deepspeed", None if way.zero == "none" else f"ds_configs/{way.zero}.json", why)]
     if "lora" in train:
-        inner = ", ".join(f"{key}: {value}" for key, value in LORA.items())
-        lines.append(
-            _line("lora", f"{{{inner}}}", "adapters; all weights would not fit, or were not asked for")
-        )
+        inner = ", ".join(f"{key}: {value}" for key, value in train["lora"].items())
+        why = "adapters; all weights would not fit, or were not asked for"
+        if way.what == QUANTIZED:
+            why = "adapters on a base in 4 bits, which does not fit whole: pip install 'endprompt[qlora]'"
+        lines.append(_line("lora", f"{{{inner}}}", why))
     elif way.what == ADAPTERS:
         lines.append("  # lora: as the method says")
     kept = "to save memory, activations are computed again" if way.recomputed else "activations fit"
@@ -145,7 +146,6 @@ def told(asked: Asked, proposal: Proposal) -> str:
         ("buckets", memory.buckets),
     )
     split = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts if size >= 5e6)
-    what = "LoRA" if way.what == ADAPTERS else "all weights"
     rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * machine.gpus
     host = f", and {memory.host / 1e9:.0f} GB on the host for each" if memory.host else ""
     return "\n".join(
@@ -156,7 +156,7 @@ def told(asked: Asked, proposal: Proposal) -> str:
             f" {asked.target} positions",
             f"rows     {experiment.row_length} tokens, {rows * experiment.recipe.lengths.physical} tokens a"
             f" step, {experiment.recipe.data.tokens} in all",
-            f"train    {what}, {'no ZeRO file' if way.zero == 'none' else way.zero}, activations"
+            f"train    {WHAT[way.what]}, {'no ZeRO file' if way.zero == 'none' else way.zero}, activations"
             f" {'computed again' if way.recomputed else 'kept'}",
             f"memory   {memory.total / 1e9:.3g} of {machine.gpu_memory:g} GB a GPU ({split}){host}",
             f"time     {time(proposal.hours)} on {machine.gpus} x {machine.gpu} at {machine.mfu:.0%} MFU"

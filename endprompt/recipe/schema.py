@@ -361,6 +361,11 @@ def made(tree: dict, name: str, path: Path, overrides: Sequence[str] = ()) -> Re
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     _deepspeed(recipe, path)
+    if recipe.model.gguf_file and (recipe.train.get("lora") or {}).get("quantize"):
+        raise BadInput(
+            f"{path}: train.lora.quantize: model.gguf_file is read whole, by another quantization; name the"
+            " model's safetensors, or remove it"
+        )
     return recipe
 
 

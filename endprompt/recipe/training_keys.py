@@ -175,7 +175,10 @@ ALLOWED = {
     "deepspeed": Key(dict[str, Any] | str | None, "a ZeRO file, or its content; null: none"),
 }
 OURS = {
-    "lora": "adapters in place of whole weights: `r`, `alpha`, `dropout`, `targets`, `train_embed_norm`",
+    "lora": (
+        "adapters in place of whole weights: `r`, `alpha`, `dropout`, `targets`, `train_embed_norm`,"
+        " `quantize`"
+    ),
     "sequence_parallel": "ranks that share a row (DeepSpeed's Ulysses); 1 unless given",
     "base_share": (
         "of the base's weights in the saved model, the rest being what was trained; 0 unless given, or as the"
@@ -282,6 +285,13 @@ class Lora(BaseModel):
         " (section 3.3); a tied output layer is then trained with the embedding",
     )
 
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the base's layers in 4 bits while adapters are trained, which are merged into the"
+        " values that these stand for (QLoRA); needs `pip install 'endprompt[qlora]'` and no `deepspeed`"
+        " (docs/methods.md)",
+    )
+
     @field_validator("alpha", "dropout", mode="before")
     @classmethod
     def real(cls, value):
@@ -381,6 +391,7 @@ def check(train: dict[str, Any]) -> dict[str, Any]:
     """
     checked = {key: _value(key, value) for key, value in train.items()}
     _together(checked)
+    _refuse_quantized(checked)
     _refuse_speed(checked)
     return checked
 
@@ -567,6 +578,21 @@ def _try(where: str, make):
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{where}: transformers refuses it: {said[:200]}") from None
+
+
+def _refuse_quantized(train: dict[str, Any]) -> None:
+    """Raises BadInput on what adapters on a base in 4 bits do not go with."""
+    if not (train.get("lora") or {}).get("quantize"):
+        return
+    if train.get("deepspeed") is not None:
+        raise BadInput(
+            "train.lora.quantize: ZeRO-3 would cut 4-bit weights into pieces without their constants, and"
+            " ZeRO-1 and 2 share what adapters have little of; set train.deepspeed: null, or remove quantize"
+        )
+    if compiles(train):
+        raise BadInput(
+            "train.lora.quantize: 4-bit layers were not tried under torch_compile; remove one of the two"
+        )
 
 
 def _refuse_speed(train: dict[str, Any]) -> None:

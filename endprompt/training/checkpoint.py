@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from endprompt import Failure, storage
-from endprompt.bases import model, older_readers
+from endprompt.bases import model, older_readers, quantized
 from endprompt.positions import rope
 from endprompt.recipe.experiment import Experiment
 from endprompt.runs import checkpoint_files
@@ -100,12 +100,7 @@ def save_final(
     difference = None
     if adapted is not None:
         expected = lora.logits(trainer.model, adapted, trainer.args.device)
-    if experiment.recipe.rope.sharpen_heads:
-        trainer.model.config.endprompt["sharpened_heads"] = heads.fold(trainer.model)
-    if adapted is not None:
-        traces = lora.merge(trainer.model)
-    if not trainer.is_deepspeed_enabled:
-        precision.lower(trainer.model, precision.saved(trainer.args))
+    traces = _made_plain(trainer, experiment)
     partial = folder.with_name(folder.name + ".part")
     if trainer.args.should_save and partial.exists():
         shutil.rmtree(partial)
@@ -129,6 +124,26 @@ def save_final(
         finish(partial, difference)
         os.replace(partial, folder)
     barrier()
+
+
+def _made_plain(trainer, experiment: Experiment) -> dict[str, lora.Trace]:
+    """Makes the network the model that is saved, in place: whole weights, with the factors of heads and the
+    adapters in them.  All ranks call it.
+
+    Adapters on a base in 4 bits are merged into the values that these stand for, with which they were
+    trained, and not into the base's own, with which they never were.  Returns what ``lora.merge`` does.
+    """
+    network = trainer.model
+    if quantized.is_quantized(network):
+        if not trainer.args.should_save:  # every rank holds all, and the host need not hold it for each
+            return {}
+        quantized.restore(network)
+    if experiment.recipe.rope.sharpen_heads:
+        network.config.endprompt["sharpened_heads"] = heads.fold(network)
+    traces = lora.merge(network) if experiment.adapters else {}
+    if not trainer.is_deepspeed_enabled:
+        precision.lower(network, precision.saved(trainer.args))
+    return traces
 
 
 def verify_saved(

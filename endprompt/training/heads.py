@@ -48,7 +48,8 @@ def attach(network) -> None:
     heads = network.config.num_attention_heads
     for module in _projections(network):
         weight = module.weight
-        module.sharpness = nn.Parameter(torch.zeros(heads, dtype=weight.dtype, device=weight.device))
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32  # in 4 bits it is none
+        module.sharpness = nn.Parameter(torch.zeros(heads, dtype=dtype, device=weight.device))
         module.sharpened = module.register_forward_hook(_multiply)
 
 

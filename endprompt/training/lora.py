@@ -12,10 +12,28 @@ from typing import Any
 
 import torch
 
-from endprompt import Failure
-from endprompt.bases import families, loading
+from endprompt import BadInput, Failure
+from endprompt.bases import families, loading, quantized
+from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
 from endprompt.training import windows
+
+
+def check(experiment: Experiment) -> None:
+    """Raises BadInput if the base or the method takes no such adapters, or a package for them is missing."""
+    adapters, config = experiment.adapters, experiment.base.config
+    if adapters is None:
+        return
+    families.adapted(config, adapters.targets)
+    if adapters.quantize is None:
+        return
+    quantized.refuse(config)
+    if experiment.method.base_beside(adapters):
+        raise BadInput(
+            f"{quantized.KEY}: {experiment.method.name} holds the base a second time, whole, where"
+            " train_embed_norm trains its embedding; set train.lora.train_embed_norm: false, or remove it"
+        )
+    quantized.refuse_missing()
 
 
 def inject(model, lora: Lora, seed: int) -> None:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from endprompt import BadInput, Failure, storage
-from endprompt.bases import families, model, sharpen
+from endprompt.bases import model, sharpen
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
 from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
@@ -191,7 +191,8 @@ def build_network(experiment: Experiment, arguments: TrainingArguments, cuda: bo
     """The scaled base with the weighted loss, and adapters where the method or the recipe trains them."""
     adapters, method = experiment.adapters, experiment.method
     dtype = precision.loaded(arguments, bool(adapters))
-    network = model.build(experiment.base, experiment.scaling, dtype, cuda)
+    quantize = bool(adapters and adapters.quantize)
+    network = model.build(experiment.base, experiment.scaling, dtype, cuda, quantize)
     loss.attach(network, uniform=method.uniform)
     windows.attach(network)
     sharpened = experiment.recipe.rope.sharpen_heads
@@ -210,7 +211,7 @@ def build_network(experiment: Experiment, arguments: TrainingArguments, cuda: bo
         "physical_length": experiment.row_length,
         "target_length": experiment.target_length,
         **sharpen.inherited(experiment.base.config),
-        **({"lora": adapters.model_dump()} if adapters else {}),
+        **({"lora": adapters.model_dump(exclude_none=True)} if adapters else {}),
         **method.note(experiment.options, experiment.row_length),
     }
     model.state_length(network, experiment.base.tokenizer, experiment.target_length)
@@ -307,8 +308,7 @@ def refuse_base(experiment: Experiment) -> None:
     base.check_vocabulary()
     if experiment.recipe.rope.sharpen_heads:
         heads.check(base.config)
-    if experiment.adapters:
-        families.adapted(base.config, experiment.adapters.targets)
+    lora.check(experiment)
 
 
 def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> None:
