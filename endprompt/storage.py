@@ -54,3 +54,48 @@ def read_text(path: Path, most: int) -> str:
     if len(data) > most:
         raise ValueError(f"it is larger than {most} bytes")
     return data.decode("utf-8-sig")
+
+
+class Kept:
+    """What pieces of a long work gave, a list each, in the file ``path``: the question in its first line, a
+    piece in each other, so that a killed run goes on.  A file that answers another question is begun anew."""
+
+    def __init__(self, path: Path, question: dict):
+        self.path, self.rows = path, list[list]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = json.dumps(question, sort_keys=True) + "\n"
+        whole = self._read(head)
+        if whole is None:
+            path.write_text(head, encoding="utf-8")
+        else:
+            os.truncate(path, whole)  # a kill may have left half a line
+
+    def _read(self, head: str) -> int | None:
+        """How many bytes of the file are whole lines that count; None: none is."""
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return None
+        if not lines or lines[0] != head.encode():
+            return None
+        size = len(lines[0])
+        for line in lines[1:]:
+            try:
+                rows = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                rows = None
+            if not isinstance(rows, list):
+                break
+            self.rows.append(rows)
+            size += len(line)
+        return size
+
+    def add(self, rows: list) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rows, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(rows)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

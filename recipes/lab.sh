@@ -3,7 +3,10 @@
 # pictures; what is finished is skipped.
 #   bash recipes/lab.sh [SETTING ...]      (SETTING: some of those below, plain first; default: all)
 # Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS
-# (only these), OUT (runs/lab), FINDINGS (OUT/findings), PYTHON (python).
+# (only these), OUT (runs/lab), FINDINGS (OUT/findings), PYTHON (python), RECIPE
+# (recipes/tiny.yaml).  With the second base, which the head of its recipe says how to make:
+#   RECIPE=recipes/novels-cpu.yaml OUT=runs/lab-novels SEEDS="0 1 2" \
+#     METHODS="base interpolation short endprompt pose pose_matched full_length" bash recipes/lab.sh plain
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,12 +14,13 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
-export PYTHON NPROC=1 root OUT=${OUT:-runs/lab}
+RECIPE=${RECIPE:-$root/recipes/tiny.yaml}
+export PYTHON NPROC=1 root RECIPE OUT=${OUT:-runs/lab}
 SEEDS=${SEEDS:-0 1 2 3 4}
 JOBS=${JOBS:-2}
 EP_1='This is the end of text, please pay attention here.'
 
-# By setting: its methods, what differs from recipes/tiny.yaml (parted by |), and the setting with the same
+# By setting: its methods, what differs from the recipe (parted by |), and the setting with the same
 # training: there, a run whose model only needs other sharpening finds its last checkpoint.
 neighbours='randpos cream longrecipe e2llm drope longrope2 perturbed self_distil'
 declare -A methods=(
@@ -58,12 +62,15 @@ order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-b
 
 one() {  # setting method seed differences trained
   local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other='' start=$SECONDS keys key run
-  run=$("$PYTHON" -m endprompt path "$root/recipes/tiny.yaml" "$method" --out "$out") || exit 255
-  [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$root/recipes/tiny.yaml" "$method" --out "$OUT/$5/seed$3") || exit 255
-  local options=(--set "data.seed=$3" --set train.per_device_train_batch_size=16 --set "eval.tasks=[passkey, multikey, perplexity]")
+  run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
+  [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || exit 255
+  local options=(--set "data.seed=$3")
+  # That recipe's 8 rows a step are for each of two ranks.
+  [ "$(basename "$RECIPE" .yaml)" != tiny ] || options+=(--set train.per_device_train_batch_size=16)
+  options+=(--set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
-  if [ -f "$run/eval/perplexity/2048.json" ]; then return; fi
+  if [ -f "$run/eval/perplexity/$longest.json" ]; then return; fi
   mkdir -p "$run"
   local stages='prepare train evaluate'
   if [[ $setting = *by-position ]]; then
@@ -72,7 +79,7 @@ one() {  # setting method seed differences trained
   elif [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
     cp -r "$other/shards" "$other/checkpoints" "$run/"
   fi
-  STAGES=$stages OUT=$out bash "$root/recipes/run.sh" "$root/recipes/tiny.yaml" "$method" "${options[@]}" >>"$run/lab.log" 2>&1 || stopped "$@"
+  STAGES=$stages OUT=$out bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" >>"$run/lab.log" 2>&1 || stopped "$@"
   printf '%-14s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
 }
 
@@ -84,14 +91,22 @@ by_position() {  # trained run, this run: the same model, sharpened by position 
 }
 
 stopped() {  # as one(), which it ends
-  local log=$OUT/$1/seed$3/tiny/$2/lab.log
+  local log
+  log=$("$PYTHON" -m endprompt path "$RECIPE" "$2" --out "$OUT/$1/seed$3")/lab.log
   tail -n 15 "$log" >&2
   echo "lab.sh: $1 $2 seed $3 failed; its log is $log; the same command goes on from there" >&2
   exit 255  # xargs starts no more
 }
 export -f one by_position stopped
 
-untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+# The methods that train nothing, and the recipe's greatest length.
+told=$("$PYTHON" -c 'import sys
+from endprompt.methods import METHODS
+from endprompt.recipe import schema
+print(*(name for name in METHODS if not METHODS[name].trained))
+print(max(schema.load(sys.argv[1]).eval.lengths))' "$RECIPE")
+untrained=" ${told%$'\n'*} "
+export longest=${told##*$'\n'}
 first=${SEEDS%% *}
 for setting in "${order[@]}"; do
   if [ -z "${methods[$setting]:-}" ]; then
@@ -107,4 +122,4 @@ for setting in "${order[@]}"; do
     done
   done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one
 done
-"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "tiny over seeds $SEEDS"
+"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "$(basename "$RECIPE" .yaml) over seeds $SEEDS"

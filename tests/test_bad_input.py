@@ -2027,6 +2027,9 @@ WHOLE = {
         "match_pieces": 4,
         "match_tokens": 5,
         "rows_per_shard": 16,
+        "filter_share": None,
+        "filter_short": None,
+        "filter_windows": 4,
         "seed": 0,
     },
     "method_options": {
@@ -2044,7 +2047,12 @@ WHOLE = {
             "recall_cue": 4,
             "recall_tokens": 16,
         },
-        "pose_matched": {"match_pieces": 4, "match_tokens": 5},
+        "pose_matched": {
+            "match_pieces": 4,
+            "match_tokens": 5,
+            "match_by": "ngrams",
+            "match_candidates": 3,
+        },
         "cream": {"cream_sigma": 3.0, "cream_text": "contiguous"},
         "longrecipe": {"sentence_marks": "."},
         "perturbed": {

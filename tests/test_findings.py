@@ -509,6 +509,23 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0 and len(calls) == 1 and "findings" in calls[0]
 
 
+def test_script_runs_another_recipe(script):
+    """What it holds of batches stays, and its longest length says whether a run is finished."""
+    recipe = str(REPOSITORY / "recipes/novels-cpu.yaml")
+    done, calls = script("plain", SEEDS="0", METHODS="short pose", RECIPE=recipe)
+    assert done.returncode == 0, done.stderr
+    evaluated = [call for call in calls if "evaluate" in call]
+    assert len(evaluated) == 2 and all(f"evaluate {recipe} " in call for call in evaluated)
+    assert not any("per_device_train_batch_size" in call for call in calls)
+    assert calls[-1].endswith("--title novels-cpu over seeds 0")
+    again = [
+        call for call in script("plain", SEEDS="0", METHODS="short", RECIPE=recipe)[1] if "evaluate" in call
+    ]
+    assert again  # the stand-in scored 2048, and this recipe goes on to 4096
+    for call in evaluated:
+        schema.load(recipe, call.split(" --set ")[1:])
+
+
 def test_settings_of_the_script_are_recipes(script):
     done, calls = script(SEEDS="0", METHODS="endprompt pose_recall", JOBS="1")
     for call in (call for call in calls if "evaluate" in call):

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from endprompt.methods import matching
+from endprompt import BadInput
+from endprompt.bases import gain
+from endprompt.methods import matched, matching
+from endprompt.recipe import schema
+from endprompt.recipe.experiment import Experiment
+from endprompt.rows import prepare, shards
 
 
 def rng():
@@ -86,3 +91,113 @@ def test_large_ids_are_told_apart():
     """Neighbouring ids of a large vocabulary, in another order, are other n-grams."""
     pieces = np.array([[128000, 128001, 1], [128001, 128000, 2], [128000, 128001, 3], [5, 6, 7]])
     assert matching.grams(pieces, 2).sum(axis=0).tolist() == [1, 0, 1, 0]
+
+
+# By what the base gains
+
+
+def fixed(gains: dict[tuple[int, int], float]):
+    def gain(pieces, shared):
+        found = np.zeros((len(pieces), len(pieces)))
+        for pair, value in gains.items():
+            found[pair] = value
+        return found
+
+    return gain
+
+
+def test_gains_come_before_shared_grams():
+    """0 and 1 share most, but 0 and 3 gain; what loses comes last."""
+    pieces = np.array([[1, 2, 3, 4], [1, 2, 3, 4], [20, 21, 22, 23], [1, 2, 30, 31]])
+    assert matching.groups(pieces, 2, 2, rng()) == [[0, 1], [2, 3]]
+    assert matching.groups(pieces, 2, 2, rng(), fixed({(0, 3): 0.2})) == [[0, 3], [1, 2]]
+    assert matching.groups(pieces, 2, 2, rng(), fixed({(0, 1): -0.2})) != [[0, 1], [2, 3]]
+    assert matching.groups(pieces, 2, 2, rng(), fixed({})) == [[0, 1], [2, 3]]
+
+
+def test_groups_gain_what_their_pieces_do():
+    """{0, 1} and {2, 3} have 0.3 between them in two halves, {0, 1} and {4, 5} have 0.25 in one."""
+    pieces = np.arange(32).reshape(8, 4)
+    pairs = {(0, 1): 9.0, (2, 3): 8.0, (4, 5): 7.0, (6, 7): 6.0}
+    gain = fixed({**pairs, (0, 2): 0.15, (1, 3): 0.15, (0, 4): 0.25})
+    assert matching.groups(pieces, 4, 2, rng(), gain) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_what_the_base_is_asked_about():
+    shared = np.array([[9, 3, 0, 2], [3, 9, 0, 2], [0, 0, 9, 0], [2, 2, 0, 9]])
+    earlier, later = matched.candidates(shared, 1)
+    assert list(zip(earlier, later, strict=True)) == [(0, 1), (1, 3)]  # of equals the nearest
+    earlier, later = matched.candidates(shared, 5)
+    assert list(zip(earlier, later, strict=True)) == [(0, 1), (1, 3), (0, 3)]
+    assert matched.unrelated(shared).tolist() == [2, 2, 0, 2]
+    assert len(matched.candidates(np.eye(3), 5)[0]) == 0
+
+
+@pytest.fixture
+def setting(recipe_file):
+    recipe = schema.load(recipe_file(), ["method_options.match_by=gain"])
+    return Experiment.of(recipe, "pose_matched").rows(for_text=True).setting
+
+
+def test_gains_of_the_base(setting, tokenizer):
+    """A piece gains from one that says the same, and not from one that shares a phrase with it alone."""
+    rng = np.random.default_rng(0)
+    first, other, last = (rng.integers(10, 800, 48) for _ in range(3))
+    last[:3] = first[:3]
+    pieces = np.stack([first, other, first, last])
+    shared = np.array([[46, 0, 46, 1], [0, 46, 0, 0], [46, 0, 46, 1], [1, 0, 1, 46]])
+    gains = matched.Gains(gain.Reader(setting.base), 3, setting)(pieces, shared)
+    assert gains[0, 2] > 1 and abs(gains[0, 3]) < gains[0, 2] / 2
+    asked = {(0, 2), (0, 3), (2, 3)}
+    assert {(i, j) for i, j in zip(*np.nonzero(gains), strict=True)} <= asked
+
+
+def test_nothing_is_asked_about_pieces_that_share_nothing(setting, monkeypatch):
+    reader = gain.Reader(setting.base)
+    monkeypatch.setattr(reader, "losses", lambda *given: pytest.fail("the base was asked"))
+    assert not matched.Gains(reader, 3, setting)(np.arange(8).reshape(4, 2), np.eye(4)).any()
+
+
+def prepared(recipe_file, folder, *overrides):
+    experiment = Experiment.of(schema.load(recipe_file(), ["data.tokens=1024", *overrides]), "pose_matched")
+    return prepare.prepare(experiment, folder, 1, {})
+
+
+def test_rows_by_gain(recipe_file, tmp_path):
+    """The same text in other rows; the manifest says so, and other shards are refused for it."""
+    by_gain = prepared(recipe_file, tmp_path / "gain", "method_options.match_by=gain")
+    assert by_gain["match_by"] == "gain" and by_gain["match_candidates"] == 3
+    by_grams = prepared(recipe_file, tmp_path / "grams")
+    assert "match_by" not in by_grams and by_grams["match_pieces"] == 4
+    texts = [
+        [row["input_ids"] for row in shards.rows(tmp_path / name, manifest)]
+        for name, manifest in (("gain", by_gain), ("grams", by_grams))
+    ]
+    assert texts[0] != texts[1]
+    assert sorted(sum(texts[0], [])) == sorted(sum(texts[1], []))
+    with pytest.raises(BadInput, match="match_by is 'gain', expected None"):
+        prepared(recipe_file, tmp_path / "gain")
+    with pytest.raises(BadInput, match="match_by is None, expected 'gain'"):
+        prepared(recipe_file, tmp_path / "grams", "method_options.match_by=gain")
+    again = prepared(recipe_file, tmp_path / "again", "method_options.match_by=gain")
+    assert again["shards"] == by_gain["shards"]
+
+
+@pytest.mark.parametrize(
+    "overrides, complaint",
+    [
+        (
+            ["lengths.physical=512", "method_options.match_pieces=2"],
+            "hold 512 tokens together, and the base's",
+        ),
+        (["method_options.match_candidates=0"], "match_candidates: Input should be greater than 0"),
+    ],
+)
+def test_gains_that_cannot_be_had(recipe_file, tmp_path, overrides, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        prepared(recipe_file, tmp_path / "out", "method_options.match_by=gain", *overrides)
+
+
+def test_a_rule_that_is_not_there(recipe_file, tmp_path):
+    with pytest.raises(BadInput, match="method_options.match_by: Input should be 'ngrams' or 'gain'"):
+        prepared(recipe_file, tmp_path / "out", "method_options.match_by=lexical")

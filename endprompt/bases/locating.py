@@ -1,12 +1,17 @@
 """Where a base model is: a folder, an installed package or a hub id."""
 
+import hashlib
 import importlib.util
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from endprompt import BadInput
+from endprompt import BadInput, storage
 from endprompt.bases.unreadable import CONVERT
+
+WEIGHTS = (".safetensors", ".gguf", ".bin")
 
 
 class Named(Protocol):
@@ -97,3 +102,22 @@ def check_folder(folder: Path, key: str, gguf: bool = False) -> None:
             f"{key}: {folder} has its weights in {pickles[0]} alone; weights must be safetensors, which"
             f" cannot run code: {CONVERT}"
         )
+
+
+def fingerprint(folder: Path, gguf_file: str | None = None) -> str:
+    """Identity of a saved model: SHA-256 over the names and the whole content of its config, its code, its
+    weights and their index.
+
+    gguf_file: the one file of weights that is used, where a folder holds several quantizations.
+    """
+
+    def counts(path: Path) -> bool:
+        if path.suffix in WEIGHTS:
+            return gguf_file in (None, path.name)
+        return path.name == "config.json" or path.suffix == ".py" or path.name.endswith(".index.json")
+
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and counts(path))
+    with ThreadPoolExecutor(8) as pool:  # hashing lets go of Python's lock
+        hashes = pool.map(storage.sha256, paths)
+        found = [(path.name, digest) for path, digest in zip(paths, hashes, strict=True)]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

@@ -54,6 +54,11 @@ def prepare(arguments, experiment) -> None:
             " parts"
         )
         return
+    for found in manifest.get("filtered", []):
+        print(
+            f"{run / 'shards'}: kept {found['kept']} of {found['documents']} documents,"
+            f" {found['kept_tokens']} of {found['tokens']} tokens ({found['scores']})"
+        )
     print(
         f"{run / 'shards'}: {manifest['rows']} rows, {manifest['tokens']} tokens"
         f" ({manifest['prompt_tokens']} of end prompts) in {len(manifest['shards'])} shards"
@@ -174,4 +179,6 @@ def _experiment(arguments):
                 " a model with --model"
             )
         overrides = [*overrides, *scoring.chosen(arguments)]
+    if arguments.command == "prepare" and arguments.filter is not None:
+        overrides = [*overrides, f"data.filter_share={arguments.filter}"]
     return resolve(arguments.recipe, overrides, arguments.method, arguments.out)

@@ -149,6 +149,15 @@ def _prepare_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokenizer processes; default: one a core, at most 16",
     )
+    command.add_argument(
+        "--filter",
+        default=None,
+        metavar="SHARE",
+        help=(
+            "rank documents by what the base gains from far context in them, and keep this share of the text;"
+            " as --set data.filter_share=SHARE, which train must be given too"
+        ),
+    )
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:

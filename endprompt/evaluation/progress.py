@@ -2,9 +2,7 @@
 kept, so that a killed evaluation goes on within the pair.
 """
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
+
+from endprompt.storage import Kept
+
+__all__ = ["Kept", "Pieces", "Unfinished", "collect", "path_of"]
 
 
 class Pieces(Protocol):
@@ -32,51 +34,6 @@ class Pieces(Protocol):
 
 class Unfinished(Exception):
     """The budget is over; ``args``: how far the pair has come."""
-
-
-class Kept:
-    """The rows of pieces that are done, in the file ``path``: the question in its first line, a piece in each
-    other.  A file that answers another question is begun anew."""
-
-    def __init__(self, path: Path, question: dict):
-        self.path, self.rows = path, list[list[dict]]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps(question, sort_keys=True) + "\n"
-        whole = self._read(head)
-        if whole is None:
-            path.write_text(head, encoding="utf-8")
-        else:
-            os.truncate(path, whole)  # a kill may have left half a line
-
-    def _read(self, head: str) -> int | None:
-        """How many bytes of the file are whole lines that count; None: none is."""
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return None
-        if not lines or lines[0] != head.encode():
-            return None
-        size = len(lines[0])
-        for line in lines[1:]:
-            try:
-                rows = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                rows = None
-            if not isinstance(rows, list):
-                break
-            self.rows.append(rows)
-            size += len(line)
-        return size
-
-    def add(self, rows: list[dict]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows.append(rows)
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
 
 
 def path_of(result: Path) -> Path:

@@ -12,10 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from endprompt import storage
+from endprompt.bases.locating import fingerprint as fingerprint
 from endprompt.bases.model import Base
 from endprompt.evaluation import (
     engine,
@@ -31,7 +30,6 @@ from endprompt.recipe import task_names
 from endprompt.recipe.schema import Recipe
 
 HERE = Path(__file__).parent
-WEIGHTS = (".safetensors", ".gguf", ".bin")
 
 # Keys of the eval section that no question holds: which pairs are asked for and whether code may run; and
 # those in whose place stands what they lead to.
@@ -72,27 +70,6 @@ def family(task: str) -> str:
     if task in task_names.PIECEWISE:
         return task
     return {"multikey": "passkey"}.get(task, task.partition("_")[0])
-
-
-# The model
-
-
-def fingerprint(folder: Path, gguf_file: str | None = None) -> str:
-    """Identity of a saved model: SHA-256 over the names and the whole content of its config, its code, its
-    weights and their index.
-
-    gguf_file: the one file of weights that is used, where a folder holds several quantizations.
-    """
-
-    def counts(path: Path) -> bool:
-        if path.suffix in WEIGHTS:
-            return gguf_file in (None, path.name)
-        return path.name == "config.json" or path.suffix == ".py" or path.name.endswith(".index.json")
-
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and counts(path))
-    with ThreadPoolExecutor(8) as pool:  # hashing lets go of Python's lock
-        hashes = pool.map(storage.sha256, paths)
-        return _digest([(path.name, found) for path, found in zip(paths, hashes, strict=True)])
 
 
 # The tokenizer

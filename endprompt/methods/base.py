@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from endprompt import BadInput
 from endprompt.bases import sharpen
+from endprompt.bases.model import Base
 from endprompt.positions import plans
 from endprompt.positions.rope import Asked, Scheme, extended
 
@@ -33,7 +34,8 @@ class Options(BaseModel):
 @dataclass(frozen=True)
 class Setting:
     """What rows are built for.  length: tokens in a row; target_length: positions that it may span; packing:
-    "cut" or "document", as ``data.packing``; seed: of all rows; tokenizer: of the base."""
+    "cut" or "document", as ``data.packing``; seed: of all rows; tokenizer: of the base; base: the model
+    itself, for rows whose text it chooses; None where rows are made for their positions alone."""
 
     method: str
     options: Any
@@ -42,6 +44,7 @@ class Setting:
     packing: str
     seed: int
     tokenizer: Any
+    base: Base | None = None
 
 
 class Rows:

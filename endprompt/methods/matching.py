@@ -6,6 +6,8 @@ early in it, across the jump of positions between them.  Every token of the stre
 order.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -26,12 +28,22 @@ def grams(pieces: np.ndarray, n: int) -> np.ndarray:
     return held[held.sum(axis=1) > 1]
 
 
-def groups(pieces: np.ndarray, together: int, n: int, rng: np.random.Generator) -> list[list[int]]:
+Gain = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def groups(
+    pieces: np.ndarray, together: int, n: int, rng: np.random.Generator, gain: Gain | None = None
+) -> list[list[int]]:
     """The numbers of ``pieces`` [p, size] in groups of ``together``, each ascending, all in the order of
     their first piece.
 
     Greedily: the two pieces that share most n-grams first, among equals at random; then pairs of pairs alike,
-    until a group is full.  Raises ValueError unless ``together`` is a power of two and p a multiple of it.
+    until a group is full.
+    gain: of pieces and the n-grams that they share, float [p, p]: what every piece gains from an earlier one.
+        The two that gain most then come first, and n-grams count among equals; of groups, the sum over all
+        pairs of their pieces.
+
+    Raises ValueError unless ``together`` is a power of two and p a multiple of it.
     """
     if together < 1 or together & (together - 1) or len(pieces) % together:
         raise ValueError(
@@ -39,15 +51,23 @@ def groups(pieces: np.ndarray, together: int, n: int, rng: np.random.Generator) 
             " wanted"
         )
     held, found = grams(pieces, n).astype(np.float32), [[number] for number in range(len(pieces))]
+    gains = None if gain is None else gain(pieces, held.T @ held)
     while len(found[0]) < together:
         shared = held.T @ held
         first, second = np.triu_indices(len(found), 1)
-        order = np.lexsort((rng.random(len(first)), -shared[first, second]))
+        keys = [rng.random(len(first)), -shared[first, second]]
+        if gains is not None:
+            keys.append(-(gains + gains.T)[first, second])
+        order = np.lexsort(tuple(keys))
         free, merged = np.ones(len(found), bool), []
         for one, other in zip(first[order].tolist(), second[order].tolist(), strict=True):
             if free[one] and free[other]:
                 free[one] = free[other] = False
                 merged.append((one, other))
-        held = np.maximum(held[:, [one for one, _ in merged]], held[:, [other for _, other in merged]])
+        ones, others = map(list, zip(*merged, strict=True))
+        held = np.maximum(held[:, ones], held[:, others])
+        if gains is not None:
+            gains = gains[ones] + gains[others]
+            gains = gains[:, ones] + gains[:, others]
         found = [sorted(found[one] + found[other]) for one, other in merged]
     return sorted(found)

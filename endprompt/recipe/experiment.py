@@ -137,8 +137,12 @@ class Experiment:
         power, base = self.method.power(self.recipe.rope.sharpen), self.base
         return sharpen.missing(power, base.config, base.original_length, self.target_length)
 
-    def rows(self, tokenizer=None) -> Rows:
-        """Builds the method's rows, with the base's tokenizer unless another is given."""
+    def rows(self, tokenizer=None, for_text: bool = False) -> Rows:
+        """Builds the method's rows, with the base's tokenizer unless another is given.
+
+        for_text: whether their text counts, which some methods ask the base about, and not their positions
+        alone.
+        """
         return self.method.rows(
             Setting(
                 self.method.name,
@@ -148,6 +152,7 @@ class Experiment:
                 self.recipe.data.packing,
                 self.recipe.data.seed,
                 self.base.tokenizer if tokenizer is None else tokenizer,
+                self.base if for_text else None,
             )
         )
 

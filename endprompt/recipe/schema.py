@@ -73,6 +73,22 @@ class DataSection(Section):
         description="cut: documents one after the other, cut into rows; document: a row holds one alone",
     )
     rows_per_shard: int = Field(4096, gt=0, description="rows of a Parquet file")
+    filter_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of the text, in whole documents, those in which the base gains most from far context"
+        " within its window; null: all of it, unranked",
+    )
+    filter_short: int | None = Field(
+        None,
+        ge=4,
+        description="tokens of the short context that filter_share tells the whole window against, of which"
+        " the second half is scored; null: a quarter of the window",
+    )
+    filter_windows: int = Field(
+        4, gt=0, description="places of a document that filter_share scores, evenly from its start to its end"
+    )
     seed: int = Field(
         0,
         ge=0,

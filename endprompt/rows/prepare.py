@@ -21,7 +21,7 @@ from endprompt.bases import model
 from endprompt.methods.base import Rows
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
-from endprompt.rows import corpus, shards
+from endprompt.rows import corpus, filtering, shards
 from endprompt.rows.stream import Cursor
 from endprompt.rows.tokenizing import tokenized, tokenizer_fingerprint
 
@@ -52,8 +52,20 @@ def settings(experiment: Experiment, tokenizer=None, rows: Rows | None = None) -
         # Manifests of every method have these two.
         "end_prompts": [],
         "prompt_loss_weight": None,
+        "filter": filtering.settings(experiment),
         **rows.recorded(),
     }
+
+
+def _noted(expected: dict) -> dict:
+    """``expected`` as a manifest has it: what came later than the first manifests is there if it is used."""
+    later = ("filter", "match_by", "match_candidates")
+    return {key: value for key, value in expected.items() if value is not None or key not in later}
+
+
+def _filtered(records: list[dict]) -> dict:
+    """What a manifest says of the choice of documents, one record a part."""
+    return {"filtered": records} if records else {}
 
 
 def _names(part: tuple[int, int] | None) -> tuple[str, str, str]:
@@ -287,6 +299,7 @@ def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
         "corpus_files": records,
         "parts": counts[0],
         "corpus_ended": any(state.get("corpus_ended") for state in parts),
+        **_filtered([one for state in parts for one in state.get("filtered", [])]),
         "shards": [shard for state in parts for shard in state["shards"]],
     }
     if not manifest["rows"]:
@@ -321,7 +334,7 @@ def prepare(
     """
     recipe = experiment.recipe
     tokenizer = experiment.base.tokenizer if tokenizer is None else tokenizer
-    rows = experiment.rows(tokenizer)
+    rows = experiment.rows(tokenizer, for_text=True)
     _ = experiment.scaling  # rows of a RoPE that cannot be built would be made in vain
     expected = settings(experiment, tokenizer, rows)
     for where, ids in rows.written().items():
@@ -383,6 +396,7 @@ class Preparation:
         most = min(self.recipe.data.rows_per_shard, SHARD_TOKENS // self.length)
         # A shard ends where the cursor tells it all.
         self.rows_per_shard = max(1, most // rows.together) * rows.together
+        self.ranked: filtering.Ranked | None = None
 
     def run(self, workers: int, versions: dict) -> dict:
         """The manifest, or what a finished part says of itself."""
@@ -394,21 +408,55 @@ class Preparation:
         if self.state["shards"]:
             begun = f"the preparation in {self.folder} was begun"
             _refuse_other_corpus(files, self.state["corpus_files"], begun)
-        documents = _documents(self.recipe, files, self.ledger, self.part)
-        documents = islice(documents, self.state["document"], None)
-        embeddings = self.experiment.base.config.vocab_size
-        stream = _embedded(tokenized(documents, self.tokenizer, workers), self.tokenizer, embeddings)
-        self.cursor = Cursor(stream, self.state["document"], self.state["offset"])
         try:
-            self.write_shards()
+            if self.expected["filter"]:
+                self.rank(files, workers)
+            documents = _documents(self.recipe, files, self.ledger, self.part)
+            if self.ranked:
+                documents = self.ranked.select(documents)
+            stream = self.ids_of(islice(documents, self.state["document"], None), workers)
+            with contextlib.closing(stream):
+                self.cursor = Cursor(stream, self.state["document"], self.state["offset"])
+                self.write_shards()
         except BaseException:
             if self.part is None:  # another part may be about to write
                 with contextlib.suppress(OSError):  # not empty: shards are there
                     self.folder.rmdir()
             raise
-        finally:
-            stream.close()
         return self.finish(versions)
+
+    def ids_of(self, documents: Iterator[tuple[str, str]], workers: int):
+        """(id, token ids) of ``documents``, each token with an embedding."""
+        embeddings = self.experiment.base.config.vocab_size
+        return _embedded(tokenized(documents, self.tokenizer, workers), self.tokenizer, embeddings)
+
+    def rank(self, files: list[corpus.File] | None, workers: int) -> None:
+        """Chooses the documents that rows are made of.  Raises BadInput if shards of another choice are
+        there."""
+        ledger = corpus.Ledger(files)
+        by_document = self.recipe.data.packing == "document"
+        rows = self.wanted + self.rows.together
+        enough = (0, rows) if by_document else (rows * self.length, 0)
+        ranking = filtering.Ranking(self.experiment, self.tokenizer, self.expected["filter"], enough)
+        question = {
+            "tokenizer": self.expected["tokenizer_fingerprint"],
+            "corpus": self.expected["corpus"],
+            "files": [[file.inside, file.path.stat().st_size] for file in files or []],
+        }
+        path = self.folder / filtering.scores_file(self.part)
+        with contextlib.closing(
+            self.ids_of(_documents(self.recipe, files, ledger, self.part), workers)
+        ) as stream:
+            self.ranked = ranking.rank(stream, path, question)
+        ledger.settle(self.ranked.record["documents"])
+        if self.state["shards"] and self.state.get("filtered") != self.ranked.record:
+            raise BadInput(
+                f"shards: the preparation in {self.folder} was begun with other scores of the documents (of"
+                " another model, or its file was lost); delete the folder and prepare again"
+            )
+        self.state["filtered"] = self.ranked.record
+        # What was chosen from counts as read.
+        self.ledger = corpus.Ledger(files, ledger.records)
 
     def write_shards(self) -> None:
         from tqdm import tqdm
@@ -459,6 +507,7 @@ class Preparation:
 
     def finish(self, versions: dict) -> dict:
         if self.number == 0 and self.part is None:
+            (self.folder / filtering.scores_file(self.part)).unlink(missing_ok=True)
             self.folder.rmdir()
             together = self.rows.together
             rows = f"the {together} rows that {self.experiment.method.name} makes of one stretch,"
@@ -474,7 +523,7 @@ class Preparation:
                 file=sys.stderr,
             )
         manifest = {
-            **self.expected,
+            **_noted(self.expected),
             "rows": self.number,
             "tokens": self.state["text_tokens"] + self.state["prompt_tokens"],
             "text_tokens": self.state["text_tokens"],
@@ -482,6 +531,7 @@ class Preparation:
             "documents": self.documents(),
             "corpus_ended": self.number < self.wanted,
             "corpus_files": self.ledger.records,
+            **_filtered([self.ranked.record] if self.ranked else []),
             "shards": self.state["shards"],
             "versions": versions,
         }

@@ -54,7 +54,33 @@ def train_tokenizer(folder: Path, vocabulary: int) -> LlamaTokenizer:
     return tokenizer
 
 
-class Rows(IterableDataset):
+class Spans:
+    """Rows of random spans that come back, up to ``window`` tokens long."""
+
+    def __init__(self, tokenizer, window: int):
+        self.tokenizer, self.window = tokenizer, window
+        self.digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+
+    def span(self, rng: random.Random, length: int, longest: int) -> list[int]:
+        span = [rng.randrange(3, len(self.tokenizer)) for _ in range(rng.randint(8, longest))]
+        return (span * (length // len(span) + 1))[:length]
+
+    def hard_spans(self, rng: random.Random) -> list[int]:
+        row = []
+        while len(row) < self.window:
+            tokens = (
+                self.digits
+                if rng.random() < 0.5
+                else [rng.randrange(3, len(self.tokenizer)) for _ in range(12)]
+            )
+            row += rng.choices(tokens, k=rng.randint(5, 30)) * rng.randint(2, 4)
+        return row[: self.window]
+
+    def any_spans(self, rng: random.Random) -> list[int]:
+        return self.span(rng, self.window, self.window // 2) if rng.random() < 0.5 else self.hard_spans(rng)
+
+
+class Rows(Spans, IterableDataset):
     """``first`` rows of repeated random spans, then mostly document rows, for ever; dictionaries of
     ``input_ids`` and ``labels``.
 
@@ -64,23 +90,8 @@ class Rows(IterableDataset):
     """
 
     def __init__(self, tokenizer, first: int, span_share: float, seed: int):
-        self.tokenizer, self.first, self.span_share, self.seed = tokenizer, first, span_share, seed
-        self.digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
-
-    def span(self, rng: random.Random, length: int, longest: int) -> list[int]:
-        span = [rng.randrange(3, len(self.tokenizer)) for _ in range(rng.randint(8, longest))]
-        return (span * (length // len(span) + 1))[:length]
-
-    def hard_spans(self, rng: random.Random) -> list[int]:
-        row = []
-        while len(row) < WINDOW:
-            tokens = (
-                self.digits
-                if rng.random() < 0.5
-                else [rng.randrange(3, len(self.tokenizer)) for _ in range(12)]
-            )
-            row += rng.choices(tokens, k=rng.randint(5, 30)) * rng.randint(2, 4)
-        return row[:WINDOW]
+        super().__init__(tokenizer, WINDOW)
+        self.first, self.span_share, self.seed = first, span_share, seed
 
     def documents(self, rng: random.Random) -> list[int]:
         row = []
@@ -103,23 +114,23 @@ class Rows(IterableDataset):
             if count < self.first:
                 row = self.span(rng, WINDOW // 2, 60)
             elif rng.random() < self.span_share:
-                row = self.span(rng, WINDOW, WINDOW // 2) if rng.random() < 0.5 else self.hard_spans(rng)
+                row = self.any_spans(rng)
             else:
                 row = self.documents(rng)
             count += 1
             yield {"input_ids": torch.tensor(row), "labels": torch.tensor(row)}
 
 
-def network(arguments, tokenizer) -> LlamaForCausalLM:
+def network(arguments, tokenizer, window: int = WINDOW, heads: int = 4) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=arguments.width,
             intermediate_size=3 * arguments.width,
             num_hidden_layers=arguments.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=WINDOW,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=window,
             tie_word_embeddings=False,
             initializer_range=0.02,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
