@@ -39,7 +39,7 @@ from endprompt.evaluation import (
 from endprompt.positions import plans, rope
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.reports import distance_tables, distances
+from endprompt.reports import distance_tables, distances, markdown
 from endprompt.rows import shards
 
 TARGET = 2048
@@ -967,6 +967,16 @@ def test_strips_show_what_rows_showed(tmp_path):
     )
     assert distance_tables.filled_in(drawn["both"], "none") is None
     assert distance_tables.filled_in(drawn["untrained"], "a") is None
+
+
+def test_the_page_holds_the_committed_numbers():
+    """By the command that it names."""
+    page = REPOSITORY / "docs/realmodel.md"
+    text = page.read_text()
+    arms = distances.read(REPOSITORY / "docs/findings/realmodel.json")
+    pictures = distances.chosen(re.findall(r"--picture (\S+)", text), arms)
+    tables, _ = distances.tables(arms, "short", pictures)
+    assert pictures and markdown.filled(page, tables) == text, f"run the command of {page}"
 
 
 @pytest.mark.parametrize(
