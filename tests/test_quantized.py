@@ -233,6 +233,14 @@ def test_a_run_saves_a_plain_model_and_goes_on_after_a_kill_as_it_was(recipe_fil
     broken, _ = trained(path, method, tmp_path / "killed", expect=-9)
     assert not (broken / "model").exists()
     (tmp_path / "killed").rename(tmp_path / "again")
+    marker = (
+        tmp_path / "again" / folder.relative_to(tmp_path / "whole") / "checkpoints/checkpoint-2/complete.json"
+    )
+    kept = json.loads(marker.read_text())
+    marker.write_text(json.dumps(kept | {"base": "another"}))
+    _, output = trained(path, method, tmp_path / "again", expect=1)
+    assert "checkpoint-2 is of adapters on other weights than" in " ".join(output.split())
+    marker.write_text(json.dumps(kept))
     resumed, _ = trained(path, method, tmp_path / "again")
     assert json.loads((resumed / "train.json").read_text())["resumed_from"] == "checkpoint-2"
     assert_same(weights(resumed), after, tolerance=0)

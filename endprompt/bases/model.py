@@ -17,6 +17,7 @@ from endprompt.bases.loading import (
     without_reports,
 )
 from endprompt.bases.locating import Named, check_folder, locate
+from endprompt.bases.locating import fingerprint as fingerprint_of
 from endprompt.bases.refusals import (
     CHANGES_ATTENTION,
     FACTORS,
@@ -130,6 +131,13 @@ class Base:
     @property
     def folder(self) -> Path:
         return Path(self.arguments["pretrained_model_name_or_path"])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of its weights, or the hub's commit."""
+        if self.folder.is_dir():
+            return fingerprint_of(self.folder, self.recipe.model.gguf_file)
+        return str(getattr(self.config, "_commit_hash", None))
 
     @functools.cached_property
     def own_scheme(self) -> rope.Scheme:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from endprompt import BadInput, Failure, storage
-from endprompt.bases import gain, locating
+from endprompt.bases import gain
 from endprompt.recipe.experiment import Experiment
 
 DIGITS = 6  # of a score
@@ -116,13 +116,6 @@ class Ranking:
         self.experiment, self.tokenizer, self.asked, self.enough = experiment, tokenizer, asked, enough
         self.reader = gain.Reader(experiment.base)
 
-    def fingerprint(self) -> str:
-        """Of the base's weights, or the hub's commit."""
-        base = self.experiment.base
-        if base.folder.is_dir():
-            return locating.fingerprint(base.folder, self.experiment.recipe.model.gguf_file)
-        return str(getattr(base.config, "_commit_hash", None))
-
     def score(self, ids: np.ndarray) -> float | None:
         """Nats a token that the base gains; None if the document is too short.  Raises Failure if that is no
         number."""
@@ -147,7 +140,7 @@ class Ranking:
 
         Raises BadInput if no document can be scored, or one has another text than when it was scored.
         """
-        model = self.fingerprint()
+        model = self.experiment.base.fingerprint
         kept = storage.Kept(path, {**question, **self.asked, "enough": self.enough, "model": model})
         if not all(map(_is_score, kept.rows)):
             raise BadInput(f"shards: {path} is not what prepare writes; delete it, and all are scored again")

@@ -168,6 +168,24 @@ class Resume:
         return found
 
 
+def same_base(experiment: Experiment, resume: Resume) -> dict[str, str]:
+    """What a marker says of the base where checkpoints leave its weights out, since they are in 4 bits.
+
+    All ranks call it, with the processes started.  Raises BadInput if the checkpoint is of another base.
+    """
+    if not (experiment.adapters and experiment.adapters.quantize):
+        return {}
+    said = [experiment.base.fingerprint if int(os.environ["RANK"]) == 0 else ""]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(said)
+    if resume.newest and resume.before.get("base") != said[0]:
+        raise BadInput(
+            f"checkpoints: {resume.newest} is of adapters on other weights than {experiment.base.name} has"
+            " now; restore those, or start with another --out"
+        )
+    return {"base": said[0]}
+
+
 def start_processes(arguments: TrainingArguments, cuda: bool) -> None:
     """DeepSpeed's process group.  Loading that partitions asks it for the number of ranks; on CPU accelerate
     has not told it yet."""
@@ -331,11 +349,12 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
     if universal and resume.newest:
         make_universal(resume.newest)
 
+    base = same_base(experiment, resume)
     network = build_network(experiment, arguments, cuda)
     pad = model.pad_token_id(experiment.base.tokenizer, experiment.base.config.vocab_size)
     collator = Collator(pad, experiment.target_length, sharded=shared > 1)
     rows_per_step = shape[0] * shape[1] * world_size
-    marked = {"world_size": world_size, "rows_per_step": rows_per_step}
+    marked = {"world_size": world_size, "rows_per_step": rows_per_step, **base}
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     callbacks = [
         probe,

@@ -69,27 +69,45 @@ stage() { # stage method: its output goes to a file that is shown if it fails
   if ! STAGES=$1 bash recipes/run.sh "$recipe" "$2" "${options[@]}" >"$log" 2>&1; then
     cat "$log" >&2
     echo "demo: $1 $2 failed; its log is $log" >&2
+    touch "$logs/failed"
     exit 255 # xargs starts no more
   fi
   rm "$logs/$2.now"
   say "$1 $2"
 }
-job() { # method
-  if [[ $untrained != *" $1 "* ]]; then
-    stage prepare "$1"
-    stage train "$1"
+job() { # train or evaluate, method
+  local run=$runs/$2
+  if [ "$1" = train ]; then
+    stage prepare "$2"
+    stage train "$2"
+    return
   fi
-  stage evaluate "$1"
+  until [[ $untrained == *" $2 "* ]] || [ -d "$run/model" ]; do
+    [ ! -e "$logs/failed" ] || exit 255
+    sleep 1
+  done
+  stage evaluate "$2"
 }
 export -f say stage job
 export untrained clear
 
-rm -f "$logs"/*.now
-# The method with the longest rows first.
+rm -f "$logs"/*.now "$logs/failed"
+# The method with the longest rows is trained first; what is trained is evaluated meanwhile.
+trained=() scored=()
+for method in "${chosen[@]}"; do
+  if [[ $untrained == *" $method "* ]]; then
+    scored=("$method" "${scored[@]}")
+  elif [ "$method" = full_length ]; then
+    trained=("$method" "${trained[@]}")
+  else
+    trained+=("$method")
+  fi
+done
+scored+=("${trained[@]}")
 {
-  printf '%s\n' "${chosen[@]}" | grep -x full_length || true
-  printf '%s\n' "${chosen[@]}" | grep -vx full_length || true
-} | xargs -P 2 -I{} bash -c 'job {}' &
+  [ ${#trained[@]} -eq 0 ] || printf 'train\0%s\0' "${trained[@]}"
+  printf 'evaluate\0%s\0' "${scored[@]}"
+} | xargs -0 -n 2 -P 2 bash -c 'job "$@"' job &
 jobs=$!
 while [ -t 1 ] && kill -0 "$jobs" 2>/dev/null; do
   printf "%s[%3d s] %s" "$clear" $(($(date +%s) - start)) "$(how_far)"
