@@ -66,7 +66,7 @@ one() {  # setting method seed differences trained
   [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || exit 255
   local options=(--set "data.seed=$3")
   # That recipe's 8 rows a step are for each of two ranks.
-  [ "$(basename "$RECIPE" .yaml)" != tiny ] || options+=(--set train.per_device_train_batch_size=16)
+  [ "${RECIPE##*/}" != tiny.yaml ] || options+=(--set train.per_device_train_batch_size=16)
   options+=(--set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
@@ -122,4 +122,6 @@ for setting in "${order[@]}"; do
     done
   done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one
 done
-"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "$(basename "$RECIPE" .yaml) over seeds $SEEDS"
+name=${RECIPE##*/}
+name=${name%.yaml}
+"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "$name over seeds $SEEDS"

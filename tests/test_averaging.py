@@ -74,7 +74,11 @@ for share in ("0", "0.3"):
 """
 
 
-@pytest.mark.parametrize("options", [["train.deepspeed=null"], ["train.lora={r: 4}"]], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "options",
+    [["train.deepspeed=null"], pytest.param(["train.lora={r: 4}"], marks=pytest.mark.slow)],
+    ids=["whole", "lora"],
+)
 def test_a_trained_model(recipe_file, tmp_path, base, options):
     """Merged first where there are adapters (under ZeRO-3), then averaged, then sharpened."""
     path, method = recipe_file(data={"tokens": 64 * 16}), "pose_sharp"

@@ -1913,6 +1913,7 @@ def test_what_a_terminal_would_obey_is_shown(recipe_file, tmp_path, out):
 # -- the same through real processes, where nothing catches what libraries print -----------------------------
 
 
+@pytest.mark.slow
 def test_processes(recipe_file, tmp_path, base, model_copy):
     edited("config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})(
         model_copy

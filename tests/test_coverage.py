@@ -146,6 +146,7 @@ def test_coverage_of_sampled_and_of_prepared_rows(recipe_file, tmp_path):
     assert prepared.splitlines()[1:] == sampled.splitlines()[1:]
 
 
+@pytest.mark.slow
 def test_numbers_of_the_command(recipe_file, tmp_path, tokenizer):
     b = len(
         tokenizer("This is the end of text, please pay attention here", add_special_tokens=False)["input_ids"]

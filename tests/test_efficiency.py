@@ -286,6 +286,7 @@ def test_compiled_layers_give_the_same_loss():
     assert found["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     command = [
         sys.executable,

@@ -532,6 +532,7 @@ class Chooser(Known):
         return [(0.0 if self.likes(request.doc, request.args[1]) else -1000.0, False) for request in requests]
 
 
+@pytest.mark.slow
 def test_hellaswag_is_ten_shot_and_normalised(local_sets):
     right = Chooser(None, lambda doc, ending: doc["choices"][int(doc["label"])] == ending.strip())
     found = run.short_text(right, "hellaswag", None, False, False)

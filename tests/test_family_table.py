@@ -202,7 +202,14 @@ def test_the_router_s_loss_is_config_json_s(base, tmp_path, name):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", families.BY_TYPE)
+# Grouped queries, biases, normalized queries, sliding windows, fused and scaled; the others are like these.
+KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "granite")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in families.BY_TYPE],
+)
 def test_adapters_are_merged(tmp_path, base, kind):
     """Of every projection that the family lets adapters have."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]

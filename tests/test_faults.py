@@ -79,7 +79,7 @@ trainer.WeightedTrainer.compute_loss = poisoned
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(value, train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
     output = run(
@@ -479,6 +479,7 @@ def test_one_rank_goes_on_as_two_to_the_same_weights(train_recipe, tmp_path, lor
     assert_same(weights(cut), weights(whole), tolerance=2e-4 if lora else 1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_converted_says_so(half_way, tmp_path, monkeypatch):
     from endprompt import Failure
     from endprompt.training.run import make_universal

@@ -239,6 +239,7 @@ def started(recipe_file, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_run_sh_starts_a_rank_for_each_gpu_that_it_may_use(recipe_file, started, nvidia_smi, tmp_path):
     recipe = recipe_file()
     folder = prepared(recipe, "short", tmp_path / "out")

@@ -355,7 +355,9 @@ main()
 @pytest.mark.parametrize(
     "patch",
     [
-        "lora.gathered = lambda parameters, write: contextlib.nullcontext()",
+        pytest.param(
+            "lora.gathered = lambda parameters, write: contextlib.nullcontext()", marks=pytest.mark.slow
+        ),
         "gathered = lora.gathered\nlora.gathered = lambda parameters, write: gathered(parameters, False)",
     ],
     ids=["nothing gathered", "nothing written back"],

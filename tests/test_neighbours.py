@@ -411,6 +411,7 @@ def losses_under(out, folder, names: str, **more) -> dict[str, list[float]]:
     return {name: [entry["loss"] for entry in one["history"]] for name, one in told.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_divergences_under_zero3(out, tmp_path):
     """Two passes through partitioned layers before one backward pass, and adapters off in between."""

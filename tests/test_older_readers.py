@@ -251,6 +251,7 @@ def test_another_tokenizer_in_the_folder_is_refused(tmp_path, base):
         older_readers.verify_tokenizer(tmp_path, first)
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_two_ranks_is_complete(two_ranks):
     folder = two_ranks / "model"
     told = json.loads((folder / "config.json").read_text())

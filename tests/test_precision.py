@@ -117,6 +117,7 @@ def test_without_deepspeed_bf16_trains_what_zero3_trains(alone, zero3, base):
         )  # Adam's sign may differ where a gradient is near zero
 
 
+@pytest.mark.slow
 def test_bare_bf16_weights_are_refused_and_would_lose_most_updates(alone, train_recipe, base, tmp_path):
     folder, output = patched(BARE, tmp_path, train_recipe, *ALONE, expect=1)
     assert (

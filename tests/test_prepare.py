@@ -467,6 +467,7 @@ def ninth():
     del methods.METHODS["ninth"]
 
 
+@pytest.mark.slow
 def test_a_method_is_one_registration(recipe_file, tmp_path, ninth):
     path, out = recipe_file(), tmp_path / "o"
     assert "method: ninth" in run_main("prepare", path, "ninth", "--dry-run")[1]

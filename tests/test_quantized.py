@@ -276,9 +276,9 @@ quantized.restore = careless
     "method, more",
     [
         ("longlora", ["train.per_device_train_batch_size=8"]),
-        ("self_distil", []),
-        ("pose_sharp", ["rope.sharpen_heads=true"]),
-        ("pose", ["train.base_share=0.3"]),
+        pytest.param("self_distil", [], marks=pytest.mark.slow),
+        pytest.param("pose_sharp", ["rope.sharpen_heads=true"], marks=pytest.mark.slow),
+        pytest.param("pose", ["train.base_share=0.3"], marks=pytest.mark.slow),
     ],
 )
 def test_what_else_is_trained_beside(method, more, recipe_file, tmp_path, base):

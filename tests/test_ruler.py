@@ -802,7 +802,9 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "oracle" else pytest.param(name, marks=pytest.mark.slow) for name in ANSWERS]
+)
 def test_lm_eval_group(made, llama2, cache, name):
     pytest.importorskip("lm_eval")
     answer, expected = ANSWERS[name]

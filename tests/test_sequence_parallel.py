@@ -109,7 +109,8 @@ def by_gradient(recipe, tmp_path_factory) -> tuple[Path, list]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "stage, ranks", [("zero3", 2), ("zero2", 2), pytest.param("zero3", 4, marks=pytest.mark.slow)]
+    "stage, ranks",
+    [("zero3", 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("zero2", 2), ("zero3", 4)))],
 )
 def test_the_gradient_has_its_size(stage, ranks, recipe, by_gradient, tmp_path):
     """At every stage of ZeRO, and with two groups of two ranks that also accumulate."""

@@ -240,7 +240,11 @@ def test_unusable_shares_are_refused(recipe_file, tmp_path, value):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "ranks, options, there",
-    [(2, (), 1.0), (1, ("--set", "train.lora={r: 4, alpha: 8}"), 1.0), (1, (), 1.5)],
+    [
+        (2, (), 1.0),
+        pytest.param(1, ("--set", "train.lora={r: 4, alpha: 8}"), 1.0, marks=pytest.mark.slow),
+        pytest.param(1, (), 1.5, marks=pytest.mark.slow),
+    ],
     ids=["two ranks", "lora", "sharpened base"],
 )
 def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(

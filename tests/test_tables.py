@@ -592,6 +592,7 @@ def test_all_is_written_and_csv_equals_markdown(runs, tmp_path, capsys):
     assert pages == {"recipe_tiny.md", "recipe_llama3-8b-64k.md"}
 
 
+@pytest.mark.slow
 def test_pictures_show_something(runs, tmp_path):
     tables.write(tables.Runs(runs, {}), tmp_path / "results", None, "x")
     tables.write(
@@ -1118,6 +1119,7 @@ def test_script_follows_the_plan_of_all_tables(script, tmp_path):
     ] == ["prepare", "train"]
 
 
+@pytest.mark.slow
 def test_script_stops_at_a_failure_and_names_its_log(script):
     done, calls = script(
         "--methods", "short", "pose", "--set", "model.revision=FAIL", OUT="elsewhere", STAGES="evaluate"
@@ -1177,7 +1179,13 @@ def test_script_says_how_it_is_called(script, tmp_path, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--methods", "nope"], ["--samples", "many"], ["--tables", "some"], ["--recipe", "nowhere.yaml"]],
+    [
+        ["--methods", "nope"],
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (["--samples", "many"], ["--tables", "some"], ["--recipe", "nowhere.yaml"])
+        ),
+    ],
 )
 def test_script_passes_on_what_the_plan_refuses(script, tmp_path, arguments):
     done, calls = script(*arguments)

@@ -18,6 +18,7 @@ import torch
 import walking
 from networks import configuration, network
 
+from endprompt.bases import gain, model, quantized
 from endprompt.commands import checkup
 from endprompt.evaluation import engine
 from endprompt.evaluation import run as evaluation
@@ -36,6 +37,7 @@ FAR = {
 }
 NAMED = {
     "training/divergence.py:": "a table by kind of device; tests/test_divergence.py takes chunks of any size",
+    "bases/gain.py:": "a table by kind of device; a row's loss is the same however many are read at a time",
 }
 
 
@@ -210,11 +212,12 @@ def the_end_of_a_run(gpus):
         recipe=SimpleNamespace(rope=SimpleNamespace(sharpen_heads=False)),
         base=base,
         scaling=None,
+        adapters=None,
         target_length=128,
         method=SimpleNamespace(after_training=lambda *_: None),
     )
     made = SimpleNamespace(
-        model=None,
+        model=SimpleNamespace(),
         is_deepspeed_enabled=True,
         args=SimpleNamespace(should_save=True, device=torch.device("cuda", 0)),
         save_model=lambda folder: os.mkdir(folder),
@@ -300,6 +303,21 @@ def the_server_of_settings(gpus):
     gpus.patch.setattr(sys, "stdout", out)
     step.serve()
     assert json.loads(gpus.called[0]) == {"fits": True, "loss": 1.0} and ("empty_cache",) in gpus.called
+
+
+@walk("bases/quantized.py:loading")
+def the_place_of_4_bits(gpus):
+    gpus.patch.setattr(torch.cuda, "current_device", lambda: 1, raising=False)
+    found = quantized.loading(torch.bfloat16, True)
+    assert found["device_map"] == {"": 1} and found["quantization_config"].bnb_4bit_quant_type == "nf4"
+
+
+@walk("bases/gain.py:Reader.network")
+def the_base_that_ranks(gpus):
+    made = SimpleNamespace(requires_grad_=lambda _: made, eval=lambda: made, to=lambda device: device)
+    gpus.patch.setattr(model, "build", lambda base, scheme, *given: gpus.called.append(given) or made)
+    reader = gain.Reader(SimpleNamespace(own_scheme=None))
+    assert reader.network == "cuda" and gpus.called == [(torch.bfloat16, True)]
 
 
 def main() -> None:
