@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 
 from endprompt import BadInput, Failure, storage
-from endprompt.bases import gain, loading, locating
+from endprompt.bases import gain, loading, locating, model
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows import filtering, inspection, prepare, shards
@@ -238,7 +238,7 @@ def test_another_model_of_a_started_preparation(make, monkeypatch, tmp_path):
     begun(make, monkeypatch, 5)
     first = scores(tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(locating, "fingerprint", lambda *given: "another")
+        patched.setattr(model, "fingerprint_of", lambda *given: "another")
         patched.setattr(filtering.Ranking, "score", lambda self, ids: 1.0)
         folder, manifest = make(HALF)
     assert manifest["filtered"][0]["model"] == "another"
@@ -259,7 +259,7 @@ def test_shards_of_other_scores_are_refused(make, monkeypatch, tmp_path):
         with pytest.raises(Killed):
             make(*options)
     with monkeypatch.context() as patched:
-        patched.setattr(locating, "fingerprint", lambda *given: "another")
+        patched.setattr(model, "fingerprint_of", lambda *given: "another")
         with pytest.raises(BadInput, match="begun with other scores of the documents"):
             make(*options)
     assert not (tmp_path / "out/manifest.json").exists()
@@ -381,6 +381,4 @@ def test_coverage_asks_no_base(recipe_file, tmp_path, monkeypatch):
 
 def test_the_base_of_the_demo_is_the_one_that_is_asked(recipe_file):
     experiment = Experiment.of(schema.load(recipe_file()), "short")
-    assert filtering.Ranking(experiment, None, ASKED, (1, 0)).fingerprint() == locating.fingerprint(
-        REPOSITORY / "recipes/tiny/base"
-    )
+    assert experiment.base.fingerprint == locating.fingerprint(REPOSITORY / "recipes/tiny/base")
