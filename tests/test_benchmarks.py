@@ -240,6 +240,7 @@ def test_gpu_sh_needs_the_package(tmp_path):
     assert f"endprompt is not installed for {bare}" in result.stderr and not (tmp_path / "OUT").exists()
 
 
+@pytest.mark.slow
 def test_gpu_sh_measures_into_a_folder_with_a_budget(tmp_path):
     result = gpu_sh(tmp_path, sys.executable, "OUT", 60, "--small", "--stages", "machine")
     assert result.returncode == 0 and " s of 60; OUT/summary.json" in result.stdout, result.stderr

@@ -130,6 +130,7 @@ def test_gap(spans, expected):
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 def test_coverage_of_sampled_and_of_prepared_rows(recipe_file, tmp_path):
     path, out = recipe_file(), tmp_path / "o"
     code, sampled, err = run_main("inspect", path, "endprompt_pose", "--coverage", "--out", out)

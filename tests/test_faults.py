@@ -532,10 +532,9 @@ def test_a_step_keeps_its_rows_on_other_ranks():
 # -- asked to stop -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "way", ["file", *(pytest.param(way, marks=pytest.mark.slow) for way in ("USR1", "TERM to torchrun"))]
-)
+@pytest.mark.parametrize("way", ["file", "USR1", "TERM to torchrun"])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
     way, train_recipe, shards_of, two_ranks, tmp_path
 ):

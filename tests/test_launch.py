@@ -398,7 +398,7 @@ def ended(recipe: Path, out: Path, **environment) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "case",
     [
-        "shards of another recipe",
+        pytest.param("shards of another recipe", marks=pytest.mark.slow),
         pytest.param("a foreign checkpoint", marks=pytest.mark.slow),
         pytest.param("ranks that do not divide a step", marks=pytest.mark.slow),
         "a rank that crashes",

@@ -1086,6 +1086,7 @@ def test_script_trains_evaluates_and_makes_the_tables(script, tmp_path):
     assert done.stdout.splitlines()[0].startswith("run      my runs/tiny/base ")
 
 
+@pytest.mark.slow
 def test_script_follows_the_plan_of_all_tables(script, tmp_path):
     folder = tmp_path / "runs/llama3-8b-64k/endprompt_pose"
     (folder / "model").mkdir(parents=True)
