@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 5)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-all test-engines test-slurm slurm-packages chaos bench quality clean
+.PHONY: demo test test-users test-all test-engines test-slurm slurm-packages chaos bench quality clean
 
 # llama-index-core: for NLTK's sentence data that it carries, which RULER needs; its own dependencies are not
 # needed.
@@ -44,6 +44,10 @@ demo: $(VENV)/.installed
 test: quality $(VENV)/.installed $(VENV)/.tokenizers $(VENV)/.schemas
 	$(BIN)/python -m pytest tests -m "not slow and not distributed" -n $(WORKERS) --dist loadfile
 	$(BIN)/python -m pytest tests -m "distributed and not slow" -n 2 --dist loadfile
+
+# What users start: the job scripts on a real Slurm (as root, else skipped), the guide's commands, the wheel.
+test-users: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_slurm.py tests/test_guide.py tests/test_wheel.py -m slow -n 2 --dist loadfile
 
 # Fast tests first.
 test-all: test $(VENV)/.smollm2
