@@ -14,8 +14,8 @@ GAIN = ("score", "low", "high"), (float("-inf"), float("inf"))
 PERPLEXITY = ("score", "low", "high"), (0.0, float("inf"))
 
 READING = (
-    "Keys found in % by extra distance, with 95 % interval (Student's t over seeds, Wilson for one seed or"
-    " equal ones); `*`: training rows showed most of these distances."
+    "Keys found in % by extra distance, with 95 % interval (Student's t over seeds, Wilson for one seed or\n"
+    "equal ones); `*`: training rows showed most of these distances."
 )
 # Positions from a distance that was asked for to the nearest that training rows showed.
 STEPS = ((0, "shown"), (1024, "up to 1024"), (4096, "up to 4096"), (16384, "up to 16384"))
