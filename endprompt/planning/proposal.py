@@ -2,8 +2,8 @@
 
 The choice is made by the memory that ``estimate`` counts.  Tried in this order, the first that fits is taken:
 all weights, adapters, adapters on a base in 4 bits, all weights with the optimizer on the host; for each the
-ZeRO file that shares least;
-then activations kept before activations computed again; then as many rows a micro-batch as fit.
+ZeRO file that shares least; then activations kept before activations computed again; then as many rows a
+micro-batch as fit.
 """
 
 import math
