@@ -65,8 +65,8 @@ one() {  # setting method seed differences trained
   run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
   [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || exit 255
   local options=(--set "data.seed=$3")
-  # That recipe's 8 rows a step are for each of two ranks.
-  [ "${RECIPE##*/}" != tiny.yaml ] || options+=(--set train.per_device_train_batch_size=16)
+  # That recipe's 8 rows a step are for each of two ranks, and its tokens are those of the demo.
+  [ "${RECIPE##*/}" != tiny.yaml ] || options+=(--set train.per_device_train_batch_size=16 --set data.tokens=786432)
   options+=(--set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
