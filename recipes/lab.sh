@@ -3,8 +3,9 @@
 # pictures; what is finished is skipped.
 #   bash recipes/lab.sh [SETTING ...]      (SETTING: some of those below, plain first; default: all)
 # Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS
-# (only these), OUT (runs/lab), FINDINGS (OUT/findings), PYTHON (python), RECIPE
-# (recipes/tiny.yaml).  With the second base, which the head of its recipe says how to make:
+# (only these), TARGET and TOKENS (in place of the recipe's; each with an OUT of its own), OUT (runs/lab),
+# FINDINGS (OUT/findings), PYTHON (python), RECIPE (recipes/tiny.yaml).
+# With the second base, which the head of its recipe says how to make:
 #   RECIPE=recipes/novels-cpu.yaml OUT=runs/lab-novels SEEDS="0 1 2" \
 #     METHODS="base interpolation short endprompt pose pose_matched full_length" bash recipes/lab.sh plain
 set -euo pipefail
@@ -32,6 +33,8 @@ declare -A methods=(
   [yarn-sharpened]='full_length endprompt_pose'
   [theta]="full_length pose_matched pose_sharp pose short endprompt endprompt_pose $neighbours"
   [theta-by-position]='pose_sharp pose_matched'
+  [theta-unsharpened]='pose_sharp pose_matched' [theta-sharpened]='full_length'
+  [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched
   [lr-low]=full_length [lr-high]=full_length
   [yarn-lr-low]=full_length [yarn-lr-high]=full_length
   [theta-lr-low]=full_length [theta-lr-high]=full_length
@@ -47,6 +50,9 @@ declare -A different=(
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
   [theta]='rope.type=theta'
   [theta-by-position]='rope.type=theta'
+  [theta-unsharpened]='rope.type=theta|rope.sharpen=0.0' [theta-sharpened]='rope.type=theta|rope.sharpen=1.0'
+  [theta-chunks-4]='rope.type=theta|method_options.pose_chunks=4'
+  [theta-pieces-2]='rope.type=theta|method_options.match_pieces=2'
   [lr-low]='train.learning_rate=5.0e-4' [lr-high]='train.learning_rate=2.0e-3'
   [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
   [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
@@ -56,8 +62,8 @@ declare -A different=(
   [prompt-long]="method_options.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
-declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
+declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained
@@ -67,6 +73,8 @@ one() {  # setting method seed differences trained
   local options=(--set "data.seed=$3")
   # That recipe's 8 rows a step are for each of two ranks, and its tokens are those of the demo.
   [ "${RECIPE##*/}" != tiny.yaml ] || options+=(--set train.per_device_train_batch_size=16 --set data.tokens=786432)
+  [ -z "${TOKENS:-}" ] || options+=(--set "data.tokens=$TOKENS")
+  [ -z "${TARGET:-}" ] || options+=(--set "lengths.target=$TARGET" --set "eval.lengths=[$lengths]")
   options+=(--set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
@@ -99,14 +107,19 @@ stopped() {  # as one(), which it ends
 }
 export -f one by_position stopped
 
-# The methods that train nothing, and the recipe's greatest length.
+# The methods that train nothing, and the lengths to evaluate: the recipe's, or doubled from its shortest to
+# TARGET.
 told=$("$PYTHON" -c 'import sys
 from endprompt.methods import METHODS
 from endprompt.recipe import schema
+lengths, target = sorted(schema.load(sys.argv[1]).eval.lengths), sys.argv[2]
+if target:
+    lengths = [lengths[0] << n for n in range(32) if lengths[0] << n <= int(target)]
 print(*(name for name in METHODS if not METHODS[name].trained))
-print(max(schema.load(sys.argv[1]).eval.lengths))' "$RECIPE")
+print(*lengths, sep=", ")' "$RECIPE" "${TARGET:-}")
 untrained=" ${told%$'\n'*} "
-export longest=${told##*$'\n'}
+export lengths=${told##*$'\n'} TARGET TOKENS
+export longest=${lengths##*, }
 first=${SEEDS%% *}
 for setting in "${order[@]}"; do
   if [ -z "${methods[$setting]:-}" ]; then

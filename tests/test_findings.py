@@ -486,8 +486,8 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 2 + 15 + 2 + 6 + 5) and len(set(asked)) == len(asked)
-    common = "train.per_device_train_batch_size=16", "eval.tasks=[passkey, multikey, perplexity]"
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 2 + 15 + 2 + 5 + 6 + 5) and len(set(asked)) == len(asked)
+    common = "train.per_device_train_batch_size=16", "data.tokens=786432", "eval.tasks=[passkey, multikey, perplexity]"
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
     assert (
         "full_length",
@@ -524,6 +524,18 @@ def test_script_runs_another_recipe(script):
     assert again  # the stand-in scored 2048, and this recipe goes on to 4096
     for call in evaluated:
         schema.load(recipe, call.split(" --set ")[1:])
+
+
+def test_script_takes_another_target_and_other_tokens(script):
+    """The target doubles from the recipe's shortest length, and says whether a run is finished."""
+    done, calls = script("plain", SEEDS="0", METHODS="pose", TARGET="1024", TOKENS="196608")
+    assert done.returncode == 0, done.stderr
+    (evaluated,) = (call.split(" --set ")[1:] for call in calls if "evaluate" in call)
+    recipe = schema.load(REPOSITORY / "recipes/tiny.yaml", evaluated)
+    assert (recipe.lengths.target, recipe.data.tokens) == (1024, 196608)
+    assert recipe.eval.lengths == [256, 512, 1024]
+    other = script("plain", SEEDS="0", METHODS="pose", TARGET="2048")[1]
+    assert len(other) == 1 and "findings" in other[0]  # the stand-in scored 2048
 
 
 def test_settings_of_the_script_are_recipes(script):
