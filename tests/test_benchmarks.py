@@ -28,6 +28,7 @@ def run(name: str, *options, timeout: int = 200) -> dict:
     return json.loads(out.read_text())[name.removesuffix(".py")]
 
 
+@pytest.mark.slow
 def test_loss(tmp_path):
     found = run(
         "loss.py",

@@ -234,6 +234,7 @@ def test_bad_input(recipe_file, tmp_path):
     assert not (out / "small/pose/coverage.png").exists()
 
 
+@pytest.mark.slow
 def test_sampling_stops(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "SAMPLED_TOKENS", 640)
     code, out, _ = run_main("inspect", recipe_file(), "pose", "--coverage", "--out", tmp_path / "o")

@@ -117,6 +117,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(value, train_r
     assert code == 0 and "positions" in out
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_ends_a_run_without_deepspeed_too(train_recipe, shards_of, tmp_path):
     folder = shards_of(tmp_path)
     patch = """
@@ -467,7 +468,8 @@ def test_two_ranks_go_on_as_one_to_the_same_weights(train_recipe, half_way, two_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora", [None, pytest.param("{r: 4, alpha: 8}", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, "{r: 4, alpha: 8}"])
 def test_one_rank_goes_on_as_two_to_the_same_weights(train_recipe, tmp_path, lora):
     options = ["--set", "train.save_steps=4", *(["--set", f"train.lora={lora}"] if lora else [])]
     whole, cut = (prepared(train_recipe, "endprompt", tmp_path / name) for name in ("whole", "cut"))

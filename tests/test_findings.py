@@ -486,8 +486,14 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 2 + 15 + 2 + 5 + 6 + 5) and len(set(asked)) == len(asked)
-    common = "train.per_device_train_batch_size=16", "data.tokens=786432", "eval.tasks=[passkey, multikey, perplexity]"
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 2 + 15 + 2 + 5 + 6 + 5) and len(set(asked)) == len(
+        asked
+    )
+    common = (
+        "train.per_device_train_batch_size=16",
+        "data.tokens=786432",
+        "eval.tasks=[passkey, multikey, perplexity]",
+    )
     assert ("full_length", "out/sharpened/seed1", "data.seed=1", *common, "rope.sharpen=1.0") in asked
     assert (
         "full_length",

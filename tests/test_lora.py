@@ -382,6 +382,7 @@ def test_a_careless_merge_under_zero3_is_refused(recipe, tmp_path, patch):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_endprompt_with_lora_under_zero2(recipe, tmp_path, base):
     folder = prepared(recipe, "endprompt", tmp_path)
     run(

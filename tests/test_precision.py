@@ -451,7 +451,10 @@ torch.nn.Module.__setattr__ = keep
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("patch", ["", KEEP_PAD], ids=["trains", "frozen"])
+@pytest.mark.parametrize(
+    "patch",
+    [pytest.param("", id="trains"), pytest.param(KEEP_PAD, id="frozen", marks=pytest.mark.slow)],
+)
 def test_the_separator_trains_under_zero3(patch, train_recipe, base, tmp_path):
     folder = separated(base, tmp_path / "base")
     out = tmp_path / "out"

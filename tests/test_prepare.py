@@ -689,6 +689,7 @@ def alive(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
+@pytest.mark.slow
 def test_sigkill(recipe_file, tmp_path, tiny_text):
     path = recipe_file(data={"tokens": 64 * 400, "rows_per_shard": 2})
     write_jsonl(tmp_path / "corpus.jsonl", tiny_text * 4)

@@ -208,6 +208,7 @@ def trained(path, method, out, *more, expect: int = 0, before: str = ""):
 
 
 @needed
+@pytest.mark.slow
 def test_a_run_saves_a_plain_model_and_goes_on_after_a_kill_as_it_was(recipe_file, tmp_path, base):
     path, method = recipe_file(data={"tokens": 64 * 32}), "endprompt"
     folder, _ = trained(path, method, tmp_path / "whole")

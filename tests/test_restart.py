@@ -51,7 +51,7 @@ FAST = ("max_steps",)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "end", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ENDS]
 )

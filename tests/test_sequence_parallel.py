@@ -164,7 +164,7 @@ def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_weights(recipe, to
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_shards_that_cannot_see_each_other_are_refused_before_the_first_step(dropout, recipe, base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base/config.json"

@@ -300,7 +300,7 @@ def test_special_tokens_written_in_a_text_are_seen_as_the_tokenizer_sees_them(re
     assert (ids == tokenizer.eos_token_id).sum() == 1 and ids[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("method", ["endprompt", "short"])
+@pytest.mark.parametrize("method", ["endprompt", pytest.param("short", marks=pytest.mark.slow)])
 def test_rows_decode_to_the_corpus(real, recipe, tmp_path, method):
     """The rows' texts, put together, are the documents joined by EOS and BOS; every row ends in the
     prompt.

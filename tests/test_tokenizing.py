@@ -93,7 +93,9 @@ def few_bytes() -> str:
     return made.to_str()
 
 
-@pytest.mark.parametrize("special_tokens, split", [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    "special_tokens, split", [pytest.param(True, False, marks=pytest.mark.slow), (False, True)]
+)
 def test_the_same_ids_on_noise(definition, noise, special_tokens, split):
     fast, slow = Encoder(definition, special_tokens, split), exact(definition, special_tokens, split)
     assert fast.fast and not slow.fast
