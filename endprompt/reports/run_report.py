@@ -91,7 +91,7 @@ def _about(run: Run, colour: str) -> dict[str, Any]:
             ("state", run.state.get("state") or "scored"),
             ("base", Path(str(settings.get("model.name_or_path", "-"))).name),
             ("method", settings.get("method", "-")),
-            ("rows and window", " → ".join(map(_count, lengths))),
+            ("rows and window", " → ".join(map(_count, lengths)) if any(lengths) else "-"),
             ("steps", _count(run.summary.get("steps") or last.get("step"))),
             ("tokens", _count(run.summary.get("tokens"))),
             ("text loss", _decimal(last.get("text_loss"), 4)),

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole main job on the embedded default: an 8x extension at equal tokens, beside the untrained base.
 #   bash recipes/tiny/demo.sh
-# Environment: DEMO_METHODS ("base short endprompt full_length pose_sharp"), OUT (runs), PYTHON (python).
+# Environment: DEMO_METHODS ("base short endprompt full_length pose_sharp"), OUT (runs/demo), PYTHON (python).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root"
 # Two methods at a time, each on one rank with one thread, take half the time of one method on two ranks.
-export OUT=${OUT:-runs} NPROC=1 OMP_NUM_THREADS=1
+export OUT=${OUT:-runs/demo} NPROC=1 OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 [ -x "$PYTHON" ] || PYTHON=python
 export PYTHON
@@ -120,7 +120,7 @@ echo
 cat <<EOF
 
 Next:
-  .venv/bin/endprompt inspect $recipe $shown --row 3        # a row: intact text, a jump, its distances
+  .venv/bin/endprompt inspect $recipe $shown --out $OUT --row 3    # a row: intact text, a jump, its distances
   .venv/bin/endprompt plan recipes/llama3-8b-64k.yaml $shown --gpus 8 --gpu-memory 80    # what it costs at 8B
   .venv/bin/endprompt export $runs/$shown --to served       # a copy for serving (docs/engines.md)
 EOF
