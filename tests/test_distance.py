@@ -929,7 +929,7 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
     short, far = trained_run(tmp_path / "short", 20.0, 1.0), trained_run(tmp_path / "far", 50.0, 1.0, 3.0)
     one, two, page = tmp_path / "one", tmp_path / "two", tmp_path / "page.md"
     options = ["--picture", "which=far,short", "--page", str(page)]
-    places = ("which", "found-512", "filled-in-512", "perplexity", "inside")
+    places = ("which", "brief-which", "found-512", "filled-in-512", "perplexity", "inside", "prompt-loss")
     page.write_text("Above\n" + "".join(f"<!-- {place} -->\n<!-- /{place} -->\n" for place in places))
     distances.main([f"short={short}", f"far={far}", "--out", str(one), *options])
     text = page.read_text()
@@ -939,6 +939,8 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
     # The last six of eight: 2.5 less 0.2 to 0.7 on average.
     assert "| short | 99 | 2.050 |" in text and "| far | 99 | 3.050 |" in text
     assert "| short | 30.00 [15.00, 100.00] |" in text
+    assert "| keys found, % | +0 | +300 |\n|---|---|---|\n| far | 50 [25, 100] | 50 [25, 100] |" in text
+    assert "| arm, step | 7 |\n|---|---|\n| short | 0.500 |" in text
     shown = capsys.readouterr().out
     distances.main([str(one / "distances.json"), "--out", str(two), *options])
     assert page.read_text() == text and capsys.readouterr().out == shown
@@ -950,6 +952,35 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
     trained_run(tmp_path / "far", 60.0, 1.0)
     distances.main([str(one / "distances.json"), f"far={far}", "--out", str(two), *options])
     assert "| far | 60 [30, 100] `*` |" in page.read_text() and (two / "distances.json").exists()
+
+
+def test_a_table_for_little_room():
+    """The first and the last distance and three between; a distance that an arm lacks is said to be."""
+    cells = [
+        {"distance": place, "score": float(place), "low": 0.0, "high": 100.0} for place in range(0, 130, 10)
+    ]
+    shown = {"a": {"cells": cells}, "b": {"cells": cells[:1]}}
+    assert distance_tables.brief(shown).splitlines() == [
+        "| keys found, % | +0 | +30 | +60 | +90 | +120 |",
+        "|---|---|---|---|---|---|",
+        "| a | 0 [0, 100] | 30 [0, 100] | 60 [0, 100] | 90 [0, 100] | 120 [0, 100] |",
+        "| b | 0 [0, 100] | not run | not run | not run | not run |",
+    ]
+
+
+def test_the_prompt_s_loss_is_that_of_the_steps_that_were_logged():
+    """At the first and the last step, and at powers of two between; without one there is no table."""
+    losses = {str(step): 8.0 / step for step in (1, 2, 3, 4, 6, 8, 10)}
+    arms = {
+        "a": [{"training": {"end_prompt_loss": losses}}, {"training": {"end_prompt_loss": {"2": 2.0}}}],
+        "b": [{"training": {"end_prompt_loss": {}}}, {"training": None}],
+    }
+    assert distance_tables.prompt_loss(arms).splitlines() == [
+        "| arm, step | 1 | 2 | 4 | 8 | 10 |",
+        "|---|---|---|---|---|---|",
+        "| a | 8.000 | 3.000 | 2.000 | 1.000 | 0.800 |",
+    ]
+    assert distance_tables.prompt_loss({"b": arms["b"]}) is None
 
 
 def test_strips_show_what_rows_showed(tmp_path):

@@ -20,6 +20,7 @@ READING = (
 # Positions from a distance that was asked for to the nearest that training rows showed.
 STEPS = ((0, "shown"), (1024, "up to 1024"), (4096, "up to 4096"), (16384, "up to 16384"))
 BEYOND = "further"
+BRIEF = 5  # distances of a short table, the first and the last among them
 
 
 def pooled(cells: list[dict], keys: tuple[str, str, str], limits: tuple[float, float]) -> dict:
@@ -119,6 +120,39 @@ def distances(shown: dict[str, dict]) -> str:
     return "\n\n".join(
         [READING, grid("arm", heads, found), "Loss of the key in nats a token.", grid("arm", heads, nats)]
     )
+
+
+def brief(shown: dict[str, dict]) -> str:
+    """Keys found at BRIEF of the distances, for a page that has little room."""
+    places = sorted({cell["distance"] for scores in shown.values() for cell in scores["cells"]})
+    last = len(places) - 1
+    places = sorted({places[round(last * number / (BRIEF - 1))] for number in range(BRIEF)})
+    rows = []
+    for name, scores in shown.items():
+        cells = {cell["distance"]: cell for cell in scores["cells"]}
+        there = [cells.get(place) for place in places]
+        percents = [
+            "not run" if cell is None else _percent({**cell, "mean": cell["score"]}) for cell in there
+        ]
+        rows.append((name, percents))
+    return grid("keys found, %", [f"+{place:,}" for place in places], rows)
+
+
+def prompt_loss(arms: dict[str, list[dict]]) -> str | None:
+    """The end prompt's loss in nats a token over the steps, mean over seeds; None if no arm has one."""
+    found = {
+        name: [run["training"]["end_prompt_loss"] for run in arm if run.get("training")]
+        for name, arm in arms.items()
+    }
+    found = {name: seeds for name, seeds in found.items() if any(seeds)}
+    steps = sorted({int(step) for seeds in found.values() for seed in seeds for step in seed})
+    # The first steps, between which most happens, and each of twice the number after them.
+    columns = [step for step in steps if step in (steps[0], steps[-1]) or step & (step - 1) == 0]
+    rows = []
+    for name, seeds in found.items():
+        losses = [[seed[str(step)] for seed in seeds if str(step) in seed] for step in columns]
+        rows.append((name, [f"{sum(some) / len(some):.3f}" if some else "-" for some in losses]))
+    return grid("arm, step", [str(step) for step in columns], rows) if rows else None
 
 
 def _mark(cell: dict) -> str:

@@ -10,7 +10,7 @@ mean is shown with Student's interval over them.  Without names, an arm is calle
 tells the runs apart.  A distances.json that was written before gives the same without the runs; of several
 sources, a later one's arm stands in the place of an earlier one's.  A page takes those tables that it has a
 place for, between ``<!-- name -->`` and ``<!-- /name -->``: found-<target>, filled-in-<target>, named_keys,
-far_gain, perplexity, inside, and one a picture.
+far_gain, perplexity, inside, prompt-loss, and two a picture: its name, and brief-<name> with few distances.
 """
 
 import argparse
@@ -148,12 +148,14 @@ def tables(
             if part := {arm: shown[arm] for arm in listed if arm in shown}:
                 place = name if len(targets) == 1 else f"{name}-{target}"
                 drawn[place], found[place] = part, distance_tables.distances(part)
+                found[f"brief-{place}"] = distance_tables.brief(part)
     for task, (_, form) in HEADINGS.items():
         found[task] = distance_tables.lengths(arms, task, form)
     if not any(found.values()):
         tasks = ", ".join(task_names.PIECEWISE)
         raise BadInput(f"none of the runs has results of {tasks}; add them to eval.tasks and evaluate")
     found["inside"] = distance_tables.inside(arms)
+    found["prompt-loss"] = distance_tables.prompt_loss(arms)
     return {name: table for name, table in found.items() if table}, drawn
 
 
@@ -163,6 +165,8 @@ def _heading(place: str) -> str:
         return HEADINGS[place][0]
     if place == "inside":
         return "Training, and tasks of short text"
+    if place == "prompt-loss":
+        return "Loss of the end prompt by step, nats a token"
     if name == "found":
         return f"Distance, up to {target}"
     return f"Distances filled in, up to {target}" if name == "filled-in" else place
@@ -178,7 +182,9 @@ def report(arguments: argparse.Namespace) -> None:
     found, drawn = tables(arms, arguments.control, chosen(arguments.picture, arms))
     pages = {page: markdown.filled(page, found) for page in arguments.page}
     out.mkdir(parents=True, exist_ok=True)
-    blocks = [f"## {_heading(place)}\n\n{table}" for place, table in found.items()]
+    blocks = [
+        f"## {_heading(place)}\n\n{table}" for place, table in found.items() if not place.startswith("brief-")
+    ]
     text = "\n\n".join([f"# {arguments.title or 'Distances'}", *blocks]) + "\n"
     storage.write_atomically(out / "distances.md", text.encode())
     if not all(source.endswith(".json") for source in arguments.run):
