@@ -19,7 +19,7 @@ from endprompt import BadInput, methods
 from endprompt.evaluation import intervals
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.reports import findings, findings_tables, markdown
+from endprompt.reports import findings, findings_questions, findings_tables, markdown
 
 
 def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
@@ -433,6 +433,102 @@ def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
         findings.collect(runs)
     code, out, err = run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out")
     assert code == 2 and not out and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# The questions of which RoPE, which method and which part of it wins
+
+
+def entry_of(method, setting="plain", keys=(90.0, 20.0), far=10.0, near=3.0, half=5.0):
+    """As ``collect`` makes it, at lengths 64 and 512; keys: found there, of both tests."""
+
+    def around(mean, half):
+        return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": 2}
+
+    by_length = dict(zip((64, 512), keys, strict=True))
+    scores = {task: {length: around(found, half) for length, found in by_length.items()} for task in TASKS}
+    scores["perplexity"] = {64: around(near, 0.01), 512: around(far, 0.1)}
+    return {
+        "method": method,
+        "setting": setting,
+        "name": method if setting == "plain" else f"{method}, {setting}",
+        "scores": scores,
+        **{task: {"mean": around(sum(keys) / 2, half)} for task in TASKS},
+        "values": {"perplexity": {64: {"0": near, "1": near}}},
+    }
+
+
+TASKS = ("passkey", "multikey")
+
+
+def test_goals_are_told_against_the_best_baseline_whatever_its_rope():
+    found = findings_questions.goals(
+        [
+            entry_of("short", near=2.0),
+            entry_of("interpolation"),
+            entry_of("pose", keys=(90.0, 61.0), far=9.0, near=2.02),
+            entry_of("full_length", keys=(90.0, 20.0), far=9.5),
+            entry_of("full_length", "theta", keys=(94.0, 50.0), far=9.8),
+        ]
+    ).splitlines()
+    assert found[0].startswith("| method | passkey at L | passkey, mean | multikey at L |")
+    assert [line.split(" | ")[0] for line in found[2:]] == [
+        "| `short`",
+        "| `pose`",
+        "| `full_length`",
+        "| `full_length, theta`",
+    ]
+    # 56 to 66 is apart from theta's 45 to 55; the means, 70 to 81 and 67 to 77, are not; 9.1 is below 9.4.
+    assert found[3] == (
+        "| `pose` | **61 [56, 66]** | 76 [70, 80] | **61 [56, 66]** | 76 [70, 80] | **9.00 [8.90, 9.10]**"
+        " | +1.0 [+1.0, +1.0] |"
+    )
+    assert found[2].endswith("| - |") and "**" not in found[2] + found[4] + found[5]
+
+
+def test_rows_that_differ_in_one_thing_stand_beside_what_they_differ_from():
+    entries = [
+        entry_of("pose_sharp"),
+        entry_of("full_length"),
+        entry_of("cream"),
+        entry_of("full_length", "lr-low"),
+        entry_of("pose_sharp", "theta"),
+        entry_of("full_length", "theta"),
+        entry_of("pose_sharp", "theta-chunks-4"),
+        entry_of("full_length", "theta-lr-high"),
+        entry_of("pose_sharp", "by-position"),
+    ]
+    names = {
+        table: [line.split(" | ")[0].strip("| `") for line in text.splitlines()[2:]]
+        for table, text in findings_questions.tables(entries).items()
+    }
+    assert names["parts"] == ["pose_sharp, theta", "pose_sharp, theta-chunks-4"]
+    assert names["rates"] == [
+        "full_length",
+        "full_length, lr-low",
+        "full_length, theta",
+        "full_length, theta-lr-high",
+    ]
+    assert names["scalings"] == ["full_length", "full_length, theta", "pose_sharp", "pose_sharp, theta"]
+    assert names["neighbours"] == ["pose_sharp", "cream", "pose_sharp, theta"]
+    assert set(findings_questions.tables(entries[:2])) == {"goals"}
+    found = findings_tables.sharpened(entries)
+    assert [entry["name"] for entry in found] == ["pose_sharp", "pose_sharp, by-position"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "origin"),
+    [
+        ("theta-lr-low", "theta"),
+        ("lr-high", "plain"),
+        ("yarn-sharpened", "yarn"),
+        ("theta-by-position", "theta"),
+        ("by-position", "plain"),
+        ("theta-pieces-2", "theta"),
+        ("weight-1", "plain"),
+    ],
+)
+def test_what_a_setting_differs_from(setting, origin):
+    assert findings_questions.origin(setting) == origin
 
 
 # The script

@@ -24,7 +24,7 @@ from typing import Any
 from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, intervals, passkey, results
 from endprompt.positions import coverage, plans
-from endprompt.reports import compare, findings_tables, markdown
+from endprompt.reports import compare, findings_questions, findings_tables, markdown
 from endprompt.rows import shards
 from endprompt.runs import provenance
 
@@ -207,8 +207,8 @@ def collect(runs: Path) -> list[dict]:
             if setting == PLAIN:
                 plain[method] = recipe
             different = difference(_plain(plain, method), recipe) if setting != PLAIN else ""
-            if setting == findings_tables.BY_POSITION:
-                different = findings_tables.EXPORTED
+            if setting.endswith(findings_tables.BY_POSITION):
+                different = ", ".join(filter(None, [different, findings_tables.EXPORTED]))
             entries.append(
                 {
                     "setting": setting,
@@ -243,8 +243,8 @@ def read(path: Path) -> dict:
 
 
 def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]:
-    """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png and
-    sharpened.png, those of which there is something to show.
+    """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png,
+    sharpened.png, scalings.png and neighbours.png, those of which there is something to show.
     """
     plain, drawn = [entry for entry in entries if entry["setting"] == PLAIN], []
 
@@ -274,9 +274,12 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
     for name, chosen in (
         ("prompts", findings_tables.prompts(entries)),
         ("sharpened", findings_tables.sharpened(entries)),
+        ("scalings", findings_questions.scalings(entries)),
     ):
         if any(entry["setting"] != PLAIN for entry in chosen):
             lines(name, chosen)
+    if chosen := findings_questions.neighbours(entries):
+        lines("neighbours", chosen)
     return drawn
 
 
@@ -328,7 +331,7 @@ def findings(sources: list[Path], out: Path, title: str | None = None, pages: Se
     titles = [read(source).get("title") for source in sources if source.is_file()]
     entries, title = joined(sources), title or next(iter(titles), None)
     made = any(source.is_dir() for source in sources)
-    tables = findings_tables.tables(entries)
+    tables = findings_tables.tables(entries) | findings_questions.tables(entries)
     texts = {page: markdown.filled(page, tables) for page in pages}
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"<!-- {name} -->\n{table}\n<!-- /{name} -->" for name, table in tables.items())

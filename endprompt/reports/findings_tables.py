@@ -52,9 +52,11 @@ CONTRASTS = (
     ("pose_matched", "lceg, sharpened"),
 )
 
-# A setting whose recipe is the plain one: its models are the plain ones', exported.
+# Settings whose recipe is that of another one: their models are those, exported.
 BY_POSITION = "by-position"
 EXPORTED = "export --position-dependent"
+# Settings of the scaling or the sharpness of attention that the table "sharpened" shows.
+SHARPENED = ("sharpened", "unsharpened", BY_POSITION, "yarn", "yarn-sharpened")
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -275,14 +277,11 @@ def prompts(entries: list[dict]) -> list[dict]:
 def sharpened(entries: list[dict]) -> list[dict]:
     """What differs in the scaling or the sharpness of attention, after the same methods without."""
 
-    def differs(entry: dict) -> bool:
-        return entry["different"].startswith("rope") or entry["different"] == EXPORTED
-
-    kinds = {entry["method"] for entry in entries if differs(entry)}
+    kinds = {entry["method"] for entry in entries if entry["setting"] in SHARPENED}
     return [
         entry
         for entry in entries
-        if differs(entry) or entry["setting"] == "plain" and entry["method"] in kinds
+        if entry["setting"] in SHARPENED or entry["setting"] == "plain" and entry["method"] in kinds
     ]
 
 
