@@ -485,8 +485,23 @@ def test_folder_beside_the_recipe_and_its_extras(recipe, base, tmp_path):
         "trust_remote_code": False,
         "revision": "abc",
     }
-    with pytest.raises(BadInput, match="model.gguf_file: .* has no file other.gguf"):
+    with pytest.raises(BadInput, match="model.gguf_file: .* has no file other.gguf; name a folder or hub id"):
         model.locate(recipe("model", gguf_file="other.gguf"))
+
+
+def test_the_gguf_files_that_are_there_are_named(recipe, base, tmp_path, monkeypatch):
+    package = tmp_path / "a_package_of_gguf"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for name in ("b.gguf", "a.gguf"):
+        (package / "data" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    said = r"set model.gguf_file \(init: --gguf\) to one it has: a.gguf, b.gguf$"
+    for name in ("package:a_package_of_gguf", str(package)):
+        with pytest.raises(BadInput, match=said):
+            model.locate(recipe(name, gguf_file="other.gguf"))
+    with pytest.raises(BadInput, match=said):
+        model.locate(recipe("package:a_package_of_gguf"))
 
 
 def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):

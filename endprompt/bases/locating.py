@@ -23,6 +23,14 @@ class Named(Protocol):
     def path(self, value: str) -> Path | None: ...
 
 
+def _which(folder: Path) -> str:
+    """What to set instead of a file that ``folder`` lacks."""
+    found = sorted({path.name for path in folder.rglob("*.gguf")})
+    if not found:
+        return "name a folder or hub id with config.json"
+    return f"set model.gguf_file (init: --gguf) to one it has: {', '.join(found)}"
+
+
 def locate(recipe: Named) -> dict:
     """The arguments that find the model for ``from_pretrained``: a local folder, ``package:NAME`` (an
     installed Python package), or a hub id.
@@ -48,8 +56,8 @@ def locate(recipe: Named) -> dict:
         found = next(iter(sorted(root.rglob(recipe.model.gguf_file or "config.json"))), None)
         if found is None:
             raise BadInput(
-                f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'}; set"
-                " model.gguf_file to one it has"
+                f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'};"
+                f" {_which(root)}"
             )
         path = str(found.parent)
     else:
@@ -65,7 +73,7 @@ def locate(recipe: Named) -> dict:
                 f"model.name_or_path: {local} is no folder; name the folder with config.json that it is in"
             )
         if local is not None and recipe.model.gguf_file and not (local / recipe.model.gguf_file).is_file():
-            raise BadInput(f"model.gguf_file: {local} has no file {recipe.model.gguf_file}")
+            raise BadInput(f"model.gguf_file: {local} has no file {recipe.model.gguf_file}; {_which(local)}")
     if os.path.isdir(path):
         check_folder(Path(path), "model.name_or_path", bool(recipe.model.gguf_file))
     extra = {"revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file}
