@@ -810,6 +810,7 @@ USELESS = [
 ]
 
 
+@pytest.mark.slow  # facts about transformers, which change with its version
 @pytest.mark.parametrize("keys", USELESS, ids=lambda keys: next(iter(keys)))
 def test_what_is_refused_as_useless_is(keys, made):
     with pytest.raises(BadInput):
@@ -824,6 +825,7 @@ def test_useless_beside_another():
     }
 
 
+@pytest.mark.slow  # as above
 @pytest.mark.parametrize(
     "beside, keys",
     [
@@ -861,7 +863,13 @@ def resumed(made, ended=3, **options):
     return whole, made.train(folder=folder, resume=folder / f"checkpoints/checkpoint-{ended}", **options)
 
 
-@pytest.mark.parametrize("optim", values("optim"))
+@pytest.mark.parametrize(
+    "optim",
+    [
+        optim if optim.startswith("adamw") else pytest.param(optim, marks=pytest.mark.slow)
+        for optim in values("optim")
+    ],
+)
 def test_going_on_gives_the_weights_of_an_undisturbed_run(made, optim):
     whole, other = resumed(made, optim=optim)
     assert whole.rows[3:] == other.rows and whole.rates[3:] == other.rates[-3:]
