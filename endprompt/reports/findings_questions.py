@@ -27,9 +27,10 @@ RATES = re.compile(r"(.+-)?lr-(low|high)")
 def settings(entries: list[dict], wanted: Callable[[str], object]) -> list[dict]:
     """The entries of settings that are ``wanted``, after those of the settings that they differ from, where
     these were run with the same method."""
-    chosen = [entry for entry in entries if wanted(entry["setting"])]
-    asked = {(origin(entry["setting"]), entry["method"]) for entry in chosen}
-    return [entry for entry in entries if entry in chosen or (entry["setting"], entry["method"]) in asked]
+    asked = {(origin(entry["setting"]), entry["method"]) for entry in entries if wanted(entry["setting"])}
+    return [
+        entry for entry in entries if wanted(entry["setting"]) or (entry["setting"], entry["method"]) in asked
+    ]
 
 
 def origin(setting: str) -> str:
