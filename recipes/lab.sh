@@ -114,7 +114,11 @@ from endprompt.methods import METHODS
 from endprompt.recipe import schema
 lengths, target = sorted(schema.load(sys.argv[1]).eval.lengths), sys.argv[2]
 if target:
-    lengths = [lengths[0] << n for n in range(32) if lengths[0] << n <= int(target)]
+    shortest = lengths[0]
+    lengths = [shortest << n for n in range(32) if target.isdecimal() and shortest << n <= int(target)]
+    if not lengths or str(lengths[-1]) != target:
+        print(f"lab.sh: TARGET={target} is not {shortest} doubled; use {shortest * 2}, {shortest * 4}", file=sys.stderr)
+        sys.exit(2)
 print(*(name for name in METHODS if not METHODS[name].trained))
 print(*lengths, sep=", ")' "$RECIPE" "${TARGET:-}")
 untrained=" ${told%$'\n'*} "

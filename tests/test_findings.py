@@ -640,6 +640,13 @@ def test_script_takes_another_target_and_other_tokens(script):
     assert len(other) == 1 and "findings" in other[0]  # the stand-in scored 2048
 
 
+@pytest.mark.parametrize("target", ["3000", "128", "far", "-512"])
+def test_script_refuses_a_target_that_is_not_doubled(script, target):
+    done, calls = script("plain", SEEDS="0", METHODS="pose", TARGET=target)
+    assert done.returncode == 2 and not calls and done.stderr.count("\n") == 1
+    assert f"TARGET={target} is not 256 doubled; use 512, 1024" in done.stderr
+
+
 def test_settings_of_the_script_are_recipes(script):
     done, calls = script(SEEDS="0", METHODS="endprompt pose_recall", JOBS="1")
     for call in (call for call in calls if "evaluate" in call):

@@ -497,11 +497,13 @@ def test_the_gguf_files_that_are_there_are_named(recipe, base, tmp_path, monkeyp
         (package / "data" / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
     said = r"set model.gguf_file \(init: --gguf\) to one it has: a.gguf, b.gguf$"
-    for name in ("package:a_package_of_gguf", str(package)):
+    for name in ("package:a_package_of_gguf", str(package / "data")):
         with pytest.raises(BadInput, match=said):
             model.locate(recipe(name, gguf_file="other.gguf"))
     with pytest.raises(BadInput, match=said):
         model.locate(recipe("package:a_package_of_gguf"))
+    with pytest.raises(BadInput, match="name a folder or hub id"):  # those further down would not be found
+        model.locate(recipe(str(package), gguf_file="other.gguf"))
 
 
 def test_tokenizers_that_cannot_serve(recipe, base, tmp_path):

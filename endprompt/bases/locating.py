@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +24,9 @@ class Named(Protocol):
     def path(self, value: str) -> Path | None: ...
 
 
-def _which(folder: Path) -> str:
-    """What to set instead of a file that ``folder`` lacks."""
-    found = sorted({path.name for path in folder.rglob("*.gguf")})
+def _which(files: Iterable[Path]) -> str:
+    """What to set instead of a file that is not there; files: the GGUF files that are."""
+    found = sorted({path.name for path in files})
     if not found:
         return "name a folder or hub id with config.json"
     return f"set model.gguf_file (init: --gguf) to one it has: {', '.join(found)}"
@@ -57,7 +58,7 @@ def locate(recipe: Named) -> dict:
         if found is None:
             raise BadInput(
                 f"model: the package {package!r} has no file {recipe.model.gguf_file or 'config.json'};"
-                f" {_which(root)}"
+                f" {_which(root.rglob('*.gguf'))}"
             )
         path = str(found.parent)
     else:
@@ -73,7 +74,10 @@ def locate(recipe: Named) -> dict:
                 f"model.name_or_path: {local} is no folder; name the folder with config.json that it is in"
             )
         if local is not None and recipe.model.gguf_file and not (local / recipe.model.gguf_file).is_file():
-            raise BadInput(f"model.gguf_file: {local} has no file {recipe.model.gguf_file}; {_which(local)}")
+            raise BadInput(
+                f"model.gguf_file: {local} has no file {recipe.model.gguf_file};"
+                f" {_which(local.glob('*.gguf'))}"
+            )
     if os.path.isdir(path):
         check_folder(Path(path), "model.name_or_path", bool(recipe.model.gguf_file))
     extra = {"revision": recipe.model.revision, "gguf_file": recipe.model.gguf_file}
