@@ -22,24 +22,27 @@ export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} BF16=${BF16
 SEEDS=${SEEDS:-0 1}
 JOBS=${JOBS:-2}
 
-# By setting: its methods, and what differs from the recipe (parted by |).
-all='short endprompt endprompt_random endprompt_pose pose pose_sharp pose_matched'
+# By setting: its methods, what differs from the recipe (parted by |).  *-unsharpened trains as the setting
+# it is named after, whose last checkpoint it takes if there is one: pose_sharp is pose there.
+all='short endprompt endprompt_random endprompt_pose pose_sharp pose_matched'
 declare -A methods=(
   [own]=base [own-sharpened]=base
   [untrained-linear]=interpolation [untrained-linear-sharpened]=interpolation
   [untrained-yarn]=interpolation [untrained-yarn-sharpened]=interpolation
   [untrained-theta]=interpolation [untrained-theta-sharpened]=interpolation
   [linear]='short endprompt endprompt_pose pose'
-  [yarn]=$all [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
-  [theta]=$all [theta-weight-0]=endprompt [theta-weight-1]=endprompt
+  [yarn]=$all [yarn-unsharpened]='pose_sharp pose_matched' [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
+  [theta]=$all [theta-unsharpened]='pose_sharp pose_matched' [theta-weight-0]=endprompt [theta-weight-1]=endprompt
 )
 declare -A different=(
   [own]='' [own-sharpened]='rope.sharpen=1.0'
   [linear]='rope.type=linear'
   [yarn]='rope.type=yarn'
+  [yarn-unsharpened]='rope.type=yarn|rope.sharpen=0.0'
   [yarn-weight-0]='rope.type=yarn|method_options.prompt_loss_weight=0.0'
   [yarn-weight-1]='rope.type=yarn|method_options.prompt_loss_weight=1.0'
   [theta]='rope.type=theta'
+  [theta-unsharpened]='rope.type=theta|rope.sharpen=0.0'
   [theta-weight-0]='rope.type=theta|method_options.prompt_loss_weight=0.0'
   [theta-weight-1]='rope.type=theta|method_options.prompt_loss_weight=1.0'
 )
@@ -47,9 +50,9 @@ for kind in linear yarn theta; do
   different[untrained-$kind]="rope.type=$kind"
   different[untrained-$kind-sharpened]="rope.type=$kind|rope.sharpen=1.0"
 done
-order=(own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened linear yarn yarn-weight-0 yarn-weight-1)
+order=(own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened linear yarn yarn-unsharpened yarn-weight-0 yarn-weight-1)
 if "$PYTHON" -c 'import sys; from endprompt.positions import rope; sys.exit("theta" not in rope.TYPES)'; then
-  order+=(untrained-theta untrained-theta-sharpened theta theta-weight-0 theta-weight-1)
+  order+=(untrained-theta untrained-theta-sharpened theta theta-unsharpened theta-weight-0 theta-weight-1)
 fi
 [ $# -gt 0 ] && order=("$@")
 
@@ -62,9 +65,12 @@ arm() {  # setting seed: where its runs are
 export -f arm
 
 one() {  # setting method seed differences
-  local setting=$1 method=$2 seed=$3 out keys key run start=$SECONDS marker
+  local setting=$1 method=$2 seed=$3 out keys key run other='' start=$SECONDS marker
   out=$(arm "$setting" "$seed")
   run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
+  if [[ $setting = *-unsharpened ]]; then
+    other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "${setting%-unsharpened}" "$seed")") || exit 255
+  fi
   local options=(--set "data.seed=$seed" --set "data.tokens=$TOKENS")
   [ "$BF16" = false ] || options+=(--set "train.bf16=$BF16")
   [ -z "$CORPUS" ] || options+=(--set "data.corpus=$CORPUS")
@@ -83,6 +89,9 @@ one() {  # setting method seed differences
   marker=$run/.study-$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" | cksum | cut -d ' ' -f 1)
   if [ -f "$marker" ]; then return; fi
   mkdir -p "$run"
+  if [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
+    cp -r "$other/shards" "$other/checkpoints" "$run/"
+  fi
   {
     STAGES='prepare train' OUT=$out nice -n 10 bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
       && nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${far[@]}" \
