@@ -920,6 +920,8 @@ def trained_run(folder, score, supervised=None, last=2.0):
     (folder / "train.json").write_text(
         json.dumps({"tokens": 99, "steps": 8, "seconds": 1.0, "history": steps})
     )
+    recipe = {"method": "pose", "data": {"corpus": "/a/machine/path"}, "train": {"bf16": True}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
     scored_run(folder, 30.0, task="perplexity")
     return folder
 
@@ -949,6 +951,9 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
         assert (image.imread(one / name) == image.imread(two / name)).all()
     record = json.loads((one / "distances.json").read_text())["arms"]["far"][0]
     assert record["training"]["end_prompt_loss"] == {"7": 0.5} and record["run"].endswith("/far")
+    settings = record["training"]["settings"]
+    assert settings["train"] == {"bf16": True} and settings["rope"]["sharpen_heads"] is False
+    assert "/a/machine/path" not in (one / "distances.json").read_text()
     trained_run(tmp_path / "far", 60.0, 1.0)
     distances.main([str(one / "distances.json"), f"far={far}", "--out", str(two), *options])
     assert "| far | 60 [30, 100] `*` |" in page.read_text() and (two / "distances.json").exists()
@@ -1106,3 +1111,5 @@ def test_from_a_corpus_to_a_picture(recipe_file, tmp_path):
     assert showed[0] != showed[1]
     distances.main([*map(str, runs), "--out", str(tmp_path / "out")])
     assert image.imread(tmp_path / "out/distances-1024.png").std() > 0.05
+    arms = json.loads((tmp_path / "out/distances.json").read_text())["arms"]
+    assert arms["pose"][0]["training"]["settings"]["rope"]["type"] == "linear"

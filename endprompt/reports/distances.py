@@ -21,7 +21,7 @@ from pathlib import Path
 from endprompt import BadInput, storage
 from endprompt.evaluation import distance_figures, results
 from endprompt.recipe import task_names
-from endprompt.reports import distance_tables, markdown
+from endprompt.reports import compare, distance_tables, markdown
 from endprompt.runs import provenance
 
 Arms = dict[str, list[dict]]
@@ -62,7 +62,7 @@ def _told_apart(folders: list[Path]) -> dict[Path, str]:
 
 def entry(run: Path) -> dict:
     """What is kept of a run: {"run": the last parts of its folder, "results": {"task:length": scores},
-    "training": tokens, steps, seconds and losses or None, "commit", "device", "versions"}."""
+    "training": tokens, steps, seconds, settings and losses or None, "commit", "device", "versions"}."""
     found = results.read_run(run).found
     one = next(iter(found.values()), {})
     return {
@@ -81,11 +81,18 @@ def _training(run: Path) -> dict | None:
     text = [step["text_loss"] for step in history if "text_loss" in step][-LAST:]
     return {
         **{key: record.get(key) for key in ("tokens", "steps", "seconds")},
+        "settings": _settings(run),
         "text_loss": sum(text) / len(text) if text else None,
         "end_prompt_loss": {
             str(step["step"]): step["end_prompt_loss"] for step in history if "end_prompt_loss" in step
         },
     }
+
+
+def _settings(run: Path) -> dict:
+    """What arms differ in: {"rope", "method_options", "train"} of the recipe that the run was trained by."""
+    setting = compare.run_setting(run / "recipe.yaml")[1]
+    return {section: setting[section] for section in ("rope", "method_options", "train") if section in setting}
 
 
 def read(path: Path) -> Arms:
