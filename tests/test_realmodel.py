@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import REPOSITORY
+
 from endprompt.methods import METHODS
 from endprompt.recipe import schema
 

@@ -92,7 +92,7 @@ def _training(run: Path) -> dict | None:
 def _settings(run: Path) -> dict:
     """What arms differ in: {"rope", "method_options", "train"} of the recipe that the run was trained by."""
     setting = compare.run_setting(run / "recipe.yaml")[1]
-    return {section: setting[section] for section in ("rope", "method_options", "train") if section in setting}
+    return {section: setting[section] for section in ("rope", "method_options", "train") if setting}
 
 
 def read(path: Path) -> Arms:
