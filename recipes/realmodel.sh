@@ -2,11 +2,12 @@
 # Which distances each method teaches a real pretrained model: every setting and method below with several
 # seeds, then tables and a picture; what is finished is skipped.
 #   CORPUS=... HELD_OUT=... bash recipes/realmodel.sh [SETTING ...]     (SETTING: some of those below; default: all)
-# Environment: CORPUS (text to train on), HELD_OUT (documents of at least 16384 tokens; without it, no far_gain
-# and no perplexity), TOKENS (131072), SEEDS ("0 1"), JOBS (arms at a time, one process and one thread each; 2),
-# METHODS (only these), QUESTIONS (a distance; 200), SAMPLES (of named_keys a length; 16), LENGTHS
-# ("4096 8192 16384"; empty: distance alone), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), BF16
-# (true: train in bfloat16, 1.6 times as fast where lscpu shows avx512_bf16, slow elsewhere; false), RECIPE
+# Environment: CORPUS (text to train on), HELD_OUT (documents of at least 16384 tokens; without it, no
+# far_gain and no perplexity), TOKENS (131072), SEEDS ("0 1"), JOBS (arms at a time, one process and one
+# thread each; 2), METHODS (only these), QUESTIONS (a distance; 200), SAMPLES (of named_keys a length; 16),
+# LENGTHS (of named_keys and far_gain, "4096 8192 16384"; empty: neither), WINDOW (the length of perplexity;
+# 8192), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), BF16 (true: train in bfloat16, 1.6
+# times as fast where lscpu shows avx512_bf16, slow elsewhere; false), RECIPE
 # (recipes/smollm2-135m-64k-cpu.yaml), OUT (runs/realmodel), PYTHON (python).
 set -euo pipefail
 
@@ -18,7 +19,7 @@ fi
 export PYTHON root NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export RECIPE=${RECIPE:-$root/recipes/smollm2-135m-64k-cpu.yaml} OUT=${OUT:-runs/realmodel} TOKENS=${TOKENS:-131072}
 export CORPUS=${CORPUS:-} HELD_OUT=${HELD_OUT:-} QUESTIONS=${QUESTIONS:-200} SAMPLES=${SAMPLES:-16}
-export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} BF16=${BF16:-false}
+export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} BF16=${BF16:-false} WINDOW=${WINDOW:-8192}
 SEEDS=${SEEDS:-0 1}
 JOBS=${JOBS:-2}
 
@@ -62,7 +63,10 @@ arm() {  # setting seed: where its runs are
     *) echo "$OUT/$1-$TOKENS/seed$2" ;;
   esac
 }
-export -f arm
+asked() {  # what is evaluated, of the arm of one(), which calls it
+  nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "$@"
+}
+export -f arm asked
 
 one() {  # setting method seed differences
   local setting=$1 method=$2 seed=$3 out keys key run other='' start=$SECONDS marker
@@ -77,16 +81,16 @@ one() {  # setting method seed differences
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
   local far=(--set 'eval.tasks=[distance]' --set "eval.samples=$QUESTIONS")
-  local tasks=named_keys
-  local near=(--set "eval.samples=$SAMPLES" --set "eval.lengths=[${LENGTHS// /, }]" --set eval.short_text_samples=500)
+  local near=(--set "eval.samples=$SAMPLES" --set "eval.lengths=[${LENGTHS// /, }]" --set 'eval.tasks=[named_keys]')
+  local inside=(--set "eval.lengths=[$WINDOW]" --set eval.short_text_samples=500) tasks=${SHORT_TEXT// /, }
   if [ -n "$HELD_OUT" ]; then
-    tasks+=', far_gain, perplexity'
-    near+=(--set "eval.perplexity_corpus=$HELD_OUT" --set eval.far_gain_texts=16)
+    near+=(--set "eval.perplexity_corpus=$HELD_OUT" --set eval.far_gain_texts=16 --set 'eval.tasks=[named_keys, far_gain]')
+    inside+=(--set "eval.perplexity_corpus=$HELD_OUT")
+    tasks=perplexity${tasks:+, $tasks}
   fi
-  [ -z "$SHORT_TEXT" ] || tasks+=", ${SHORT_TEXT// /, }"
-  near+=(--set "eval.tasks=[$tasks]")
+  inside+=(--set "eval.tasks=[$tasks]")
   # The same command after other settings goes on with what they ask for.
-  marker=$run/.study-$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" | cksum | cut -d ' ' -f 1)
+  marker=$run/.study-$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" "${inside[@]}" | cksum | cut -d ' ' -f 1)
   if [ -f "$marker" ]; then return; fi
   mkdir -p "$run"
   if [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
@@ -94,8 +98,7 @@ one() {  # setting method seed differences
   fi
   {
     STAGES='prepare train' OUT=$out nice -n 10 bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
-      && nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${far[@]}" \
-      && { [ -z "$LENGTHS" ] || nice -n 10 "$PYTHON" -m endprompt evaluate "$RECIPE" "$method" --out "$out" "${options[@]}" "${near[@]}"; }
+      && asked "${far[@]}" && { [ -z "$LENGTHS" ] || asked "${near[@]}"; } && { [ -z "$tasks" ] || asked "${inside[@]}"; }
   } >>"$run/study.log" 2>&1 || {
     tail -n 15 "$run/study.log" >&2
     echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log; the same command goes on from there" >&2

@@ -61,16 +61,21 @@ def test_every_arm_is_a_recipe_and_is_run_once(study):
     assert done.returncode == 0, done.stderr
     evaluated = asked(calls)
     arms = {(method, out) for method, out, _ in evaluated}
-    # Far and near questions of 8 untrained arms, and of two seeds of those that are trained.
-    assert len(evaluated) == 2 * len(arms) == 2 * (8 + 2 * (4 + 2 * (6 + 2 + 2)))
+    # From afar, near and inside the window: 8 untrained arms, and two seeds of those that are trained.
+    assert len(evaluated) == 3 * len(arms) == 3 * (8 + 2 * (4 + 2 * (6 + 2 + 2)))
     assert ("pose_sharp", "out/yarn-unsharpened-131072/seed1") in arms
     assert {out for method, out in arms if method == "base"} == {"out/own/seed0", "out/own-sharpened/seed0"}
     for method, out, overrides in evaluated:
         recipe = schema.load(RECIPE, overrides)
         assert method in METHODS and f"seed{recipe.data.seed}" in out
         assert not recipe.train.get("bf16")
-    tasks = {tuple(schema.load(RECIPE, overrides).eval.tasks) for *_, overrides in evaluated}
-    assert tasks == {("distance",), ("named_keys", "far_gain", "perplexity", "hellaswag")}
+    recipes = [schema.load(RECIPE, overrides) for *_, overrides in evaluated]
+    assert {tuple(recipe.eval.tasks) for recipe in recipes} == {
+        ("distance",),
+        ("named_keys", "far_gain"),
+        ("perplexity", "hellaswag"),
+    }
+    assert all(recipe.eval.lengths == [8192] for recipe in recipes if "perplexity" in recipe.eval.tasks)
     assert "endprompt.reports.distances" in calls[-1] and "yarn/short=out/yarn-131072/seed1" in calls[-1]
 
 
