@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which distances each method teaches a real pretrained model: every setting and method below with several
 # seeds, then tables and a picture; what is finished is skipped.
-#   CORPUS=... HELD_OUT=... bash recipes/realmodel.sh [SETTING ...]     (SETTING: some of those below; default: all)
+#   CORPUS=... HELD_OUT=... bash recipes/realmodel.sh [SETTING ...]    (SETTING: of those below; default: all)
 # Environment: CORPUS (text to train on), HELD_OUT (documents of at least 16384 tokens; without it, no
 # far_gain and no perplexity), TOKENS (131072), SEEDS ("0 1"), JOBS (arms at a time, one process and one
 # thread each; 2), METHODS (only these), QUESTIONS (a distance; 200), SAMPLES (of named_keys a length; 16),

@@ -904,7 +904,10 @@ def test_what_any_seed_showed_is_shaded(tmp_path):
         folder = scored_run(tmp_path / f"seed{number}", 40.0, 1.0)
         seeds.append(json.loads((folder / "eval/distance/512.json").read_text())["scores"])
         seeds[-1]["coverage"]["supervised"] = spans
-    assert distance_tables.joined(seeds)["coverage"] == {
+    seeds[1]["score"] = 60.0
+    joined = distance_tables.joined(seeds)
+    assert (joined["score"], joined["low"], joined["high"]) == (50.0, 0.0, 100.0)
+    assert joined["coverage"] == {
         "supervised": [(0, 120), (200, 210)],
         "gap": [(121, 199), (211, 511)],
     }
@@ -941,7 +944,9 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
     # The last six of eight: 2.5 less 0.2 to 0.7 on average.
     assert "| short | 99 | 2.050 |" in text and "| far | 99 | 3.050 |" in text
     assert "| short | 30.00 [15.00, 100.00] |" in text
-    assert "| keys found, % | +0 | +300 |\n|---|---|---|\n| far | 50 [25, 100] | 50 [25, 100] |" in text
+    assert (
+        "| keys found, % | all distances | +0 | +300 |\n|---|---|---|---|\n| far | 50 [25, 100] | 50" in text
+    )
     assert "| arm, step | 7 |\n|---|---|\n| short | 0.500 |" in text
     shown = capsys.readouterr().out
     distances.main([str(one / "distances.json"), "--out", str(two), *options])
@@ -964,12 +969,13 @@ def test_a_table_for_little_room():
     cells = [
         {"distance": place, "score": float(place), "low": 0.0, "high": 100.0} for place in range(0, 130, 10)
     ]
-    shown = {"a": {"cells": cells}, "b": {"cells": cells[:1]}}
+    whole = {"score": 60.0, "low": 50.0, "high": 70.0}
+    shown = {"a": {"cells": cells, **whole}, "b": {"cells": cells[:1], **whole}}
     assert distance_tables.brief(shown).splitlines() == [
-        "| keys found, % | +0 | +30 | +60 | +90 | +120 |",
-        "|---|---|---|---|---|---|",
-        "| a | 0 [0, 100] | 30 [0, 100] | 60 [0, 100] | 90 [0, 100] | 120 [0, 100] |",
-        "| b | 0 [0, 100] | not run | not run | not run | not run |",
+        "| keys found, % | all distances | +0 | +30 | +60 | +90 | +120 |",
+        "|---|---|---|---|---|---|---|",
+        "| a | 60 [50, 70] | 0 [0, 100] | 30 [0, 100] | 60 [0, 100] | 90 [0, 100] | 120 [0, 100] |",
+        "| b | 60 [50, 70] | 0 [0, 100] | not run | not run | not run | not run |",
     ]
 
 

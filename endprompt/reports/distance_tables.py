@@ -43,7 +43,9 @@ def by_length(arm: list[dict], task: str) -> dict[int, list[dict]]:
 
 
 def joined(seeds: list[dict]) -> dict:
-    """The "scores" of distance of several seeds as one.  Raises BadInput if they are of other distances."""
+    """The "scores" of distance of several seeds as one, their means with intervals.  Raises BadInput if they
+    are of other distances.
+    """
     rows = [{cell["distance"]: cell for cell in seed["cells"]} for seed in seeds]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise BadInput("distance: the seeds of an arm were scored at different distances; score them alike")
@@ -61,7 +63,14 @@ def joined(seeds: list[dict]) -> dict:
             | {"total": sum(cell["total"] for cell in each), "seeds": len(each)}
             | {"supervised": sum(shares) / len(shares) if shares else None}
         )
-    return seeds[0] | {"cells": cells, "coverage": _shown_by_any(seeds)}
+    whole = pooled(seeds, *FOUND)
+    return seeds[0] | {
+        "score": whole["mean"],
+        "low": whole["low"],
+        "high": whole["high"],
+        "cells": cells,
+        "coverage": _shown_by_any(seeds),
+    }
 
 
 def _shown_by_any(seeds: list[dict]) -> dict:
@@ -123,7 +132,7 @@ def distances(shown: dict[str, dict]) -> str:
 
 
 def brief(shown: dict[str, dict]) -> str:
-    """Keys found at BRIEF of the distances, for a page that has little room."""
+    """Keys found over all distances and at BRIEF of them, for a page that has little room."""
     places = sorted({cell["distance"] for scores in shown.values() for cell in scores["cells"]})
     last = len(places) - 1
     places = sorted({places[round(last * number / (BRIEF - 1))] for number in range(BRIEF)})
@@ -134,8 +143,8 @@ def brief(shown: dict[str, dict]) -> str:
         percents = [
             "not run" if cell is None else _percent({**cell, "mean": cell["score"]}) for cell in there
         ]
-        rows.append((name, percents))
-    return grid("keys found, %", [f"+{place:,}" for place in places], rows)
+        rows.append((name, [_percent({**scores, "mean": scores["score"]}), *percents]))
+    return grid("keys found, %", ["all distances", *(f"+{place:,}" for place in places)], rows)
 
 
 def prompt_loss(arms: dict[str, list[dict]]) -> str | None:
