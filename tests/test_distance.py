@@ -940,7 +940,7 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
     text = page.read_text()
     assert "| far | 50 [25, 100] `*` | 50 [25, 100] |" in text
     # Rows showed 0 to 100; the question at 320 to 390 is 255 positions from them.
-    assert "| far | +30 points, -0.30 nats (1) | +30 points, -0.30 nats (1) | - | - | - |" in text
+    assert "| far, less short | +30 points, -0.30 nats (1) | +30 points, -0.30 nats (1) | - | - | - |" in text
     # The last six of eight: 2.5 less 0.2 to 0.7 on average.
     assert "| short | 99 | 2.050 |" in text and "| far | 99 | 3.050 |" in text
     assert "| short | 30.00 [15.00, 100.00] |" in text
@@ -998,18 +998,28 @@ def test_strips_show_what_rows_showed(tmp_path):
     trained_run(tmp_path / "a", 20.0, 1.0)
     scored_run(tmp_path / "b", 10.0)
     arms = distances.gathered([f"{name}={tmp_path / name}" for name in "ab"])
-    _, drawn = distances.tables(arms, "short", {"both": ["a", "b"], "untrained": ["b"]})
+    _, drawn = distances.tables(arms, ["short"], {"both": ["a", "b"], "untrained": ["b"]})
     pictures = {}
     for name in ("both", "untrained"):
         distance_figures.overlay(drawn[name], tmp_path / f"{name}.png")
         pictures[name] = image.imread(tmp_path / f"{name}.png")
         assert pictures[name].std() > 0.05
     assert pictures["both"].shape[0] > pictures["untrained"].shape[0]
-    assert (
-        distance_tables.filled_in(drawn["both"], "b").splitlines()[0].startswith("| arm, less `b` | shown |")
-    )
-    assert distance_tables.filled_in(drawn["both"], "none") is None
-    assert distance_tables.filled_in(drawn["untrained"], "a") is None
+    table = distance_tables.filled_in(drawn["both"], {"a": "b"})
+    assert table.splitlines()[0].startswith("| arm | shown |") and "| a, less b | " in table
+    assert distance_tables.filled_in(drawn["both"], {}) is None
+    assert distance_tables.filled_in(drawn["untrained"], {"b": "a"}) is None
+
+
+def test_an_arm_is_compared_with_what_has_its_rope():
+    def arm(rope):
+        return [{"training": {"settings": {"rope": {"type": rope}}} if rope else None}]
+
+    arms = {"short": arm("yarn"), "theta-short": arm("theta"), "base": arm(None)}
+    arms |= {"pose": arm("yarn"), "theta-pose": arm("theta"), "linear-pose": arm("linear")}
+    controls = ["short", "theta-short", "none"]
+    assert distances.compared(arms, controls) == {"pose": "short", "theta-pose": "theta-short"}
+    assert distances.compared(arms, ["short"]) == {"pose": "short"}
 
 
 def test_the_page_holds_the_committed_numbers():
@@ -1018,7 +1028,8 @@ def test_the_page_holds_the_committed_numbers():
     text = page.read_text()
     arms = distances.read(REPOSITORY / "docs/findings/realmodel.json")
     pictures = distances.chosen(re.findall(r"--picture (\S+)", text), arms)
-    tables, _ = distances.tables(arms, "short", pictures)
+    controls = re.findall(r"--control (\S+)", text)
+    tables, _ = distances.tables(arms, controls, pictures)
     assert pictures and markdown.filled(page, tables) == text, f"run the command of {page}"
 
 

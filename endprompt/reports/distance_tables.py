@@ -174,18 +174,18 @@ def from_shown(cell: dict, spans: list[list[int]]) -> float:
     return min((max(low - at, at - high, 0.0) for low, high in spans), default=float("inf"))
 
 
-def filled_in(shown: dict[str, dict], control: str) -> str | None:
-    """What each arm has over ``control`` by how far a distance is from the nearest that its rows showed: the
+def filled_in(shown: dict[str, dict], controls: dict[str, str]) -> str | None:
+    """What each arm has over its control by how far a distance is from the nearest that its rows showed: the
     difference of keys found in percentage points, and of the loss, as means over the distances of a step.
-    None if there is no such arm, or nothing to compare.
+    None if there is nothing to compare.  controls: {arm: another of ``shown``}.
     """
     names = [name for _, name in STEPS] + [BEYOND]
     rows = []
-    plain = {cell["distance"]: cell for cell in shown.get(control, {}).get("cells", [])}
     for name, scores in shown.items():
-        spans = scores["coverage"]["supervised"]
-        if name == control or not spans:
+        spans, control = scores["coverage"]["supervised"], controls.get(name)
+        if control not in shown or not spans:
             continue
+        plain = {cell["distance"]: cell for cell in shown[control]["cells"]}
         steps: dict[str, list[tuple[float, float]]] = {}
         for cell in scores["cells"]:
             if (other := plain.get(cell["distance"])) is None:
@@ -194,8 +194,9 @@ def filled_in(shown: dict[str, dict], control: str) -> str | None:
             step = next((label for most, label in STEPS if away <= most), BEYOND)
             steps.setdefault(step, []).append((cell["score"] - other["score"], cell["nats"] - other["nats"]))
         if steps:
-            rows.append((name, [_difference(steps.get(step, [])) for step in names]))
-    return grid(f"arm, less `{control}`", names, rows) if rows else None
+            row = [_difference(steps.get(step, [])) for step in names]
+            rows.append((f"{name}, less {control}", row))
+    return grid("arm", names, rows) if rows else None
 
 
 def _difference(pairs: list[tuple[float, float]]) -> str:

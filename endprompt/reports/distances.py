@@ -3,7 +3,7 @@ found over distance.
 
     python -m endprompt.reports.distances RUN [RUN ...] --out DIR
     python -m endprompt.reports.distances DIR/distances.json --out DIR --page docs/realmodel.md \\
-        --picture untrained=own,untrained-yarn --control short
+        --picture untrained=own,untrained-yarn --control short --control theta-short
 
 RUN is a run's folder, OUT/<recipe>/<method>, or NAME=RUN; runs under one name are an arm's seeds, and their
 mean is shown with Student's interval over them.  Without names, an arm is called by as much of its folder as
@@ -135,8 +135,24 @@ def chosen(pictures: list[str], arms: Arms) -> dict[str, list[str]]:
     return found
 
 
+def _scaling(arm: list[dict]) -> str | None:
+    """The RoPE that an arm was trained with, as its recipe names it."""
+    settings = [(run.get("training") or {}).get("settings") or {} for run in arm]
+    return next((one["rope"]["type"] for one in settings if "rope" in one), None)
+
+
+def compared(arms: Arms, controls: list[str]) -> dict[str, str]:
+    """{arm: the one of ``controls`` that was trained with the same RoPE}."""
+    plain = {_scaling(arms[name]): name for name in reversed(controls) if name in arms}
+    return {
+        name: plain[scaling]
+        for name, arm in arms.items()
+        if name not in controls and (scaling := _scaling(arm)) in plain
+    }
+
+
 def tables(
-    arms: Arms, control: str, pictures: dict[str, list[str]]
+    arms: Arms, controls: list[str], pictures: dict[str, list[str]]
 ) -> tuple[dict[str, str], dict[str, dict]]:
     """({name of its place: table}, {name of a picture: its arms' results of distance}).  Raises BadInput if
     no arm has results of these tasks."""
@@ -150,7 +166,7 @@ def tables(
         }
         drawn[f"distances-{target}"] = shown
         found[f"found-{target}"] = distance_tables.distances(shown)
-        found[f"filled-in-{target}"] = distance_tables.filled_in(shown, control)
+        found[f"filled-in-{target}"] = distance_tables.filled_in(shown, compared(arms, controls))
         for name, listed in pictures.items():
             if part := {arm: shown[arm] for arm in listed if arm in shown}:
                 place = name if len(targets) == 1 else f"{name}-{target}"
@@ -186,7 +202,7 @@ def report(arguments: argparse.Namespace) -> None:
     """
     out: Path = arguments.out
     arms = gathered(arguments.run)
-    found, drawn = tables(arms, arguments.control, chosen(arguments.picture, arms))
+    found, drawn = tables(arms, arguments.control or ["short"], chosen(arguments.picture, arms))
     pages = {page: markdown.filled(page, found) for page in arguments.page}
     out.mkdir(parents=True, exist_ok=True)
     blocks = [
@@ -218,7 +234,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME=ARM,ARM",
         help="a picture of these arms, a line each",
     )
-    parser.add_argument("--control", default="short", metavar="ARM", help="what others are compared with")
+    parser.add_argument(
+        "--control",
+        action="append",
+        metavar="ARM",
+        help="what arms of the same RoPE are compared with (default: short); may be given for each RoPE",
+    )
     parser.add_argument(
         "--page", type=Path, action="append", default=[], metavar="PAGE", help="whose tables are replaced"
     )
