@@ -965,16 +965,16 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
 
 
 def test_a_table_for_little_room():
-    """The first and the last distance and three between; a distance that an arm lacks is said to be."""
+    """The first distance and the last four; a distance that an arm lacks is said to be."""
     cells = [
         {"distance": place, "score": float(place), "low": 0.0, "high": 100.0} for place in range(0, 130, 10)
     ]
     whole = {"score": 60.0, "low": 50.0, "high": 70.0}
     shown = {"a": {"cells": cells, **whole}, "b": {"cells": cells[:1], **whole}}
     assert distance_tables.brief(shown).splitlines() == [
-        "| keys found, % | all distances | +0 | +30 | +60 | +90 | +120 |",
+        "| keys found, % | all distances | +0 | +90 | +100 | +110 | +120 |",
         "|---|---|---|---|---|---|---|",
-        "| a | 60 [50, 70] | 0 [0, 100] | 30 [0, 100] | 60 [0, 100] | 90 [0, 100] | 120 [0, 100] |",
+        "| a | 60 [50, 70] | 0 [0, 100] | 90 [0, 100] | 100 [0, 100] | 110 [0, 100] | 120 [0, 100] |",
         "| b | 60 [50, 70] | 0 [0, 100] | not run | not run | not run | not run |",
     ]
 
@@ -1022,15 +1022,18 @@ def test_an_arm_is_compared_with_what_has_its_rope():
     assert distances.compared(arms, ["short"]) == {"pose": "short"}
 
 
-def test_the_page_holds_the_committed_numbers():
-    """By the command that it names."""
-    page = REPOSITORY / "docs/realmodel.md"
+def test_the_page_and_the_readme_hold_the_committed_numbers():
+    """By the command that the page names."""
+    page, readme = REPOSITORY / "docs/realmodel.md", REPOSITORY / "README.md"
     text = page.read_text()
     arms = distances.read(REPOSITORY / "docs/findings/realmodel.json")
     pictures = distances.chosen(re.findall(r"--picture (\S+)", text), arms)
     controls = re.findall(r"--control (\S+)", text)
     tables, _ = distances.tables(arms, controls, pictures)
     assert pictures and markdown.filled(page, tables) == text, f"run the command of {page}"
+    assert markdown.filled(readme, tables) == readme.read_text(), f"run the command of {page}"
+    marks = set(re.findall(r"<!-- /([\w-]+) -->", text))
+    assert marks <= set(tables) and set(pictures) <= marks
 
 
 @pytest.mark.parametrize(

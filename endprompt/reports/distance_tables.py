@@ -20,7 +20,7 @@ READING = (
 # Positions from a distance that was asked for to the nearest that training rows showed.
 STEPS = ((0, "shown"), (1024, "up to 1024"), (4096, "up to 4096"), (16384, "up to 16384"))
 BEYOND = "further"
-BRIEF = 5  # distances of a short table, the first and the last among them
+BRIEF = 5  # distances of a short table: the first, and the last ones, where arms part
 
 
 def pooled(cells: list[dict], keys: tuple[str, str, str], limits: tuple[float, float]) -> dict:
@@ -134,8 +134,7 @@ def distances(shown: dict[str, dict]) -> str:
 def brief(shown: dict[str, dict]) -> str:
     """Keys found over all distances and at BRIEF of them, for a page that has little room."""
     places = sorted({cell["distance"] for scores in shown.values() for cell in scores["cells"]})
-    last = len(places) - 1
-    places = sorted({places[round(last * number / (BRIEF - 1))] for number in range(BRIEF)})
+    places = sorted({places[0], *places[-(BRIEF - 1) :]})
     rows = []
     for name, scores in shown.items():
         cells = {cell["distance"]: cell for cell in scores["cells"]}
