@@ -48,6 +48,28 @@ def experiment(path, method="pose", *overrides):
 
 
 @needed
+@pytest.mark.parametrize("columns", [32, 64, 96, 176])
+def test_rows_that_are_no_whole_blocks(columns):
+    """bitsandbytes' kernel for AVX-512 is wrong there; products and restored values are not."""
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    whole = torch.randn(48, columns, device="cpu")
+    four = Linear4bit(columns, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4", device="cpu")
+    four.load_state_dict({"weight": whole})
+    four.to("cpu")
+    four.__class__ = quantized._linear()
+    four.support_avx512bf16_for_cpu = False
+    values = quantized._values(four.weight)
+    assert (values - whole).norm() / whole.norm() < 0.12
+    x = torch.randn(5, columns, device="cpu", requires_grad=True)
+    found = four(x)
+    assert torch.allclose(found, x @ values.T, atol=1e-4)
+    found.sum().backward()
+    assert torch.allclose(x.grad, values.sum(0).expand(5, -1), atol=1e-4)
+
+
+@needed
 @pytest.mark.parametrize("name", DENSE)
 def test_linear_layers_of_every_family_and_nothing_else(name, recipe_file, tmp_path, base):
     folder = family_models.saved(tmp_path / "model", family_models.written(name), base)

@@ -6,6 +6,7 @@ stay as they are.  The network that comes of it is an ordinary one with other li
 marks of a quantized model are taken off, as what is saved at last is none.
 """
 
+import copy
 import functools
 import importlib.util
 from typing import Any
@@ -55,9 +56,18 @@ def loading(dtype, cuda: bool) -> dict[str, Any]:
 def _linear():
     """The class of a frozen linear layer in 4 bits."""
     from bitsandbytes.nn import Linear4bit
+    from torch.nn import functional
 
     class Frozen(Linear4bit):
         """Checkpoints leave its weight out: a run that goes on reads the base again, to the same bits."""
+
+        def forward(self, x):
+            if x.device.type != "cpu" or self.in_features % BLOCK == 0:
+                return super().forward(x)
+            dtype = self.compute_dtype or x.dtype
+            bias = None if self.bias is None else self.bias.to(dtype)
+            found = functional.linear(x.to(dtype), _values(self.weight).to(dtype), bias)
+            return found.to(x.dtype)
 
         def _save_to_state_dict(self, destination, prefix, keep_vars):
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -70,6 +80,22 @@ def _linear():
             missing += [name for name in lacking if name != f"{prefix}weight"]
 
     return Frozen
+
+
+def _values(weight):
+    """The matrix that a weight in 4 bits stands for.
+
+    On a CPU with AVX-512, bitsandbytes 0.50.2 gives other values where rows are not whole blocks; blocks run
+    over the rows' ends, so a matrix of one block a row holds the same values.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = weight.quant_state
+    shape = state.shape
+    if weight.device.type == "cpu" and shape.numel() % BLOCK == 0:
+        state = copy.copy(state)
+        state.shape = (shape.numel() // BLOCK, BLOCK)
+    return dequantize_4bit(weight.data, state).view(shape)
 
 
 def _found(network) -> dict[str, Any]:
@@ -110,11 +136,10 @@ def restore(network) -> None:
     the base was loaded in, and moves all to the CPU, in place: a GPU that needs 4 bits may not hold them.
     """
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
     with torch.no_grad():
         for module in _found(network).values():
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight = _values(module.weight)
             module.__class__ = torch.nn.Linear
             module.weight = torch.nn.Parameter(weight.cpu(), requires_grad=False)
     network.is_loaded_in_4bit = False
