@@ -48,7 +48,7 @@ def experiment(path, method="pose", *overrides):
 
 
 @needed
-@pytest.mark.parametrize("columns", [32, 64, 96, 176])
+@pytest.mark.parametrize("columns", [32, 50, 64, 96, 176])
 def test_rows_that_are_no_whole_blocks(columns):
     """bitsandbytes' kernel for AVX-512 is wrong there; products and restored values are not."""
     from bitsandbytes.nn import Linear4bit

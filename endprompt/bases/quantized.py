@@ -85,16 +85,16 @@ def _linear():
 def _values(weight):
     """The matrix that a weight in 4 bits stands for.
 
-    On a CPU with AVX-512, bitsandbytes 0.50.2 gives other values where rows are not whole blocks; blocks run
-    over the rows' ends, so a matrix of one block a row holds the same values.
+    On a CPU with AVX-512, bitsandbytes 0.50.2 gives other values where rows are not whole blocks.  Blocks run
+    over the rows' ends, so one row of all weights holds the same values, and that it reads rightly.
     """
     from bitsandbytes.functional import dequantize_4bit
 
     state = weight.quant_state
     shape = state.shape
-    if weight.device.type == "cpu" and shape.numel() % BLOCK == 0:
+    if weight.device.type == "cpu":
         state = copy.copy(state)
-        state.shape = (shape.numel() // BLOCK, BLOCK)
+        state.shape = (1, shape.numel())
     return dequantize_4bit(weight.data, state).view(shape)
 
 
