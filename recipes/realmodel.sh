@@ -6,9 +6,9 @@
 # far_gain and no perplexity), TOKENS (131072), SEEDS ("0 1"), JOBS (arms at a time, one process and one
 # thread each; 2), METHODS (only these), QUESTIONS (a distance; 200), SAMPLES (of named_keys a length; 16),
 # LENGTHS (of named_keys and far_gain, "4096 8192 16384"; empty: neither), WINDOW (the length of perplexity;
-# 8192), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), BF16 (true: train in bfloat16, 1.6
-# times as fast where lscpu shows avx512_bf16, slow elsewhere; false), RECIPE
-# (recipes/smollm2-135m-64k-cpu.yaml), OUT (runs/realmodel), PYTHON (python).
+# 8192), SHORT_TEXT (tasks such as hellaswag, 500 samples each; none), SHOTS (examples before each of these,
+# 0: ten take hours an arm), BF16 (true: train in bfloat16, 1.6 times as fast where lscpu shows avx512_bf16,
+# slow elsewhere; false), RECIPE (recipes/smollm2-135m-64k-cpu.yaml), OUT (runs/realmodel), PYTHON (python).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +19,7 @@ fi
 export PYTHON root NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export RECIPE=${RECIPE:-$root/recipes/smollm2-135m-64k-cpu.yaml} OUT=${OUT:-runs/realmodel} TOKENS=${TOKENS:-131072}
 export CORPUS=${CORPUS:-} HELD_OUT=${HELD_OUT:-} QUESTIONS=${QUESTIONS:-200} SAMPLES=${SAMPLES:-16}
-export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} BF16=${BF16:-false} WINDOW=${WINDOW:-8192}
+export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} SHOTS=${SHOTS:-0} BF16=${BF16:-false} WINDOW=${WINDOW:-8192}
 SEEDS=${SEEDS:-0 1}
 JOBS=${JOBS:-2}
 
@@ -88,6 +88,7 @@ one() {  # setting method seed differences
     inside+=(--set "eval.perplexity_corpus=$HELD_OUT")
     tasks=perplexity${tasks:+, $tasks}
   fi
+  [ -z "$SHORT_TEXT" ] || inside+=(--set "eval.short_text_shots=$SHOTS")
   inside+=(--set "eval.tasks=[$tasks]")
   # The same command after other settings goes on with what they ask for.
   marker=$run/.study-$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" "${inside[@]}" | cksum | cut -d ' ' -f 1)

@@ -570,6 +570,10 @@ def test_gsm8k_is_five_shot_and_strict(local_sets):
         and found["few_shots"] == 5
         and all(prompt.count("Question: ") == 6 for prompt in oracle.prompts)
     )
+    zero = Known(solve)
+    found = run.short_text(zero, "gsm8k", None, False, False, shots=0)
+    assert found["score"] == 100 and found["few_shots"] == 0
+    assert all(prompt.count("Question: ") == 1 for prompt in zero.prompts)
     loose = Known(lambda prompt: "It is " + solve(prompt).rpartition("#### ")[2])
     assert (
         run.short_text(loose, "gsm8k", None, False, False)["score"] == 0

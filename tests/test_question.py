@@ -432,6 +432,18 @@ def test_every_key_of_the_eval_section_is_held_or_named(setting):
     ) == len(task_names.TASKS) - len(task_names.SHORT_TEXT)
 
 
+def test_the_number_of_examples_is_held_as_what_it_comes_to(setting):
+    loaded = AutoTokenizer.from_pretrained(setting.model)
+
+    def asked(*overrides):
+        setting.overrides = list(overrides)
+        return question.Questions(setting.recipe(), loaded)("hellaswag", None, {})
+
+    own = asked()
+    assert own["few_shots"] == 10 and own == asked("eval.short_text_shots=10")
+    assert asked("eval.short_text_shots=0") == {**own, "few_shots": 0}
+
+
 @pytest.mark.parametrize(
     "name, at, seen",
     [

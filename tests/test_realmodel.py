@@ -75,7 +75,8 @@ def test_every_arm_is_a_recipe_and_is_run_once(study):
         ("named_keys", "far_gain"),
         ("perplexity", "hellaswag"),
     }
-    assert all(recipe.eval.lengths == [8192] for recipe in recipes if "perplexity" in recipe.eval.tasks)
+    inside = [recipe.eval for recipe in recipes if "perplexity" in recipe.eval.tasks]
+    assert all(part.lengths == [8192] and part.short_text_shots == 0 for part in inside)
     assert "endprompt.reports.distances" in calls[-1] and "yarn/short=out/yarn-131072/seed1" in calls[-1]
 
 

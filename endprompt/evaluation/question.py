@@ -37,6 +37,7 @@ _ELSEWHERE = (
     "tasks",
     "lengths",
     "run_unsafe_code",
+    "short_text_shots",
     "perplexity_corpus",
     "perplexity_column",
     "ruler_samples",
@@ -270,7 +271,7 @@ class Questions:
                     )
                 }
             case "short_text":
-                few_shots, metric = task_names.SHORT_TEXT[task]
+                few_shots, metric = task_names.short_text(task, options.short_text_shots)
                 return {"few_shots": few_shots, "metric": metric}
             case _:
                 return {}

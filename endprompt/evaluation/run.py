@@ -227,7 +227,7 @@ class Scorer:
         options = self.recipe.eval
         if task in task_names.SHORT_TEXT:
             limits = options.short_text_samples, options.chat_template, options.run_unsafe_code
-            return short_text(self.lm, task, *limits), []
+            return short_text(self.lm, task, *limits, shots=options.short_text_shots), []
         assert length is not None  # which only short text has none of
         samples = self._run(task, length)
         documents = [sample["doc"] for sample in samples]
@@ -305,12 +305,15 @@ def _predictions(documents: list[dict], answers: list, before: Sequence[str], af
     ]
 
 
-def short_text(lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool) -> dict:
-    """The scores of one of the harness' own tasks, at the shots and by the metric of ``names.SHORT_TEXT``;
-    all subtasks' samples count alike, as in the harness' own mean of MMLU.  ``limit``: samples a subtask;
-    None: all.
+def short_text(
+    lm, task: str, limit: int | None, chat_template: bool, unsafe_code: bool, shots: int | None = None
+) -> dict:
+    """The scores of one of the harness' own tasks by the metric of ``task_names.SHORT_TEXT``; all subtasks'
+    samples count alike, as in the harness' own mean of MMLU.
+
+    limit: samples a subtask; None: all.  shots: examples before a question; None: the task's own number.
     """
-    few_shots, metric = task_names.SHORT_TEXT[task]
+    few_shots, metric = task_names.short_text(task, shots)
     found = engine.run_own(
         lm,
         task,

@@ -187,6 +187,11 @@ class EvalSection(Section):
     short_text_samples: int | None = Field(
         None, gt=0, description="of a subtask of the short-text tasks; null: all"
     )
+    short_text_shots: int | None = Field(
+        None,
+        ge=0,
+        description="examples before a question of the short-text tasks; null: the task's own number",
+    )
     chat_template: bool = Field(
         False, description="put around prompts; never around the text of perplexity and far_gain"
     )

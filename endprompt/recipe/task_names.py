@@ -56,6 +56,13 @@ ALONE = ("passkey", "multikey", "perplexity", *PIECEWISE)  # in no group
 TASKS = (*ALONE, *(task for group in GROUPS.values() for task in group))
 
 
+def short_text(task: str, shots: int | None) -> tuple[int, str]:
+    """(examples before a question, metric) of one of SHORT_TEXT; shots: None, or another number than its
+    own."""
+    few_shots, metric = SHORT_TEXT[task]
+    return few_shots if shots is None else shots, metric
+
+
 def expand(names: list[str]) -> list[str]:
     """``names`` with each group replaced by its tasks, each once, in order.  Raises ValueError naming what is
     not known.
