@@ -23,18 +23,18 @@ EP_1='This is the end of text, please pay attention here.'
 
 # By setting: its methods, what differs from the recipe (parted by |), and the setting with the same
 # training: there, a run whose model only needs other sharpening finds its last checkpoint.
-neighbours='randpos cream longrecipe e2llm drope longrope2 perturbed self_distil'
+neighbours='randpos cream longrecipe e2llm perturbed self_distil'
 declare -A methods=(
-  [plain]="base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora $neighbours"
+  [plain]="base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora drope longrope2 $neighbours"
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
   [by-position]='pose_sharp pose_matched'
-  [yarn]='full_length endprompt_pose'
+  [yarn]="full_length endprompt_pose short endprompt endprompt_random longlora $neighbours"
   [yarn-sharpened]='full_length endprompt_pose'
-  [theta]="full_length pose_matched pose_sharp pose short endprompt endprompt_pose $neighbours"
+  [theta]="full_length pose_matched pose_sharp pose_recall pose short endprompt endprompt_random endprompt_pose longlora $neighbours"
   [theta-by-position]='pose_sharp pose_matched'
   [theta-unsharpened]='pose_sharp pose_matched' [theta-sharpened]='full_length'
-  [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched
+  [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched [theta-share-10]=pose_recall
   [lr-low]=full_length [lr-high]=full_length
   [yarn-lr-low]=full_length [yarn-lr-high]=full_length
   [theta-lr-low]=full_length [theta-lr-high]=full_length
@@ -53,6 +53,7 @@ declare -A different=(
   [theta-unsharpened]='rope.type=theta|rope.sharpen=0.0' [theta-sharpened]='rope.type=theta|rope.sharpen=1.0'
   [theta-chunks-4]='rope.type=theta|method_options.pose_chunks=4'
   [theta-pieces-2]='rope.type=theta|method_options.match_pieces=2'
+  [theta-share-10]='rope.type=theta|method_options.recall_share=0.1'
   [lr-low]='train.learning_rate=5.0e-4' [lr-high]='train.learning_rate=2.0e-3'
   [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
   [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
@@ -63,7 +64,7 @@ declare -A different=(
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
 declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained

@@ -584,7 +584,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 2 + 15 + 2 + 5 + 6 + 5) and len(set(asked)) == len(
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 12 + 2 + 16 + 2 + 6 + 6 + 5) and len(set(asked)) == len(
         asked
     )
     common = (
@@ -649,12 +649,21 @@ def test_script_refuses_a_target_that_is_not_doubled(script, target):
     assert f"TARGET={target} is not 256 doubled; use 512, 1024" in done.stderr
 
 
-def test_settings_of_the_script_are_recipes(script):
-    done, calls = script(SEEDS="0", METHODS="endprompt pose_recall", JOBS="1")
+def test_every_setting_of_the_script_can_be_trained(script, tmp_path):
+    """Some methods bring a scaling of their own, and are refused under another."""
+    for method in ("pose_sharp", "pose_matched"):
+        for setting in ("plain", "theta"):
+            trained(tmp_path / "out", method, 0, setting)
+    done, calls = script(SEEDS="0", JOBS="1")
+    assert done.returncode == 0, done.stderr
     for call in (call for call in calls if "evaluate" in call):
         _, *overrides = call.split(" --set ")
-        schema.load(REPOSITORY / "recipes/tiny.yaml", overrides)
-        assert call.split()[4] in methods.METHODS
+        recipe = schema.load(REPOSITORY / "recipes/tiny.yaml", overrides)
+        experiment = Experiment.of(recipe, call.split()[4], tmp_path / "nowhere")
+        assert experiment.scaling
+    recipe = schema.load(REPOSITORY / "recipes/tiny.yaml", ["rope.type=theta"])
+    with pytest.raises(BadInput, match="drope trains without positions"):
+        assert Experiment.of(recipe, "drope", tmp_path / "nowhere").scaling
 
 
 def test_sharpened_runs_start_where_the_plain_ones_end(script, tmp_path):
