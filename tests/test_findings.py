@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib import image
 from test_eval import cells, write_result
 
-from endprompt import BadInput, methods
+from endprompt import BadInput
 from endprompt.evaluation import intervals
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment

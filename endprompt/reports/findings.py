@@ -25,10 +25,10 @@ from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, intervals, passkey, results
 from endprompt.positions import coverage, plans
 from endprompt.reports import compare, findings_questions, findings_tables, markdown
+from endprompt.reports.findings_questions import PLAIN
 from endprompt.rows import shards
 from endprompt.runs import provenance
 
-PLAIN = "plain"
 LOSSES = {
     "text_loss": "text loss",
     "end_prompt_loss": "end-prompt loss",
