@@ -878,8 +878,10 @@ def scored_run(folder, score, supervised=None, task="distance", nats=1.0):
 
 
 def test_runs_side_by_side(tmp_path, capsys):
-    """Seeds of an arm are one row, with Student's interval; distances that rows showed are marked."""
-    one, two = (scored_run(tmp_path / f"seed{seed}/r/pose", 40.0 + 20 * seed, 1.0) for seed in (0, 1))
+    """Seeds of an arm are one row, with an interval over them; distances that rows showed are marked."""
+    one, two, three = (
+        scored_run(tmp_path / f"seed{seed}/r/pose", 40.0 + 20 * seed, 1.0) for seed in range(3)
+    )
     alone = scored_run(tmp_path / "seed0/r/base", 10.0, nats=2.0)
     for task in ("named_keys", "far_gain"):
         scored_run(one, 30.0, task=task)
@@ -887,13 +889,16 @@ def test_runs_side_by_side(tmp_path, capsys):
     distances.main([f"pose={one}", f"pose={two}", str(alone), "--out", str(out), "--title", "T"])
     text = (out / "distances.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip() and text.startswith("# T\n")
-    half = 12.7062 * 14.142136 / math.sqrt(2)
     found = next(line for line in text.splitlines() if line.startswith("| pose |"))
-    assert half > 100 and found == "| pose | 50 [0, 100] `*` | 50 [0, 100] |"
+    assert found == "| pose | 50 [20, 100] `*` | 50 [20, 100] |"  # from half of 40 to the upper end of 60
     assert "| base | 10 [5, 100] | 10 [5, 100] |" in text and "| base | 2.00 | 2.00 |" in text
     assert "| pose | 30 [15, 100], 1.00 nats |" in text and "| pose | +30.000 [+15.000, +100.000] |" in text
     assert image.imread(out / "distances-512.png").std() > 0.05
     assert set(json.loads((out / "distances.json").read_text())["arms"]) == {"pose", "base"}
+    every = [distances.entry(run)["results"]["distance:512"] for run in (one, two, three)]
+    half = 4.3027 * 20 / math.sqrt(3)
+    joined = distance_tables.joined(every)
+    assert (joined["score"], joined["low"]) == (60.0, pytest.approx(60 - half, abs=0.01))
     assert set(distances.named([str(one), str(alone)])) == {"pose", "base"}
     assert set(distances.named([str(one), str(two)])) == {"seed0/r/pose", "seed1/r/pose"}
 
@@ -906,7 +911,7 @@ def test_what_any_seed_showed_is_shaded(tmp_path):
         seeds[-1]["coverage"]["supervised"] = spans
     seeds[1]["score"] = 60.0
     joined = distance_tables.joined(seeds)
-    assert (joined["score"], joined["low"], joined["high"]) == (50.0, 0.0, 100.0)
+    assert (joined["score"], joined["low"], joined["high"]) == (50.0, 20.0, 100.0)
     assert joined["coverage"] == {
         "supervised": [(0, 120), (200, 210)],
         "gap": [(121, 199), (211, 511)],

@@ -14,8 +14,9 @@ GAIN = ("score", "low", "high"), (float("-inf"), float("inf"))
 PERPLEXITY = ("score", "low", "high"), (0.0, float("inf"))
 
 READING = (
-    "Keys found in % by extra distance, with 95 % interval (Student's t over seeds, Wilson for one seed or\n"
-    "equal ones); `*`: training rows showed most of these distances."
+    "Keys found in % by extra distance, with 95 % interval (Wilson for one seed or equal ones; of two seeds\n"
+    "one that holds both seeds' own; from three on Student's t); `*`: training rows showed most of these\n"
+    "distances."
 )
 # Positions from a distance that was asked for to the nearest that training rows showed.
 STEPS = ((0, "shown"), (1024, "up to 1024"), (4096, "up to 4096"), (16384, "up to 16384"))
@@ -25,10 +26,18 @@ BRIEF = 5  # distances of a short table: the first, and the last ones, where arm
 
 def pooled(cells: list[dict], keys: tuple[str, str, str], limits: tuple[float, float]) -> dict:
     """The value ``keys[0]`` of each seed's cell as one, {"mean", "low", "high", "seeds", "interval"}; the
-    others are the ends of a cell's own interval, which stands for one seed."""
+    others are the ends of a cell's own interval, which stands for one seed.
+
+    Of two seeds, Student's interval is 25 times as wide as they are apart from their mean, and says nothing:
+    there the interval holds both seeds' own.
+    """
     value, low, high = keys
     alone = cells[0][low], cells[0][high]
-    return intervals.over_seeds([cell[value] for cell in cells], alone, *limits)
+    found = intervals.over_seeds([cell[value] for cell in cells], alone, *limits)
+    if len(cells) == 2 and found["interval"] == "t":
+        ends = min(cell[low] for cell in cells), max(cell[high] for cell in cells)
+        found |= {"low": ends[0], "high": ends[1], "interval": "both"}
+    return found
 
 
 def by_length(arm: list[dict], task: str) -> dict[int, list[dict]]:

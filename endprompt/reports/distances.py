@@ -6,11 +6,12 @@ found over distance.
         --picture untrained=own,untrained-yarn --control short --control theta-short
 
 RUN is a run's folder, OUT/<recipe>/<method>, or NAME=RUN; runs under one name are an arm's seeds, and their
-mean is shown with Student's interval over them.  Without names, an arm is called by as much of its folder as
-tells the runs apart.  A distances.json that was written before gives the same without the runs; of several
-sources, a later one's arm stands in the place of an earlier one's.  A page takes those tables that it has a
-place for, between ``<!-- name -->`` and ``<!-- /name -->``: found-<target>, filled-in-<target>, named_keys,
-far_gain, perplexity, inside, prompt-loss, and two a picture: its name, and brief-<name> with few distances.
+mean is shown with Student's interval over them, or of two with one that holds both seeds' own.  Without
+names, an arm is called by as much of its folder as tells the runs apart.  A distances.json that was written
+before gives the same without the runs; of several sources, a later one's arm stands in the place of an
+earlier one's.  A page takes those tables that it has a place for, between ``<!-- name -->`` and
+``<!-- /name -->``: found-<target>, filled-in-<target>, named_keys, far_gain, perplexity, inside, prompt-loss,
+and two a picture: its name, and brief-<name> with few distances.
 """
 
 import argparse
