@@ -60,7 +60,7 @@ def test_pairs_of_pairs():
 def test_grams_are_those_of_sets(pieces, n):
     n_of = min(n, pieces.shape[1])
     sets = [{tuple(piece[at : at + n_of]) for at in range(len(piece) - n_of + 1)} for piece in pieces]
-    held = matching.grams(pieces, n).astype(int)
+    held = matching.grams(pieces, n).toarray().astype(int)
     assert [[int(value) for value in row] for row in held.T @ held] == [
         [len({gram for gram in one & other if sum(gram in found for found in sets) > 1}) for other in sets]
         for one in sets

@@ -9,10 +9,12 @@ order.
 from collections.abc import Callable
 
 import numpy as np
+from scipy import sparse
 
 
-def grams(pieces: np.ndarray, n: int) -> np.ndarray:
-    """Bool [g, p]: which of ``pieces`` [p, size] (token ids) hold each n-gram that at least two of them hold.
+def grams(pieces: np.ndarray, n: int) -> sparse.csr_array:
+    """Float32 [g, p], 1 where one of ``pieces`` [p, size] (token ids) holds an n-gram, for each n-gram that at
+    least two of them hold.
 
     Two n-grams pass for one if their 64-bit hashes are equal.
     """
@@ -23,9 +25,14 @@ def grams(pieces: np.ndarray, n: int) -> np.ndarray:
     for column in range(windows.shape[2]):  # FNV-1a, an id at a time; it wraps on purpose
         hashes = (hashes ^ windows[:, :, column]) * np.uint64(1099511628211)
     number = np.unique(hashes, return_inverse=True)[1].reshape(hashes.shape)
-    held = np.zeros((int(number.max()) + 1, len(pieces)), bool)
-    held[number, np.arange(len(pieces))[:, None]] = True
-    return held[held.sum(axis=1) > 1]
+    count = len(pieces)
+    pairs = np.unique(number * count + np.arange(count)[:, None])
+    gram, piece = np.divmod(pairs, count)
+    several = np.bincount(gram) > 1
+    kept = several[gram]
+    gram = (np.cumsum(several) - 1)[gram[kept]]
+    ones = np.ones(len(gram), np.float32)
+    return sparse.csr_array((ones, (gram, piece[kept])), shape=(int(several.sum()), count))
 
 
 Gain = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -50,10 +57,10 @@ def groups(
             f"{len(pieces)} pieces do not make groups of {together}; a power of two that divides them is"
             " wanted"
         )
-    held, found = grams(pieces, n).astype(np.float32), [[number] for number in range(len(pieces))]
-    gains = None if gain is None else gain(pieces, held.T @ held)
+    held, found = grams(pieces, n), [[number] for number in range(len(pieces))]
+    gains = None if gain is None else gain(pieces, (held.T @ held).toarray())
     while len(found[0]) < together:
-        shared = held.T @ held
+        shared = (held.T @ held).toarray()
         first, second = np.triu_indices(len(found), 1)
         keys = [rng.random(len(first)), -shared[first, second]]
         if gains is not None:
@@ -65,7 +72,7 @@ def groups(
                 free[one] = free[other] = False
                 merged.append((one, other))
         ones, others = map(list, zip(*merged, strict=True))
-        held = np.maximum(held[:, ones], held[:, others])
+        held = held[:, ones].maximum(held[:, others])
         if gains is not None:
             gains = gains[ones] + gains[others]
             gains = gains[:, ones] + gains[:, others]
