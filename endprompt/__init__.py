@@ -3,4 +3,5 @@
 from endprompt.errors import BadInput, Failure
 
 __version__ = "0.1.0"
-__all__ = ["BadInput", "Failure"]
+RECOMMENDED = "pose_matched"  # the method of init, the README and the demo
+__all__ = ["RECOMMENDED", "BadInput", "Failure"]

@@ -45,9 +45,9 @@ def test_every_command_of_the_guide(base, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:]
     for name in (
-        "runs/my/pose_sharp/coverage.png",
-        "runs/my/pose_sharp/model/config.json",
-        "runs/my/pose_sharp/eval/distance/2048.json",
+        "runs/my/pose_matched/coverage.png",
+        "runs/my/pose_matched/model/config.json",
+        "runs/my/pose_matched/eval/distance/2048.json",
         "runs/my/base/eval/passkey/2048.json",
         "report.html",
         "served/README.md",

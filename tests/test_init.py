@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import family_models
 import pytest
 import yaml
-from conftest import run_main, tiny_documents, write_jsonl
+from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 
-from endprompt import BadInput
+from endprompt import RECOMMENDED, BadInput
 from endprompt.bases import counting
+from endprompt.methods import METHODS
 from endprompt.planning import estimate, proposal
 from endprompt.planning.shapes import SHAPES
 from endprompt.recipe import schema
@@ -42,15 +43,24 @@ def test_what_it_writes_is_a_recipe_that_fits(tmp_path, base, corpus):
     code, said, error = init(base, corpus, out)
     assert code == 0, error
     assert f"{out}: written" in said and "memory" in said and "time" in said
-    assert f"endprompt prepare {out} pose_sharp" in said
+    assert f"endprompt prepare {out} pose_matched" in said
     recipe = schema.load(out)
     assert (recipe.lengths.physical, recipe.lengths.target) == (256, 512)
     assert recipe.rope.type is None and recipe.eval.lengths == [256, 512]
     assert 5_000 < recipe.data.tokens < 20_000  # what the corpus holds, not 1e8
-    code, resolved, error = run_main("prepare", out, "pose_sharp", "--dry-run")
+    code, resolved, error = run_main("prepare", out, "pose_matched", "--dry-run")
     assert code == 0 and yaml.safe_load(resolved)["train"] == recipe.train, error
     # Every key has its reason beside it where there is one to choose.
     assert out.read_text().count("#") > 10
+
+
+def test_one_method_is_recommended_everywhere():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert METHODS[RECOMMENDED].trained
+    assert f"| `{RECOMMENDED}` | **start here**" in readme and readme.count("**start here**") == 1
+    assert f"bash recipes/run.sh my.yaml {RECOMMENDED} " in readme
+    for page in ("docs/guide.md", "recipes/tiny/demo.sh", "recipes/llama3-8b-64k.yaml"):
+        assert RECOMMENDED in (REPOSITORY / page).read_text()
 
 
 @pytest.mark.parametrize("name", family_models.MODELS)
@@ -62,7 +72,7 @@ def test_a_recipe_for_every_family_and_scaled_bases_in_their_own_scheme(name, tm
     scaled = family_models.MODELS[name].keys.get("rope_scaling") or {}
     scheme = scaled.get("rope_type", scaled.get("type", "yarn"))
     assert recipe.rope.type == (None if scheme == "yarn" else scheme)  # yarn is the method's own
-    found = Experiment.of(recipe, "pose_sharp")
+    found = Experiment.of(recipe, "pose_matched")
     written = "longrope" if found.base.config.model_type == "phi3" else scheme
     assert found.scaling.name == written and found.sharpness > 1
     assert recipe.lengths.physical <= found.base.window
@@ -103,10 +113,10 @@ def test_the_file_is_a_new_recipe(tmp_path, base, corpus):
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path, base):
     short = write_jsonl(tmp_path / "short.jsonl", ["a few words"])
     code, _, error = init(base, short, tmp_path / "my.yaml")
-    assert code == 2 and "less than the 256 that one row" in error
+    assert code == 2 and "less than the 512 that pose_matched takes at a time" in error
     text = write_jsonl(tmp_path / "text.jsonl", tiny_documents(2, 18))
     code, _, error = init(base, text, tmp_path / "my.yaml", "--method", "pose_matched", target=4096)
-    assert code == 2 and "less than the 4096 that one row of pose_matched" in error
+    assert code == 2 and "less than the 4096 that pose_matched takes at a time" in error
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path, corpus):
@@ -122,7 +132,7 @@ def test_a_base_that_is_not_there_is_refused(tmp_path, corpus):
 def search(tmp_path):
     """search(shape, method) of a known model's shape, 8192 -> 65536 on 1e8 tokens."""
 
-    def make(name, method="pose_sharp", physical=8192):
+    def make(name, method="pose_matched", physical=8192):
         about = counting.configured(SimpleNamespace(**SHAPES[name]))
         asked = proposal.Asked(name, None, 65536, ["a/b"], method, None, "auto", tmp_path / "my.yaml")
         return proposal.Search(proposal._recipe(asked, physical, 10**8, None), method, about), asked
@@ -151,7 +161,7 @@ def test_a_base_is_read_into_4_bits_where_adapters_alone_do_not_fit(search):
     matrices = counting.products(found.about)
     assert lora.weights - memory.weights == pytest.approx((2 - 0.51587) * matrices, rel=1e-4)
     assert found.first("lora", A24, 8) == (way, memory)
-    train = proposal.settings(found.recipe, "pose_sharp", way, 1)
+    train = proposal.settings(found.recipe, "pose_matched", way, 1)
     assert train["lora"] == {"r": 16, "alpha": 32.0, "quantize": "nf4"} and train["deepspeed"] is None
     assert "quantize" not in proposal.LORA
     other, _ = search("meta-llama/Meta-Llama-3-8B")
@@ -162,7 +172,7 @@ def test_a_base_is_read_into_4_bits_where_adapters_alone_do_not_fit(search):
 
 
 def test_what_is_not_read_into_4_bits(search):
-    def ways(train="auto", method="pose_sharp", **changes):
+    def ways(train="auto", method="pose_matched", **changes):
         found, _ = search("Qwen/Qwen3-8B", method)
         for key, value in changes.items():
             setattr(found, key, value)
@@ -190,7 +200,7 @@ def test_a_recipe_with_4_bits_is_written_and_planned(tmp_path, base, corpus, mon
         schema.load(out).train["lora"]["quantize"] == "nf4"
         and "pip install 'endprompt[qlora]'" in out.read_text()
     )
-    code, said, error = run_main("plan", out, "pose_sharp", "--gpus", 1)
+    code, said, error = run_main("plan", out, "pose_matched", "--gpus", 1)
     # No column of a ZeRO file beside its own.
     assert code == 0 and "layers nf4" in said and "zero3" not in said, error
 
@@ -201,7 +211,7 @@ def test_eight_gpus_share_what_one_cannot_hold(search):
         machine = estimate.Machine(8, size, "A100", 0.4)
         way, memory = found.first("auto", machine, 8)
         assert (way.what, way.zero) == ("all", zero) and estimate.fits(memory, machine)
-    train = proposal.settings(found.recipe, "pose_sharp", way, 8)
+    train = proposal.settings(found.recipe, "pose_matched", way, 8)
     assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * 8 == 64
 
 

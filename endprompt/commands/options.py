@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from endprompt import RECOMMENDED
+
 CODES = (
     "exit codes: 0 done, 1 failure while running, 2 bad input (one line says what, where and how to mend it)"
 )
@@ -321,7 +323,7 @@ def _init_options(commands) -> None:
     init.add_argument(
         "--mfu", type=float, default=0.4, metavar="SHARE", help="share of that peak that is reached"
     )
-    init.add_argument("--method", default="pose_sharp", metavar="METHOD", help="a row of the method table")
+    init.add_argument("--method", default=RECOMMENDED, metavar="METHOD", help="a row of the method table")
     init.add_argument(
         "--tokens",
         type=int,

@@ -13,8 +13,8 @@ from scipy import sparse
 
 
 def grams(pieces: np.ndarray, n: int) -> sparse.csr_array:
-    """Float32 [g, p], 1 where one of ``pieces`` [p, size] (token ids) holds an n-gram, for each n-gram that at
-    least two of them hold.
+    """Float32 [g, p], 1 where one of ``pieces`` [p, size] (token ids) holds an n-gram, of those that at least
+    two of them hold.
 
     Two n-grams pass for one if their 64-bit hashes are equal.
     """

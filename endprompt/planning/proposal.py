@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from endprompt import BadInput
+from endprompt import RECOMMENDED, BadInput
 from endprompt.bases import families, quantized
 from endprompt.planning import estimate
 from endprompt.planning.estimate import Machine
@@ -259,7 +259,7 @@ def _refuse_short(search: Search, tokenizer, tokens: int) -> None:
     needed = found.rows(tokenizer).together * found.row_length
     if tokens < needed:
         raise BadInput(
-            f"--corpus: {tokens} tokens are less than the {needed} that one row of {search.method} takes;"
+            f"--corpus: {tokens} tokens are less than the {needed} that {search.method} takes at a time;"
             " give more text, or more --tokens"
         )
 
@@ -283,7 +283,7 @@ def _what_would(search: Search, asked: Asked, machine: Machine) -> str:
     if asked.train == ALL and search.first(ADAPTERS, machine, 1):
         mends.append("--train lora")
     if Experiment.of(search.recipe, search.method).method.fills == "target":
-        short = Search(search.recipe, "pose_sharp", search.about)
+        short = Search(search.recipe, RECOMMENDED, search.about)
         if short.first(asked.train, machine, 1):
-            mends.append("--method pose_sharp, whose rows are short")
+            mends.append(f"--method {RECOMMENDED}, whose rows are short")
     return f"{line}; what would: {', or '.join(mends)}"

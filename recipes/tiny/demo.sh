@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole main job on the embedded default: an 8x extension at equal tokens, beside the untrained base.
 #   bash recipes/tiny/demo.sh
-# Environment: DEMO_METHODS ("base short endprompt full_length pose_sharp"), OUT (runs/demo), PYTHON (python).
+# Environment: DEMO_METHODS ("base short endprompt full_length pose_matched"), OUT (runs/demo), PYTHON (python).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -11,7 +11,7 @@ export OUT=${OUT:-runs/demo} NPROC=1 OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 [ -x "$PYTHON" ] || PYTHON=python
 export PYTHON
-read -ra chosen <<<"${DEMO_METHODS:-base short endprompt full_length pose_sharp}"
+read -ra chosen <<<"${DEMO_METHODS:-base short endprompt full_length pose_matched}"
 recipe=recipes/tiny.yaml
 runs=$("$PYTHON" -m endprompt path "$recipe" --out "$OUT")
 pairs=$("$PYTHON" -c 'import sys, yaml; asked = yaml.safe_load(open(sys.argv[1]))["eval"]; print(len(asked["tasks"]) * len(asked["lengths"]))' "$recipe")
@@ -22,7 +22,7 @@ for method in "${chosen[@]}"; do
   "$PYTHON" -m endprompt path "$recipe" "$method" --out "$OUT" >/dev/null # names what there is no method of
 done
 mkdir -p "$logs"
-shown=pose_sharp # whose commands are named at the end
+shown=pose_matched # whose commands are named at the end
 for method in "${chosen[@]}"; do
   if [[ $untrained != *" $method "* ]]; then shown=$method; fi
 done
