@@ -64,12 +64,13 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(value: dict | None, form: str = "{:.0f}") -> str:
-    """ "mean [low, high]", or a dash."""
-    return (
-        "-"
-        if value is None
-        else f"{form.format(value['mean'])} [{form.format(value['low'])}, {form.format(value['high'])}]"
-    )
+    """ "mean [low, high]", or a dash; the mean alone where nothing is known of its spread."""
+    if value is None:
+        return "-"
+    mean = form.format(value["mean"])
+    if value["low"] == value["high"]:
+        return mean
+    return f"{mean} [{form.format(value['low'])}, {form.format(value['high'])}]"
 
 
 def _name(entry: dict) -> str:
