@@ -34,7 +34,7 @@ declare -A methods=(
   [theta]="full_length pose_matched pose_sharp pose_recall pose short endprompt endprompt_random endprompt_pose longlora $neighbours"
   [theta-by-position]='pose_sharp pose_matched'
   [theta-unsharpened]='pose_sharp pose_matched' [theta-sharpened]='full_length'
-  [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched [theta-share-10]=pose_recall [theta-ambiguous]=pose_recall
+  [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched [theta-share-10]=pose_recall
   [lr-low]=full_length [lr-high]=full_length
   [yarn-lr-low]=full_length [yarn-lr-high]=full_length
   [theta-lr-low]=full_length [theta-lr-high]=full_length
@@ -54,7 +54,6 @@ declare -A different=(
   [theta-chunks-4]='rope.type=theta|method_options.pose_chunks=4'
   [theta-pieces-2]='rope.type=theta|method_options.match_pieces=2'
   [theta-share-10]='rope.type=theta|method_options.recall_share=0.1'
-  [theta-ambiguous]='rope.type=theta|method_options.recall_from=ambiguous|method_options.recall_share=0.1875|method_options.recall_tokens=8'
   [lr-low]='train.learning_rate=5.0e-4' [lr-high]='train.learning_rate=2.0e-3'
   [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
   [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
@@ -65,7 +64,7 @@ declare -A different=(
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
 declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 theta-ambiguous lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained

@@ -2047,7 +2047,6 @@ WHOLE = {
             "recall_share": 0.25,
             "recall_cue": 4,
             "recall_tokens": 16,
-            "recall_from": "anywhere",
         },
         "pose_matched": {
             "match_pieces": 4,

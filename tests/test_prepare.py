@@ -25,7 +25,7 @@ from endprompt.methods import base as methods_base
 from endprompt.methods.end_prompt import END_PROMPTS, EndPromptRows
 from endprompt.methods.matched import MatchedRows
 from endprompt.methods.plain import PlainRows
-from endprompt.methods.recall import RecallRows, ambiguous, repeated
+from endprompt.methods.recall import RecallRows, repeated
 from endprompt.positions import plans
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
@@ -405,39 +405,6 @@ def test_recall(a, sizes, cue, seed):
     ):
         assert np.all(np.diff(part) == 1) and np.all((part >= 100) & (part < 100 + a))
         assert weight.tolist() == [0.0] * min(cue, len(part)) + [1.0] * max(0, len(part) - cue)
-
-
-@given(st.lists(st.integers(0, 3), max_size=40))
-def test_what_two_tokens_do_not_foretell(text):
-    ways: dict[tuple, set] = {}
-    for *before, after in zip(text, text[1:], text[2:], strict=False):
-        ways.setdefault(tuple(before), set()).add(after)
-    expected = [at > 1 and len(ways[text[at - 2], text[at - 1]]) > 1 for at in range(len(text))]
-    assert ambiguous(np.array(text, np.int32)).tolist() == expected
-
-
-@pytest.mark.parametrize("hard", [True, False])
-def test_spans_from_ambiguous_places(hard):
-    """1 2 is followed by 3 and by 9: the rest of the cue, 7 or 8, says by which."""
-    text = np.array([*range(20, 50), 7, 1, 2, 3, 4, 5, *range(60, 90), 8, 1, 2, 9, 10, 11, *range(90, 99)])
-    rng = np.random.default_rng(0)
-    ids, _ = repeated(text, np.full(200, 6), 3, rng, hard)
-    found = {tuple(span) for span in np.split(ids, 200)}
-    wanted = {(7, 1, 2, 3, 4, 5), (8, 1, 2, 9, 10, 11)}
-    assert found == wanted if hard else len(found) > 50
-    alike, _ = repeated(np.arange(50), np.full(200, 6), 3, rng, hard)  # no place is ambiguous
-    assert len(np.unique(alike[::6])) > 30
-
-
-def test_where_spans_are_from_is_held(make):
-    sizes = ["lengths.physical=256", "data.tokens=16384"]
-    plain = rows(made := make("pose_recall", sizes))
-    assert made[1]["recall_from"] is None
-    made = make("pose_recall", [*sizes, "method_options.recall_from=ambiguous"], out="hard")
-    assert made[1]["recall_from"] == "ambiguous" and plain != (hard := rows(made))
-    with pytest.raises(BadInput, match=r"recall_from is 'ambiguous', expected None"):
-        make("pose_recall", [*sizes, "method_options.recall_from=anywhere"], out="hard")
-    assert sum(bool(places(row["input_ids"][:196], row["input_ids"][196:216])) for row in hard) == len(hard)
 
 
 def test_documents_too_short_for_a_span_have_none(make):

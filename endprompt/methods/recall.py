@@ -1,7 +1,5 @@
 """Rows that end in spans of their own text, repeated at far positions."""
 
-from typing import Literal
-
 import numpy as np
 from pydantic import Field
 
@@ -10,8 +8,6 @@ from endprompt.methods.base import register
 from endprompt.methods.pose import Chunked, ChunkOptions, PoseRows
 from endprompt.positions import plans
 
-ENDING = 2  # tokens at the end of a cue that alone do not say what follows
-
 
 class RecallOptions(ChunkOptions):
     recall_share: float = Field(0.25, gt=0, le=0.5, description="of a row's tokens that repeat")
@@ -19,42 +15,16 @@ class RecallOptions(ChunkOptions):
         4, gt=0, description="tokens of a repeated span that name the place, without loss"
     )
     recall_tokens: int = Field(16, gt=0, description="tokens of a repeated span after its cue")
-    recall_from: Literal["anywhere", "ambiguous"] = Field(
-        "anywhere",
-        description="ambiguous: spans whose cue ends in two tokens that others follow elsewhere in the row,"
-        " so that only the rest of the cue says which place is meant; anywhere where there is none",
-    )
-
-
-def ambiguous(text: np.ndarray) -> np.ndarray:
-    """Bool [a]: before which tokens of ``text`` [a] stand the same two as before another token elsewhere."""
-    found = np.zeros(len(text), bool)
-    if len(text) > ENDING:
-        before = np.lib.stride_tricks.sliding_window_view(text, ENDING)[:-1]
-        _, pair = np.unique(before, axis=0, return_inverse=True)
-        followed = np.unique(np.stack([pair.ravel(), text[ENDING:]], axis=1), axis=0)
-        number, ways = np.unique(followed[:, 0], return_counts=True)
-        found[ENDING:] = np.isin(pair.ravel(), number[ways > 1])
-    return found
 
 
 def repeated(
-    text: np.ndarray, spans: np.ndarray, cue: int, rng: np.random.Generator, hard: bool = False
+    text: np.ndarray, spans: np.ndarray, cue: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids [sum of spans] that repeat ``text`` [a], one span from each of places drawn uniformly; their
     float32 loss weights, 0 for the first ``cue`` tokens of a span, which nothing predicts, and 1 for the
     rest, which follow from them and the text).
-
-    hard: whether places are drawn of those where what follows the cue is ``ambiguous``, if there are any.
     """
-    starts, after = [], np.flatnonzero(ambiguous(text)) if hard else np.zeros(0, np.int64)
-    for span in spans:
-        places = after - cue
-        places = places[(places >= 0) & (places <= len(text) - span)]
-        if len(places):
-            starts.append(int(rng.choice(places)))
-        else:
-            starts.append(int(rng.integers(0, len(text) - span, endpoint=True)))
+    starts = [int(rng.integers(0, len(text) - span, endpoint=True)) for span in spans]
     weights = [np.arange(span) >= cue for span in spans]
     ids = [text[start : start + span] for start, span in zip(starts, spans, strict=True)]
     return np.concatenate(ids), np.concatenate(weights).astype(np.float32)
@@ -76,11 +46,6 @@ class RecallRows(PoseRows):
             )
         self.spans = np.full(count, span, np.int64)
 
-    def recorded(self):
-        """Manifests from before places could be ambiguous do not say where spans are from."""
-        found = self.options.model_dump(mode="json")
-        return found if self.options.recall_from == "ambiguous" else {**found, "recall_from": None}
-
     def build(self, cursor, rng):
         room = self.length - int(self.spans.sum())
         if (taken := self.take_chunks(cursor, room)) is None:
@@ -93,8 +58,7 @@ class RecallRows(PoseRows):
         text = self.chosen(text, chunks, rng)
         if not len(spans):
             return self.row(text, position_ids, documents)
-        hard = self.options.recall_from == "ambiguous"
-        ending, weights = repeated(text, spans, self.options.recall_cue, rng, hard)
+        ending, weights = repeated(text, spans, self.options.recall_cue, rng)
         return self.row(text, position_ids, documents, ending, weights, "recall")
 
 

@@ -20,7 +20,7 @@ MEASURES = (
 SCALINGS = (PLAIN, "yarn", "theta")
 NEIGHBOURS = ("randpos", "cream", "longrecipe", "e2llm", "drope", "longrope2", "perturbed", "self_distil")
 # Of the settings, those that take or change one part of a method.
-PARTS = re.compile(r"(.+-)?(sharpened|unsharpened|ambiguous|chunks-\d+|pieces-\d+|share-\d+|by-position)")
+PARTS = re.compile(r"(.+-)?(sharpened|unsharpened|chunks-\d+|pieces-\d+|share-\d+|by-position)")
 RATES = re.compile(r"(.+-)?lr-(low|high)")
 
 
