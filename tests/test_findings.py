@@ -345,7 +345,8 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_pages_hold_the_committed_numbers(page, source):
-    tables = findings_tables.tables(findings.read(REPOSITORY / source)["entries"])
+    entries = findings.read(REPOSITORY / source)["entries"]
+    tables = findings_tables.tables(entries) | findings_questions.tables(entries)
     text = (REPOSITORY / page).read_text()
     assert markdown.filled(REPOSITORY / page, tables) == text, (
         f"{page}: run python -m endprompt.reports.findings {source} --out FOLDER --page {page}"
