@@ -5,6 +5,7 @@ Exit codes: 0 done (for ``train`` also: stopped on request, with a checkpoint), 
 what, where and how to mend it), 1 failure while running.  ``doctor``: 1 if something is to be mended.
 """
 
+import logging
 import os
 import sys
 
@@ -47,6 +48,8 @@ def _complete(parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    # Where a CPU has AVX-512 for bfloat16, its import warns of a kernel on the hub that it can do without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         parser = options.parser()
         _complete(parser)

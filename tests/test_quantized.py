@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import sys
 
 import family_models
@@ -67,6 +68,18 @@ def test_rows_that_are_no_whole_blocks(columns):
     assert torch.allclose(found, x @ values.T, atol=1e-4)
     found.sum().backward()
     assert torch.allclose(x.grad, values.sum(0).expand(5, -1), atol=1e-4)
+
+
+def test_a_kernel_of_the_hub_is_not_missed_aloud(caplog):
+    """bitsandbytes warns of it on import, on CPUs with AVX-512 for bfloat16, and a message is one line."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.setLevel(logging.NOTSET)
+    logger.warning("missed")
+    assert "missed" in caplog.text
+    caplog.clear()
+    run_main("doctor", "--help")
+    logger.warning("missed")
+    assert not caplog.text
 
 
 @needed
