@@ -246,7 +246,9 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
     """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png,
     sharpened.png, scalings.png and neighbours.png, those of which there is something to show.
     """
-    plain, drawn = [entry for entry in entries if entry["setting"] == PLAIN], []
+    apart = findings_questions.NEIGHBOURS  # which have a picture of their own
+    plain = [entry for entry in entries if entry["setting"] == PLAIN and entry["method"] not in apart]
+    drawn: list[Path] = []
 
     def picture(name: str) -> Path:
         drawn.append(out / f"{name}.png")
