@@ -13,6 +13,7 @@ from conftest import REPOSITORY, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from endprompt import BadInput
 from endprompt.evaluation import (
     engine,
     figures,
@@ -430,6 +431,20 @@ def test_every_key_of_the_eval_section_is_held_or_named(setting):
     assert len(
         {question.code(task) for task in task_names.TASKS if question.family(task) != "short_text"}
     ) == len(task_names.TASKS) - len(task_names.SHORT_TEXT)
+
+
+@pytest.mark.parametrize(
+    "tasks, most", [("gsm8k, mmlu", 5), ("humaneval", 0), ("hellaswag, gsm8k", None), ("passkey", None)]
+)
+def test_no_more_examples_than_a_task_has(setting, tasks, most):
+    setting.overrides = [f"eval.tasks=[{tasks}]", f"eval.short_text_shots={most or 0}"]
+    assert setting.recipe().eval.short_text_shots == (most or 0)
+    setting.overrides[1] = "eval.short_text_shots=6"
+    if most is None:
+        assert setting.recipe().eval.short_text_shots == 6
+        return
+    with pytest.raises(BadInput, match=rf"eval.short_text_shots 6: \w+ has {most} examples"):
+        setting.recipe()
 
 
 def test_the_number_of_examples_is_held_as_what_it_comes_to(setting):

@@ -228,6 +228,17 @@ class EvalSection(Section):
         return self
 
     @model_validator(mode="after")
+    def examples_there(self):
+        for task in self.tasks:
+            most = task_names.MOST_SHOTS.get(task)
+            if most is not None and (self.short_text_shots or 0) > most:
+                raise ValueError(
+                    f"eval.short_text_shots {self.short_text_shots}: {task} has {most} examples; lower it, or"
+                    f" drop {task} from eval.tasks"
+                )
+        return self
+
+    @model_validator(mode="after")
     def keys_at_depths(self):
         if task_names.NAMED_KEYS in self.tasks and self.named_keys > self.depths:
             raise ValueError(

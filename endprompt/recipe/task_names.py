@@ -43,6 +43,9 @@ SHORT_TEXT = {
     "humaneval": (0, "pass@1,create_test"),
 }
 
+# Those whose data hold no more examples than these.
+MOST_SHOTS = {"mmlu": 5, "humaneval": 0}
+
 # Ours, scored a haystack or a text at a time, through a cache of what prompts share.
 DISTANCE, NAMED_KEYS, FAR_GAIN = PIECEWISE = ("distance", "named_keys", "far_gain")
 
