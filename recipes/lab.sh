@@ -3,8 +3,9 @@
 # pictures; what is finished is skipped.
 #   bash recipes/lab.sh [SETTING ...]      (SETTING: some of those below, plain first; default: all)
 # Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS
-# (only these), TARGET and TOKENS (in place of the recipe's; each with an OUT of its own), OUT (runs/lab),
-# FINDINGS (OUT/findings), PYTHON (python), RECIPE (recipes/tiny.yaml).
+# (only these), TARGET, TOKENS and CORPUS (in place of the recipe's; each with an OUT of its own, which
+# endprompt.reports.scaling sets side by side), OUT (runs/lab), FINDINGS (OUT/findings), PYTHON (python),
+# RECIPE (recipes/tiny.yaml).
 # With the second base, which the head of its recipe says how to make:
 #   RECIPE=recipes/novels-cpu.yaml OUT=runs/lab-novels SEEDS="0 1 2" \
 #     METHODS="base interpolation short endprompt pose pose_matched full_length" bash recipes/lab.sh plain
@@ -75,6 +76,7 @@ one() {  # setting method seed differences trained
   # That recipe's 8 rows a step are for each of two ranks, and its tokens are those of the demo.
   [ "${RECIPE##*/}" != tiny.yaml ] || options+=(--set train.per_device_train_batch_size=16 --set data.tokens=786432)
   [ -z "${TOKENS:-}" ] || options+=(--set "data.tokens=$TOKENS")
+  [ -z "${CORPUS:-}" ] || options+=(--set "data.corpus=$CORPUS")
   [ -z "${TARGET:-}" ] || options+=(--set "lengths.target=$TARGET" --set "eval.lengths=[$lengths]")
   options+=(--set "eval.tasks=[passkey, multikey, perplexity]")
   IFS='|' read -ra keys <<<"$4"
@@ -123,7 +125,7 @@ if target:
 print(*(name for name in METHODS if not METHODS[name].trained))
 print(*lengths, sep=", ")' "$RECIPE" "${TARGET:-}")
 untrained=" ${told%$'\n'*} "
-export lengths=${told##*$'\n'} TARGET TOKENS
+export lengths=${told##*$'\n'} TARGET TOKENS CORPUS
 export longest=${lengths##*, }
 first=${SEEDS%% *}
 for setting in "${order[@]}"; do

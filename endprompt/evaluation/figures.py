@@ -129,9 +129,10 @@ def lines(
     label: str = "keys found in %",
     limits: tuple[float, float] | None = (-3, 103),
     paper: dict[str, dict[int, float]] | None = None,
+    across: str = "length in tokens",
 ) -> None:
     """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against
-    length, into one PNG.
+    length, or what else is ``across``, into one PNG.
 
     ``limits`` of the vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names,
     as dashed lines in the same colours.
@@ -148,11 +149,11 @@ def lines(
         cells, printed = results.get(name, {}), paper.get(name, {})
         if cells:
             # Side by side, so that bars at the same length can be told apart.
-            across = [length * 1.025 ** (number - (len(names) - 1) / 2) for length in sorted(cells)]
+            places = [length * 1.025 ** (number - (len(names) - 1) / 2) for length in sorted(cells)]
             shown = [cells[length] for length in sorted(cells)]
             drawn.append(
                 axis.errorbar(
-                    across, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style
+                    places, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style
                 )
             )
         if printed:
@@ -165,7 +166,7 @@ def lines(
                 **style,
             )
     _scales(axis, every, limits)
-    axis.set(xlabel="length in tokens", ylabel=f"{label}, with 95 % interval" if results else label)
+    axis.set(xlabel=across, ylabel=f"{label}, with 95 % interval" if results else label)
     (
         figure.legend(handles=drawn, fontsize=8, loc="outside right upper")
         if crowded
