@@ -36,9 +36,9 @@ declare -A methods=(
   [theta-by-position]='pose_sharp pose_matched'
   [theta-unsharpened]='pose_sharp pose_matched' [theta-sharpened]='full_length'
   [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched [theta-share-10]=pose_recall
-  [lr-low]=full_length [lr-high]=full_length
+  [lr-low]='full_length pose_matched' [lr-high]='full_length pose_matched'
   [yarn-lr-low]=full_length [yarn-lr-high]=full_length
-  [theta-lr-low]=full_length [theta-lr-high]=full_length
+  [theta-lr-low]='full_length pose_matched' [theta-lr-high]='full_length pose_matched'
   [weight-0]=endprompt [weight-1]=endprompt
   [prompt-short]=endprompt [prompt-long]=endprompt [prompts-3]=endprompt
 )
