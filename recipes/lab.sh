@@ -22,6 +22,9 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 JOBS=${JOBS:-2}
 EP_1='This is the end of text, please pay attention here.'
 
+# decay-N: N rows of C tokens a step, and a learning rate that falls to 0; a row of L = 8C is worth 8 of them.
+decay='train.lr_scheduler_type=linear|train.per_device_train_batch_size'
+
 # By setting: its methods, what differs from the recipe (parted by |), and the setting with the same
 # training: there, a run whose model only needs other sharpening finds its last checkpoint.
 neighbours='randpos cream longrecipe e2llm perturbed self_distil'
@@ -39,6 +42,11 @@ declare -A methods=(
   [lr-low]='full_length pose_matched' [lr-high]='full_length pose_matched'
   [yarn-lr-low]=full_length [yarn-lr-high]=full_length
   [theta-lr-low]='full_length pose_matched' [theta-lr-high]='full_length pose_matched'
+  [decay-4]='short endprompt pose pose_sharp pose_recall pose_matched'
+  [theta-decay-4]='short endprompt pose_sharp pose_recall pose_matched'
+  [theta-decay-4-by-position]='pose_matched'
+  [decay-8]='full_length lceg' [yarn-decay-8]=full_length [theta-decay-8]=full_length
+  [yarn-decay-8-lr-low]=full_length [yarn-decay-8-lr-high]=full_length
   [weight-0]=endprompt [weight-1]=endprompt
   [prompt-short]=endprompt [prompt-long]=endprompt [prompts-3]=endprompt
 )
@@ -58,14 +66,18 @@ declare -A different=(
   [lr-low]='train.learning_rate=5.0e-4' [lr-high]='train.learning_rate=2.0e-3'
   [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
   [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
+  [decay-4]="$decay=4" [theta-decay-4]="rope.type=theta|$decay=4" [theta-decay-4-by-position]="rope.type=theta|$decay=4"
+  [decay-8]="$decay=8" [yarn-decay-8]="rope.type=yarn|$decay=8" [theta-decay-8]="rope.type=theta|$decay=8"
+  [yarn-decay-8-lr-low]="rope.type=yarn|$decay=8|train.learning_rate=5.0e-4"
+  [yarn-decay-8-lr-high]="rope.type=yarn|$decay=8|train.learning_rate=2.0e-3"
   [weight-0]='method_options.prompt_loss_weight=0.0'
   [weight-1]='method_options.prompt_loss_weight=1.0'
   [prompt-short]='method_options.end_prompts=[EP_3]'
   [prompt-long]="method_options.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
-declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
+declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta [theta-decay-4-by-position]=theta-decay-4)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high decay-4 theta-decay-4 theta-decay-4-by-position decay-8 yarn-decay-8 theta-decay-8 yarn-decay-8-lr-low yarn-decay-8-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained

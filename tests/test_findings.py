@@ -499,6 +499,8 @@ def test_rows_that_differ_in_one_thing_stand_beside_what_they_differ_from():
         entry_of("pose_sharp", "theta-chunks-4"),
         entry_of("full_length", "theta-lr-high"),
         entry_of("pose_sharp", "by-position"),
+        entry_of("full_length", "theta-decay-8"),
+        entry_of("full_length", "theta-decay-8-lr-low"),
     ]
     names = {
         table: [line.split(" | ")[0].strip("| `") for line in text.splitlines()[2:]]
@@ -510,6 +512,11 @@ def test_rows_that_differ_in_one_thing_stand_beside_what_they_differ_from():
         "full_length, lr-low",
         "full_length, theta",
         "full_length, theta-lr-high",
+    ]
+    assert names["steps"] == [
+        "full_length, theta",
+        "full_length, theta-decay-8",
+        "full_length, theta-decay-8-lr-low",
     ]
     assert names["scalings"] == ["full_length", "full_length, theta", "pose_sharp", "pose_sharp, theta"]
     assert names["neighbours"] == ["pose_sharp", "cream", "pose_sharp, theta"]
@@ -528,6 +535,10 @@ def test_rows_that_differ_in_one_thing_stand_beside_what_they_differ_from():
         ("by-position", "plain"),
         ("theta-pieces-2", "theta"),
         ("weight-1", "plain"),
+        ("theta-decay-4", "theta"),
+        ("decay-8", "plain"),
+        ("theta-decay-4-by-position", "theta-decay-4"),
+        ("yarn-decay-8-lr-low", "yarn-decay-8"),
     ],
 )
 def test_what_a_setting_differs_from(setting, origin):
@@ -581,13 +592,15 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
         for seed in (0, 1):
             trained(tmp_path / "out", method, seed)
             trained(tmp_path / "out", method, seed, "theta")
+    for seed in (0, 1):
+        trained(tmp_path / "out", "pose_matched", seed, "theta-decay-4")
     done, calls = script(SEEDS="0 1", JOBS="3")
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 12 + 2 + 16 + 2 + 6 + 10 + 5) and len(set(asked)) == len(
-        asked
-    )
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 12 + 2 + 16 + 2 + 6 + 10 + 18 + 5) and len(
+        set(asked)
+    ) == len(asked)
     common = (
         "train.per_device_train_batch_size=16",
         "data.tokens=786432",
@@ -655,6 +668,7 @@ def test_every_setting_of_the_script_can_be_trained(script, tmp_path):
     for method in ("pose_sharp", "pose_matched"):
         for setting in ("plain", "theta"):
             trained(tmp_path / "out", method, 0, setting)
+    trained(tmp_path / "out", "pose_matched", 0, "theta-decay-4")
     done, calls = script(SEEDS="0", JOBS="1")
     assert done.returncode == 0, done.stderr
     for call in (call for call in calls if "evaluate" in call):

@@ -22,6 +22,7 @@ NEIGHBOURS = ("randpos", "cream", "longrecipe", "e2llm", "drope", "longrope2", "
 # Of the settings, those that take or change one part of a method.
 PARTS = re.compile(r"(.+-)?(sharpened|unsharpened|chunks-\d+|pieces-\d+|share-\d+|by-position)")
 RATES = re.compile(r"(.+-)?lr-(low|high)")
+STEPS = re.compile(r"(.+-)?decay-\d+(-.+)?")  # smaller steps, at a learning rate that falls
 
 
 def settings(entries: list[dict], wanted: Callable[[str], object]) -> list[dict]:
@@ -35,7 +36,7 @@ def settings(entries: list[dict], wanted: Callable[[str], object]) -> list[dict]
 
 def origin(setting: str) -> str:
     """The setting that ``setting`` differs from in one thing: "theta" of "theta-lr-low"."""
-    for pattern in (PARTS, RATES):
+    for pattern in (PARTS, RATES, STEPS):
         if found := pattern.fullmatch(setting):
             return (found[1] or "").removesuffix("-") or PLAIN
     return PLAIN
@@ -100,14 +101,18 @@ def tables(entries: list[dict]) -> dict[str, str]:
     """{name of the place: table} of what there is to say of these questions."""
 
     def part(setting: str) -> bool:
-        return PARTS.fullmatch(setting) is not None and setting not in SHARPENED
+        return bool(PARTS.fullmatch(setting)) and setting not in SHARPENED and not STEPS.fullmatch(setting)
+
+    def rate(setting: str) -> bool:
+        return bool(RATES.fullmatch(setting)) and not STEPS.fullmatch(setting)
 
     found = {"goals": goals(entries)}
     for name, chosen in (
         ("scalings", scalings(entries)),
         ("neighbours", neighbours(entries)),
         ("parts", settings(entries, part)),
-        ("rates", settings(entries, RATES.fullmatch)),
+        ("rates", settings(entries, rate)),
+        ("steps", settings(entries, STEPS.fullmatch)),
     ):
         found[name] = keys(chosen)
         found[f"{name}-multikey"] = keys(chosen, "multikey")
