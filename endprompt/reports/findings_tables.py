@@ -50,6 +50,12 @@ CONTRASTS = (
     ("lceg, sharpened", "lceg"),
     ("pose_sharp", "lceg, sharpened"),
     ("pose_matched", "lceg, sharpened"),
+    ("full_length, yarn-decay-8", "full_length, yarn"),
+    ("pose_matched, theta-decay-4", "pose_matched, theta"),
+    ("pose_matched, theta-decay-4", "short, theta-decay-4"),
+    ("pose_matched, theta-decay-4", "full_length, yarn-decay-8"),
+    ("pose_matched, theta-decay-4-by-position", "pose_matched, theta-decay-4"),
+    ("pose_matched, theta-decay-4-by-position", "full_length, yarn-decay-8"),
 )
 
 # Settings whose recipe is that of another one: their models are those, exported.
@@ -316,6 +322,8 @@ def evidence(entries: list[dict]) -> str:
         "longlora",
         "pose_sharp",
         "pose_matched",
+        "full_length, yarn-decay-8",
+        "pose_matched, theta-decay-4",
     ):
         if entry := known.get(name):
             rows.append(
