@@ -10,7 +10,7 @@ from matplotlib import image
 from test_findings import passkey_result, script  # noqa: F401 (a fixture)
 
 from endprompt.recipe import schema
-from endprompt.reports import scaling
+from endprompt.reports import findings, markdown, scaling
 
 PICTURES = {"targets.png", "targets-multikey.png", "tokens.png", "tokens-multikey.png"}
 
@@ -130,3 +130,9 @@ def test_the_script_takes_another_corpus(script):  # noqa: F811
         assert "--set data.corpus=more.jsonl.gz" in call
     assert any("evaluate" in call for call in calls)
     schema.load(REPOSITORY / "recipes/tiny.yaml", ["data.corpus=more.jsonl.gz"])
+
+
+def test_the_page_holds_the_committed_numbers():
+    found = findings.read(REPOSITORY / "docs/findings/scaling.json")["entries"]
+    page = REPOSITORY / "docs/findings.md"
+    assert markdown.filled(page, scaling.tables(found)) == page.read_text()

@@ -126,18 +126,19 @@ def lines(
     results: dict[str, dict[int, dict]],
     path: Path,
     title: str | None = None,
-    label: str = "keys found in %",
+    label: str | tuple[str, str] = "keys found in %",
     limits: tuple[float, float] | None = (-3, 103),
     paper: dict[str, dict[int, float]] | None = None,
-    across: str = "length in tokens",
 ) -> None:
     """Draws, for each named {length: {"mean", "low", "high"}}, the mean with its interval as a bar against
-    length, or what else is ``across``, into one PNG.
+    length, into one PNG.
 
-    ``limits`` of the vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names,
-    as dashed lines in the same colours.
+    ``label``: of the vertical axis, or of it and of what stands in the place of lengths.  ``limits`` of the
+    vertical axis; None: a logarithmic one.  ``paper``: printed figures by the same names, as dashed lines in
+    the same colours.
     """
     paper = paper or {}
+    label, across = (label, "length in tokens") if isinstance(label, str) else label
     names, every = (
         list(dict.fromkeys([*paper, *results])),
         sorted(set[int]().union(*results.values(), *paper.values())),

@@ -19,7 +19,9 @@ import json
 import sys
 from pathlib import Path
 
-from endprompt import BadInput, storage
+import yaml
+
+from endprompt import BadInput, methods, storage
 from endprompt.evaluation import distance_figures, results
 from endprompt.recipe import task_names
 from endprompt.reports import compare, distance_tables, markdown
@@ -91,9 +93,14 @@ def _training(run: Path) -> dict | None:
 
 
 def _settings(run: Path) -> dict:
-    """What arms differ in: {"rope", "method_options", "train"} of the recipe that the run was trained by."""
+    """What arms differ in: {"rope", "method_options", "train"} of the recipe that the run was trained by; the
+    method's own RoPE where the recipe names none."""
     setting = compare.run_setting(run / "recipe.yaml")[1]
-    return {section: setting[section] for section in ("rope", "method_options", "train") if setting}
+    if not setting:
+        return {}
+    method = methods.get(yaml.safe_load((run / "recipe.yaml").read_text())["method"])
+    rope = {**setting["rope"], "type": setting["rope"]["type"] or method.rope}
+    return {"rope": rope, **{section: setting[section] for section in ("method_options", "train")}}
 
 
 def read(path: Path) -> Arms:

@@ -52,9 +52,12 @@ CONTRASTS = (
     ("pose_matched", "lceg, sharpened"),
     ("full_length, yarn-decay-8", "full_length, yarn"),
     ("pose_matched, theta-decay-4", "pose_matched, theta"),
+    ("pose_sharp, theta-decay-4", "short, theta-decay-4"),
     ("pose_matched, theta-decay-4", "short, theta-decay-4"),
+    ("pose_matched, theta-decay-4", "pose_sharp, theta-decay-4"),
     ("pose_matched, theta-decay-4", "full_length, yarn-decay-8"),
     ("pose_matched, theta-decay-4-by-position", "pose_matched, theta-decay-4"),
+    ("pose_matched, theta-decay-4-by-position", "short, theta-decay-4"),
     ("pose_matched, theta-decay-4-by-position", "full_length, yarn-decay-8"),
 )
 
@@ -326,9 +329,10 @@ def evidence(entries: list[dict]) -> str:
         "pose_matched, theta-decay-4",
     ):
         if entry := known.get(name):
+            method, _, setting = name.partition(", ")
             rows.append(
                 [
-                    f"`{name}`",
+                    f"`{method}`, decay" if "decay" in setting else f"`{name}`",
                     *[cell(entry["scores"]["passkey"].get(length)) for length in lengths],
                     cell(entry["passkey"].get("mean")),
                     *[cell(entry["scores"]["multikey"].get(length)) for length in _greatest(entries)],

@@ -97,9 +97,7 @@ def draw(found: list[dict], out: Path, title: str | None = None) -> list[Path]:
                     series.setdefault(entry["method"], {})[entry[along]] = at_target
             if series := {method: cells for method, cells in series.items() if len(cells) > 1}:
                 drawn.append(out / f"{name}{'' if task == 'passkey' else f'-{task}'}.png")
-                figures.lines(
-                    series, drawn[-1], title, f"{task} at the target: keys found in %", across=across
-                )
+                figures.lines(series, drawn[-1], title, (f"{task} found at the target in %", across))
     return drawn
 
 
