@@ -1027,6 +1027,19 @@ def test_an_arm_is_compared_with_what_has_its_rope():
     assert distances.compared(arms, ["short"]) == {"pose": "short"}
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "kind"),
+    [("short", None, "linear"), ("pose_sharp", None, "yarn"), ("short", "theta", "theta")],
+)
+def test_an_arm_has_its_methods_rope_where_the_recipe_names_none(tmp_path, recipe_file, method, given, kind):
+    overrides = [] if given is None else [f"rope.type={given}"]
+    recipe = Experiment.of(schema.load(recipe_file(), overrides), method).dump()
+    for path, text in {"recipe.yaml": recipe, "train.json": '{"tokens": 8, "seconds": 1.0}'}.items():
+        (tmp_path / path).write_text(text)
+    training = distances._training(tmp_path)
+    assert training is not None and training["settings"]["rope"]["type"] == kind
+
+
 def test_the_page_and_the_readme_hold_the_committed_numbers():
     """By the command that the page names."""
     page, readme = REPOSITORY / "docs/realmodel.md", REPOSITORY / "README.md"
