@@ -106,10 +106,12 @@ def test_nothing_is_drawn_of_one_target_and_number_of_tokens(laboratories, tmp_p
     assert not rows(re.search(r"<!-- scaling-passkey -->\n(.*?)\n<!-- /", out, re.S)[1])
 
 
-@pytest.mark.parametrize("source", ["nothing", "empty", "broken"])
+@pytest.mark.parametrize("source", ["nothing", "empty", "broken", "hollow", "odd"])
 def test_unusable_sources(tmp_path, monkeypatch, capsys, source):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").write_text("{")
+    (tmp_path / "hollow").write_text('{"entries": [{"values": {}}]}')
+    (tmp_path / "odd").write_text('{"entries": [{"values": {}, "method": "pose", "scores": []}]}')
     code, out, err = run(monkeypatch, capsys, tmp_path / source, "--out", tmp_path / "out")
     assert code == 2 and not out and err.startswith("scaling: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

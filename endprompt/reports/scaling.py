@@ -32,22 +32,33 @@ def entries(sources: list[Path]) -> list[dict]:
     """
     found: dict[tuple[str, int, int], dict] = {}
     for source in sources:
-        for entry in findings.read(source)["entries"] if source.is_file() else findings.collect(source):
-            lengths = entry["scores"]["passkey"] or entry["scores"]["multikey"]
-            if entry.get("setting", PLAIN) != PLAIN or not lengths:
-                continue
-            here = {key: entry[key] for key in KEPT} | {
-                "target_length": max(lengths),
-                "tokens": round(entry["scores"]["training"].get("tokens", 0)),
-                "scores": entry["scores"],
-                **{task: {"mean": entry[task].get("mean")} for task in passkey.TASKS},
-            }
-            found[here["method"], here["target_length"], here["tokens"]] = here
+        here = findings.read(source)["entries"] if source.is_file() else findings.collect(source)
+        try:
+            kept = [_kept(entry) for entry in here if entry.get("setting", PLAIN) == PLAIN]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(
+                f"{source} is no findings.json or scaling.json ({type(error).__name__}: {error}); make it"
+                " from the runs of recipes/lab.sh"
+            ) from None
+        found |= {(one["method"], one["target_length"], one["tokens"]): one for one in kept if one}
     order, run = list(methods.METHODS), [method for method, _, _ in found]
     return sorted(
         (entry for entry in found.values() if run.count(entry["method"]) > 1),
         key=lambda one: (order.index(one["method"]), one["tokens"], one["target_length"]),
     )
+
+
+def _kept(entry: dict) -> dict | None:
+    """What ``entries`` keeps of an entry of ``findings``; None if it has no keys, or its method is gone."""
+    lengths = entry["scores"]["passkey"] or entry["scores"]["multikey"]
+    if not lengths or entry["method"] not in methods.METHODS:
+        return None
+    return {key: entry[key] for key in KEPT} | {
+        "target_length": max(lengths),
+        "tokens": round(entry["scores"]["training"].get("tokens", 0)),
+        "scores": entry["scores"],
+        **{task: {"mean": entry[task].get("mean")} for task in passkey.TASKS},
+    }
 
 
 def _rows(found: list[dict]) -> dict[tuple[str, int], dict[int, dict]]:
