@@ -17,7 +17,7 @@ for, between ``<!-- name -->`` and ``<!-- /name -->``.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -351,12 +351,18 @@ def findings(sources: list[Path], out: Path, title: str | None = None, pages: Se
     print("\n".join([text, "", *map(str, written)]))
 
 
-def main() -> None:
+def command(report: Callable[[list[Path], Path, str | None, list[Path]], None], description: str) -> None:
+    """The command line of ``report``, which takes sources, the folder to write into, a title and pages; what
+    it refuses is said in one line, with exit code 2.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", type=Path, nargs="+", help="the folder of the settings' folders, or a findings.json"
+        "source",
+        type=Path,
+        nargs="+",
+        help="the folder of the settings' folders, or a JSON file that was written before",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--title", default=None)
@@ -370,10 +376,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        findings(arguments.source, arguments.out, arguments.title, arguments.page)
+        report(arguments.source, arguments.out, arguments.title, arguments.page)
     except BadInput as error:
-        print(f"findings: {error}", file=sys.stderr)
+        print(f"{report.__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def main() -> None:
+    command(findings, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ setting ``plain`` counts.  Of several sources, what a later one says of a method
 stands in the place of what an earlier one says.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,23 +130,7 @@ def scaling(sources: list[Path], out: Path, title: str | None = None, pages: Seq
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source", type=Path, nargs="+", help="an OUT of recipes/lab.sh, a findings.json or a scaling.json"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--title", default=None)
-    parser.add_argument(
-        "--page", type=Path, action="append", default=[], help="a page whose tables are replaced"
-    )
-    arguments = parser.parse_args()
-    try:
-        scaling(arguments.source, arguments.out, arguments.title, arguments.page)
-    except BadInput as error:
-        print(f"scaling: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    findings.command(scaling, __doc__ or "")
 
 
 if __name__ == "__main__":
