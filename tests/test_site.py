@@ -267,6 +267,44 @@ def sixty_steps(tmp_path_factory, base) -> Path:
     return prepared(path, "endprompt", folder / "runs")
 
 
+FAILS = """#!/bin/bash
+echo start >>"{log}/srun"
+starts=$(wc -l <"{log}/srun")
+if [ "$starts" = "$GAINING_START" ]; then
+  mkdir -p "$OUT/tiny/endprompt/checkpoints/checkpoint-4"
+  touch "$OUT/tiny/endprompt/checkpoints/checkpoint-4/complete.json"
+fi
+exit 1
+"""
+
+
+@pytest.mark.parametrize("gaining, before_it_gives_up", [("none", 2), ("3", 5)])
+def test_three_starts_in_a_row_without_a_checkpoint_are_the_last(site, gaining, before_it_gives_up):
+    """One start that fails, as on a node that has just come back, does not end the job."""
+    site.program("python", ANSWERS)
+    for name, text in {"srun": FAILS, "scontrol": SCONTROL}.items():
+        site.program(name, text)
+
+    def start(number: int) -> subprocess.CompletedProcess:
+        return bash(
+            site,
+            "slurm/train_64k.sbatch",
+            SLURM_JOB_NODELIST="n1",
+            SLURM_JOB_ID="5",
+            SLURM_RESTART_COUNT=str(number),
+            GAINING_START=gaining,
+            PYTHON="python",
+        )
+
+    for number in range(before_it_gives_up):
+        done = start(number)
+        assert done.returncode == -signal.SIGTERM and "queued again" in done.stdout, done.stdout + done.stderr
+    last = start(before_it_gives_up)
+    assert last.returncode == 1 and "the third start in a row without a new checkpoint" in last.stderr
+    assert site.calls("scontrol").count("requeue 5") == before_it_gives_up
+    assert start(0).returncode == -signal.SIGTERM  # somebody's new job of the same run counts from nought
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_signal_reaches_the_training_through_a_container_and_the_job_goes_on(site, sixty_steps):
