@@ -30,7 +30,7 @@ from endprompt import BadInput, methods, storage
 from endprompt.bases import model
 from endprompt.recipe import former_keys, schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.rows import corpus, prepare, shards, tokenizing
+from endprompt.rows import corpus, parts, prepare, shards, tokenizing
 from endprompt.runs import launch
 
 
@@ -735,7 +735,7 @@ def test_bad_line_behind_whole_shards(recipe_file, tmp_path, tiny_text, monkeypa
     folder = tmp_path / "out/small/endprompt/shards"
     found = files(folder)
     assert (
-        found[0] == prepare.PROGRESS
+        found[0] == parts.PROGRESS
         and len(found) > 2
         and all(re.fullmatch(r"shard-\d{5}\.parquet", name) for name in found[1:])
     )
@@ -1249,7 +1249,7 @@ def test_progress_that_cannot_be_read(prepared, text):
         experiment = Experiment.of(schema.load(path), "endprompt", out)
         text = text(prepare.settings(experiment), manifest["shards"])
     (folder / shards.MANIFEST).unlink()
-    (folder / prepare.PROGRESS).write_bytes(text)
+    (folder / parts.PROGRESS).write_bytes(text)
     before = files(out)
     refused(run_main("prepare", path, "endprompt", "--out", out), "progress.json cannot be read", "delete")
     assert files(out) == before

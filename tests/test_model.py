@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from endprompt import BadInput, Failure
 from endprompt.bases import loading, model, older_readers, refusals
-from endprompt.evaluation import engine
-from endprompt.evaluation import run as evaluation
+from endprompt.evaluation import engine, scored_model
 from endprompt.positions import rope
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
@@ -572,14 +571,14 @@ def test_code_of_a_model_is_not_run_unasked(recipe, tmp_path, bait, model_type):
         with contextlib.suppress(BadInput):
             load(recipe(folder))
     with contextlib.suppress(BadInput):
-        evaluation.load(Experiment.of(recipe(folder), "endprompt", tmp_path), str(folder))
+        scored_model.load(Experiment.of(recipe(folder), "endprompt", tmp_path), str(folder))
     assert not mark.exists()
     with pytest.raises(
         BadInput, match="wants to run Python code of its own.* set model.trust_remote_code=true"
     ):
         model.load_config(recipe(folder)) if model_type == "baited" else model.load_tokenizer(recipe(folder))
     with pytest.raises(BadInput, match="--model: .* wants to run Python code of its own"):
-        evaluation.load(Experiment.of(recipe(folder), "endprompt", tmp_path), str(folder))
+        scored_model.load(Experiment.of(recipe(folder), "endprompt", tmp_path), str(folder))
 
 
 def test_code_of_a_model_is_run_where_the_recipe_says_so(recipe, bait):

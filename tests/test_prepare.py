@@ -29,7 +29,7 @@ from endprompt.methods.recall import RecallRows, repeated
 from endprompt.positions import plans
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.rows import prepare, shards, tokenizing
+from endprompt.rows import parts, prepare, shards, tokenizing
 from endprompt.rows import stream as row_stream
 
 TRAINED = [method.name for method in methods.METHODS.values() if method.trained]
@@ -675,7 +675,7 @@ def test_resumes_from_every_write(make, monkeypatch, method, packing):
                 make(method, overrides=options, out=out)
             monkeypatch.setattr(storage, "write_atomically", write)
             folder, _ = make(method, overrides=options, out=out)
-            (folder / prepare.PROGRESS).unlink(missing_ok=True)  # outlives a kill right after the manifest
+            (folder / parts.PROGRESS).unlink(missing_ok=True)  # outlives a kill right after the manifest
             assert {
                 name: data for name, data in contents(folder).items() if not name.startswith(".manifest")
             } == whole
@@ -714,7 +714,7 @@ def test_sigkill(recipe_file, tmp_path, tiny_text):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert (folder / prepare.PROGRESS).exists() and not (folder / shards.MANIFEST).exists(), (
+    assert (folder / parts.PROGRESS).exists() and not (folder / shards.MANIFEST).exists(), (
         "it was done before it was killed"
     )
     assert len(children) >= 2
@@ -729,7 +729,7 @@ def test_sigkill(recipe_file, tmp_path, tiny_text):
     assert run_main("prepare", path, "endprompt", "--workers", 1, "--out", tmp_path / "whole")[0] == 0
     after = contents(folder)
     assert after == contents(tmp_path / "whole/small/endprompt/shards")
-    kept = json.loads(before[prepare.PROGRESS])["shards"]
+    kept = json.loads(before[parts.PROGRESS])["shards"]
     assert len(kept) >= 4 and all(after[shard["file"]] == before[shard["file"]] for shard in kept)
 
 
@@ -783,7 +783,7 @@ def test_a_started_preparation_of_another_setting_is_refused(make, monkeypatch):
 
     def dying(path, data):
         write(path, data)
-        if path.name == prepare.PROGRESS:
+        if path.name == parts.PROGRESS:
             raise Killed
 
     monkeypatch.setattr(storage, "write_atomically", dying)

@@ -291,13 +291,13 @@ def test_a_run_ends_with_sharpened_attention_and_is_else_the_same(
 @pytest.mark.parametrize("name", ["base", "interpolation"])
 def test_what_is_not_trained_is_scored_as_sharp_as_asked(recipe_file, base, tmp_path, name):
     """As if it were saved and sharpened; 1 in the recipe is ln L / ln C."""
-    from endprompt.evaluation import run as evaluation
+    from endprompt.evaluation import scored_model
 
     ids = torch.arange(3, 40)[None]
 
     def scored(*overrides):
         experiment = Experiment.of(schema.load(recipe_file(), overrides), name, tmp_path)
-        network, _, identity = evaluation.load(experiment, None)
+        network, _, identity = scored_model.load(experiment, None)
         return network, identity["sharpened"]
 
     plain, t = scored()

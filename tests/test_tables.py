@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from matplotlib import image
 
 from endprompt import BadInput, methods
-from endprompt.evaluation import figures, longbench_scores, question, results, run
+from endprompt.evaluation import figures, longbench_scores, question, results, run, scored_model
 from endprompt.evaluation.results import Estimate, Missing
 from endprompt.planning import estimate
 from endprompt.recipe import schema, task_names
@@ -496,7 +496,7 @@ def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, m
         def score(self, task, length):
             return {"length": length, "metric": task, "score": 5.0, "low": 4.0, "high": 6.0, "samples": 3}, []
 
-    monkeypatch.setattr(run, "load", lambda *_: (None, None, {"name_or_path": "x"}))
+    monkeypatch.setattr(scored_model, "load", lambda *_: (None, None, {"name_or_path": "x"}))
     monkeypatch.setattr(run, "Scorer", Scorer)
     monkeypatch.setattr(run.engine, "table", lambda network: None)
     monkeypatch.setattr(run, "Questions", lambda *_: lambda task, length, identity: {"model": identity})

@@ -20,8 +20,7 @@ from networks import configuration, network
 
 from endprompt.bases import gain, model, quantized
 from endprompt.commands import checkup
-from endprompt.evaluation import engine
-from endprompt.evaluation import run as evaluation
+from endprompt.evaluation import engine, scored_model
 from endprompt.planning import efficiency, step
 from endprompt.runs import provenance
 from endprompt.training import arguments, averaging, checkpoint, lora, loss, probe, run, trainer
@@ -240,7 +239,7 @@ def the_cache_of_prompts(gpus):
     assert found.cached_tokens == int(engine.CACHE_SHARE * 60e9 / (2 * 2 * 2 * 8 * 4))
 
 
-@walk("evaluation/run.py:load", "evaluation/run.py:_dtype")
+@walk("evaluation/scored_model.py:load", "evaluation/scored_model.py:_dtype")
 def the_model_that_is_scored(gpus):
     class Network:
         generation_config = None
@@ -255,13 +254,13 @@ def the_model_that_is_scored(gpus):
             return self
 
     def untrained(experiment, cuda):
-        return Network(), SimpleNamespace(eos_token_id=2), {"dtype of": evaluation._dtype(cuda)}
+        return Network(), SimpleNamespace(eos_token_id=2), {"dtype of": scored_model._dtype(cuda)}
 
-    gpus.patch.setattr(evaluation, "_untrained", untrained)
+    gpus.patch.setattr(scored_model, "_untrained", untrained)
     experiment = SimpleNamespace(
         recipe=SimpleNamespace(eval=SimpleNamespace(backend="hf")), method=SimpleNamespace(trained=False)
     )
-    _, _, identity = evaluation.load(experiment, None)
+    _, _, identity = scored_model.load(experiment, None)
     assert gpus.called == ["cuda"] and identity["dtype of"] == torch.bfloat16
 
 

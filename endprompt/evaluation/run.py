@@ -16,10 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from endprompt import BadInput, storage
-from endprompt.bases import model
 from endprompt.evaluation import (
     engine,
     figures,
@@ -36,133 +33,15 @@ from endprompt.evaluation import (
     ruler,
     ruler_package,
     ruler_samples,
+    scored_model,
 )
-from endprompt.evaluation.question import Questions, bare, chat, fingerprint, same
+from endprompt.evaluation.question import Questions, bare, chat, same
 from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.runs import card, provenance, runfolder
 
 SHOWN = {"perplexity": "{:.3f}", task_names.FAR_GAIN: "{:+.4f}"}  # all others are percent
-
-
-def load(experiment: Experiment, other: str | None):
-    """(model, tokenizer, what identifies the model); the model is its folder's name, unloaded, for vLLM.
-
-    A method that trains nothing is built here.  Raises BadInput if there is no model to score.
-    """
-    cuda, vllm = torch.cuda.is_available(), experiment.recipe.eval.backend == "vllm"
-    if other is None and not experiment.method.trained:
-        network, tokenizer, identity = _untrained(experiment, cuda)
-    else:
-        network, tokenizer, identity = _saved(experiment, other, cuda)
-    # Prompts are longer than what some tokenizers were told to expect; the window is what is being tested.
-    tokenizer.model_max_length = sys.maxsize
-    if vllm:
-        ends = engine.saved_ends(network, tokenizer, experiment.recipe.model.trust_remote_code)
-        return network, tokenizer, identity | {"ends": ends, "dtype": "bfloat16", "attention": "vllm"}
-    identity |= {"ends": engine.ends(network.generation_config, tokenizer)}
-    identity |= {"dtype": str(network.dtype), "attention": network.config._attn_implementation}
-    return network.eval().to("cuda" if cuda else "cpu"), tokenizer, identity
-
-
-def _dtype(cuda: bool) -> torch.dtype:
-    return torch.bfloat16 if cuda else torch.float32
-
-
-def _untrained(experiment: Experiment, cuda: bool):
-    """The base under the method's RoPE, as the method wants it scored."""
-    recipe, base = experiment.recipe, experiment.base
-    if recipe.eval.backend == "vllm":
-        raise BadInput(
-            f"eval.backend: vllm reads a saved model, and {experiment.method.name} has none; use hf, or name"
-            " a model with --model"
-        )
-    network = model.build(base, experiment.scaling, _dtype(cuda), cuda)
-    experiment.method.before_scoring(network, experiment)
-    base.check_vocabulary()
-    identity = {
-        "name_or_path": recipe.model.name_or_path,
-        "revision": recipe.model.revision,
-        "gguf_file": recipe.model.gguf_file,
-        "rope_parameters": network.config.rope_parameters,
-        "sharpened": experiment.sharpness,
-        **_content(base.folder, network.config, recipe.model.gguf_file),
-    }
-    return network, base.tokenizer, identity
-
-
-def _saved(experiment: Experiment, other: str | None, cuda: bool):
-    """The run's own model, or ``other``: a folder or an id of the hub."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    recipe = experiment.recipe
-    folder = experiment.run / "model" if other is None else _named(other)
-    if not folder.is_dir() and (other is None or other.startswith((".", "/", "~"))):
-        raise BadInput(
-            f"--model: there is no folder {folder}"
-            if other
-            else f"{folder} is missing; train {experiment.method.name} first, or name a model with --model"
-        )
-    source = str(folder) if other is None or folder.is_dir() else other
-    trust = recipe.model.trust_remote_code
-    if folder.is_dir():
-        model.check_folder(folder, "--model")
-    try:
-        with model.without_reports():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-    except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
-        raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
-    model.refuse_kernels(config, "--model")
-    model.refuse_other_kinds(config, f"--model: {source}")
-    if not tokenizer.is_fast:
-        raise BadInput(
-            f"--model: {source} has no fast tokenizer (tokenizer.json); convert it once with transformers and"
-            " save it"
-        )
-    model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
-    identity = {"name_or_path": str(folder), **_content(folder, config)}
-    weights = f"--model: the weights of {source}"
-    if recipe.eval.backend == "vllm":
-        model.refuse_untied(weights, source, config)
-        return source, tokenizer, identity
-    network = model.load_weights(
-        weights,
-        pretrained_model_name_or_path=source,
-        trust_remote_code=trust,
-        dtype=_dtype(cuda),
-        attn_implementation=model.supported_attention(recipe, cuda, config),
-    )
-    return network, tokenizer, identity
-
-
-def _content(folder: Path, config, gguf_file: str | None = None) -> dict:
-    """What the model's files are: a fingerprint of ``folder``, or the hub's commit where it is none."""
-    if folder.is_dir():
-        return {"fingerprint": fingerprint(folder, gguf_file)}
-    return {"fingerprint": None, "commit": getattr(config, "_commit_hash", None)}
-
-
-def _named(other: str) -> Path:
-    """The path that --model names, whether or not it is there.  Raises BadInput if it can be no path, or is a
-    file.
-    """
-    try:
-        folder = Path(other).expanduser()
-        if not other or folder.is_file():
-            raise OSError("it is a file" if other else "it is empty")
-        folder.resolve()
-        return folder
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # too long a name, the home of a user who is not there
-        raise BadInput(
-            f"--model: {other[:200]!r} is no folder ({getattr(error, 'strerror', None) or error}); name a"
-            " folder with config.json, or a hub id"
-        ) from None
 
 
 def lengths(recipe: Recipe, task: str) -> list[int | None]:
@@ -356,7 +235,7 @@ def evaluate(
     its task, data are missing, or the held-out documents are shorter than a length.
     """
     _check_environment(experiment.recipe)
-    folder = results.evaluation_folder(experiment.run, other and str(_named(other)))
+    folder = results.evaluation_folder(experiment.run, other and str(scored_model.named(other)))
     todo, clock = _chosen(experiment.recipe, only), Clock(budget)
     piecewise.refuse(experiment.recipe, todo)
     _say_what_is_left_out(experiment.recipe, todo)
@@ -436,7 +315,7 @@ class Evaluation:
     def __init__(self, experiment: Experiment, folder: Path, other: str | None, todo: list, temporary: str):
         recipe = experiment.recipe
         self.experiment, self.folder, self.todo = experiment, folder, todo
-        network, tokenizer, identity = load(experiment, other)
+        network, tokenizer, identity = scored_model.load(experiment, other)
         reach = None if recipe.eval.backend == "vllm" else engine.table(network)
         if reach and (beyond := [(task, length) for task, length in todo if (length or 0) > reach]):
             raise BadInput(
