@@ -279,8 +279,9 @@ class Recipe(Section):
                 raise ValueError(
                     f"eval.distance_haystack {options.distance_haystack}"
                     + (f" and a distance of {max(options.distances)}" if options.distances else "")
-                    + f" leave no position for a question below lengths.target {target}; lower them, or drop"
-                    " distance from eval.tasks"
+                    + f": no position is left for a question below lengths.target {target}; lower"
+                    + (" one of them" if options.distances else " it")
+                    + ", or drop distance from eval.tasks"
                 )
         return self
 
