@@ -8,12 +8,18 @@ import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 
+from endprompt import BadInput
+
 SCRIPT = REPOSITORY / "recipes/novels/pretrain.py"
-SMALL = ("--vocabulary 400 --layers 1 --width 32 --steps 4 --span-steps 1 --rows 2 --save-steps 2").split()
+SMALL = (
+    "--vocabulary 400 --layers 1 --width 32 --steps 4 --span-steps 1 --rows 2 --save-steps 2 --copied 1"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,35 @@ def test_text_without_sentences_stays(script):
     assert script.planted(random.Random(0), "no end", 0.5, 100, set()) == "no end"
 
 
+class Copying:
+    """Foretells what stood ``period`` tokens before, surely or not at all."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, period: int, sure: float):
+        self.period, self.sure = period, sure
+
+    def __call__(self, ids):
+        logits = torch.zeros(*ids.shape, 1000)
+        told = ids.roll(self.period - 1, 1)
+        return SimpleNamespace(logits=logits.scatter(2, told[..., None], self.sure))
+
+
+@pytest.mark.parametrize("sure, stops", [(20.0, False), (0.0, True)])
+def test_a_base_that_does_not_copy_is_not_trained_on(script, sure, stops):
+    period = 24
+    rows = SimpleNamespace(
+        tokenizer=range(1000),
+        span=lambda rng, length, longest: ([rng.randrange(1000) for _ in range(period)] * 3)[:length],
+    )
+    copies = script.Copies(rows, 7, 0.5)
+    copies.on_step_end(None, SimpleNamespace(global_step=6), None, model=None)  # not yet
+    if not stops:
+        return copies.on_step_end(None, SimpleNamespace(global_step=7), None, model=Copying(period, sure))
+    with pytest.raises(BadInput, match="--span-steps: no induction head has formed in 7 steps .repeats cost"):
+        copies.on_step_end(None, SimpleNamespace(global_step=7), None, model=Copying(period, sure))
+
+
 @pytest.mark.slow  # five processes, each of which imports the Trainer
 def test_it_pretrains_and_goes_on_after_a_kill(text, tmp_path):
     whole = pretrain(text, tmp_path / "whole")
@@ -98,6 +133,10 @@ def test_it_pretrains_and_goes_on_after_a_kill(text, tmp_path):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not (out / "checkpoints").exists()
     assert "nothing to train" in pretrain(text, out).stdout
+    blind = pretrain(text, tmp_path / "blind", "--copied", "0.5")
+    assert blind.returncode == 2 and "no induction head has formed in 1 steps" in blind.stderr
+    assert blind.stderr.splitlines()[-1].startswith("pretrain.py: --span-steps")
+    assert not (tmp_path / "blind/base").exists()
     other = pretrain(text, out, "--seed", "7")
     assert other.returncode == 2 and "was begun with another seed" in other.stderr
     with gzip.open(out / "heldout.jsonl.gz", "rt") as file:

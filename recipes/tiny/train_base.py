@@ -121,7 +121,9 @@ class Rows(Spans, IterableDataset):
             yield {"input_ids": torch.tensor(row), "labels": torch.tensor(row)}
 
 
-def network(arguments, tokenizer, window: int = WINDOW, heads: int = 4) -> LlamaForCausalLM:
+def network(
+    arguments, tokenizer, window: int = WINDOW, heads: int = 4, tied: bool = False
+) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -131,7 +133,7 @@ def network(arguments, tokenizer, window: int = WINDOW, heads: int = 4) -> Llama
             num_attention_heads=heads,
             num_key_value_heads=heads,
             max_position_embeddings=window,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
             initializer_range=0.02,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             bos_token_id=tokenizer.bos_token_id,
