@@ -278,14 +278,16 @@ exit 1
 """
 
 
-@pytest.mark.parametrize("gaining, before_it_gives_up", [("none", 2), ("3", 5)])
-def test_three_starts_in_a_row_without_a_checkpoint_are_the_last(site, gaining, before_it_gives_up):
-    """One start that fails, as on a node that has just come back, does not end the job."""
+@pytest.fixture
+def start(site):
+    """Starts the job for the ``number``-th time after its first; the start called ``gaining`` writes a
+    checkpoint, and every one fails.
+    """
     site.program("python", ANSWERS)
     for name, text in {"srun": FAILS, "scontrol": SCONTROL}.items():
         site.program(name, text)
 
-    def start(number: int) -> subprocess.CompletedProcess:
+    def start(number: int, gaining: str = "none") -> subprocess.CompletedProcess:
         return bash(
             site,
             "slurm/train_64k.sbatch",
@@ -296,13 +298,32 @@ def test_three_starts_in_a_row_without_a_checkpoint_are_the_last(site, gaining, 
             PYTHON="python",
         )
 
+    return start
+
+
+@pytest.mark.parametrize("gaining, before_it_gives_up", [("none", 2), ("3", 5)])
+def test_three_starts_in_a_row_without_a_checkpoint_are_the_last(site, start, gaining, before_it_gives_up):
+    """One start that fails, as on a node that has just come back, does not end the job."""
     for number in range(before_it_gives_up):
-        done = start(number)
+        done = start(number, gaining)
         assert done.returncode == -signal.SIGTERM and "queued again" in done.stdout, done.stdout + done.stderr
-    last = start(before_it_gives_up)
+    last = start(before_it_gives_up, gaining)
     assert last.returncode == 1 and "the third start in a row without a new checkpoint" in last.stderr
     assert site.calls("scontrol").count("requeue 5") == before_it_gives_up
     assert start(0).returncode == -signal.SIGTERM  # somebody's new job of the same run counts from nought
+
+
+@pytest.mark.parametrize("kept", ["", "no number"])
+def test_a_checkpoint_of_a_start_that_slurm_ended_counts(site, start, kept):
+    """Such a start, or one that was stopped on request, does not come to the lines that count."""
+    assert [start(number).returncode for number in (0, 1)] == [-signal.SIGTERM] * 2
+    marker = site.out / "tiny/endprompt/checkpoints/checkpoint-8/complete.json"
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    if kept:
+        (site.out / "tiny/endprompt/starts_without_checkpoint").write_text(kept)
+    assert [start(number).returncode for number in (3, 4)] == [-signal.SIGTERM] * 2
+    assert start(5).returncode == 1
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ which come back within the row.  A tenth of what is read is planted.  Every sixt
 pretraining: most of them become the text of the extension, with facts that come back up to 4096 tokens later,
 and three are held out as they are, for perplexity.
 
-    python recipes/novels/pretrain.py --text TEXT [TEXT ...] --out runs/novels     # a core for 80 minutes
+    python recipes/novels/pretrain.py --text TEXT [TEXT ...] --out runs/novels     # 80 minutes, by count
 
 writes ``base/``, ``corpus.jsonl.gz`` and ``heldout.jsonl.gz`` into ``--out``, which recipes/novels-cpu.yaml
 reads.  TEXT: what ``data.corpus`` takes, documents of at least some 20,000 characters, 40 million in all for
