@@ -259,7 +259,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def train(arguments, tokenizer, texts: list[str], rate: float) -> None:
     set_seed(arguments.seed)
-    model = network(arguments, tokenizer, WINDOW, arguments.width // 32, tied=True)
+    wide = arguments.feed_forward
+    model = network(arguments, tokenizer, WINDOW, intermediate_size=wide, tie_word_embeddings=True)
     print(f"{sum(one.numel() for one in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     checkpoints = arguments.out / "checkpoints"
     training = TrainingArguments(
@@ -338,10 +339,13 @@ def main() -> None:
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--out", type=Path, default=Path("runs/novels"))
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=192, help="a multiple of 32, the width of a head")
-    parser.add_argument("--steps", type=int, default=2100)
-    parser.add_argument("--span-steps", type=int, default=1200)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=192, help="a multiple of 8; there are 4 heads")
+    parser.add_argument(
+        "--feed-forward", type=int, default=1024, help="the width between a layer's two products"
+    )
+    parser.add_argument("--steps", type=int, default=1900)
+    parser.add_argument("--span-steps", type=int, default=900)
     parser.add_argument("--span-share", type=float, default=0.1, help="of the rows after the first part")
     parser.add_argument(
         "--copied",
@@ -350,7 +354,7 @@ def main() -> None:
         help="the share of guessing's loss that repeats must cost less than after the first part; 1: any",
     )
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--save-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1001)
     try:

@@ -121,25 +121,23 @@ class Rows(Spans, IterableDataset):
             yield {"input_ids": torch.tensor(row), "labels": torch.tensor(row)}
 
 
-def network(
-    arguments, tokenizer, window: int = WINDOW, heads: int = 4, tied: bool = False
-) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=arguments.width,
-            intermediate_size=3 * arguments.width,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=window,
-            tie_word_embeddings=tied,
-            initializer_range=0.02,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+def network(arguments, tokenizer, window: int = WINDOW, **different) -> LlamaForCausalLM:
+    """different: keys of the configuration whose value here is another."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": arguments.width,
+        "intermediate_size": 3 * arguments.width,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": window,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | different))
 
 
 def main() -> None:
