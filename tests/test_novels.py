@@ -18,7 +18,8 @@ from endprompt import BadInput
 
 SCRIPT = REPOSITORY / "recipes/novels/pretrain.py"
 SMALL = (
-    "--vocabulary 400 --layers 1 --width 32 --feed-forward 96 --steps 4 --span-steps 1 --rows 2 --save-steps 2 --copied 1"
+    "--vocabulary 400 --layers 1 --width 32 --feed-forward 96 --steps 4 --span-steps 1 --rows 2"
+    " --save-steps 2 --copied 1"
 ).split()
 
 

@@ -303,7 +303,7 @@ def test_options_that_would_change_the_loss_or_the_positions_are_refused(monkeyp
     import transformers
 
     from endprompt import BadInput
-    from endprompt.recipe.training_keys import speed_options
+    from endprompt.recipe.training_checks import speed_options
 
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
     with pytest.raises(BadInput, match=message):
@@ -358,7 +358,7 @@ def test_liger_s_kernels_leave_the_loss_ours():
 from networks import configuration, network
 from transformers.integrations.liger import apply_liger_kernel
 from endprompt.training import loss
-from endprompt.recipe.training_keys import speed_options
+from endprompt.recipe.training_checks import speed_options
 model = network(configuration())
 loss.attach(model)
 apply_liger_kernel(model, speed_options({"use_liger_kernel": True})["liger_kernel_config"])

@@ -18,7 +18,7 @@ from training import assert_same, prepared, run, train
 from transformers import TrainerCallback, TrainingArguments
 
 from endprompt import BadInput
-from endprompt.recipe import schema, training_keys, zero_file
+from endprompt.recipe import schema, training_checks, training_keys, zero_file
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports.markdown import grid, replaced
 from endprompt.rows.collate import Collator
@@ -87,7 +87,7 @@ class Made:
         """keys: of ``train:``, over BASE; unchecked: others that no check sees; folder: of the run; at_end:
         (state, control) -> None, after each step; rows: of the data set, all unless given."""
         kept = {key: value for key, value in {**BASE, **keys}.items() if value is not ...}
-        checked = {**training_keys.check(kept), **(unchecked or {})}
+        checked = {**training_checks.check(kept), **(unchecked or {})}
         recipe = self.recipe.model_copy(update={"train": checked})
         folder = folder or self.folder / str(next(self.counted))
         shape = batch_shape(Experiment.of(recipe, "endprompt"))
@@ -534,7 +534,7 @@ def _(made, monkeypatch):
 def _(made, monkeypatch):
     # As on a GPU; on a CPU transformers switches it off.
     recipe = made.recipe.model_copy(
-        update={"train": training_keys.check({"bf16": False, "dataloader_pin_memory": False})}
+        update={"train": training_checks.check({"bf16": False, "dataloader_pin_memory": False})}
     )
     assert training_arguments(recipe, (1, 1), made.folder, True, False).dataloader_pin_memory is False
     recipe.train.pop("dataloader_pin_memory")
@@ -665,11 +665,11 @@ def test_every_key_of_transformers_was_looked_at():
 def test_a_key_that_nobody_looked_at_is_refused(monkeypatch):
     monkeypatch.setattr(training_keys, "known", lambda: frozenset({"brand_new"}))
     with pytest.raises(BadInput, match="train.brand_new: transformers knows it, but .* not looked at"):
-        training_keys.check({"brand_new": 1})
+        training_checks.check({"brand_new": 1})
     with pytest.raises(BadInput, match="train.seed: the installed transformers does not know it"):
-        training_keys.check({"seed": 1})
+        training_checks.check({"seed": 1})
     with pytest.raises(BadInput, match="unknown key train.brand_newer"):
-        training_keys.check({"brand_newer": 1})
+        training_checks.check({"brand_newer": 1})
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -679,7 +679,7 @@ def test_a_key_that_nobody_looked_at_is_refused(monkeypatch):
 def test_a_refused_key_is_named_with_the_reason(key):
     for value in (True, 0, None, "x", [1]):
         with pytest.raises(BadInput) as caught:
-            training_keys.check({key: value})
+            training_checks.check({key: value})
         assert (
             str(caught.value) == f"train.{key} is not for recipes ({training_keys.REFUSED[key]}); remove it"
         )
@@ -761,7 +761,7 @@ REFUSED_VALUES = [
 )
 def test_a_value_without_its_effect_is_refused(keys, telling):
     with pytest.raises(BadInput, match="^train.") as caught:
-        training_keys.check(keys)
+        training_checks.check(keys)
     assert telling in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -814,7 +814,7 @@ USELESS = [
 @pytest.mark.parametrize("keys", USELESS, ids=lambda keys: next(iter(keys)))
 def test_what_is_refused_as_useless_is(keys, made):
     with pytest.raises(BadInput):
-        training_keys.check(keys)
+        training_checks.check(keys)
     assert same(made.train(unchecked=keys), made.train())
 
 
@@ -842,7 +842,7 @@ def test_useless_beside_another():
 def test_what_is_refused_beside_another_does_nothing_there(beside, keys, made):
     assert same(made.train(**beside), made.train(**beside, unchecked=keys))
     with pytest.raises(BadInput):
-        training_keys.check(
+        training_checks.check(
             {**{key: value for key, value in {**BASE, **beside}.items() if value is not ...}, **keys}
         )
 

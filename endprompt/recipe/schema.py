@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from endprompt import BadInput
 from endprompt.positions.rope import Type
-from endprompt.recipe import former_keys, settings_file, task_names, training_keys, zero_file
+from endprompt.recipe import former_keys, settings_file, task_names, training_checks, zero_file
 from endprompt.recipe.settings_file import SHIPPED
 
 
@@ -390,7 +390,7 @@ def made(tree: dict, name: str, path: Path, overrides: Sequence[str] = ()) -> Re
     except ValidationError as error:
         raise BadInput(f"{path}: {_message(error)}") from None
     try:
-        recipe.train = training_keys.check(recipe.train)
+        recipe.train = training_checks.check(recipe.train)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     _deepspeed(recipe, path)

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from endprompt import BadInput
 from endprompt.bases import model
-from endprompt.recipe import training_keys, zero_file
+from endprompt.recipe import training_checks, training_keys, zero_file
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import Recipe
 from endprompt.recipe.training_keys import DEFAULTS
@@ -94,9 +94,9 @@ def loading_universal(options: dict) -> dict:
 
 
 def speed_options(train: dict) -> dict:
-    """Those of ``training_keys.speed_options``; the loss is kept out of what they compile."""
-    options = training_keys.speed_options(train)
-    if training_keys.compiles(train):
+    """Those of ``training_checks.speed_options``; the loss is kept out of what they compile."""
+    options = training_checks.speed_options(train)
+    if training_checks.compiles(train):
         loss.leave_uncompiled()
     return options
 
