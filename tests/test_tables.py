@@ -20,7 +20,7 @@ from endprompt.evaluation.results import Estimate, Missing
 from endprompt.planning import estimate
 from endprompt.recipe import schema, task_names
 from endprompt.recipe.experiment import Experiment
-from endprompt.reports import paper, plan, recipe_page, tables
+from endprompt.reports import paper, plan, plan_jobs, recipe_page, tables
 
 SOURCE = REPOSITORY.parent / "shared/paper/tables.yaml"
 METHODS = {
@@ -777,7 +777,9 @@ PER_HOUR = 312e12 * 0.4 * 3600  # an A800 at 40 %
     ],
 )
 def test_hours_of_training_are_those_of_the_recipes_headers(tmp_path, recipe, method, hours):
-    item = plan.inspect(plan.Job("run", REPOSITORY / f"recipes/{recipe}.yaml", method, tmp_path), PER_HOUR)
+    item = plan.inspect(
+        plan_jobs.Job("run", REPOSITORY / f"recipes/{recipe}.yaml", method, tmp_path), PER_HOUR
+    )
     assert item.state == "missing" and item.train_hours / 8 == pytest.approx(hours, abs=0.05)
 
 
@@ -805,7 +807,8 @@ def test_hours_follow_their_formula(tmp_path):
     assert plan.training_flops(longlora, about) < plan.training_flops(short, about)
     assert estimate.shape(schema.load(RECIPE, ["model.name_or_path=someone/unknown-model"])) is None
     unknown = plan.inspect(
-        plan.Job("run", RECIPE, "short", tmp_path, ("model.name_or_path=someone/unknown-model",)), PER_HOUR
+        plan_jobs.Job("run", RECIPE, "short", tmp_path, ("model.name_or_path=someone/unknown-model",)),
+        PER_HOUR,
     )
     assert unknown.train_hours is None and not unknown.done
 
@@ -822,7 +825,7 @@ def tiny(tmp_path, recipe_file, tokenizer):
     path = recipe_file("tiny")
 
     def job(method="endprompt", kind="run", model=None):
-        return plan.Job(kind, path, method, tmp_path / "runs", model=model)
+        return plan_jobs.Job(kind, path, method, tmp_path / "runs", model=model)
 
     def answer(method, length, fingerprint, **other):
         recipe = schema.load(path)
@@ -866,12 +869,13 @@ def test_states(tiny):
 def test_rows_that_do_not_fit_a_step_are_found_before_anything_runs(tmp_path):
     with pytest.raises(BadInput, match="make per_device_train_batch_size"):
         plan.inspect(
-            plan.Job("run", REPOSITORY / "recipes/llama3-8b-128k.yaml", "full_length", tmp_path), PER_HOUR
+            plan_jobs.Job("run", REPOSITORY / "recipes/llama3-8b-128k.yaml", "full_length", tmp_path),
+            PER_HOUR,
         )
 
 
 def test_all_tables_are_planned(tmp_path):
-    every = plan.jobs(RECIPE, list(plan.METHODS), tmp_path, ("eval.seed=1",), {}, True)
+    every = plan_jobs.jobs(RECIPE, list(plan_jobs.METHODS), tmp_path, ("eval.seed=1",), {}, True)
     made = {(job.folder, job.kind) for job in every}
     assert len(made) == len(every), "nothing twice"
     for table in paper.tables().values():
@@ -898,7 +902,7 @@ def test_all_tables_are_planned(tmp_path):
     assert Experiment.of(recipe, "endprompt").options.end_prompts == ["EP_3"]
     tuned = [job for job in every if job.kind == "evaluate"]
     assert len(tuned) == 6 and all("eval.tasks=[mmlu,gsm8k,hellaswag]" in job.overrides for job in tuned)
-    allowed = plan.jobs(RECIPE, ["endprompt"], tmp_path, ("eval.run_unsafe_code=true",), {}, True)
+    allowed = plan_jobs.jobs(RECIPE, ["endprompt"], tmp_path, ("eval.run_unsafe_code=true",), {}, True)
     assert "eval.tasks=[mmlu,gsm8k,hellaswag,humaneval]" in allowed[-1].overrides
 
 
@@ -955,7 +959,7 @@ def test_steps_are_for_a_shell(tmp_path, capsys):
     )
     settings = ["data.end_prompts=['a b', c]", "eval.samples=3", "eval.lengths=[256,512]"]
     recipe, root = str(REPOSITORY / "recipes/tiny.yaml"), str(tmp_path / "a b")
-    assert code == 0 and [line.split(plan.SEPARATOR) for line in out.splitlines()] == [
+    assert code == 0 and [line.split(plan_jobs.SEPARATOR) for line in out.splitlines()] == [
         ["run", recipe, "base", root, "", f"{root}/tiny/logs/base.log", f"{root}/tiny/base", *settings],
         [
             "evaluate",
@@ -1200,7 +1204,7 @@ def test_the_plan_says_what_a_gpu_must_hold(tmp_path):
 
     def memory(method, gpus=8, *overrides):
         return plan.inspect(
-            plan.Job("run", REPOSITORY / "recipes/llama3-8b-64k.yaml", method, tmp_path, overrides),
+            plan_jobs.Job("run", REPOSITORY / "recipes/llama3-8b-64k.yaml", method, tmp_path, overrides),
             PER_HOUR,
             gpus,
         ).memory
@@ -1211,7 +1215,7 @@ def test_the_plan_says_what_a_gpu_must_hold(tmp_path):
     )
     assert memory("base") is None and memory("full_length", 8, "train.sequence_parallel=2") is None
     planned = plan.inspect(
-        plan.Job("run", REPOSITORY / "recipes/llama3-8b-64k.yaml", "endprompt", tmp_path), PER_HOUR
+        plan_jobs.Job("run", REPOSITORY / "recipes/llama3-8b-64k.yaml", "endprompt", tmp_path), PER_HOUR
     )
     shown = plan.table([planned], "A800", 312e12, 8, 0.4).splitlines()
     assert "GB a GPU" in shown[0] and f"{planned.memory / 1e9:.1f}" in shown[1]

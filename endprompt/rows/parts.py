@@ -11,6 +11,7 @@ from pathlib import Path
 from endprompt import BadInput, storage
 from endprompt.recipe.schema import Recipe
 from endprompt.rows import corpus, shards
+from endprompt.rows.ledger import Ledger, are_records, changed
 
 PROGRESS = "progress.json"
 COUNTS = ("rows", "tokens", "text_tokens", "prompt_tokens", "documents")
@@ -34,7 +35,7 @@ def finished(path: Path) -> dict:
             isinstance(found, dict)
             and shards.listed(found["shards"])
             and all(shards.whole(found[key], 0) for key in COUNTS)
-            and corpus.are_records(found["corpus_files"])
+            and are_records(found["corpus_files"])
         ):
             raise ValueError("it is not what this version of prepare writes")
     except (OSError, ValueError, KeyError) as error:
@@ -51,7 +52,7 @@ def refuse_other_corpus(
     same files, say was read.
     """
     if files is not None and records is not None:
-        what = corpus.changed(files, records, *others)
+        what = changed(files, records, *others)
     else:
         what = "" if files is None and records is None else "it was on the hub, or is now"
     if what:
@@ -72,7 +73,7 @@ def refuse_finished_of_other_corpus(recipe: Recipe, folder: Path, manifest: dict
     files, records = _here(recipe), manifest.get("corpus_files")
     if files is None:
         return
-    if corpus.are_records(records):
+    if are_records(records):
         refuse_other_corpus(files, records, f"{folder} was made")
     elif records != [
         [file.path.name, file.path.stat().st_size] for file in files
@@ -98,7 +99,7 @@ def share(wanted: int, part: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def documents(
-    recipe: Recipe, files: list[corpus.File] | None, ledger: corpus.Ledger, part: tuple[int, int] | None
+    recipe: Recipe, files: list[corpus.File] | None, ledger: Ledger, part: tuple[int, int] | None
 ) -> Iterator[tuple[str, str]]:
     """A part reads every N-th file, or, where there are fewer files than parts, every N-th document."""
     number, count = part or (1, 1)

@@ -19,6 +19,7 @@ from endprompt.bases import model
 from endprompt.methods.base import Rows
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows import corpus, filtering, parts, shards
+from endprompt.rows.ledger import Ledger, are_records
 from endprompt.rows.stream import Cursor
 from endprompt.rows.tokenizing import tokenized, tokenizer_fingerprint
 
@@ -83,7 +84,7 @@ def _resume(folder: Path, expected: dict, part: tuple[int, int] | None) -> dict:
                 f"shards: {path} is of an earlier version, which did not note what the corpus was; delete the"
                 " folder and prepare again"
             )
-        if not corpus.are_records(state["corpus_files"]):
+        if not are_records(state["corpus_files"]):
             raise ValueError
     except FileNotFoundError:
         state, differing = fresh, []
@@ -215,7 +216,7 @@ class Preparation:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = _resume(self.folder, self.expected, self.part)
         self.number = sum(shard["rows"] for shard in self.state["shards"])
-        self.ledger = corpus.Ledger(files, self.state["corpus_files"])
+        self.ledger = Ledger(files, self.state["corpus_files"])
         if self.state["shards"]:
             begun = f"the preparation in {self.folder} was begun"
             parts.refuse_other_corpus(files, self.state["corpus_files"], begun)
@@ -244,7 +245,7 @@ class Preparation:
     def rank(self, files: list[corpus.File] | None, workers: int) -> None:
         """Chooses the documents that rows are made of.  Raises BadInput if shards of another choice are
         there."""
-        ledger = corpus.Ledger(files)
+        ledger = Ledger(files)
         by_document = self.recipe.data.packing == "document"
         rows = self.wanted + self.rows.together
         enough = (0, rows) if by_document else (rows * self.length, 0)
@@ -267,7 +268,7 @@ class Preparation:
             )
         self.state["filtered"] = self.ranked.record
         # What was chosen from counts as read.
-        self.ledger = corpus.Ledger(files, ledger.records)
+        self.ledger = Ledger(files, ledger.records)
 
     def write_shards(self) -> None:
         from tqdm import tqdm
