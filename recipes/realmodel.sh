@@ -23,8 +23,9 @@ export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} SHOTS=${SHO
 SEEDS=${SEEDS:-0 1}
 JOBS=${JOBS:-2}
 
-# By setting: its methods, what differs from the recipe (parted by |).  *-unsharpened trains as the setting
-# it is named after, whose last checkpoint it takes if there is one: pose_sharp is pose there.
+# By setting: its methods, what differs from the recipe (parted by |).  *-unsharpened (where pose_sharp is
+# pose) and *-half (averaged with the base) train as the setting that they are named after, whose last
+# checkpoint they take if there is one.
 all='short endprompt endprompt_random endprompt_pose pose_sharp pose_matched'
 declare -A methods=(
   [own]=base [own-sharpened]=base
@@ -32,18 +33,20 @@ declare -A methods=(
   [untrained-yarn]=interpolation [untrained-yarn-sharpened]=interpolation
   [untrained-theta]=interpolation [untrained-theta-sharpened]=interpolation
   [linear]='short endprompt endprompt_pose pose'
-  [yarn]=$all [yarn-unsharpened]='pose_sharp pose_matched' [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
-  [theta]=$all [theta-unsharpened]='pose_sharp pose_matched' [theta-weight-0]=endprompt [theta-weight-1]=endprompt
+  [yarn]=$all [yarn-unsharpened]='pose_sharp pose_matched' [yarn-half]='short pose_sharp pose_matched' [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
+  [theta]=$all [theta-unsharpened]='pose_sharp pose_matched' [theta-half]='short pose_sharp pose_matched' [theta-weight-0]=endprompt [theta-weight-1]=endprompt
 )
 declare -A different=(
   [own]='' [own-sharpened]='rope.sharpen=1.0'
   [linear]='rope.type=linear'
   [yarn]='rope.type=yarn'
   [yarn-unsharpened]='rope.type=yarn|rope.sharpen=0.0'
+  [yarn-half]='rope.type=yarn|train.base_share=0.5'
   [yarn-weight-0]='rope.type=yarn|method_options.prompt_loss_weight=0.0'
   [yarn-weight-1]='rope.type=yarn|method_options.prompt_loss_weight=1.0'
   [theta]='rope.type=theta'
   [theta-unsharpened]='rope.type=theta|rope.sharpen=0.0'
+  [theta-half]='rope.type=theta|train.base_share=0.5'
   [theta-weight-0]='rope.type=theta|method_options.prompt_loss_weight=0.0'
   [theta-weight-1]='rope.type=theta|method_options.prompt_loss_weight=1.0'
 )
@@ -51,9 +54,9 @@ for kind in linear yarn theta; do
   different[untrained-$kind]="rope.type=$kind"
   different[untrained-$kind-sharpened]="rope.type=$kind|rope.sharpen=1.0"
 done
-order=(own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened linear yarn yarn-unsharpened yarn-weight-0 yarn-weight-1)
+order=(own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened linear yarn yarn-unsharpened yarn-half yarn-weight-0 yarn-weight-1)
 if "$PYTHON" -c 'import sys; from endprompt.positions import rope; sys.exit("theta" not in rope.TYPES)'; then
-  order+=(untrained-theta untrained-theta-sharpened theta theta-unsharpened theta-weight-0 theta-weight-1)
+  order+=(untrained-theta untrained-theta-sharpened theta theta-unsharpened theta-half theta-weight-0 theta-weight-1)
 fi
 [ $# -gt 0 ] && order=("$@")
 
@@ -72,8 +75,8 @@ one() {  # setting method seed differences
   local setting=$1 method=$2 seed=$3 out keys key run other='' start=$SECONDS marker
   out=$(arm "$setting" "$seed")
   run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
-  if [[ $setting = *-unsharpened ]]; then
-    other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "${setting%-unsharpened}" "$seed")") || exit 255
+  if [[ $setting = *-unsharpened || $setting = *-half ]]; then
+    other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "${setting%-*}" "$seed")") || exit 255
   fi
   local options=(--set "data.seed=$seed" --set "data.tokens=$TOKENS")
   [ "$BF16" = false ] || options+=(--set "train.bf16=$BF16")

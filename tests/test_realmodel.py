@@ -62,7 +62,7 @@ def test_every_arm_is_a_recipe_and_is_run_once(study):
     evaluated = asked(calls)
     arms = {(method, out) for method, out, _ in evaluated}
     # From afar, near and inside the window: 8 untrained arms, and two seeds of those that are trained.
-    assert len(evaluated) == 3 * len(arms) == 3 * (8 + 2 * (4 + 2 * (6 + 2 + 2)))
+    assert len(evaluated) == 3 * len(arms) == 3 * (8 + 2 * (4 + 2 * (6 + 2 + 3 + 2)))
     assert ("pose_sharp", "out/yarn-unsharpened-131072/seed1") in arms
     assert {out for method, out in arms if method == "base"} == {"out/own/seed0", "out/own-sharpened/seed0"}
     for method, out, overrides in evaluated:
@@ -100,13 +100,14 @@ def test_a_precision_is_passed_on(study):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_without_sharpening_the_last_checkpoint_is_taken_if_there_is_one(study, tmp_path, there):
+@pytest.mark.parametrize("setting", ["yarn-unsharpened", "yarn-half"])
+def test_what_only_saves_otherwise_takes_the_last_checkpoint_if_there_is_one(study, tmp_path, setting, there):
     sharp = tmp_path / "out/yarn-131072/seed0/smollm2/pose_sharp"
     for part in ("shards", "checkpoints/checkpoint-32", *(["model"] if there else [])):
         (sharp / part).mkdir(parents=True)
-    done, _ = study("yarn-unsharpened", SEEDS="0", METHODS="pose_sharp", LENGTHS="")
+    done, _ = study(setting, SEEDS="0", METHODS="pose_sharp", LENGTHS="")
     assert done.returncode == 0, done.stderr
-    taken = tmp_path / "out/yarn-unsharpened-131072/seed0/smollm2/pose_sharp/checkpoints/checkpoint-32"
+    taken = tmp_path / f"out/{setting}-131072/seed0/smollm2/pose_sharp/checkpoints/checkpoint-32"
     assert taken.exists() is there
 
 
