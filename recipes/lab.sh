@@ -44,7 +44,7 @@ declare -A methods=(
   [theta-lr-low]='full_length pose_matched' [theta-lr-high]='full_length pose_matched'
   [decay-4]='short endprompt pose pose_sharp pose_recall pose_matched'
   [theta-decay-4]='short endprompt pose_sharp pose_recall pose_matched'
-  [theta-decay-4-by-position]='pose_matched'
+  [theta-decay-4-by-position]='pose_matched' [theta-decay-2]=pose_matched [theta-decay-1]=pose_matched
   [decay-8]='full_length lceg' [yarn-decay-8]=full_length [theta-decay-8]=full_length
   [yarn-decay-8-lr-low]=full_length [yarn-decay-8-lr-high]=full_length
   [weight-0]=endprompt [weight-1]=endprompt
@@ -67,6 +67,7 @@ declare -A different=(
   [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
   [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
   [decay-4]="$decay=4" [theta-decay-4]="rope.type=theta|$decay=4" [theta-decay-4-by-position]="rope.type=theta|$decay=4"
+  [theta-decay-2]="rope.type=theta|$decay=2" [theta-decay-1]="rope.type=theta|$decay=1"
   [decay-8]="$decay=8" [yarn-decay-8]="rope.type=yarn|$decay=8" [theta-decay-8]="rope.type=theta|$decay=8"
   [yarn-decay-8-lr-low]="rope.type=yarn|$decay=8|train.learning_rate=5.0e-4"
   [yarn-decay-8-lr-high]="rope.type=yarn|$decay=8|train.learning_rate=2.0e-3"
@@ -77,7 +78,7 @@ declare -A different=(
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
 declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta [theta-decay-4-by-position]=theta-decay-4)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high decay-4 theta-decay-4 theta-decay-4-by-position decay-8 yarn-decay-8 theta-decay-8 yarn-decay-8-lr-low yarn-decay-8-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
+order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high decay-4 theta-decay-4 theta-decay-4-by-position theta-decay-2 theta-decay-1 decay-8 yarn-decay-8 theta-decay-8 yarn-decay-8-lr-low yarn-decay-8-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained
