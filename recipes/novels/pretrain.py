@@ -6,14 +6,14 @@ which come back within the row.  A tenth of what is read is planted.  Every sixt
 pretraining: most of them become the text of the extension, with facts that come back up to 4096 tokens later,
 and three are held out as they are, for perplexity.
 
-    python recipes/novels/pretrain.py --text TEXT [TEXT ...] --out runs/novels     # 80 minutes, by count
+    python recipes/novels/pretrain.py --text TEXT [TEXT ...] --out runs/novels     # 100 minutes of one core
 
 writes ``base/``, ``corpus.jsonl.gz`` and ``heldout.jsonl.gz`` into ``--out``, which recipes/novels-cpu.yaml
 reads.  TEXT: what ``data.corpus`` takes, documents of at least some 20,000 characters, 40 million in all for
 the steps below.  A killed run goes on from its last checkpoint with the same command.
 
-No base that looks things up has come out of it yet: an induction head is slow to form at this width, and a
-training in which none has formed is ended after ``--span-steps``.
+Depth, width and rate decide whether an induction head forms: three layers of width 192 have one after 800
+steps, four layers had none after 1050.  A training in which none has formed is ended after ``--span-steps``.
 """
 
 import argparse
@@ -154,9 +154,8 @@ class Rows(Spans, Dataset):
     """``first`` rows of repeated spans, then mostly rows of the text with facts, ``count`` in all;
     dictionaries of ``input_ids`` and ``labels``.  Row i depends on the seed and i alone.
 
-    The first rows are a quarter of the window long.  A head forms on them within 500 steps at the shape and
-    rate of ``recipes/tiny`` with this vocabulary (width 128, 3 layers, 2e-3), and within 1000 at the defaults
-    below none did.
+    The first rows are a quarter of the window long: an induction head forms on them, at a quarter of the cost
+    of whole ones.
 
     rate: characters of a token.
     """
