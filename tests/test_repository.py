@@ -57,6 +57,45 @@ def test_every_module_is_in_the_file_map():
     assert not [path for path, room in rooms.items() if Path(path).name not in told[room].split()]
 
 
+INTERVAL = re.compile(r"([+-]?\d[\d.,]*)(?: %| points?| nats)? \[([+-]?\d[\d.,]*), ([+-]?\d[\d.,]*)\]")
+
+
+def intervals(lines: list[str]) -> list[tuple[float, ...]]:
+    """(mean, low, high) of each "54 % [49, 59]" in a text, which may be wrapped inside of one."""
+    found = INTERVAL.findall(re.sub(r"\s+", " ", "\n".join(lines)))
+    return [tuple(float(number.replace(",", "").rstrip(".")) for number in one) for one in found]
+
+
+def of_no_table(texts: list[str]) -> list[tuple[float, ...]]:
+    """The intervals in prose that no table of ``texts`` holds, as it is or turned round."""
+    lines = [line for text in texts for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines()]
+    held = {one for line in lines if line.startswith("|") for one in intervals([line])}
+    held |= {(-mean, -high, -low) for mean, low, high in held}
+    return [one for one in intervals([line for line in lines if line[:1] != "|"]) if one not in held]
+
+
+def test_intervals_in_prose_are_those_of_tables():
+    """The tables come from the results by command, the prose by hand: new runs must change both."""
+    texts = [(REPOSITORY / page).read_text() for page in PAGES if page.startswith(("README", "docs/"))]
+    assert len(intervals([line for text in texts for line in text.splitlines() if line[:1] != "|"])) > 50
+    assert not of_no_table(texts)
+
+
+@pytest.mark.parametrize(
+    "prose, stray",
+    [
+        ("finds 54 %\n[49, 59] of them", 0),
+        ("is 3 points [1, 5.5] behind", 0),
+        ("finds 54 % [49, 60]", 1),
+        ("finds 55 % [49, 59]", 1),
+        ("1,234 [1,000, 1,500], and 2 [1, 3].", 1),
+    ],
+)
+def test_an_interval_of_no_table_is_found(prose, stray):
+    table = "| `short` | 54 [49, 59] | -3 [-5.5, -1] | 1234 [1000, 1500] |"
+    assert len(of_no_table([f"{prose}\n\n{table}\n"])) == stray
+
+
 @pytest.mark.parametrize("name", SHELL)
 def test_shell_is_strict(name):
     text = (REPOSITORY / name).read_text()

@@ -15,9 +15,9 @@ from endprompt.reports import findings, markdown, scaling
 PICTURES = {"targets.png", "targets-multikey.png", "tokens.png", "tokens-multikey.png"}
 
 
-def laboratory(folder, target, tokens, **found):
+def laboratory(folder, target, tokens, setting="plain", **found):
     """Runs of ``found`` {method: keys of ten that are found at ``target``} after ``tokens``, one seed."""
-    recipe = folder / "plain/seed0/small"
+    recipe = folder / setting / "seed0/small"
     for method, keys in found.items():
         for task in ("passkey", "multikey"):
             passkey_result(recipe, method, 64, {0.0: 10}, task=task)
@@ -72,6 +72,16 @@ def test_a_row_a_method_and_number_of_tokens(laboratories):
     }
     # Over both lengths, 64 and the target.
     assert rows(tables["scaling-multikey-mean"])["pose", "1,000"] == {"128": "95", "512": "80", "1024": "60"}
+
+
+def test_a_setting_is_a_row_of_its_own(laboratories, tmp_path):
+    """Of a setting that was run at one target alone, nothing is said."""
+    for folder, target, keys in (("usual", 512, 7), ("near", 128, 10)):
+        laboratory(tmp_path / folder, target, 1000, "decay-4", pose=keys)
+    laboratory(tmp_path / "far", 1024, 1000, "yarn", short=3)
+    found = rows(scaling.tables(scaling.entries(laboratories))["scaling-passkey"])
+    assert found["pose, decay-4", "1,000"] == {"128": "100", "512": "70", "1024": "-"}
+    assert list(found)[-1] == ("pose, decay-4", "1,000") and not any("yarn" in name for name, _ in found)
 
 
 def test_the_numbers_alone_give_the_same(laboratories, tmp_path, monkeypatch, capsys):

@@ -5,9 +5,9 @@ laboratories.
         --out docs/findings
     python -m endprompt.reports.scaling docs/findings/scaling.json --out docs/findings --page docs/findings.md
 
-A source is an OUT of recipes/lab.sh, or a findings.json or scaling.json that was written before; of each, the
-setting ``plain`` counts.  Of several sources, what a later one says of a method, target and number of tokens
-stands in the place of what an earlier one says.
+A source is an OUT of recipes/lab.sh, or a findings.json or scaling.json that was written before.  Of several
+sources, what a later one says of a method in a setting, target and number of tokens stands in the place of
+what an earlier one says.
 """
 
 from collections.abc import Sequence
@@ -20,29 +20,36 @@ from endprompt.reports.findings_questions import MEASURES, PLAIN, value
 from endprompt.reports.findings_tables import cell
 from endprompt.runs import provenance
 
-KEPT = ("method", "values", "samples", "commits", "devices")
+KEPT = ("setting", "method", "name", "values", "samples", "commits", "devices")
 
 
 def entries(sources: list[Path]) -> list[dict]:
     """An entry {those of KEPT, "target_length", "tokens": trained on (0 where nothing is), "scores",
-    "passkey", "multikey": {"mean"}} for each method, target and number of tokens, in the order of the method
-    table; of the methods that have several of them.  Raises BadInput if a source holds no runs.
+    "passkey", "multikey": {"mean"}} for each method in a setting, target and number of tokens, in the order
+    of the method table, the setting ``plain`` first; of those that have several targets or numbers of tokens.
+    Raises BadInput if a source holds no runs.
     """
     found: dict[tuple[str, int, int], dict] = {}
     for source in sources:
         here = findings.read(source)["entries"] if source.is_file() else findings.collect(source)
         try:
-            kept = [_kept(entry) for entry in here if entry.get("setting", PLAIN) == PLAIN]
+            kept = [_kept(entry) for entry in here]
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(
                 f"{source} is no findings.json or scaling.json ({type(error).__name__}: {error}); make it"
                 " from the runs of recipes/lab.sh"
             ) from None
-        found |= {(one["method"], one["target_length"], one["tokens"]): one for one in kept if one}
-    order, run = list(methods.METHODS), [method for method, _, _ in found]
+        found |= {(one["name"], one["target_length"], one["tokens"]): one for one in kept if one}
+    order, run = list(methods.METHODS), [name for name, _, _ in found]
     return sorted(
-        (entry for entry in found.values() if run.count(entry["method"]) > 1),
-        key=lambda one: (order.index(one["method"]), one["tokens"], one["target_length"]),
+        (entry for entry in found.values() if run.count(entry["name"]) > 1),
+        key=lambda one: (
+            order.index(one["method"]),
+            one["setting"] != PLAIN,
+            one["name"],
+            one["tokens"],
+            one["target_length"],
+        ),
     )
 
 
@@ -51,7 +58,8 @@ def _kept(entry: dict) -> dict | None:
     lengths = entry["scores"]["passkey"] or entry["scores"]["multikey"]
     if not lengths or entry["method"] not in methods.METHODS:
         return None
-    return {key: entry[key] for key in KEPT} | {
+    whole = {"setting": PLAIN, "name": entry["method"], **entry}  # what scaling.json held before is plain
+    return {key: whole[key] for key in KEPT} | {
         "target_length": max(lengths),
         "tokens": round(entry["scores"]["training"].get("tokens", 0)),
         "scores": entry["scores"],
@@ -60,26 +68,26 @@ def _kept(entry: dict) -> dict | None:
 
 
 def _rows(found: list[dict]) -> dict[tuple[str, int], dict[int, dict]]:
-    """{(method, tokens): {target: entry}}; what trains nothing has one row for all numbers of tokens."""
+    """{(name, tokens): {target: entry}}; what trains nothing has one row for all numbers of tokens."""
     rows: dict[tuple[str, int], dict[int, dict]] = {}
     for entry in found:
-        rows.setdefault((entry["method"], entry["tokens"]), {})[entry["target_length"]] = entry
+        rows.setdefault((entry["name"], entry["tokens"]), {})[entry["target_length"]] = entry
     return rows
 
 
 def tables(found: list[dict]) -> dict[str, str]:
-    """{name of the place: table} of the ``found`` entries, one a measure: a row a method and number of
-    tokens, a column a target.
+    """{name of the place: table} of the ``found`` entries, one a measure: a row a method in a setting and
+    number of tokens, a column a target.
     """
     targets = sorted({entry["target_length"] for entry in found})
     result = {}
     for task, place, _ in MEASURES:
         form = "{:.2f}" if task == "perplexity" else "{:.0f}"
         rows = []
-        for (method, tokens), here in _rows(found).items():
+        for (name, tokens), here in _rows(found).items():
             cells = [value(here[target], task, place) if target in here else None for target in targets]
             rows.append(
-                (f"`{method}`", [f"{tokens:,}" if tokens else "-", *[cell(one, form) for one in cells]])
+                (f"`{name}`", [f"{tokens:,}" if tokens else "-", *[cell(one, form) for one in cells]])
             )
         result[f"scaling-{task}{'' if place else '-mean'}"] = markdown.grid(
             "method", ["tokens", *map(str, targets)], rows
@@ -103,8 +111,8 @@ def draw(found: list[dict], out: Path, title: str | None = None) -> list[Path]:
             series: dict[str, dict[int, dict]] = {}
             for entry in trained:
                 if entry[fixed] == usual and (at_target := value(entry, task, -1)):
-                    series.setdefault(entry["method"], {})[entry[along]] = at_target
-            if series := {method: cells for method, cells in series.items() if len(cells) > 1}:
+                    series.setdefault(entry["name"], {})[entry[along]] = at_target
+            if series := {name: cells for name, cells in series.items() if len(cells) > 1}:
                 drawn.append(out / f"{name}{'' if task == 'passkey' else f'-{task}'}.png")
                 figures.lines(series, drawn[-1], title, (f"{task} found at the target in %", across))
     return drawn
