@@ -8,7 +8,8 @@
 # RECIPE (recipes/tiny.yaml).
 # With the second base, which the head of its recipe says how to make:
 #   RECIPE=recipes/novels-cpu.yaml OUT=runs/lab-novels SEEDS="0 1 2" \
-#     METHODS="base interpolation short endprompt pose pose_matched full_length" bash recipes/lab.sh plain
+#     METHODS="base interpolation short endprompt pose_matched full_length" bash recipes/lab.sh \
+#     plain theta-decay-4 yarn-decay-8
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
