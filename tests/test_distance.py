@@ -972,6 +972,69 @@ def test_a_page_comes_from_the_numbers_without_the_runs(tmp_path, capsys):
     assert "| far | 60 [30, 100] `*` |" in page.read_text() and (two / "distances.json").exists()
 
 
+def seeds_of(name, scores):
+    """An arm's entries: keys found at each distance, and nats of a twentieth of what is missed, a seed."""
+    return [
+        {
+            "run": f"{name}/seed{seed}/r/pose",
+            "results": {
+                "distance:512": {
+                    "cells": [
+                        {"distance": 100 * place, "score": score, "nats": 5 - score / 20}
+                        for place, score in enumerate(cells)
+                    ]
+                }
+            },
+        }
+        for seed, cells in scores.items()
+    ]
+
+
+def test_differences_are_paired_by_seed():
+    """In whatever order the seeds come; over two seeds nothing is said, and where all agree no interval."""
+    arms = {
+        "short": seeds_of("a", {0: [40.0, 10.0], 1: [60.0, 20.0], 2: [20.0, 0.0]}),
+        "far": seeds_of("b", {2: [20.0, 12.0], 1: [60.0, 28.0], 0: [40.0, 20.0]}),
+        "few": seeds_of("c", {0: [0.0, 0.0], 1: [0.0, 0.0], 7: [9.0, 9.0]}),
+    }
+    half = 4.3027 * 2 / math.sqrt(3)  # of 8, 10 and 12 points
+    table = distance_tables.paired(arms, 512, {"far": "short", "few": "short"})
+    assert table.splitlines()[0] == "| arm | all distances | +0 | +100 |"
+    (row,) = table.splitlines()[2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "far, less short (3 seeds)" and cells[2] == "+0 points, +0.00 nats"
+    nats = half / 20
+    assert cells[3] == (
+        f"+10 [+{10 - half:.0f}, +{10 + half:.0f}] points, -0.50 [{-0.5 - nats:.2f}, {-0.5 + nats:.2f}] nats"
+    )
+    assert cells[1].startswith("+5 [+3, +7] points")
+    assert distance_tables.paired(arms, 512, {"few": "short"}) is None
+
+
+def test_answers_that_hold_a_digit_are_counted(tmp_path):
+    """The mean over the seeds whose answers are there; of an arm without any, no row."""
+    runs = [trained_run(tmp_path / name, 50.0) for name in ("one", "two", "old")]
+    answers = {0: ["12345", "a 1", " a church", " the key"], 300: ["no"] * 4}
+    for folder, more in zip(runs[:2], ([], ["7"] * 4), strict=True):
+        rows = [(place, pred) for place, preds in answers.items() for pred in [*preds, *more]]
+        lines = [json.dumps({"distance": place, "pred": pred}) for place, pred in rows]
+        (folder / "eval/distance/512.jsonl").write_text("\n".join(lines) + "\n")
+    arms = {"new": [distances.entry(run) for run in runs[:2]], "old": [distances.entry(runs[2])]}
+    assert [cell["numbered"] for cell in arms["new"][1]["results"]["distance:512"]["cells"]] == [75.0, 50.0]
+    shown = {
+        name: distance_tables.joined(distance_tables.by_length(arm, "distance")[512])
+        for name, arm in arms.items()
+    }
+    table = distance_tables.distances(shown)
+    assert table.endswith(
+        "Answers that hold a digit, in %.\n\n| arm | +0 | +300 |\n|---|---|---|\n| new | 62 | 25 |"
+    )
+    assert "Answers" not in distance_tables.distances({"old": shown["old"]})
+    (runs[2] / "eval/distance/512.jsonl").write_text('{"distance": 0, "pred": "1"}\n{"distance": 0}\n')
+    with pytest.raises(BadInput, match="512.jsonl line 2 is no answer of distance; delete"):
+        distances.entry(runs[2])
+
+
 def test_a_table_for_little_room():
     """The first distance and the last four; a distance that an arm lacks is said to be."""
     cells = [

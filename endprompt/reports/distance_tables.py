@@ -1,6 +1,8 @@
 """The tables of endprompt.reports.distances: arms in rows, distances or lengths in columns."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from endprompt import BadInput
 from endprompt.evaluation import distance_figures, intervals
@@ -64,6 +66,7 @@ def joined(seeds: list[dict]) -> dict:
         found, nats = pooled(each, *FOUND), pooled(each, *NATS)
         spans = [cell["between"] for cell in each]
         shares = [cell["supervised"] for cell in each if cell["supervised"] is not None]
+        numbered = [cell["numbered"] for cell in each if cell.get("numbered") is not None]
         cells.append(
             first
             | {"score": found["mean"], "low": found["low"], "high": found["high"]}
@@ -71,6 +74,7 @@ def joined(seeds: list[dict]) -> dict:
             | {"between": [min(low for low, _ in spans), max(high for _, high in spans)]}
             | {"total": sum(cell["total"] for cell in each), "seeds": len(each)}
             | {"supervised": sum(shares) / len(shares) if shares else None}
+            | {"numbered": sum(numbered) / len(numbered) if numbered else None}
         )
     whole = pooled(seeds, *FOUND)
     return seeds[0] | {
@@ -122,9 +126,9 @@ def perplexity(seeds: list[dict]) -> str:
 
 
 def distances(shown: dict[str, dict]) -> str:
-    """Keys found, and their loss, by distance: a row an arm of {name: ``joined``}."""
+    """Keys found, their loss, and answers with a number, by distance: a row an arm of {name: ``joined``}."""
     places = sorted({cell["distance"] for scores in shown.values() for cell in scores["cells"]})
-    found, nats = [], []
+    found, nats, numbered = [], [], []
     for name, scores in shown.items():
         cells = {cell["distance"]: cell for cell in scores["cells"]}
         there = [cells.get(place) for place in places]
@@ -134,10 +138,14 @@ def distances(shown: dict[str, dict]) -> str:
         ]
         found.append((name, marked))
         nats.append((name, ["not run" if cell is None else f"{cell['nats']:.2f}" for cell in there]))
+        shares = [(cell or {}).get("numbered") for cell in there]
+        if any(share is not None for share in shares):
+            numbered.append((name, ["-" if share is None else f"{share:.0f}" for share in shares]))
     heads = [f"+{place}" for place in places]
-    return "\n\n".join(
-        [READING, grid("arm", heads, found), "Loss of the key in nats a token.", grid("arm", heads, nats)]
-    )
+    parts = [READING, grid("arm", heads, found), "Loss of the key in nats a token.", grid("arm", heads, nats)]
+    if numbered:
+        parts += ["Answers that hold a digit, in %.", grid("arm", heads, numbered)]
+    return "\n\n".join(parts)
 
 
 def brief(shown: dict[str, dict]) -> str:
@@ -205,6 +213,55 @@ def filled_in(shown: dict[str, dict], controls: dict[str, str]) -> str | None:
             row = [_difference(steps.get(step, [])) for step in names]
             rows.append((f"{name}, less {control}", row))
     return grid("arm", names, rows) if rows else None
+
+
+def paired(arms: dict[str, list[dict]], target: int, controls: dict[str, str]) -> str | None:
+    """What each arm has over its control, paired by seed, over all distances and at BRIEF of them: points of
+    keys found and nats of their loss with Student's intervals.  Of arms that share at least three seeds with
+    their control (of two, that interval says nothing); None if there are none.
+    """
+    rows: list[tuple[str, list[str]]] = []
+    heads: list[str] = []
+    for name, control in controls.items():
+        one, other = (_by_seed(arms[arm], target) for arm in (name, control))
+        seeds = sorted(one.keys() & other.keys())
+        if len(seeds) < 3:
+            continue
+        places = sorted(set.intersection(*({*found[seed]} for found in (one, other) for seed in seeds)))
+        shown = sorted({places[0], *places[-(BRIEF - 1) :]})
+        heads = heads or ["all distances", *(f"+{place:,}" for place in shown)]
+        row = []
+        for chosen in (places, *([place] for place in shown)):
+            changes = []
+            for part in (0, 1):
+                values = [
+                    sum(one[seed][place][part] - other[seed][place][part] for place in chosen) / len(chosen)
+                    for seed in seeds
+                ]
+                changes.append(_signed(values, ("{:+.0f}", "{:+.2f}")[part]))
+            row.append(f"{changes[0]} points, {changes[1]} nats")
+        rows.append((f"{name}, less {control} ({len(seeds)} seeds)", row))
+    return grid("arm", heads, rows) if rows else None
+
+
+def _by_seed(arm: list[dict], target: int) -> dict[str, dict[int, tuple[float, float]]]:
+    """{seed's folder: {distance: (keys found in %, loss in nats)}} of the runs whose folder names a seed."""
+    found = {}
+    for run in arm:
+        seed = next((part for part in Path(run["run"]).parts if re.fullmatch(r"seed\d+", part)), None)
+        scores = run["results"].get(f"{task_names.DISTANCE}:{target}")
+        if seed and scores:
+            found[seed] = {cell["distance"]: (cell["score"], cell["nats"]) for cell in scores["cells"]}
+    return found
+
+
+def _signed(values: list[float], form: str) -> str:
+    """The mean with Student's interval; alone where all agree, of which no spread says how well."""
+    cell = intervals.over_seeds(values, (0.0, 0.0), float("-inf"))
+    mean = form.format(cell["mean"])
+    if cell["interval"] != "t":
+        return mean
+    return f"{mean} [{form.format(cell['low'])}, {form.format(cell['high'])}]"
 
 
 def _difference(pairs: list[tuple[float, float]]) -> str:

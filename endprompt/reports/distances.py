@@ -10,12 +10,13 @@ mean is shown with Student's interval over them, or of two with one that holds b
 names, an arm is called by as much of its folder as tells the runs apart.  A distances.json that was written
 before gives the same without the runs; of several sources, a later one's arm stands in the place of an
 earlier one's.  A page takes those tables that it has a place for, between ``<!-- name -->`` and
-``<!-- /name -->``: found-<target>, filled-in-<target>, named_keys, far_gain, perplexity, inside, prompt-loss,
-and two a picture: its name, and brief-<name> with few distances.
+``<!-- /name -->``: found-<target>, filled-in-<target>, paired-<target>, named_keys, far_gain, perplexity,
+inside, prompt-loss, and two a picture: its name, and brief-<name> with few distances.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from endprompt import BadInput, methods, storage
 from endprompt.evaluation import distance_figures, results
 from endprompt.recipe import task_names
 from endprompt.reports import compare, distance_tables, markdown
+from endprompt.rows import corpus
 from endprompt.runs import provenance
 
 Arms = dict[str, list[dict]]
@@ -68,12 +70,35 @@ def entry(run: Path) -> dict:
     "training": tokens, steps, seconds, settings and losses or None, "commit", "device", "versions"}."""
     found = results.read_run(run).found
     one = next(iter(found.values()), {})
+    for (task, length), file in found.items():
+        if task == task_names.DISTANCE:
+            _add_numbered(file["scores"], run / "eval" / task / f"{length}.jsonl")
     return {
         "run": "/".join(run.absolute().parts[-4:]),
         "results": {f"{task}:{length or ''}": file["scores"] for (task, length), file in found.items()},
         "training": _training(run),
         **{key: one[key] for key in ("commit", "device", "versions") if key in one},
     }
+
+
+def _add_numbered(scores: dict, answers: Path) -> None:
+    """Notes in each cell of distance's ``scores`` the share of ``answers`` in percent that hold a digit: a
+    model that knows a position may yet have lost the habit of answering with a number.  Nothing where the
+    answers are not there.  Raises BadInput if they are none.
+    """
+    if not answers.is_file():
+        return
+    by_distance: dict[int, list[bool]] = {}
+    for number, answer in corpus.jsonl(answers):
+        try:
+            by_distance.setdefault(answer["distance"], []).append(bool(re.search(r"\d", answer["pred"])))
+        except (KeyError, TypeError):
+            raise BadInput(
+                f"{answers} line {number} is no answer of distance; delete the results and evaluate again"
+            ) from None
+    for cell in scores["cells"]:
+        if held := by_distance.get(cell["distance"]):
+            cell["numbered"] = 100 * sum(held) / len(held)
 
 
 def _training(run: Path) -> dict | None:
@@ -175,6 +200,7 @@ def tables(
         drawn[f"distances-{target}"] = shown
         found[f"found-{target}"] = distance_tables.distances(shown)
         found[f"filled-in-{target}"] = distance_tables.filled_in(shown, compared(arms, controls))
+        found[f"paired-{target}"] = distance_tables.paired(arms, target, compared(arms, controls))
         for name, listed in pictures.items():
             if part := {arm: shown[arm] for arm in listed if arm in shown}:
                 place = name if len(targets) == 1 else f"{name}-{target}"
@@ -200,6 +226,8 @@ def _heading(place: str) -> str:
         return "Loss of the end prompt by step, nats a token"
     if name == "found":
         return f"Distance, up to {target}"
+    if name == "paired":
+        return f"Differences paired by seed, up to {target}"
     return f"Distances filled in, up to {target}" if name == "filled-in" else place
 
 
