@@ -342,6 +342,7 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
         ("docs/findings.md", "docs/findings/findings.json"),
         ("README.md", "docs/findings/findings.json"),
         ("docs/findings/by-position.md", "docs/findings/by-position.json"),
+        ("docs/findings/novels.md", "docs/findings/novels/findings.json"),
     ],
 )
 def test_pages_hold_the_committed_numbers(page, source):
@@ -451,6 +452,7 @@ def entry_of(method, setting="plain", keys=(90.0, 20.0), far=10.0, near=3.0, hal
     by_length = dict(zip((64, 512), keys, strict=True))
     scores = {task: {length: around(found, half) for length, found in by_length.items()} for task in TASKS}
     scores["perplexity"] = {64: around(near, 0.01), 512: around(far, 0.1)}
+    scores["training"] = {}
     return {
         "method": method,
         "setting": setting,
@@ -519,6 +521,7 @@ def test_rows_that_differ_in_one_thing_stand_beside_what_they_differ_from():
         "full_length, theta-decay-8",
         "full_length, theta-decay-8-lr-low",
     ]
+    assert names["steps-perplexity"] == names["steps-multikey"] == names["steps"]
     assert names["scalings"] == ["full_length", "full_length, theta", "pose_sharp", "pose_sharp, theta"]
     assert names["neighbours"] == ["pose_sharp", "cream", "pose_sharp, theta"]
     assert set(findings_questions.tables(entries[:2])) == {"goals"}
@@ -599,7 +602,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 12 + 2 + 16 + 2 + 6 + 10 + 18 + 5) and len(
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 12 + 2 + 16 + 2 + 6 + 10 + 20 + 5) and len(
         set(asked)
     ) == len(asked)
     common = (

@@ -244,7 +244,7 @@ def read(path: Path) -> dict:
 
 def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]:
     """Writes losses.png, keys.png, multikey.png, distances.png, distances-multikey.png, prompts.png,
-    sharpened.png, scalings.png and neighbours.png, those of which there is something to show.
+    sharpened.png, scalings.png, steps.png and neighbours.png, those of which there is something to show.
     """
     apart = findings_questions.NEIGHBOURS  # which have a picture of their own
     plain = [entry for entry in entries if entry["setting"] == PLAIN and entry["method"] not in apart]
@@ -277,6 +277,7 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
         ("prompts", findings_tables.prompts(entries)),
         ("sharpened", findings_tables.sharpened(entries)),
         ("scalings", findings_questions.scalings(entries)),
+        ("steps", findings_questions.settings(entries, findings_questions.STEPS.fullmatch)),
     ):
         if any(entry["setting"] != PLAIN for entry in chosen):
             lines(name, chosen)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from endprompt import methods
-from endprompt.reports.findings_tables import SHARPENED, cell, grid, keys, longer
+from endprompt.reports.findings_tables import SHARPENED, cell, grid, keys, longer, perplexity
 
 PLAIN = "plain"
 BASELINES = ("full_length", "lceg")  # on every RoPE and at every learning rate: what is to be beaten
@@ -116,4 +116,5 @@ def tables(entries: list[dict]) -> dict[str, str]:
     ):
         found[name] = keys(chosen)
         found[f"{name}-multikey"] = keys(chosen, "multikey")
+        found[f"{name}-perplexity"] = perplexity(chosen)
     return {name: table for name, table in found.items() if table.count("\n") > 1}
