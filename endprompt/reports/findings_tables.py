@@ -52,6 +52,7 @@ CONTRASTS = (
     ("pose_matched", "lceg, sharpened"),
     ("full_length, yarn-decay-8", "full_length, yarn"),
     ("pose_matched, theta-decay-4", "pose_matched, theta"),
+    ("endprompt, theta-decay-4", "short, theta-decay-4"),
     ("pose_sharp, theta-decay-4", "short, theta-decay-4"),
     ("pose_matched, theta-decay-4", "short, theta-decay-4"),
     ("pose_matched, theta-decay-4", "pose_sharp, theta-decay-4"),

@@ -58,7 +58,9 @@ def _kept(entry: dict) -> dict | None:
     lengths = entry["scores"]["passkey"] or entry["scores"]["multikey"]
     if not lengths or entry["method"] not in methods.METHODS:
         return None
-    whole = {"setting": PLAIN, "name": entry["method"], **entry}  # what scaling.json held before is plain
+    setting = entry.get("setting", PLAIN)  # what a scaling.json held before is plain
+    name = entry["method"] if setting == PLAIN else f"{entry['method']}, {setting}"
+    whole = entry | {"setting": setting, "name": name}
     return {key: whole[key] for key in KEPT} | {
         "target_length": max(lengths),
         "tokens": round(entry["scores"]["training"].get("tokens", 0)),
