@@ -21,7 +21,7 @@ from endprompt import BadInput, storage
 from endprompt.bases import model
 from endprompt.recipe import schema, settings_file
 from endprompt.recipe.experiment import Experiment
-from endprompt.rows import corpus, corpus_folder, prepare, shards
+from endprompt.rows import corpus, corpus_folder, parts, prepare, shards
 from endprompt.training import dataset
 
 BOM = "\ufeff"
@@ -347,7 +347,7 @@ def test_without_the_check_documents_come_twice(killed, two_files, monkeypatch, 
     recipe, arguments = killed
     lines = (two_files / "a.jsonl").read_text().splitlines(keepends=True)
     (two_files / "a.jsonl").write_text("".join(lines[-1:] + lines[:-1]))
-    monkeypatch.setattr(corpus, "changed", lambda *arguments: "")
+    monkeypatch.setattr(parts, "changed", lambda *arguments: "")
     assert run_main("prepare", recipe, *arguments)[0] == 0
     folder = tmp_path / "out/small/short/shards"
     rows = [row["input_ids"] for row in shards.rows(folder, shards.read_manifest(folder))]
