@@ -1009,6 +1009,10 @@ def test_differences_are_paired_by_seed():
     )
     assert cells[1].startswith("+5 [+3, +7] points")
     assert distance_tables.paired(arms, 512, {"few": "short"}) is None
+    for entry in arms["far"]:
+        for cell in entry["results"]["distance:512"]["cells"]:
+            cell["distance"] += 7
+    assert distance_tables.paired(arms, 512, {"far": "short"}) is None  # nothing was asked of both
 
 
 def test_answers_that_hold_a_digit_are_counted(tmp_path):

@@ -218,30 +218,38 @@ def filled_in(shown: dict[str, dict], controls: dict[str, str]) -> str | None:
 def paired(arms: dict[str, list[dict]], target: int, controls: dict[str, str]) -> str | None:
     """What each arm has over its control, paired by seed, over all distances and at BRIEF of them: points of
     keys found and nats of their loss with Student's intervals.  Of arms that share at least three seeds with
-    their control (of two, that interval says nothing); None if there are none.
+    their control (of two, that interval says nothing) and of the distances that all of these were asked at;
+    None if there are none.
     """
-    rows: list[tuple[str, list[str]]] = []
-    heads: list[str] = []
-    for name, control in controls.items():
-        one, other = (_by_seed(arms[arm], target) for arm in (name, control))
-        seeds = sorted(one.keys() & other.keys())
-        if len(seeds) < 3:
-            continue
-        places = sorted(set.intersection(*({*found[seed]} for found in (one, other) for seed in seeds)))
-        shown = sorted({places[0], *places[-(BRIEF - 1) :]})
-        heads = heads or ["all distances", *(f"+{place:,}" for place in shown)]
+    scored = {name: _by_seed(arm, target) for name, arm in arms.items()}
+    pairs = {
+        (name, control): seeds
+        for name, control in controls.items()
+        if len(seeds := sorted(scored[name].keys() & scored[control].keys())) >= 3
+    }
+    asked = [set(scored[name][seed]) for pair, seeds in pairs.items() for name in pair for seed in seeds]
+    places = sorted(set.intersection(*asked)) if asked else []
+    if not places:
+        return None
+    shown = sorted({places[0], *places[-(BRIEF - 1) :]})
+    rows = []
+    for (name, control), seeds in pairs.items():
         row = []
         for chosen in (places, *([place] for place in shown)):
-            changes = []
-            for part in (0, 1):
-                values = [
-                    sum(one[seed][place][part] - other[seed][place][part] for place in chosen) / len(chosen)
+            changes = [
+                [
+                    sum(
+                        scored[name][seed][place][part] - scored[control][seed][place][part]
+                        for place in chosen
+                    )
+                    / len(chosen)
                     for seed in seeds
                 ]
-                changes.append(_signed(values, ("{:+.0f}", "{:+.2f}")[part]))
-            row.append(f"{changes[0]} points, {changes[1]} nats")
+                for part in (0, 1)
+            ]
+            row.append(f"{_signed(changes[0], '{:+.0f}')} points, {_signed(changes[1], '{:+.2f}')} nats")
         rows.append((f"{name}, less {control} ({len(seeds)} seeds)", row))
-    return grid("arm", heads, rows) if rows else None
+    return grid("arm", ["all distances", *(f"+{place:,}" for place in shown)], rows)
 
 
 def _by_seed(arm: list[dict], target: int) -> dict[str, dict[int, tuple[float, float]]]:
