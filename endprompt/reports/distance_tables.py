@@ -8,6 +8,7 @@ from endprompt import BadInput
 from endprompt.evaluation import distance_figures, intervals
 from endprompt.positions import coverage
 from endprompt.recipe import task_names
+from endprompt.reports import findings_tables
 from endprompt.reports.markdown import grid
 
 FOUND = ("score", "low", "high"), (0.0, 100.0)
@@ -264,12 +265,8 @@ def _by_seed(arm: list[dict], target: int) -> dict[str, dict[int, tuple[float, f
 
 
 def _signed(values: list[float], form: str) -> str:
-    """The mean with Student's interval; alone where all agree, of which no spread says how well."""
-    cell = intervals.over_seeds(values, (0.0, 0.0), float("-inf"))
-    mean = form.format(cell["mean"])
-    if cell["interval"] != "t":
-        return mean
-    return f"{mean} [{form.format(cell['low'])}, {form.format(cell['high'])}]"
+    """The mean of one value a seed with Student's interval; alone where all agree."""
+    return findings_tables.cell(intervals.over_seeds(values, (values[0], values[0]), float("-inf")), form)
 
 
 def _difference(pairs: list[tuple[float, float]]) -> str:
