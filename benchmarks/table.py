@@ -9,6 +9,7 @@ A target that is not met stands there as such; what was not measured on a machin
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,6 +248,10 @@ def _when(found: dict) -> str:
     )
 
 
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 108, break_long_words=False, break_on_hyphens=False)
+
+
 def blocks(files: list[Path]) -> dict[str, str]:
     """The generated Markdown by its name: "benchmarks" with every machine, "costs" with the last (a GPU's, if
     there is one: cpu-..., then h100-...).
@@ -258,7 +263,7 @@ def blocks(files: list[Path]) -> dict[str, str]:
         text += [
             f"## {name}",
             "",
-            f"{'; '.join(devices)} ({_when(found)}); file [results/{name}.json](results/{name}.json).",
+            _paragraph(f"{'; '.join(devices)} ({_when(found)}); file [{name}.json](results/{name}.json)."),
             "",
             "| what | measured | target | |",
             "|---|---|---|---|",
@@ -271,7 +276,7 @@ def blocks(files: list[Path]) -> dict[str, str]:
     text += [
         "## What `endprompt plan` says, beside the paper's Figure 4",
         "",
-        (
+        _paragraph(
             "Llama-3-8B, 64K, 8 A800 of 80 GB, ZeRO-3, activation checkpointing; computed, not measured. The"
             " paper prints no rows a GPU, and not whether it makes full logits (65,536 of them in bf16 are"
             " 16.8 GB); it says 36.5 and 76.0 GB."

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Trains and evaluates what is missing, then makes the paper's tables and figures beside ours; what is
 # finished is skipped.
-#   bash eval/run_all.sh [--recipe FILE] [--methods M ...] [--samples N] [--lengths N ...] [--model METHOD=DIR ...] [--tables main|all]
-#                        [--out DIR] [--results DIR] [--set key=value ...] [--dry-run] [--gpu NAME] [--gpus N] [--mfu X]
+#   bash eval/run_all.sh [--recipe FILE] [--methods M ...] [--samples N] [--lengths N ...]
+#                        [--model METHOD=DIR ...] [--tables main|all] [--out DIR] [--results DIR]
+#                        [--set key=value ...] [--dry-run] [--gpu NAME] [--gpus N] [--mfu X]
 # --recipe: recipes/tiny.yaml, which runs whole on two CPU cores.  --methods: the paper's, base and short.
 # --model: evaluates a model that is there in the place of training METHOD.  --tables all: also the ablations,
 # the 32K figure and the fine-tuned models.  --dry-run: prints what is to be run with estimated GPU hours (of
@@ -78,12 +79,16 @@ follow() { # follow KIND RECIPE METHOD OUT MODEL LOG RUN SETTING ...: one step o
   for setting in "$@"; do settings+=(--set "$setting"); done
   case $kind in
     run) OUT=$folder bash "$root/recipes/run.sh" "$recipe" "$method" "${settings[@]}" ;;
-    train) OUT=$folder STAGES="prepare train" bash "$root/recipes/run.sh" "$recipe" "$method" "${settings[@]}" ;;
-    evaluate) "$PYTHON" -m endprompt evaluate "$recipe" "$method" --out "$folder" --model "$model" "${settings[@]}" ;;
+    train)
+      OUT=$folder STAGES="prepare train" bash "$root/recipes/run.sh" "$recipe" "$method" "${settings[@]}" ;;
+    evaluate)
+      "$PYTHON" -m endprompt evaluate "$recipe" "$method" --out "$folder" --model "$model" "${settings[@]}" ;;
     sft)
       [ ! -d "$model" ] || model=$(absolute "$model")  # else an id of the hub
-      (cd "$root" && "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$((gpus > 0 ? gpus : 2))}" -m trl.scripts.sft \
-        --config recipes/sft.yaml --model_name_or_path "$model" --output_dir "$(absolute "$run/sft")") ;;
+      local ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
+      (cd "$root" && "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$ranks" \
+        -m trl.scripts.sft --config recipes/sft.yaml --model_name_or_path "$model" \
+        --output_dir "$(absolute "$run/sft")") ;;
   esac
 }
 

@@ -26,7 +26,7 @@ OUT=${OUT:-runs}
 METHODS=${METHODS:-$("$PYTHON" -c 'from endprompt.methods import METHODS; print(*METHODS)')}
 # The seed orders and draws training rows: it is nothing to a method that trains nothing, so that one seed is
 # all of these.
-untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+untrained=" $("$PYTHON" -c 'from endprompt.methods import UNTRAINED; print(*UNTRAINED)') "
 
 folders=()
 for seed in "${seeds[@]}"; do
@@ -38,9 +38,11 @@ for seed in "${seeds[@]}"; do
       continue
     fi
     start=$SECONDS
-    if ! OUT=$OUT/seed$seed bash "$root/recipes/run.sh" "$recipe" "$method" "$@" --set "data.seed=$seed" >"$logs/$method.log" 2>&1; then
-      tail -n 30 "$logs/$method.log" >&2
-      echo "compare.sh: $method with seed $seed failed; its log is $logs/$method.log; the same command goes on from there" >&2
+    log=$logs/$method.log options=("$@" --set "data.seed=$seed")
+    if ! OUT=$OUT/seed$seed bash "$root/recipes/run.sh" "$recipe" "$method" "${options[@]}" >"$log" 2>&1; then
+      tail -n 30 "$log" >&2
+      echo "compare.sh: $method with seed $seed failed; its log is $log; the same command goes on from" \
+        "there" >&2
       exit 1
     fi
     printf 'seed %s  %-18s %5d s\n' "$seed" "$method" $((SECONDS - start))

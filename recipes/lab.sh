@@ -30,13 +30,15 @@ decay='train.lr_scheduler_type=linear|train.per_device_train_batch_size'
 # training: there, a run whose model only needs other sharpening finds its last checkpoint.
 neighbours='randpos cream longrecipe e2llm perturbed self_distil'
 declare -A methods=(
-  [plain]="base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall pose_matched full_length lceg longlora drope longrope2 $neighbours"
+  [plain]="base interpolation short endprompt endprompt_random pose endprompt_pose pose_sharp pose_recall
+    pose_matched full_length lceg longlora drope longrope2 $neighbours"
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
   [by-position]='pose_sharp pose_matched'
   [yarn]="full_length endprompt_pose short endprompt endprompt_random longlora $neighbours"
   [yarn-sharpened]='full_length endprompt_pose'
-  [theta]="full_length pose_matched pose_sharp pose_recall pose short endprompt endprompt_random endprompt_pose longlora $neighbours"
+  [theta]="full_length pose_matched pose_sharp pose_recall pose short endprompt endprompt_random
+    endprompt_pose longlora $neighbours"
   [theta-by-position]='pose_sharp pose_matched'
   [theta-unsharpened]='pose_sharp pose_matched' [theta-sharpened]='full_length'
   [theta-chunks-4]=pose_sharp [theta-pieces-2]=pose_matched [theta-share-10]=pose_recall
@@ -65,9 +67,12 @@ declare -A different=(
   [theta-pieces-2]='rope.type=theta|method_options.match_pieces=2'
   [theta-share-10]='rope.type=theta|method_options.recall_share=0.1'
   [lr-low]='train.learning_rate=5.0e-4' [lr-high]='train.learning_rate=2.0e-3'
-  [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4' [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
-  [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4' [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
-  [decay-4]="$decay=4" [theta-decay-4]="rope.type=theta|$decay=4" [theta-decay-4-by-position]="rope.type=theta|$decay=4"
+  [yarn-lr-low]='rope.type=yarn|train.learning_rate=5.0e-4'
+  [yarn-lr-high]='rope.type=yarn|train.learning_rate=2.0e-3'
+  [theta-lr-low]='rope.type=theta|train.learning_rate=5.0e-4'
+  [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
+  [decay-4]="$decay=4" [theta-decay-4]="rope.type=theta|$decay=4"
+  [theta-decay-4-by-position]="rope.type=theta|$decay=4"
   [theta-decay-2]="rope.type=theta|$decay=2" [theta-decay-1]="rope.type=theta|$decay=1"
   [decay-8]="$decay=8" [yarn-decay-8]="rope.type=yarn|$decay=8" [theta-decay-8]="rope.type=theta|$decay=8"
   [yarn-decay-8-lr-low]="rope.type=yarn|$decay=8|train.learning_rate=5.0e-4"
@@ -78,8 +83,19 @@ declare -A different=(
   [prompt-long]="method_options.end_prompts=[\"$EP_1 $EP_1 $EP_1 $EP_1\"]"
   [prompts-3]='method_options.end_prompts=[EP_1, EP_3, "This is the end of the day. The end."]'
 )
-declare -A trained=([sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta [theta-decay-4-by-position]=theta-decay-4)
-order=(plain sharpened unsharpened by-position yarn yarn-sharpened theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10 lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high decay-4 theta-decay-4 theta-decay-4-by-position theta-decay-2 theta-decay-1 decay-8 yarn-decay-8 theta-decay-8 yarn-decay-8-lr-low yarn-decay-8-lr-high weight-0 weight-1 prompt-short prompt-long prompts-3)
+declare -A trained=(
+  [sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn
+  [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta
+  [theta-decay-4-by-position]=theta-decay-4
+)
+order=(
+  plain sharpened unsharpened by-position yarn yarn-sharpened
+  theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10
+  lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high
+  decay-4 theta-decay-4 theta-decay-4-by-position theta-decay-2 theta-decay-1
+  decay-8 yarn-decay-8 theta-decay-8 yarn-decay-8-lr-low yarn-decay-8-lr-high
+  weight-0 weight-1 prompt-short prompt-long prompts-3
+)
 [ $# -gt 0 ] && order=("$@")
 
 one() {  # setting method seed differences trained
@@ -88,7 +104,9 @@ one() {  # setting method seed differences trained
   [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || exit 255
   local options=(--set "data.seed=$3")
   # That recipe's 8 rows a step are for each of two ranks, and its tokens are those of the demo.
-  [ "${RECIPE##*/}" != tiny.yaml ] || options+=(--set train.per_device_train_batch_size=16 --set data.tokens=786432)
+  if [ "${RECIPE##*/}" = tiny.yaml ]; then
+    options+=(--set train.per_device_train_batch_size=16 --set data.tokens=786432)
+  fi
   [ -z "${TOKENS:-}" ] || options+=(--set "data.tokens=$TOKENS")
   [ -z "${CORPUS:-}" ] || options+=(--set "data.corpus=$CORPUS")
   [ -z "${TARGET:-}" ] || options+=(--set "lengths.target=$TARGET" --set "eval.lengths=[$lengths]")
@@ -104,12 +122,16 @@ one() {  # setting method seed differences trained
   elif [ -n "$5" ] && [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
     cp -r "$other/shards" "$other/checkpoints" "$run/"
   fi
-  STAGES=$stages OUT=$out bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" >>"$run/lab.log" 2>&1 || stopped "$@"
+  STAGES=$stages OUT=$out bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
+    >>"$run/lab.log" 2>&1 || stopped "$@"
   printf '%-14s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
 }
 
 by_position() {  # trained run, this run: the same model, sharpened by position in place of the constant
-  [ -d "$1/model" ] || { echo "lab.sh: $1 has no model; run the setting it was trained in first" >&2 && return 1; }
+  if [ ! -d "$1/model" ]; then
+    echo "lab.sh: $1 has no model; run the setting it was trained in first" >&2
+    return 1
+  fi
   [ -d "$2/model" ] && return
   cp -r "$1/shards" "$1/train.json" "$1/recipe.yaml" "$2/"
   "$PYTHON" -m endprompt export "$1" --to "$2/model" --position-dependent
@@ -127,16 +149,17 @@ export -f one by_position stopped
 # The methods that train nothing, and the lengths to evaluate: the recipe's, or doubled from its shortest to
 # TARGET.
 told=$("$PYTHON" -c 'import sys
-from endprompt.methods import METHODS
+from endprompt.methods import UNTRAINED
 from endprompt.recipe import schema
 lengths, target = sorted(schema.load(sys.argv[1]).eval.lengths), sys.argv[2]
 if target:
     shortest = lengths[0]
     lengths = [shortest << n for n in range(32) if target.isdecimal() and shortest << n <= int(target)]
     if not lengths or str(lengths[-1]) != target:
-        print(f"lab.sh: TARGET={target} is not {shortest} doubled; use {shortest * 2}, {shortest * 4}", file=sys.stderr)
+        sys.stderr.write(f"lab.sh: TARGET={target} is not {shortest} doubled;")
+        sys.stderr.write(f" use {shortest * 2}, {shortest * 4}\n")
         sys.exit(2)
-print(*(name for name in METHODS if not METHODS[name].trained))
+print(*UNTRAINED)
 print(*lengths, sep=", ")' "$RECIPE" "${TARGET:-}")
 untrained=" ${told%$'\n'*} "
 export lengths=${told##*$'\n'} TARGET TOKENS CORPUS
@@ -158,4 +181,5 @@ for setting in "${order[@]}"; do
 done
 name=${RECIPE##*/}
 name=${name%.yaml}
-"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" --title "$name over seeds $SEEDS"
+"$PYTHON" -m endprompt.reports.findings "$OUT" --out "${FINDINGS:-$OUT/findings}" \
+  --title "$name over seeds $SEEDS"

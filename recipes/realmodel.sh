@@ -17,9 +17,10 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
 export PYTHON root NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-export RECIPE=${RECIPE:-$root/recipes/smollm2-135m-64k-cpu.yaml} OUT=${OUT:-runs/realmodel} TOKENS=${TOKENS:-131072}
+export RECIPE=${RECIPE:-$root/recipes/smollm2-135m-64k-cpu.yaml} OUT=${OUT:-runs/realmodel}
+export TOKENS=${TOKENS:-131072} WINDOW=${WINDOW:-8192} BF16=${BF16:-false}
 export CORPUS=${CORPUS:-} HELD_OUT=${HELD_OUT:-} QUESTIONS=${QUESTIONS:-200} SAMPLES=${SAMPLES:-16}
-export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} SHOTS=${SHOTS:-0} BF16=${BF16:-false} WINDOW=${WINDOW:-8192}
+export LENGTHS=${LENGTHS-4096 8192 16384} SHORT_TEXT=${SHORT_TEXT:-} SHOTS=${SHOTS:-0}
 SEEDS=${SEEDS:-0 1}
 JOBS=${JOBS:-2}
 
@@ -33,8 +34,10 @@ declare -A methods=(
   [untrained-yarn]=interpolation [untrained-yarn-sharpened]=interpolation
   [untrained-theta]=interpolation [untrained-theta-sharpened]=interpolation
   [linear]='short endprompt endprompt_pose pose'
-  [yarn]=$all [yarn-unsharpened]='pose_sharp pose_matched' [yarn-half]='short pose_sharp pose_matched' [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
-  [theta]=$all [theta-unsharpened]='pose_sharp pose_matched' [theta-half]='short pose_sharp pose_matched' [theta-weight-0]=endprompt [theta-weight-1]=endprompt
+  [yarn]=$all [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
+  [yarn-unsharpened]='pose_sharp pose_matched' [yarn-half]='short pose_sharp pose_matched'
+  [theta]=$all [theta-weight-0]=endprompt [theta-weight-1]=endprompt
+  [theta-unsharpened]='pose_sharp pose_matched' [theta-half]='short pose_sharp pose_matched'
 )
 declare -A different=(
   [own]='' [own-sharpened]='rope.sharpen=1.0'
@@ -54,10 +57,11 @@ for kind in linear yarn theta; do
   different[untrained-$kind]="rope.type=$kind"
   different[untrained-$kind-sharpened]="rope.type=$kind|rope.sharpen=1.0"
 done
-order=(own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened linear yarn yarn-unsharpened yarn-half yarn-weight-0 yarn-weight-1)
-if "$PYTHON" -c 'import sys; from endprompt.positions import rope; sys.exit("theta" not in rope.TYPES)'; then
-  order+=(untrained-theta untrained-theta-sharpened theta theta-unsharpened theta-half theta-weight-0 theta-weight-1)
-fi
+order=(
+  own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened
+  linear yarn yarn-unsharpened yarn-half yarn-weight-0 yarn-weight-1
+  untrained-theta untrained-theta-sharpened theta theta-unsharpened theta-half theta-weight-0 theta-weight-1
+)
 [ $# -gt 0 ] && order=("$@")
 
 arm() {  # setting seed: where its runs are
@@ -76,7 +80,8 @@ one() {  # setting method seed differences
   out=$(arm "$setting" "$seed")
   run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
   if [[ $setting = *-unsharpened || $setting = *-half ]]; then
-    other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "${setting%-*}" "$seed")") || exit 255
+    other=$(arm "${setting%-*}" "$seed")
+    other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$other") || exit 255
   fi
   local options=(--set "data.seed=$seed" --set "data.tokens=$TOKENS")
   [ "$BF16" = false ] || options+=(--set "train.bf16=$BF16")
@@ -84,28 +89,35 @@ one() {  # setting method seed differences
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
   local far=(--set 'eval.tasks=[distance]' --set "eval.samples=$QUESTIONS")
-  local near=(--set "eval.samples=$SAMPLES" --set "eval.lengths=[${LENGTHS// /, }]" --set 'eval.tasks=[named_keys]')
+  local near=(--set "eval.samples=$SAMPLES" --set "eval.lengths=[${LENGTHS// /, }]") real=named_keys
   local inside=(--set "eval.lengths=[$WINDOW]" --set eval.short_text_samples=500) tasks=${SHORT_TEXT// /, }
   if [ -n "$HELD_OUT" ]; then
-    near+=(--set "eval.perplexity_corpus=$HELD_OUT" --set eval.far_gain_texts=16 --set 'eval.tasks=[named_keys, far_gain]')
+    near+=(--set "eval.perplexity_corpus=$HELD_OUT" --set eval.far_gain_texts=16)
+    real='named_keys, far_gain'
     inside+=(--set "eval.perplexity_corpus=$HELD_OUT")
     tasks=perplexity${tasks:+, $tasks}
   fi
   [ -z "$SHORT_TEXT" ] || inside+=(--set "eval.short_text_shots=$SHOTS")
+  near+=(--set "eval.tasks=[$real]")
   inside+=(--set "eval.tasks=[$tasks]")
   # The same command after other settings goes on with what they ask for.
-  marker=$run/.study-$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" "${inside[@]}" | cksum | cut -d ' ' -f 1)
+  marker=$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" "${inside[@]}" | cksum | cut -d ' ' -f 1)
+  marker=$run/.study-$marker
   if [ -f "$marker" ]; then return; fi
   mkdir -p "$run"
   if [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
     cp -r "$other/shards" "$other/checkpoints" "$run/"
   fi
   {
-    STAGES='prepare train' OUT=$out nice -n 10 bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
-      && asked "${far[@]}" && { [ -z "$LENGTHS" ] || asked "${near[@]}"; } && { [ -z "$tasks" ] || asked "${inside[@]}"; }
+    STAGES='prepare train' OUT=$out nice -n 10 bash "$root/recipes/run.sh" "$RECIPE" "$method" \
+      "${options[@]}" \
+      && asked "${far[@]}" \
+      && { [ -z "$LENGTHS" ] || asked "${near[@]}"; } \
+      && { [ -z "$tasks" ] || asked "${inside[@]}"; }
   } >>"$run/study.log" 2>&1 || {
     tail -n 15 "$run/study.log" >&2
-    echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log; the same command goes on from there" >&2
+    echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log; the same command" \
+      "goes on from there" >&2
     exit 255  # xargs starts no more
   }
   touch "$marker"
@@ -113,7 +125,7 @@ one() {  # setting method seed differences
 }
 export -f one
 
-untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+untrained=" $("$PYTHON" -c 'from endprompt.methods import UNTRAINED; print(*UNTRAINED)') "
 first=${SEEDS%% *}
 for setting in "${order[@]}"; do
   if [ -z "${methods[$setting]:-}" ]; then
@@ -129,9 +141,11 @@ for setting in "${order[@]}"; do
       # The seed is nothing to a method that trains nothing.
       if [ "$seed" != "$first" ] && [[ $untrained == *" $method "* ]]; then continue; fi
       jobs+=("$setting" "$method" "$seed" "${different[$setting]}")
-      shown+=("$setting/$method=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "$setting" "$seed")")")
+      run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$(arm "$setting" "$seed")")
+      shown+=("$setting/$method=$run")
     done
   done
 done
 printf '%s\0' "${jobs[@]}" | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one
-"$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" --title "${RECIPE##*/}, $TOKENS tokens, seeds $SEEDS"
+"$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" \
+  --title "${RECIPE##*/}, $TOKENS tokens, seeds $SEEDS"

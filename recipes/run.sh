@@ -3,7 +3,8 @@
 #   bash recipes/run.sh RECIPE METHOD [--set key=value ...]
 # Environment: STAGES ("prepare train evaluate"), NPROC (ranks on this machine; default: its GPUs, or 2 on
 # CPU), OUT (runs), PYTHON (python); on several nodes, on each of them the same command with NNODES, NODE_RANK
-# (default: Slurm's), MASTER_ADDR and MASTER_PORT, and OUT on shared storage: all train, the first does the rest.
+# (default: Slurm's), MASTER_ADDR and MASTER_PORT, and OUT on shared storage: all train, the first does the
+# rest.
 # SIGTERM stops the training after its step, with a checkpoint.
 # Exit codes: 0 done, 2 bad input, 3 a guard ended the training (a loss that is no number, a full disk), 75
 # stopped on request, 1 anything else. After 75 and 1 the same command goes on from the last checkpoint.
@@ -44,7 +45,8 @@ stop() {
 trap stop TERM
 trap 'signals=$((signals + 1))' INT # the terminal signals the command too
 
-go() { # a command in the background, so that SIGTERM is heard at once: a container's first process alone gets it
+# A command in the background, so that SIGTERM is heard at once: a container's first process alone gets it.
+go() {
   (trap - INT QUIT && exec "$@") &
   child=$!
   local code heard=''
@@ -64,7 +66,8 @@ train() {
   fi
   local rendezvous=(--standalone) code=0 ends
   if [ "$NNODES" -gt 1 ]; then
-    rendezvous=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="${MASTER_ADDR:?the first node}" --master_port="${MASTER_PORT:?a free port of it}")
+    rendezvous=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="${MASTER_ADDR:?the first node}")
+    rendezvous+=(--master_port="${MASTER_PORT:?a free port of it}")
   fi
   # torchrun ends with 1 whatever its ranks end with: they leave their 2 or 3 in a file of this start's own.
   ends=$(mktemp -d)
@@ -73,12 +76,17 @@ train() {
   # A wish that an earlier start did not live to hear.  In Slurm the job script removes it.
   [ -n "${SLURM_STEP_ID:-}" ] || [ "$NODE_RANK" -ne 0 ] || rm -f "$run/stop"
   ENDPROMPT_EXIT_CODE_FILE=$ends/code \
-    go "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?
+    go "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$NPROC" \
+    -m endprompt train "$recipe" "$method" --out "$OUT" "$@" || code=$?
   if [ "$code" -ne 0 ]; then
     [ ! -s "$ends/code" ] || exit "$(cat "$ends/code")"
     exit 1
   fi
   [ -d "$run/model" ] || exit 75
+}
+
+evaluate() { # by the first node
+  [ "$NODE_RANK" -ne 0 ] || go "$PYTHON" -m endprompt evaluate "$recipe" "$method" --out "$OUT" "$@"
 }
 
 prepare() { # by the first node; the others wait for it
@@ -98,7 +106,7 @@ for stage in $STAGES; do
     train)
       train "$@" ;;
     evaluate)
-      if [ "$NODE_RANK" -eq 0 ]; then go "$PYTHON" -m endprompt evaluate "$recipe" "$method" --out "$OUT" "$@"; fi ;;
+      evaluate "$@" ;;
     *)
       echo "run.sh: STAGES: there is no stage '$stage'; use prepare, train, evaluate" >&2
       exit 2 ;;

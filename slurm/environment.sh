@@ -14,7 +14,8 @@ refuse() {
 site_ended() { # instead of the job script: by its `exit`, or by a command that failed
   local code=$?
   trap - ERR EXIT
-  refuse "$site ended with exit code $code${failed:+ ($failed)}; mend that file, or set ENDPROMPT_SITE= to do without one"
+  refuse "$site ended with exit code $code${failed:+ ($failed)}; mend that file, or set" \
+    "ENDPROMPT_SITE= to do without one"
 }
 RECIPE=${RECIPE:-$root/recipes/llama3-8b-64k.yaml} METHOD=${METHOD:-endprompt}
 export OUT=${OUT:-$root/runs}
@@ -39,13 +40,15 @@ if [ -n "$site" ]; then
   cd -- "$root"
 fi
 if [ ${#launcher[@]} -gt 0 ] && ! command -v -- "${launcher[0]}" >/dev/null; then
-  refuse "launcher: there is no command '${launcher[0]}' on $(hostname); mend ${site:-slurm/site.sh} (several words are an array: launcher=(apptainer exec IMAGE))"
+  refuse "launcher: there is no command '${launcher[0]}' on $(hostname); mend ${site:-slurm/site.sh}" \
+    "(several words are an array: launcher=(apptainer exec IMAGE))"
 fi
 
 if [ -z "${PYTHON:-}" ]; then # what the site's file has brought, else the repository's own environment
   PYTHON=python
-  if [ ${#launcher[@]} -eq 0 ] && [ "$(command -v python || true)" = "$found" ] && [ -x "$root/.venv/bin/python" ]; then
-    PYTHON=$root/.venv/bin/python
+  own=$root/.venv/bin/python
+  if [ ${#launcher[@]} -eq 0 ] && [ "$(command -v python || true)" = "$found" ] && [ -x "$own" ]; then
+    PYTHON=$own
   fi
 fi
 export PYTHON
@@ -61,4 +64,5 @@ until [ -e "$seen" ]; do seen=$(dirname -- "$seen"); done
 paths=()
 for path in . "$RECIPE" "$seen"; do paths+=("$path" "$(stat -Lc %i -- "$path")"); done
 probed=$(in_job "$PYTHON" -c "$(cat slurm/probe.py)" "$OUT" "${paths[@]}" 2>&1) \
-  || refuse "'${launcher[*]:+${launcher[*]} }$PYTHON' on $(hostname): ${probed##*$'\n'}; mend ${site:-slurm/site.sh} or PYTHON (slurm/sites/ has examples)"
+  || refuse "'${launcher[*]:+${launcher[*]} }$PYTHON' on $(hostname): ${probed##*$'\n'};" \
+    "mend ${site:-slurm/site.sh} or PYTHON (slurm/sites/ has examples)"

@@ -45,6 +45,29 @@ def test_the_readme_is_read_at_one_sight():
     assert README.count("\n") <= 200 and max(map(len, README.splitlines())) <= 110
 
 
+def too_long(name: str, text: str) -> list[str]:
+    """The lines of more than 110 columns of a page, script or comment; tables and data have lines of their
+    own width, and ruff measures Python."""
+    if name.endswith(".md"):
+        kept = re.compile(r"[^|]")
+    elif name.endswith((".sh", ".sbatch")) or name == "Makefile":
+        kept = re.compile("")
+    else:
+        kept = re.compile(r"\s*#")
+    return [line for line in text.splitlines() if len(line) > 110 and kept.match(line)]
+
+
+def test_lines_of_pages_scripts_and_comments():
+    kinds = (".md", ".sh", ".sbatch", ".yaml", ".toml", ".txt", "Makefile")
+    # What a command wrote of one run stays as it was written.
+    names = [name for name in TRACKED if name.endswith(kinds) and "/results/" not in name]
+    assert len(names) > 60
+    found = {name: too_long(name, (REPOSITORY / name).read_text()) for name in names}
+    assert not {name: lines for name, lines in found.items() if lines}
+    assert too_long("page.md", "a" * 111) and not too_long("page.md", "|" + "a" * 111)
+    assert too_long("run.sh", "a" * 111) and too_long("recipe.yaml", "  # " + "a" * 108)
+
+
 def test_every_module_is_in_the_file_map():
     """Each module stands in the lines of its room."""
     page = (REPOSITORY / "docs/architecture.md").read_text()

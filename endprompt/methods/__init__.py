@@ -7,6 +7,6 @@ Do not touch lightly: the order of random draws in a ``build``, and the names of
 manifests.  Nothing outside this room asks which method it has.
 """
 
-from endprompt.methods.table import METHODS, Method, get, register
+from endprompt.methods.table import METHODS, UNTRAINED, Method, get, register
 
-__all__ = ["METHODS", "Method", "get", "register"]
+__all__ = ["METHODS", "UNTRAINED", "Method", "get", "register"]

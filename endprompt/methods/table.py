@@ -20,5 +20,6 @@ _known = dict(METHODS)
 METHODS.clear()
 METHODS.update({name: _known.pop(name) for name in ORDER})
 METHODS.update(sorted(_known.items()))
+UNTRAINED = [name for name, method in METHODS.items() if not method.trained]
 
-__all__ = ["METHODS", "Method", "get", "register"]
+__all__ = ["METHODS", "UNTRAINED", "Method", "get", "register"]

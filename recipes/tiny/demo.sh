@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole main job on the embedded default: an 8x extension at equal tokens, beside the untrained base.
 #   bash recipes/tiny/demo.sh
-# Environment: DEMO_METHODS ("base short endprompt full_length pose_matched"), OUT (runs/demo), PYTHON (python).
+# Environment: DEMO_METHODS ("base short endprompt full_length pose_matched"), OUT (runs/demo), PYTHON
+# (python).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -14,10 +15,12 @@ export PYTHON
 read -ra chosen <<<"${DEMO_METHODS:-base short endprompt full_length pose_matched}"
 recipe=recipes/tiny.yaml
 runs=$("$PYTHON" -m endprompt path "$recipe" --out "$OUT")
-pairs=$("$PYTHON" -c 'import sys, yaml; asked = yaml.safe_load(open(sys.argv[1]))["eval"]; print(len(asked["tasks"]) * len(asked["lengths"]))' "$recipe")
+pairs=$("$PYTHON" -c 'import sys, yaml
+asked = yaml.safe_load(open(sys.argv[1]))["eval"]
+print(len(asked["tasks"]) * len(asked["lengths"]))' "$recipe")
 export runs logs=$runs/demo-logs start recipe pairs
 start=$(date +%s)
-untrained=" $("$PYTHON" -c 'from endprompt.methods import METHODS; print(*(name for name in METHODS if not METHODS[name].trained))') "
+untrained=" $("$PYTHON" -c 'from endprompt.methods import UNTRAINED; print(*UNTRAINED)') "
 for method in "${chosen[@]}"; do
   "$PYTHON" -m endprompt path "$recipe" "$method" --out "$OUT" >/dev/null # names what there is no method of
 done
@@ -45,7 +48,8 @@ for path in sorted(logs.glob("*.now")):
         if stage == "train":
             state = json.loads((runs / method / "status.json").read_text())
             if state["command"] == "train" and state.get("tokens_per_second"):
-                left = (state["max_steps"] - state["step"]) * state["tokens_per_step"] / state["tokens_per_second"]
+                left = (state["max_steps"] - state["step"]) * state["tokens_per_step"]
+                left /= state["tokens_per_second"]
                 about = f": step {state['step']} of {state['max_steps']}, {left:.0f} s left"
         elif stage == "evaluate":
             done = len(list((runs / method).glob("eval/*/*.json")))
@@ -116,7 +120,8 @@ done
 wait "$jobs" || exit 1
 
 echo
-"$PYTHON" -m endprompt.reports.readings "$runs" --title "passkey retrieval, window 256 extended to 2048 (equal tokens)"
+title="passkey retrieval, window 256 extended to 2048 (equal tokens)"
+"$PYTHON" -m endprompt.reports.readings "$runs" --title "$title"
 cat <<EOF
 
 Next:

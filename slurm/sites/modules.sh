@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# A cluster with environment modules.  Copy to slurm/site.sh, or name it: ENDPROMPT_SITE=slurm/sites/modules.sh.
-# Change: where `module` comes from, the modules' names, and the Python that has endprompt.
+# A cluster with environment modules.  Copy to slurm/site.sh, or name it:
+# ENDPROMPT_SITE=slurm/sites/modules.sh.  Change: where `module` comes from, the modules' names, and the
+# Python that has endprompt.
 
 # A batch script is no login shell, and sbatch --export=NONE leaves it without `module`.
 if ! command -v module >/dev/null; then
