@@ -18,7 +18,7 @@ from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
 from endprompt.rows.collate import Collator
-from endprompt.training import divergence, lora, loss
+from endprompt.training import divergence, heads, lora, loss
 
 
 def plain(hidden, weight, bias, target, token_weights):
@@ -177,6 +177,26 @@ def test_the_base_within_adapters():
     assert torch.equal(distilling.hidden_states(model, batch, positions), before)
     with pytest.raises(KeyError):  # and after a failure too
         teacher.hidden_states({key: value for key, value in batch.items() if key != "attention_mask"})
+    assert torch.equal(distilling.hidden_states(model, batch, positions), before)
+
+
+@pytest.mark.parametrize("learnt", ["adapters", "heads", "both"])
+def test_the_base_within_has_nothing_that_is_learnt(learnt):
+    model, batch = made()
+    base, positions = teacher_of(model), distilling.contiguous(batch)
+    expected = distilling.hidden_states(base, batch, positions)
+    if learnt != "adapters":
+        heads.attach(model)
+    if learnt != "heads":
+        lora.inject(model, Lora(r=4), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.endswith(heads.NAME):
+                parameter.normal_(std=0.1)
+    before = distilling.hidden_states(model, batch, positions)
+    assert not torch.allclose(before, expected, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(self_distil.Within(model, configuration()).hidden_states(batch), expected)
     assert torch.equal(distilling.hidden_states(model, batch, positions), before)
 
 

@@ -19,6 +19,7 @@ queries after training on short rows with jumps, and its comparison with a train
 same factor.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -26,6 +27,21 @@ from pathlib import Path
 
 from endprompt import BadInput, Failure, storage
 from endprompt.bases import families
+
+HEADS = "sharpness"  # the factors of heads that are being learnt, in a query projection (training.heads)
+
+
+@contextlib.contextmanager
+def heads_off(network):
+    """While it lasts, ``network`` predicts without the factors of heads that it is learning."""
+    found = [module for module in network.modules() if HEADS in getattr(module, "_parameters", {})]
+    for module in found:
+        module.heads_off = True
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.heads_off
 
 
 def factor(power: float, original_length: int, target_length: int) -> float:

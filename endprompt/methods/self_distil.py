@@ -13,7 +13,7 @@ divergence, its direction, and how positions are packed.
 import contextlib
 
 from endprompt import BadInput
-from endprompt.bases import loading, model
+from endprompt.bases import loading, model, sharpen
 from endprompt.methods import distilling
 from endprompt.methods.base import register
 from endprompt.methods.pose import Chunked, PoseRows
@@ -37,8 +37,8 @@ class Beside:
 
 
 class Within:
-    """The base inside a network with adapters, which are off for its predictions, as is the student's
-    RoPE."""
+    """The base inside a network with adapters, which are off for its predictions, as are the student's RoPE
+    and its learnt factors of heads (``rope.sharpen_heads``)."""
 
     head = None  # the network's own, which no adapter changes
 
@@ -49,7 +49,7 @@ class Within:
     def hidden_states(self, batch: dict):
         decoder = self.network.get_decoder()
         self.rotary.to(batch["input_ids"].device)
-        with self._without_adapters():
+        with self._without_what_is_learnt():
             students, decoder.rotary_emb = decoder.rotary_emb, self.rotary
             try:
                 return distilling.hidden_states(self.network, batch, distilling.contiguous(batch))
@@ -57,14 +57,15 @@ class Within:
                 decoder.rotary_emb = students
 
     @contextlib.contextmanager
-    def _without_adapters(self):
+    def _without_what_is_learnt(self):
         from peft.tuners.lora import LoraLayer
 
         layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             layer._disable_adapters = True
         try:
-            yield
+            with sharpen.heads_off(self.network):
+                yield
         finally:
             for layer in layers:
                 layer._disable_adapters = False

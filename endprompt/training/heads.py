@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from endprompt import BadInput, Failure
-from endprompt.bases import families
+from endprompt.bases import families, sharpen
 from endprompt.positions import rope
 from endprompt.training import lora
 
 GAIN = 10.0
-NAME = "sharpness"
+NAME = sharpen.HEADS
 
 
 def check(config) -> None:
@@ -38,6 +38,8 @@ def _projections(network) -> list[Any]:
 
 
 def _multiply(module, inputs, output):
+    if hasattr(module, "heads_off"):
+        return output
     factors = 1 + GAIN * module.sharpness
     return (output.unflatten(-1, (len(factors), -1)) * factors[:, None].to(output.dtype)).flatten(-2)
 
