@@ -44,7 +44,36 @@ def test_the_template_marks_what_the_assistant_says(tokenizer):
     assert tokenizer.decode(said).strip() == f"The door code is 40817.{tokenizer.eos_token}"
     assert row["input_ids"].count(tokenizer.bos_token_id) == 1
     asked = tokenizer.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
-    assert asked == f"{tokenizer.bos_token}Be brief.\n\nUser: What is the door code?\nAssistant: "
+    assert asked == f"{tokenizer.bos_token}Be brief.\n\nUser: What is the door code?\nAssistant:"
+
+
+def test_a_model_is_asked_as_it_was_tuned(tokenizer):
+    """The tokens of the prompt begin those of the row: a space at its end would be one that no row has."""
+    tokenizer.chat_template = (REPOSITORY / "recipes/sft_template.jinja").read_text()
+    for start in (0, 1):  # with a system message and without
+        row = tokenizer.apply_chat_template(CONVERSATION[start:], return_dict=True)["input_ids"]
+        asked = tokenizer.apply_chat_template(
+            CONVERSATION[start:-1], return_dict=True, add_generation_prompt=True
+        )["input_ids"]
+        assert len(asked) < len(row) and row[: len(asked)] == asked
+
+
+def test_a_tokenizer_without_a_beginning(tokenizer):
+    """As Qwen's."""
+    tokenizer.chat_template = (REPOSITORY / "recipes/sft_template.jinja").read_text()
+    tokenizer.bos_token = None
+    for start in (0, 1):
+        text = tokenizer.apply_chat_template(CONVERSATION[start:], tokenize=False)
+        assert text.startswith("Be brief." if start == 0 else "User: ")
+
+
+@pytest.mark.parametrize("role, place", [("tool", 2), ("system", 2), ("developer", 0)])
+def test_a_message_that_has_no_place(tokenizer, role, place):
+    tokenizer.chat_template = (REPOSITORY / "recipes/sft_template.jinja").read_text()
+    messages = [*CONVERSATION[1:]]
+    messages.insert(place, {"role": role, "content": "40817"})
+    with pytest.raises(Exception, match=f"messages: '{role}' has no place there"):
+        tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.slow
