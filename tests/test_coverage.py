@@ -202,6 +202,25 @@ def test_all_methods_are_in_the_picture(recipe_file, tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.parametrize(
+    "method, setting, left_out",
+    [
+        ("short", "data.packing=document", "pose_matched (data.packing"),
+        ("short", "lengths.physical=50", "pose_matched (method_options.match_pieces"),
+        ("endprompt", "lengths.physical=16", "pose_recall (lengths.physical"),
+    ],
+)
+def test_methods_that_a_recipe_does_not_suit(recipe_file, tmp_path, method, setting, left_out):
+    out = tmp_path / "o"
+    command = ("inspect", recipe_file(), method, "--coverage", "--out", out, "--set", setting)
+    code, _, err = run_main(*command)
+    assert code == 0 and f"warning: the picture leaves out {left_out}" in err
+    assert (out / "small" / method / "coverage.png").stat().st_size > 0
+    other = left_out.partition(" ")[0]
+    code, _, err = run_main("inspect", command[1], other, *command[3:])
+    assert code == 2 and err.startswith(f"endprompt: {left_out.partition('(')[2]}")
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_picture(count):
     counts = np.arange(20) % 3

@@ -3,6 +3,7 @@ supervise.
 """
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from itertools import islice, pairwise, repeat
 from pathlib import Path
@@ -182,15 +183,22 @@ def draw_coverage(experiment: Experiment) -> bytes:
     """A PNG of how often every method that trains supervises each distance under the recipe: of its shards if
     prepared, else of sampled rows.
 
-    Raises BadInput if the recipe cannot make rows for one of them; other methods than the experiment's whose
-    rows ask for text are left out where the corpus is not here.
+    Other methods than the experiment's are left out where the corpus is not here and their rows ask for
+    text, and, named on stderr, where the recipe does not suit them.  Raises BadInput if it does not suit the
+    experiment's own.
     """
     panels, L, recipe = [], experiment.target_length, experiment.recipe
     for method in filter(lambda method: method.trained, methods.METHODS.values()):
-        own = experiment.with_method(method.name) if method is not experiment.method else experiment
-        if own is not experiment and own.rows().of_text and not _is_here(recipe):
+        try:
+            own = experiment.with_method(method.name) if method is not experiment.method else experiment
+            if own is not experiment and own.rows().of_text and not _is_here(recipe):
+                continue
+            rows, source = _rows(own, strict=False)
+        except BadInput as error:
+            if method is experiment.method:
+                raise
+            print(f"warning: the picture leaves out {method.name} ({error})", file=sys.stderr)
             continue
-        rows, source = _rows(own, strict=False)
         tokens = sum(last - first + 1 for row in rows for first, last in row)
         counts = coverage.pair_counts(rows, L)
         panels.append((f"{method.name}, {source.partition(' of ')[0]}", counts, tokens))
