@@ -2,9 +2,13 @@
 
 import gzip
 import json
+import os
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -206,6 +210,40 @@ def test_a_packed_file_cut_short_is_not_taken_for_a_whole_one(read, tmp_path, pa
     assert [text for _, text in read(path)] == texts
 
 
+def test_what_is_of_no_known_kind_is_named(read, tmp_path, capsys):
+    """Data under names that nothing here reads; what is no data by its name is not spoken of."""
+    tmp_path /= "corpus"
+    tmp_path.mkdir()
+    for name in ("part-0.jsonl", "part-1.JSONL", "part-2.ndjson", "part-3.jsonl.bz2", "deep/part-4.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl(["Some text."]))
+    for name in ("README.md", "make.py", "LICENSE"):
+        (tmp_path / name).write_text("About it.")
+    assert [name for name, _ in read(tmp_path)] == ["part-0.jsonl#0"]
+    err = capsys.readouterr().err
+    assert "not read: 4 of no known kind (deep/part-4.csv, ...)" in err and "README" not in err
+
+
+def test_a_folder_that_cannot_be_read(read, tmp_path):
+    tmp_path /= "corpus"
+    tmp_path.mkdir()
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["Some text."]))
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "b.jsonl").write_bytes(jsonl(["More text."]))
+    assert len(read(tmp_path)) == 2
+
+    def scandir(path, real=os.scandir):
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(BadInput, match=f"data.corpus: {locked} cannot be read .Permission denied"):
+            read(tmp_path)
+
+
 def test_text_longer_than_any_buffer(read, tmp_path):
     text = "".join(random.Random(1).choices("abcdefgh ä\n", k=1_500_000)) + "."
     for packing, pack in PACKINGS.items():
@@ -243,6 +281,29 @@ def test_hub_id_is_streamed(read, monkeypatch, where):
     assert hub.calls == [("some-user/Some.set_6B", {"split": "validation", "streaming": True})]
 
 
+def test_a_commit_of_the_hub_is_asked_for(recipe_file, monkeypatch):
+    hub = Hub([{"text": "one"}])
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    recipe = schema.load(recipe_file(data={"corpus": "a/b"}))
+    assert len(list(corpus.documents(recipe, None, commit="0123abc"))) == 1
+    assert hub.calls == [("a/b", {"split": "train", "streaming": True, "revision": "0123abc"})]
+
+
+def test_which_commit_the_hub_has(recipe_file, monkeypatch, capsys):
+    recipe = schema.load(recipe_file(data={"corpus": ["a/b"]}))
+    info = lambda self, name: SimpleNamespace(sha=f"commit of {name}")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    assert corpus.revision(recipe) == "commit of a/b" and capsys.readouterr().err == ""
+
+    def down(self, name):
+        raise TimeoutError("no answer\nwithin 10 s")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", down)
+    assert corpus.revision(recipe) is None
+    err = capsys.readouterr().err
+    assert "which version of 'a/b'" in err and "TimeoutError: no answer)" in err and err.count("\n") == 1
+
+
 def test_hub_is_not_asked_before_it_is_read(recipe_file, monkeypatch):
     hub = Hub()
     monkeypatch.setattr(datasets, "load_dataset", hub)
@@ -262,7 +323,10 @@ def test_hub_is_not_asked_before_it_is_read(recipe_file, monkeypatch):
         (Hub(error=ConnectionError("no route")), "ConnectionError: no route"),
         (Hub(error=ValueError("Bad split: train. Available splits: ['test']")), "Available splits"),
         (Hub(error=RuntimeError()), "RuntimeError"),
-        (Hub([{"text": "fine"}], after=OSError("lost while streaming")), "lost while streaming"),
+        (Hub(error=StopIteration()), "'a/b' is no local path and cannot be streamed from the hub"),
+        (Hub([{"text": "fine"}], after=OSError("lost while streaming")), "behind row 0 (OSError: lost while"),
+        (Hub([{"text": "fine"}] * 3, after=EOFError("Compressed file ended")), "behind row 2 (EOFError: Com"),
+        (Hub([{"text": "fine"}], after=TimeoutError()), "behind row 0 (TimeoutError); the same command goes"),
         (Hub([{"content": "x", "id": 1}]), "a/b row 0 has no 'text'; it has content, id"),
         (Hub([{"text": "fine"}, {"text": None}]), "a/b row 1: 'text' is NoneType"),
     ],

@@ -245,6 +245,16 @@ def test_another_model_of_a_started_preparation(make, monkeypatch, tmp_path):
     assert {row[3] for row in scores(folder)} == {1.0} and len(first) == 5
 
 
+def test_finished_shards_of_another_models_choice(make, monkeypatch):
+    _, manifest = make(HALF)
+    assert make(HALF)[1] == manifest
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "fingerprint_of", lambda *given: "another")
+        with pytest.raises(BadInput, match="another base than model.name_or_path chose the text"):
+            make(HALF)
+        make(out="without")
+
+
 def test_shards_of_other_scores_are_refused(make, monkeypatch, tmp_path):
     write = storage.write_atomically
 

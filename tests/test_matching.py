@@ -1,13 +1,15 @@
 """Pieces that are brought together: by hand, against sets, and what always holds."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from endprompt import BadInput
-from endprompt.bases import gain
+from endprompt import BadInput, storage
+from endprompt.bases import gain, model
 from endprompt.methods import matched, matching
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
@@ -181,6 +183,37 @@ def test_rows_by_gain(recipe_file, tmp_path):
         prepared(recipe_file, tmp_path / "grams", "method_options.match_by=gain")
     again = prepared(recipe_file, tmp_path / "again", "method_options.match_by=gain")
     assert again["shards"] == by_gain["shards"]
+
+
+def test_another_base_does_not_go_on(recipe_file, tmp_path, monkeypatch):
+    """Neither with finished shards nor with a started preparation; a base that chooses nothing is free."""
+    chosen, grams = "method_options.match_by=gain", tmp_path / "grams"
+    finished = prepared(recipe_file, tmp_path / "out", chosen)
+    prepared(recipe_file, grams)
+    assert finished["chosen_by"] and prepared(recipe_file, tmp_path / "out", chosen) == finished
+    write = storage.write_atomically
+
+    def dying(path, data):
+        if path.name == "shard-00001.parquet":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    rows = "data.rows_per_shard=8"
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_atomically", dying)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(recipe_file, tmp_path / "begun", chosen, rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "fingerprint_of", lambda *given: "another")
+        for folder, *more in ((tmp_path / "out",), (tmp_path / "begun", rows)):
+            with pytest.raises(BadInput, match="another base than model.name_or_path chose the text"):
+                prepared(recipe_file, folder, chosen, *more)
+        prepared(recipe_file, grams)
+    assert prepared(recipe_file, tmp_path / "begun", chosen, rows)["chosen_by"] == finished["chosen_by"]
+    # What was made before the base was noted is taken as it is.
+    path = tmp_path / "out" / shards.MANIFEST
+    path.write_text(json.dumps({key: value for key, value in finished.items() if key != "chosen_by"}))
+    assert "chosen_by" not in prepared(recipe_file, tmp_path / "out", chosen)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ import contextlib
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import run_main, write_jsonl
@@ -99,6 +102,45 @@ def test_joined_parts_hold_every_document_once(kind, recipe_file, many_files, tm
     )
     # And it trains: the settings are the recipe's.
     assert run_main("inspect", recipe, "endprompt_random", "--out", tmp_path / "parts", "--row", 63)[0] == 0
+
+
+@pytest.fixture
+def hub(monkeypatch, tiny_text):
+    """A dataset of the hub that another version may replace: hub["commit"] = "second"."""
+    there = {"commit": "first", "asked": []}
+
+    def load_dataset(name, split, streaming, revision):
+        there["asked"].append(revision)
+        more = ["A document that was put in front."] if revision == "second" else []
+        return iter([{"text": text} for text in more + tiny_text])
+
+    info = lambda self, name: SimpleNamespace(sha=there["commit"])  # noqa: E731
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return there
+
+
+def test_a_preparation_keeps_to_the_commit_that_it_began_with(recipe_file, tmp_path, monkeypatch, hub):
+    recipe = recipe_file(data={"corpus": "a/b", "rows_per_shard": 10})
+    assert go(recipe, tmp_path / "whole")[0] == 0
+    with killed_at_write(5, monkeypatch):
+        assert go(recipe, tmp_path / "killed")[0] == 130
+    hub["commit"] = "second"
+    assert go(recipe, tmp_path / "killed")[0] == 0 and set(hub["asked"]) == {"first"}
+    whole, resumed = (shards.read_manifest(folder(tmp_path / name)) for name in ("whole", "killed"))
+    assert whole["corpus_commit"] == "first" and resumed["shards"] == whole["shards"]
+    assert go(recipe, tmp_path / "new")[0] == 0
+    assert shards.read_manifest(folder(tmp_path / "new"))["shards"] != whole["shards"]
+
+
+def test_parts_of_two_commits_are_not_joined(recipe_file, tmp_path, hub):
+    recipe = recipe_file(data={"corpus": "a/b", "rows_per_shard": 10})
+    for name, commits in (("one", ("first", "first")), ("two", ("first", "second"))):
+        for number, hub["commit"] in enumerate(commits, 1):
+            assert go(recipe, tmp_path / name, f"{number}/2")[0] == 0
+    assert go(recipe, tmp_path / "one")[0] == 0
+    code, _, err = go(recipe, tmp_path / "two")
+    assert code == 2 and "are of several versions of 'a/b' on the hub; delete the folder" in err
 
 
 def test_one_part_is_the_whole(recipe_file, tmp_path):

@@ -501,6 +501,15 @@ def test_packing_by_document(make, method, tokenizer, tiny_text):
     assert found[0]["text_length"] < room
 
 
+def test_rows_that_end_with_their_documents_say_so(make, tiny_text, capsys):
+    made = make("short", ["data.packing=document"], texts=["Short."] * 70)
+    tokens, err = made[1]["tokens"], capsys.readouterr().err
+    assert made[1]["rows"] == 64 and tokens < 1024
+    assert f"64 of them hold {tokens} tokens, {tokens / 4096:.0%} of what data.tokens counts" in err
+    make("short", out="cut")
+    assert "data.packing" not in capsys.readouterr().err
+
+
 def test_blank_documents_keep_their_number(make, tokenizer):
     found = rows(
         make("short", ["data.packing=document", "data.rows_per_shard=1"], texts=["one", " ", "three"])

@@ -54,12 +54,14 @@ class Rows:
     uniform: whether every target weighs 1.  contiguous: whether positions run on without a jump.
     together: rows that are made of one stretch of the corpus; between them the cursor stands behind all of
         it.  of_text: whether positions depend on what the text says, and not on its length alone.
+    asks_base: whether the base says which text comes together.
     """
 
     uniform = True
     contiguous = False
     together = 1
     of_text = False
+    asks_base = False
 
     def __init__(self, setting: Setting):
         """Raises BadInput if the options do not fit the setting."""

@@ -110,7 +110,8 @@ class MatchedRows(Rows):
         self.pieces = np.full(pieces, self.length // pieces, np.int64)
         self.waiting: list[tuple[np.ndarray, list[str]]] = []
         self.gain = None
-        if self.options.match_by == "gain" and setting.base is not None:
+        self.asks_base = self.options.match_by == "gain"
+        if self.asks_base and setting.base is not None:
             self.gain = Gains(gain.Reader(setting.base), self.options.match_candidates, setting)
 
     def recorded(self):

@@ -66,7 +66,8 @@ class DataSection(Section):
     tokens: int = Field(
         gt=0,
         lt=2**63,
-        description="of all rows together, end prompts included; a longer corpus is read so far",
+        description="of all rows together, end prompts included; a longer corpus is read so far; with"
+        " packing: document a row counts as full, and may hold less",
     )
     packing: Literal["cut", "document"] = Field(
         "cut",

@@ -145,15 +145,19 @@ def _inside(folder: Path, splits: tuple[str, ...], key: str) -> list[Path]:
     """
     from endprompt.rows import corpus_folder
 
+    def refuse(error: OSError):
+        raise BadInput(f"{key}: {error.filename} cannot be read ({error.strerror}); mend its permissions")
+
     paths = {}
-    for path in folder.rglob("*"):
-        if path.is_symlink() and path.is_dir():
-            print(
-                f"warning: {key}: {path} is a link to a folder and passed over; name the folder itself in"
-                f" {key}",
-                file=sys.stderr,
-            )
-        elif not path.is_dir():
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        for path in (Path(place, name) for name in folders):
+            if path.is_symlink():
+                print(
+                    f"warning: {key}: {path} is a link to a folder and passed over; name the folder itself"
+                    f" in {key}",
+                    file=sys.stderr,
+                )
+        for path in (Path(place, name) for name in files):
             paths[path.relative_to(folder).as_posix()] = path
     chosen, left = corpus_folder.choose(
         folder, sorted(paths), lambda name: kind(paths[name]) is not None, splits, key
@@ -311,32 +315,69 @@ def _file_texts(path: Path, source: Source, column: str) -> Iterator[str]:
             yield _text(row, column, f"{path} line {number}")
 
 
+def _dataset(recipe: Recipe) -> str:
+    return recipe.data.corpus if isinstance(recipe.data.corpus, str) else recipe.data.corpus[0]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+
+
+def revision(recipe: Recipe) -> str | None:
+    """The commit that the hub's dataset ``data.corpus`` is at now; None, with a warning, where the hub does
+    not say."""
+    from huggingface_hub import HfApi
+
+    name = _dataset(recipe)
+    try:
+        return HfApi().dataset_info(name).sha
+    except Exception as error:  # huggingface_hub's, httpx's, and the socket's
+        print(
+            f"warning: data.corpus: the hub does not say which version of {name!r} it has ({_said(error)});"
+            " that it stays the same while rows are made cannot be seen to",
+            file=sys.stderr,
+        )
+        return None
+
+
+def _streamed(recipe: Recipe, commit: str | None) -> Iterator[tuple[str, str]]:
+    import datasets
+
+    name, number = _dataset(recipe), -1
+    pinned = {} if commit is None else {"revision": commit}
+    try:
+        stream = datasets.load_dataset(name, split=recipe.data.split, streaming=True, **pinned)
+        for number, row in enumerate(stream):
+            text = _text(row, recipe.data.text_column, f"{name} row {number}")
+            if text.strip():
+                yield f"{name}#{number}", text
+    except BadInput:
+        raise
+    except Exception as error:  # of the network, of unpacking, and what datasets makes of them
+        if number < 0:
+            raise BadInput(
+                f"data.corpus: {name!r} is no local path and cannot be streamed from the hub"
+                f" ({_said(error)}); check the id, the network and data.split"
+            ) from None
+        raise BadInput(
+            f"data.corpus: {name!r} cannot be read behind row {number} ({_said(error)}); the same command"
+            " goes on from the last shard, unless a file of the dataset is damaged"
+        ) from None
+
+
 def documents(
-    recipe: Recipe, files: list[File] | None, ledger: Ledger | None = None
+    recipe: Recipe, files: list[File] | None, ledger: Ledger | None = None, commit: str | None = None
 ) -> Iterator[tuple[str, str]]:
     """(document id, text) in the corpus' own order; the id names the file and the number of the document in
     it.
 
-    ledger: where it is noted what was read.  Documents without any text are passed over.  Raises BadInput
-    naming file and line where something cannot be read.
+    ledger: where it is noted what was read.  commit: of a dataset of the hub, the newest unless given.
+    Documents without any text are passed over.  Raises BadInput naming file and line where something cannot
+    be read.
     """
     column = recipe.data.text_column
     if files is None:
-        import datasets
-
-        name = recipe.data.corpus if isinstance(recipe.data.corpus, str) else recipe.data.corpus[0]
-        try:
-            stream = datasets.load_dataset(name, split=recipe.data.split, streaming=True)
-            for number, row in enumerate(stream):
-                text = _text(row, column, f"{name} row {number}")
-                if text.strip():
-                    yield f"{name}#{number}", text
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(
-                f"data.corpus: {name!r} is no local path and cannot be streamed from the hub"
-                f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the"
-                " id, the network and data.split"
-            ) from None
+        yield from _streamed(recipe, commit)
         return
     for file in files:
         try:

@@ -147,12 +147,15 @@ def choose(
     of_split = set().union(*(there[split] for split in parts or ()))
     chosen = [name for name in names if name in of_split and readable(name)]
     reasons: dict[str, list[str]] = {}
+    taken = set(chosen)
     for name in names:
-        if name in of_split or not readable(name):
+        if name in taken or not (readable(name) or name in of_split or _looks_like_data(name)):
             continue
         others = [split for split, files in there.items() if name in files]
         if not _asked_for(name, "**"):
             reason = "hidden, or in a folder named .* or __*"
+        elif not readable(name):
+            reason = "of no known kind"
         elif name.rpartition("/")[2] in data_files.FILES_TO_IGNORE:
             reason = "about the data"
         else:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -99,13 +99,34 @@ def share(wanted: int, part: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def documents(
-    recipe: Recipe, files: list[corpus.File] | None, ledger: Ledger, part: tuple[int, int] | None
+    recipe: Recipe,
+    files: list[corpus.File] | None,
+    ledger: Ledger,
+    part: tuple[int, int] | None,
+    commit: str | None,
 ) -> Iterator[tuple[str, str]]:
-    """A part reads every N-th file, or, where there are fewer files than parts, every N-th document."""
+    """A part reads every N-th file, or, where there are fewer files than parts, every N-th document.
+    commit: as in ``corpus.documents``."""
     number, count = part or (1, 1)
     if files is not None and len(files) >= count:
         return ledger.follow(corpus.documents(recipe, files[number - 1 :: count], ledger))
-    return ledger.follow(islice(corpus.documents(recipe, files, ledger), number - 1, None, count))
+    return ledger.follow(islice(corpus.documents(recipe, files, ledger, commit), number - 1, None, count))
+
+
+def refuse_other_model(folder: Path, found: dict, model: str | None) -> None:
+    """Raises BadInput if the text of what ``found`` says was chosen by another base than ``model``, a
+    fingerprint; None where no base chooses.  What earlier versions made does not say."""
+    models = {record["model"] for record in found.get("filtered", [])} | {found.get("chosen_by") or model}
+    if model and models != {model}:
+        raise BadInput(
+            f"shards: another base than model.name_or_path chose the text of those in {folder}; delete the"
+            " folder or choose another --out"
+        )
+
+
+def _refuse_several(folder: Path, values: Iterable, what: str) -> None:
+    if len(set(values)) > 1:
+        raise BadInput(f"shards: the parts in {folder} are {what}; delete the folder and prepare again")
 
 
 def _joined(recipe: Recipe, folder: Path, parts: list[list | None]) -> list | None:
@@ -175,6 +196,11 @@ def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
                 " another --out"
             )
     records = _joined(recipe, folder, [state["corpus_files"] for state in parts])
+    commits = [state.get("corpus_commit") for state in parts]
+    _refuse_several(folder, commits, f"of several versions of {recipe.data.corpus!r} on the hub")
+    filters = [record["model"] for state in parts for record in state.get("filtered", [])]
+    for bases in (filters, [state.get("chosen_by") for state in parts]):
+        _refuse_several(folder, bases, "of text that several bases chose")
     summed = {key: sum(state[key] for state in parts) for key in COUNTS}
     manifest = {
         **parts[0],

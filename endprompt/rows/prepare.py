@@ -53,6 +53,11 @@ def settings(experiment: Experiment, tokenizer=None, rows: Rows | None = None) -
     }
 
 
+def _chooser(experiment: Experiment, rows: Rows, expected: dict) -> str | None:
+    """The fingerprint of the base, where text is chosen by it; training may be another's."""
+    return experiment.base.fingerprint if rows.asks_base or expected["filter"] else None
+
+
 def _noted(expected: dict) -> dict:
     """``expected`` as a manifest has it: what came later than the first manifests is there if it is used."""
     later = ("filter", "match_by", "match_candidates")
@@ -159,6 +164,7 @@ def prepare(
                 " or choose another --out"
             )
         parts.refuse_finished_of_other_corpus(recipe, folder, manifest)
+        parts.refuse_other_model(folder, manifest, _chooser(experiment, rows, expected))
         shards.verify(folder, manifest)
         return manifest
     if part is None and (any(folder.glob("part-*-of-*.json")) or any(folder.glob("progress-*-of-*.json"))):
@@ -177,6 +183,7 @@ def prepare(
                     " delete the folder or choose another --out"
                 )
             parts.refuse_finished_of_other_corpus(recipe, folder, state)
+            parts.refuse_other_model(folder, state, _chooser(experiment, rows, expected))
             return state
     return Preparation(experiment, folder, rows, tokenizer, expected, part).run(workers, versions)
 
@@ -220,10 +227,16 @@ class Preparation:
         if self.state["shards"]:
             begun = f"the preparation in {self.folder} was begun"
             parts.refuse_other_corpus(files, self.state["corpus_files"], begun)
+        elif files is None:
+            self.state["corpus_commit"] = corpus.revision(self.recipe)
+        if self.rows.asks_base:
+            chooser = self.experiment.base.fingerprint
+            parts.refuse_other_model(self.folder, self.state, chooser)
+            self.state["chosen_by"] = self.state.get("chosen_by", chooser)
         try:
             if self.expected["filter"]:
                 self.rank(files, workers)
-            documents = parts.documents(self.recipe, files, self.ledger, self.part)
+            documents = self.documents_of(files, self.ledger)
             if self.ranked:
                 documents = self.ranked.select(documents)
             stream = self.ids_of(islice(documents, self.state["document"], None), workers)
@@ -236,6 +249,9 @@ class Preparation:
                     self.folder.rmdir()
             raise
         return self.finish(versions)
+
+    def documents_of(self, files: list[corpus.File] | None, ledger: Ledger) -> Iterator[tuple[str, str]]:
+        return parts.documents(self.recipe, files, ledger, self.part, self.state.get("corpus_commit"))
 
     def ids_of(self, documents: Iterator[tuple[str, str]], workers: int):
         """(id, token ids) of ``documents``, each token with an embedding."""
@@ -256,9 +272,7 @@ class Preparation:
             "files": [[file.inside, file.path.stat().st_size] for file in files or []],
         }
         path = self.folder / filtering.scores_file(self.part)
-        with contextlib.closing(
-            self.ids_of(parts.documents(self.recipe, files, ledger, self.part), workers)
-        ) as stream:
+        with contextlib.closing(self.ids_of(self.documents_of(files, ledger), workers)) as stream:
             self.ranked = ranking.rank(stream, path, question)
         ledger.settle(self.ranked.record["documents"])
         if self.state["shards"] and self.state.get("filtered") != self.ranked.record:
@@ -334,15 +348,24 @@ class Preparation:
                 f" {self.wanted} rows; data.tokens asks for more text than there is",
                 file=sys.stderr,
             )
+        tokens = self.state["text_tokens"] + self.state["prompt_tokens"]
+        if self.recipe.data.packing == "document" and tokens < self.number * self.length:
+            print(
+                f"warning: rows end with their documents (data.packing=document): {self.number} of them hold"
+                f" {tokens} tokens, {tokens / (self.number * self.length):.0%} of what data.tokens counts;"
+                " raise it, or set data.packing=cut",
+                file=sys.stderr,
+            )
         manifest = {
             **_noted(self.expected),
             "rows": self.number,
-            "tokens": self.state["text_tokens"] + self.state["prompt_tokens"],
+            "tokens": tokens,
             "text_tokens": self.state["text_tokens"],
             "prompt_tokens": self.state["prompt_tokens"],
             "documents": self.documents(),
             "corpus_ended": self.number < self.wanted,
             "corpus_files": self.ledger.records,
+            **{key: self.state[key] for key in ("corpus_commit", "chosen_by") if self.state.get(key)},
             **parts.filtered([self.ranked.record] if self.ranked else []),
             "shards": self.state["shards"],
             "versions": versions,
