@@ -7,7 +7,9 @@ of mean 1 + s on [2, 2 s].
 
 Ours where the source leaves it open or is tied to its sizes: the coin for k is thrown for every row, there
 for every 3000; k stays at a third where 4 s is more; a document shorter than a row counts as a row of its
-length. The paper calls the Gaussian truncated; its code clips it, and so does this."""
+length.  Its text is always that of the places that the positions name (``cream_text: matching``), here it is
+contiguous unless asked for, as documents of L tokens are few.  The paper calls the Gaussian truncated; its
+code clips it, and so does this."""
 
 from typing import Literal
 
@@ -26,8 +28,8 @@ class CreamOptions(Options):
     )
     cream_text: Literal["contiguous", "matching"] = Field(
         "contiguous",
-        description="matching: chunks are taken from the places of their document that their positions name,"
-        " the tail from the end of its first lengths.target tokens",
+        description="matching, as in CREAM's code: chunks are taken from the places of their document that"
+        " their positions name, the tail from the end of its first lengths.target tokens",
     )
 
     @field_validator("cream_sigma", mode="before")
