@@ -102,7 +102,7 @@ def test_functions_that_a_page_names_exist(page):
     assert not unknown((REPOSITORY / page).read_text())
 
 
-@pytest.mark.parametrize("name", ["corpus.changed", "attention.same_draws", "nowhere.py", "data.end_prompts"])
+@pytest.mark.parametrize("name", ["corpus.changed", "attention.same_draws", "nowhere.py", "data.lengths"])
 def test_a_name_that_is_gone_is_found(name):
     assert unknown(f"so it is refused (`{name}`)") == [name]
     assert unknown(f"`{name}(ROWS)`, beside `ledger.changed` and `data.corpus`") == [name]
