@@ -51,7 +51,7 @@ def written(folder: Path, window: int, rows: int, tokens: int) -> Path:
     recipe = {
         "model": {"name_or_path": str(folder / "base")},
         "lengths": {"physical": window, "target": 8 * window},
-        "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens, "end_prompts": ["EP_1"]},
+        "data": {"corpus": str(folder / "corpus.jsonl"), "tokens": tokens},
         "train": {
             "deepspeed": str(measure.REPOSITORY / "ds_configs" / "zero3.json"),
             "per_device_train_batch_size": rows,

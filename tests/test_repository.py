@@ -1,5 +1,6 @@
 """What the repository promises about itself: its README, its shell, its style."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+
+from endprompt import methods
+from endprompt.recipe import schema, training_keys
 
 README = (REPOSITORY / "README.md").read_text()
 TRACKED = subprocess.run(
@@ -39,6 +43,69 @@ def test_files_that_a_page_names_exist(page):
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text)
     missing += [link for link in links if not (folder / link).exists()]
     assert not missing, missing
+
+
+# What pages name beside our modules and the keys of a recipe: of config.json, of other programs, files.
+OTHERS = (
+    "AutoModelForCausalLM.from_pretrained config.rope_parameters data_types.grad_accum_dtype"
+    " datasets.load_dataset datasets.map endprompt.base_share endprompt.sharpened rope_freqs.weight"
+    " rope_parameters.llama_4_scaling_beta transformers.TrainingArguments"
+).split()
+NAME = re.compile(r"(?<![\w/])`([A-Za-z]\w*)\.(\w+)(?:\([^`]*\))?`")
+FILES = "bin csv html json jsonl gguf log md model png py safetensors sbatch sh txt yaml zip".split()
+
+
+def told_by_modules() -> dict[str, set[str]]:
+    """Of every module and class of the package, by its name alone, the names that can be asked of it."""
+    found: dict[str, set[str]] = {}
+    for path in (REPOSITORY / "endprompt").rglob("*.py"):
+        stem = path.parent.name if path.stem == "__init__" else path.stem
+        places = [(stem, ast.parse(path.read_text()))]
+        places += [(node.name, node) for node in ast.walk(places[0][1]) if isinstance(node, ast.ClassDef)]
+        for name, place in places:
+            told = found.setdefault(name, {"py"})
+            for node in place.body:
+                match node:
+                    case ast.FunctionDef(name=one) | ast.AsyncFunctionDef(name=one) | ast.ClassDef(name=one):
+                        told.add(one)
+                    case ast.AnnAssign(target=ast.Name(id=one)):
+                        told.add(one)
+                    case ast.Assign(targets=targets):
+                        told |= {one.id for one in targets if isinstance(one, ast.Name)}
+                    case ast.ImportFrom(names=names) | ast.Import(names=names):
+                        told |= {one.asname or one.name for one in names}
+    return found
+
+
+def unknown(text: str) -> list[str]:
+    """The names in ``text`` of the form `module.function`, `Class.method` or `module.py` that are none."""
+    known = told_by_modules()
+    for section, field in schema.Recipe.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", None)
+        known.setdefault(section, set()).update(keys or ())
+    known.setdefault("train", set()).update(training_keys.ALLOWED, training_keys.OURS)
+    known.setdefault("method_options", set()).update(
+        key for method in methods.METHODS.values() for key in method.Options.model_fields
+    )
+    scripts = {Path(name).stem for name in TRACKED if name.endswith(".py")}
+    return [
+        f"{first}.{second}"
+        for first, second in NAME.findall(text)
+        if second not in known.get(first, ())
+        and f"{first}.{second}" not in OTHERS
+        and not (second in FILES and (second != "py" or first in scripts))
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_functions_that_a_page_names_exist(page):
+    assert not unknown((REPOSITORY / page).read_text())
+
+
+@pytest.mark.parametrize("name", ["corpus.changed", "attention.same_draws", "nowhere.py", "data.lengths"])
+def test_a_name_that_is_gone_is_found(name):
+    assert unknown(f"so it is refused (`{name}`)") == [name]
+    assert unknown(f"`{name}(ROWS)`, beside `ledger.changed` and `data.corpus`") == [name]
 
 
 def test_the_readme_is_read_at_one_sight():

@@ -21,7 +21,12 @@ from endprompt.positions import plans
 
 class MatchOptions(Options):
     match_pieces: int = Field(4, ge=2, description="pieces of a row, a power of two")
-    match_tokens: int = Field(5, gt=0, description="as many in a row that two pieces share count once")
+    match_tokens: int = Field(
+        5,
+        gt=0,
+        description="n of the n-grams by which pieces are compared: every run of n tokens that two pieces"
+        " share counts once",
+    )
     match_by: Literal["ngrams", "gain"] = Field(
         "ngrams",
         description="ngrams: the pieces that share most come together; gain: those from which the base gains"

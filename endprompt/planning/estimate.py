@@ -144,8 +144,9 @@ def fits(memory: Memory, machine: Machine) -> bool:
 
 def _advice(found: dict[str, Memory], machine: Machine) -> str:
     own, *_ = found
+    named = "without a ZeRO file it" if own == "none" else own
     if fits(found[own], machine):
-        return f"\n{own} fits."
+        return f"\n{named} fits."
     # Of those that fit, what offloads least.
     better = sorted(
         (name for name, one in found.items() if fits(one, machine)), key=lambda name: found[name].host
@@ -154,7 +155,9 @@ def _advice(found: dict[str, Memory], machine: Machine) -> str:
         "use more GPUs, fewer rows a GPU (train.per_device_train_batch_size), or activation checkpointing; no"
         " ZeRO file here makes it fit"
     )
-    return f"\n{own} does not fit: {f'take train.deepspeed=ds_configs/{better[0]}.json' if better else mend}"
+    if better:
+        mend = f"take train.deepspeed=ds_configs/{better[0]}.json"
+    return f"\n{named} does not fit: {mend}"
 
 
 def _hours(experiment: Experiment, about, machine: Machine, step_tokens: int) -> str:
