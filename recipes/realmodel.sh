@@ -36,9 +36,13 @@ declare -A methods=(
   [linear]='short endprompt endprompt_pose pose'
   [yarn]=$all [yarn-weight-0]=endprompt [yarn-weight-1]=endprompt
   [yarn-unsharpened]='pose_sharp pose_matched' [yarn-half]='short pose_sharp pose_matched'
+  [yarn-small-steps]=pose_matched
   [theta]=$all [theta-weight-0]=endprompt [theta-weight-1]=endprompt
   [theta-unsharpened]='pose_sharp pose_matched' [theta-half]='short pose_sharp pose_matched'
 )
+# A row a step at a rate that falls to 0, and checkpoints after as many tokens as in the recipe.
+small_steps='train.per_device_train_batch_size=1|train.lr_scheduler_type=linear'
+small_steps+='|train.warmup_steps=8|train.save_steps=32'
 declare -A different=(
   [own]='' [own-sharpened]='rope.sharpen=1.0'
   [linear]='rope.type=linear'
@@ -47,6 +51,7 @@ declare -A different=(
   [yarn-half]='rope.type=yarn|train.base_share=0.5'
   [yarn-weight-0]='rope.type=yarn|method_options.prompt_loss_weight=0.0'
   [yarn-weight-1]='rope.type=yarn|method_options.prompt_loss_weight=1.0'
+  [yarn-small-steps]="rope.type=yarn|$small_steps"
   [theta]='rope.type=theta'
   [theta-unsharpened]='rope.type=theta|rope.sharpen=0.0'
   [theta-half]='rope.type=theta|train.base_share=0.5'
@@ -59,7 +64,7 @@ for kind in linear yarn theta; do
 done
 order=(
   own own-sharpened untrained-linear untrained-linear-sharpened untrained-yarn untrained-yarn-sharpened
-  linear yarn yarn-unsharpened yarn-half yarn-weight-0 yarn-weight-1
+  linear yarn yarn-unsharpened yarn-half yarn-small-steps yarn-weight-0 yarn-weight-1
   untrained-theta untrained-theta-sharpened theta theta-unsharpened theta-half theta-weight-0 theta-weight-1
 )
 [ $# -gt 0 ] && order=("$@")

@@ -62,7 +62,7 @@ def test_every_arm_is_a_recipe_and_is_run_once(study):
     evaluated = asked(calls)
     arms = {(method, out) for method, out, _ in evaluated}
     # From afar, near and inside the window: 8 untrained arms, and two seeds of those that are trained.
-    assert len(evaluated) == 3 * len(arms) == 3 * (8 + 2 * (4 + 2 * (6 + 2 + 3 + 2)))
+    assert len(evaluated) == 3 * len(arms) == 3 * (8 + 2 * (4 + 1 + 2 * (6 + 2 + 3 + 2)))
     assert ("pose_sharp", "out/yarn-unsharpened-131072/seed1") in arms
     assert {out for method, out in arms if method == "base"} == {"out/own/seed0", "out/own-sharpened/seed0"}
     for method, out, overrides in evaluated:
