@@ -5,7 +5,7 @@ import os
 import sys
 
 from endprompt import BadInput
-from endprompt.bases import families, sharpen
+from endprompt.bases import families, lengths, sharpen
 from endprompt.bases.locating import Named, locate
 from endprompt.bases.refusals import (
     refuse_contradictions,
@@ -81,9 +81,10 @@ def load_config(recipe: Named, where: dict | None = None):
     if recipe.model.gguf_file and isinstance(own, rope.Default):
         refuse_lost_scaling(recipe, where)
     sharpen.inherited(config)
-    length = window(recipe, config, own)
+    length = lengths.window(recipe, config, own)
+    lengths.refuse_doubtful(recipe, config, own)
     refuse_wrong_windows(config, length)
-    first_length(config, length)
+    lengths.first_length(config, length)
     if recipe.lengths.target <= length:
         raise BadInput(
             f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {length};"
@@ -160,29 +161,6 @@ def refuse_lost_scaling(recipe: Named, where: dict) -> None:
             " 3.2 or Phi-3, which transformers drops from its config, so that its RoPE would be another; name"
             " the model's safetensors"
         )
-
-
-def window(recipe: Named, config, own: rope.Scheme) -> int:
-    """Tokens that the base reads as it came.
-
-    own: its RoPE.  Some configs of a scaled base go on stating the window before the scaling.
-    """
-    if recipe.model.original_length:
-        return recipe.model.original_length
-    stated, before = config.max_position_embeddings, getattr(own, "original_length", 0)
-    return int(before * getattr(own, "factor", 1.0)) if stated <= before else stated
-
-
-def first_length(config, window: int) -> int:
-    """The window C that the base had before this program extended it for the first time, which its
-    config.json notes; ``window`` where it never did.  Raises BadInput on a note that is no such length."""
-    found = sharpen.note(config).get("original_length", window)
-    if type(found) is not int or found < 1:
-        raise BadInput(
-            f"model: endprompt.original_length in its config.json is {found!r:.60}, no positive number of"
-            " tokens; mend it"
-        )
-    return found
 
 
 def load_tokenizer(recipe: Named, where: dict | None = None):
