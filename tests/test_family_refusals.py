@@ -188,8 +188,9 @@ def test_every_refusal_says_why_and_what_works(name):
     assert "\n" not in str(error.value) and "llama, mistral" in str(error.value)
 
 
-def gguf_of(path, *more: str):
-    """A Llama with frequencies that its file divides by ``more``."""
+def gguf_of(path, *more: str, metadata=None):
+    """A Llama with frequencies that its file divides by ``more``, or by what ``metadata`` (a function) adds
+    to a writer."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
@@ -209,6 +210,8 @@ def gguf_of(path, *more: str):
         writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
     for name in more:
         writer.add_tensor(name, np.ones(4, np.float32))
+    if metadata:
+        metadata(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -226,6 +229,50 @@ def test_a_gguf_file_that_lost_its_scaling_is_refused(recipe_file, tmp_path, nam
     code, out, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert f"model.gguf_file: x.gguf holds {name}" in err and "safetensors" in err
+
+
+def _says(kind: str, factor: float | None = None):
+    def add(writer):
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(16)
+
+    return add
+
+
+# what is said of a scaling -> (what of it is told, None where it scales nothing)
+METADATA = {
+    "linear": (_says("linear", 4.0), "llama.rope.scaling.type linear"),
+    "yarn": (_says("yarn", 4.0), "llama.rope.scaling.type yarn"),
+    "longrope": (_says("longrope"), "llama.rope.scaling.type longrope"),
+    "a factor alone": (lambda writer: writer.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor 4.0"),
+    "the former name": (
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0),
+        "llama.rope.scale_linear 2.0",
+    ),
+    "none": (_says("none", 4.0), None),
+    "a factor of 1": (lambda writer: writer.add_rope_scaling_factor(1.0), None),
+    "of another architecture": (lambda writer: writer.add_float32("qwen2.rope.scaling.factor", 4.0), None),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_a_gguf_file_whose_metadata_scale_its_rope_is_refused(recipe_file, tmp_path, name):
+    """transformers reads it as an unscaled one, and the factor for the target would stand alone."""
+    add, said = METADATA[name]
+    (tmp_path / "model").mkdir()
+    gguf_of(tmp_path / "model/x.gguf", metadata=add)
+    recipe = recipe_file(model={"name_or_path": str(tmp_path / "model"), "gguf_file": "x.gguf"})
+    if said is None:
+        loading.load_config(schema.load(recipe))
+        return
+    code, out, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and not (tmp_path / "out").exists(), err
+    assert f"model.gguf_file: x.gguf says {said}, a scaling which" in err and "safetensors" in err
 
 
 def test_the_page_holds_the_tables():

@@ -142,24 +142,43 @@ def _windowed(config, target: int) -> int | None:
 
 # Of a GGUF file: what frequencies are divided by.  transformers leaves it out, and the config says nothing.
 LOST = ("rope_freqs.weight", "rope_factors_long.weight")
+# The same of its metadata, ARCHITECTURE.rope.KEY: {key: values that scale nothing}.  llama.cpp takes a factor
+# without a type for linear; ``scale_linear`` is its former name.
+LOST_KEYS: dict[str, tuple] = {
+    "scaling.type": ("none", ""),
+    "scaling.factor": (0, 1),
+    "scale_linear": (0, 1),
+}
+
+
+def _lost(path: str) -> str | None:
+    """What of the GGUF file ``path`` scales its RoPE and is lost on the way to a config; None: nothing."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    if found := {tensor.name for tensor in reader.tensors} & set(LOST):
+        return f"holds {sorted(found)[0]}, the scaling of a Llama-3.1, 3.2 or Phi-3,"
+    kind = reader.fields["general.architecture"].contents()
+    said = {key: field.contents() for key in LOST_KEYS if (field := reader.fields.get(f"{kind}.rope.{key}"))}
+    if said.get("scaling.type") == "none":
+        return None
+    scaled = (f"{kind}.rope.{key} {value}" for key, value in said.items() if value not in LOST_KEYS[key])
+    return next((f"says {one}, a scaling" for one in scaled), None)
 
 
 def refuse_lost_scaling(recipe: Named, where: dict) -> None:
     """Raises BadInput if a GGUF file, of a config that names no scaling, scales its RoPE all the same."""
     from transformers.utils import cached_file
 
-    def names() -> set[str]:
-        from gguf import GGUFReader
-
+    def lost() -> str | None:
         name, file = where["pretrained_model_name_or_path"], recipe.model.gguf_file
-        path = cached_file(name, file, revision=where.get("revision"))
-        return {tensor.name for tensor in GGUFReader(path).tensors}
+        return _lost(cached_file(name, file, revision=where.get("revision")))
 
-    if found := _loading("config", recipe, names) & set(LOST):
+    if told := _loading("config", recipe, lost):
         raise BadInput(
-            f"model.gguf_file: {recipe.model.gguf_file} holds {sorted(found)[0]}, the scaling of a Llama-3.1,"
-            " 3.2 or Phi-3, which transformers drops from its config, so that its RoPE would be another; name"
-            " the model's safetensors"
+            f"model.gguf_file: {recipe.model.gguf_file} {told} which transformers drops from its config, so"
+            " that its RoPE would be another; name the model's safetensors, its folder before it was made a"
+            " GGUF file"
         )
 
 
