@@ -14,9 +14,10 @@ from networks import THETA, configuration, network, saved, scheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from endprompt import BadInput
 from endprompt.bases import older_readers, sharpen
 from endprompt.positions import rope
-from endprompt.runs import card, checkpoint_files
+from endprompt.runs import card, checkpoint_files, gguf_file
 
 C, L = 64, 512
 T = math.log(L) / math.log(C)
@@ -292,6 +293,88 @@ def test_a_gguf_file_is_made_by_llama_cpps_converter_and_read_back(tmp_path, bas
     else:
         assert re.search(complaint, said)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["llama.cpp", "run"]
+
+
+# How a file says the factor of cos and sin of YaRN by 8: (keys beside type, factor and length, what it is)
+FACTORS = {
+    "no key": ({}, 1 + 0.1 * math.log(8)),
+    "the key that llama.cpp computes anew": ({"yarn_attn_factor": 1.0}, 1 + 0.1 * math.log(8)),
+    "the other's": ({"yarn_attn_factor": 1 + 0.1 * math.log(8)}, 1 + 0.1 * math.log(8)),
+    "the key that is multiplied": ({"attn_factor": 1 / (1 + 0.1 * math.log(8))}, 1.0),
+    "a log multiplier of 0": ({"yarn_log_multiplier": 0.0}, 1 + 0.1 * math.log(8)),
+    "a log multiplier": ({"yarn_log_multiplier": 1.0}, 1.0),
+}
+
+
+def gguf_of(path: Path, kind: str, **keys) -> Path:
+    gguf = pytest.importorskip("gguf")
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_rope_dimension_count(8)
+    file.add_rope_freq_base(THETA)
+    file.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    file.add_rope_scaling_factor(8.0)
+    file.add_rope_scaling_orig_ctx_len(C)
+    for key, value in keys.items():
+        file.add_float32(f"llama.rope.scaling.{key}", value)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.close()
+    return path
+
+
+def config_of(scaling) -> dict:
+    return {
+        "model_type": "llama",
+        "head_dim": 8,
+        "max_position_embeddings": L,
+        "rope_parameters": {"rope_theta": THETA, **scaling.hf_parameters(THETA, 8)},
+    }
+
+
+@pytest.mark.parametrize("with_factor", [True, False])
+@pytest.mark.parametrize("name", FACTORS)
+def test_yarns_factor_is_read_back_whatever_key_says_it(tmp_path, name, with_factor):
+    """rope.yarn_factor: false trains without it; llama.cpp multiplies by it unless it is divided out."""
+    keys, told = FACTORS[name]
+    scaling = rope.extended(rope.Asked("yarn", yarn_factor=with_factor), rope.Default(), C, L)
+    path = gguf_of(tmp_path / "x.gguf", "yarn", **keys)
+    assert gguf_file.frequencies(path)[1] == pytest.approx(told)
+    if math.isclose(scaling.attention_factor, told, rel_tol=1e-6):
+        gguf_file.verify(path, config_of(scaling))
+        return
+    with pytest.raises(BadInput, match=rf"'yarn' .*multiplied by {told:.4g}, in the model by") as error:
+        gguf_file.verify(path, config_of(scaling))
+    assert "\n" not in str(error.value) and "leave out --gguf" in str(error.value)
+
+
+def test_factors_of_other_schemes_are_compared_too(tmp_path):
+    linear = config_of(rope.Linear(8.0))
+    gguf_file.verify(gguf_of(tmp_path / "x.gguf", "linear"), linear)
+    with pytest.raises(BadInput, match="'linear' .*multiplied by 1.2, in the model by 1;"):
+        gguf_file.verify(gguf_of(tmp_path / "y.gguf", "linear", attn_factor=1.2), linear)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+@pytest.mark.parametrize("with_factor", [True, False])
+def test_yarn_without_its_factor_is_not_exported_with_it(tmp_path, base, monkeypatch, with_factor):
+    run = trained(tmp_path / "run", base, "yarn")
+    if not with_factor:
+        parameters = {**told(run / "model")["rope_parameters"], "attention_factor": 1.0}
+        edit(run, rope_parameters=parameters)
+        older_readers.state_rope(run / "model")
+    source = tmp_path / "llama.cpp"
+    source.mkdir()
+    added = f"file.add_rope_scaling_orig_ctx_len({C})\n"
+    if not with_factor:
+        added += "file.add_rope_scaling_yarn_attn_factor(1.0)\n"
+    stub = WRITES.replace("Type.LINEAR", "Type.YARN").replace(
+        "file.write_header", f"{added}file.write_header"
+    )
+    (source / "convert_hf_to_gguf.py").write_text(stub)
+    monkeypatch.setenv("LLAMA_CPP", str(source))
+    said = export(run, tmp_path / "copy", "--gguf", expect=0 if with_factor else 2)
+    assert (tmp_path / "copy").exists() == with_factor
+    assert with_factor or "by the file cos and sin are multiplied by 1.208, in the model by 1;" in said
 
 
 def test_an_interrupted_copy_leaves_nothing(tmp_path, base, monkeypatch):
