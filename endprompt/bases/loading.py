@@ -11,6 +11,7 @@ from endprompt.bases.refusals import (
     refuse_contradictions,
     refuse_foreign_keys,
     refuse_kernels,
+    refuse_quantized,
     refuse_theta,
     refuse_untied,
     refuse_wrong_numbers,
@@ -65,6 +66,8 @@ def load_config(recipe: Named, where: dict | None = None):
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
     refuse_kernels(config, "model")
     families.of(config)
+    if not recipe.model.gguf_file:
+        refuse_quantized(config)
     written = {} if recipe.model.gguf_file else _written(recipe, where, config)
     refuse_theta(config)
     windowed = _windowed(config, recipe.lengths.target)
@@ -238,6 +241,8 @@ def load_weights(where: str, **arguments):
     except UNREADABLE as error:
         raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
     except RuntimeError as error:
+        if "quantiz" in str(error).lower():  # a format that needs a GPU which is not there
+            raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
         if not (
             mismatch := next(
                 (

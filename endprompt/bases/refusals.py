@@ -28,6 +28,21 @@ def refuse_kernels(config, key: str) -> None:
         )
 
 
+def refuse_quantized(config) -> None:
+    """Raises BadInput if config.json says that the files hold quantized weights: their steps are too coarse
+    to be trained, and transformers reads them only with packages, and on hardware, of each format's own.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if not (found := getattr(config, key, None)):
+            continue
+        said = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+        method = said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else f"{found!r:.60}")
+        raise BadInput(
+            f"model: {key} in its config.json says that its weights are quantized ({method!s:.60}); name the"
+            " unquantized model (train.lora.quantize: nf4 trains adapters on it in 4 bits)"
+        )
+
+
 def refuse_other_kinds(config, where: str) -> None:
     """Raises BadInput beginning with ``where`` unless a model of ``config`` continues text, reading it from
     left to right."""
