@@ -80,13 +80,13 @@ def load_config(recipe: Named, where: dict | None = None):
     refuse_foreign_keys(config, written, windowed)
     refuse_wrong_numbers(config)
     own = rope.own_scheme(config)
-    refuse_contradictions(written, getattr(own, "original_length", stated))
+    refuse_contradictions(written, _originals(config, own, stated))
     if recipe.model.gguf_file and isinstance(own, rope.Default):
         refuse_lost_scaling(recipe, where)
     sharpen.inherited(config)
     length = lengths.window(recipe, config, own)
     lengths.refuse_doubtful(recipe, config, own)
-    refuse_wrong_windows(config, length)
+    refuse_wrong_windows(config, written, length)
     lengths.first_length(config, length)
     if recipe.lengths.target <= length:
         raise BadInput(
@@ -120,6 +120,17 @@ def _written(recipe: Named, where: dict, config) -> dict:
             file=sys.stderr,
         )
     return written
+
+
+def _originals(config, own: rope.Scheme, stated: int) -> tuple[int, ...]:
+    """What original_max_position_embeddings may say beside a RoPE that does not read it, or does.
+
+    own: the base's RoPE; stated: its window.  A base that this program extended by a greater theta has an
+    unscaled RoPE, and keeps the key as it came.
+    """
+    if not isinstance(own, rope.Default):
+        return (getattr(own, "original_length", stated),)
+    return stated, lengths.first_length(config, stated)
 
 
 def _windowed(config, target: int) -> int | None:
