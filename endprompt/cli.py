@@ -39,6 +39,11 @@ def _run(arguments) -> None:
     of_runs.run(arguments)
 
 
+def _written(arguments) -> str:
+    """What the command writes, for an error that names no file; the command where that has no option."""
+    return str(getattr(arguments, "out", None) or getattr(arguments, "to", None) or arguments.command)
+
+
 def _complete(parser) -> None:
     """Answers the shell if it asks for completion, and ends the process then."""
     if "_ARGCOMPLETE" in os.environ:
@@ -87,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         # Full disk, missing permission: the file and the reason say it all.
         say_or_wait(
-            f"{error.filename or arguments.out}: {error.strerror}; nothing half-written was kept", speaks
+            f"{error.filename or _written(arguments)}: {error.strerror}; nothing half-written was kept",
+            speaks,
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:

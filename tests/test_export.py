@@ -1,16 +1,21 @@
 """Copies for serving: the same model in another form, or no copy at all."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_main
 from networks import THETA, configuration, network, saved, scheme
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -384,6 +389,93 @@ def test_an_interrupted_copy_leaves_nothing(tmp_path, base, monkeypatch):
     monkeypatch.setattr(exporting, "_write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     export(run, tmp_path / "copy", expect=130)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def _written_by(number: int, text: str | None = None):
+    """safetensors' own error of a file that cannot be written."""
+
+    def save(*_):
+        raise SafetensorError(text or f"Error while serializing: I/O error: full (os error {number})")
+
+    return "safetensors.torch.save_file", save
+
+
+def _raising(place: str, number: int, *named):
+    def write(*_, **__):
+        raise OSError(number, os.strerror(number), *named)
+
+    return place, write
+
+
+# what fails -> (place, function in its stead), what is said of it
+UNWRITTEN = {
+    "weights, full": (_written_by(errno.ENOSPC), os.strerror(errno.ENOSPC)),
+    "weights, quota": (_written_by(errno.EDQUOT), os.strerror(errno.EDQUOT)),
+    "weights, a limit": (_written_by(errno.EFBIG), os.strerror(errno.EFBIG)),
+    "weights, no number": (_written_by(0, "Error while serializing: gone"), "Error while serializing: gone"),
+    "a copied file": (
+        _raising("endprompt.runs.export.shutil.copyfile", errno.ENOSPC, "model/tokenizer.json"),
+        os.strerror(errno.ENOSPC),
+    ),
+    "no file is named": (_raising("endprompt.storage.write_json", errno.EDQUOT), os.strerror(errno.EDQUOT)),
+    "the card": (_raising("endprompt.runs.card.renew", errno.ENOSPC), os.strerror(errno.ENOSPC)),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITTEN)
+def test_a_copy_that_cannot_be_written_says_so_and_not_that_the_model_is_damaged(
+    tmp_path, base, monkeypatch, name
+):
+    run = trained(tmp_path / "run", base)
+    (place, function), said = UNWRITTEN[name]
+    monkeypatch.setattr(place, function)
+    error = export(run, tmp_path / "new/copy", expect=1)
+    assert f"--to: {tmp_path / 'new/copy'} could not be written ({said}); nothing half-written" in error
+    assert error.count("\n") == 1 and "train it again" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_that_is_full_in_earnest(tmp_path, base):
+    """By a limit of this process' own; the twin is a model that is damaged."""
+    run = trained(tmp_path / "run", base)
+    script = "import resource, sys; from endprompt import cli; n = int(sys.argv.pop(1))\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); cli.main(sys.argv[1:])"
+    for limit in (10_000, 100_000):  # the tokenizer's file, and the weights
+        command = [sys.executable, "-c", script, str(limit), "export", str(run), "--to", str(tmp_path / "x")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert f"--to: {tmp_path / 'x'} could not be written (File too large)" in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    path = run / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cannot be read" in export(run, tmp_path / "x", expect=2)
+
+
+def test_what_cannot_be_read_is_not_told_of_the_copy(tmp_path, base, monkeypatch):
+    run = trained(tmp_path / "run", base)
+    monkeypatch.setattr(*_raising("safetensors.torch.load_file", errno.EACCES, str(run / "model/x")))
+    error = export(run, tmp_path / "copy", expect=1)
+    assert f"{run / 'model/x'}: Permission denied" in error and "--to" not in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+def test_a_converter_on_a_full_disk(tmp_path, base, monkeypatch):
+    run = trained(tmp_path / "run", base, "linear")
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp/convert_hf_to_gguf.py").write_text("raise OSError(28, 'No space left on device')")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    error = export(run, tmp_path / "copy", "--gguf", expect=1)
+    assert "could not be written (No space left on device)" in error and not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("command", [("export", "{run}", "--to", "{to}"), ("report", "{run}"), ("gpus",)])
+def test_an_error_that_names_no_file_is_told_by_every_command(tmp_path, monkeypatch, command):
+    """Commands without --out too."""
+    given = [word.format(run=tmp_path / "run", to=tmp_path / "to") for word in command]
+    monkeypatch.setattr("endprompt.cli._run", _raising("", errno.ENOSPC)[1])
+    code, _, error = run_main(*given)
+    wanted = {"export": tmp_path / "to", "report": "report.html", "gpus": "gpus"}[command[0]]
+    assert code == 1 and f"{wanted}: No space left on device; nothing half-written was kept" in error
 
 
 def test_files_of_several_parts_stay_apart_and_the_index_counts_their_bytes(tmp_path, base):
