@@ -79,6 +79,29 @@ def test_a_plain_copy_is_the_model(tmp_path, base):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
 
 
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--position-dependent",)])
+def test_every_chat_template_comes_along(tmp_path, base, options):
+    """Named templates, as Hermes-3 has them, lie in a folder of their own, as other files may."""
+    run = trained(tmp_path / "run", base)
+    model = run / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "A {{ messages }}", "tool_use": "B", "rag": "C"}
+    tokenizer.save_pretrained(model)
+    (model / "more/deep").mkdir(parents=True)
+    for name in ("config.json", "adapter.safetensors"):  # of no interest to what is made anew
+        (model / "more/deep" / name).write_text("mine")
+    export(run, tmp_path / "copy", *options)
+    inside = {path.relative_to(model) for path in model.rglob("*") if path.is_file()}
+    assert len([path for path in inside if len(path.parts) > 1]) == 4
+    copied = {
+        path.relative_to(tmp_path / "copy") for path in (tmp_path / "copy").rglob("*") if path.is_file()
+    }
+    assert copied == inside
+    assert (tmp_path / "copy/more/deep/config.json").read_text() == "mine"
+    found = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert found.chat_template == tokenizer.chat_template and len(found.chat_template) == 3
+
+
 def test_a_copy_in_bfloat16(tmp_path, base):
     run = trained(tmp_path / "run", base)
     export(run, tmp_path / "copy", "--dtype", "bfloat16")

@@ -126,10 +126,15 @@ def _save(tensors: dict[str, Any], path: Path, metadata: dict | None) -> None:
 
 
 def _copy(run: Path, to: Path, config: dict, dtype: str | None, position: Position | None) -> None:
-    """The files of the run's model in the folder ``to``."""
-    for path in sorted((run / "model").iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
-            shutil.copyfile(path, to / path.name)
+    """The files of the run's model in the folder ``to``, those of sub-folders too: transformers 5 saves all
+    chat templates but the first in one."""
+    model = run / "model"
+    for path in sorted(model.rglob("*")):
+        made_anew = path.parent == model and (path.suffix == ".safetensors" or path.name == "config.json")
+        if path.is_file() and not made_anew:
+            copy = to / path.relative_to(model)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     _write_weights(run, to, dtype, position)
     _write_config(to, config, dtype, position)
     card.renew(to, [] if position else None)  # what is sharpened otherwise scores otherwise
