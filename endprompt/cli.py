@@ -63,6 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error.code, int) and error.code:
             launch.note_exit_code(error.code)
         raise
+    except BadInput as error:  # of an option's value
+        say_or_wait(error, os.environ.get("RANK", "0") == "0")
+        launch.note_exit_code(2)
+        raise SystemExit(2) from None
     if arguments.command == "evaluate" and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: its bars only fill a log
     # Ranks other than the first fail alike; one message is enough.
