@@ -39,6 +39,11 @@ def _run(arguments) -> None:
     of_runs.run(arguments)
 
 
+def _written(arguments) -> str:
+    """What the command writes, for an error that names no file; the command where that has no option."""
+    return str(getattr(arguments, "out", None) or getattr(arguments, "to", None) or arguments.command)
+
+
 def _complete(parser) -> None:
     """Answers the shell if it asks for completion, and ends the process then."""
     if "_ARGCOMPLETE" in os.environ:
@@ -58,6 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error.code, int) and error.code:
             launch.note_exit_code(error.code)
         raise
+    except BadInput as error:  # of an option's value
+        say_or_wait(error, os.environ.get("RANK", "0") == "0")
+        launch.note_exit_code(2)
+        raise SystemExit(2) from None
     if arguments.command == "evaluate" and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: its bars only fill a log
     # Ranks other than the first fail alike; one message is enough.
@@ -87,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         # Full disk, missing permission: the file and the reason say it all.
         say_or_wait(
-            f"{error.filename or arguments.out}: {error.strerror}; nothing half-written was kept", speaks
+            f"{error.filename or _written(arguments)}: {error.strerror}; nothing half-written was kept",
+            speaks,
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 
+import family_models
 import pytest
 from conftest import REPOSITORY, run_main
 from huggingface_hub import ModelCard
 from networks import saved
+from transformers import AutoConfig
 
+from endprompt.bases import families
 from endprompt.evaluation import question
+from endprompt.positions import rope
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.runs import card
@@ -141,6 +145,49 @@ def test_attention_by_position_and_yarn_are_told_as_they_are(experiment):
     assert "where that is left out, it derives 512" in text and "convert_hf_to_gguf.py" in text
     linear = {**config, "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}
     assert "reads this type under YaRN alone" in card.loading(linear)
+
+
+@pytest.mark.parametrize("name", family_models.MODELS)
+def test_the_rope_of_every_family_is_told_as_it_is(experiment, base, tmp_path, name):
+    """From the config.json that an extended model is saved with; some families nest it by kind of layer."""
+    kind = family_models.MODELS[name].rope or "linear"
+    config = AutoConfig.for_model(**family_models.written(name))
+    scaling = rope.extended(rope.Asked(kind), rope.own_scheme(config), 1024, 4096)
+    rope.apply(config, families.written_scheme(config, scaling, 1024), 4096)
+    config.save_pretrained(tmp_path / "config")
+    told = json.loads((tmp_path / "config/config.json").read_text())
+    text = written(experiment(), told)
+    said = rope.parameters(config)
+    line = next(line for line in text.splitlines() if line.startswith("- RoPE: "))
+    assert line.startswith(f"- RoPE: type `{said['rope_type']}`, ") and ", ." not in text
+    for key in ("factor", "rope_theta", "original_max_position_embeddings"):
+        assert (key in said) == (f"{key} " in line)
+        assert key not in said or f"{key} {said[key]:g}" in line
+    local = told["rope_parameters"].get("sliding_attention")
+    other = "RoPE of the layers with a sliding window, the base's: type `default`, rope_theta"
+    assert (local is not None) == (other in text)
+    assert local is None or f"rope_theta {local['rope_theta']:g}." in text.partition(other[:-10])[2]
+    # vLLM multiplies the window under linear scaling, but of Gemma-3.
+    multiplied = said["rope_type"] == "linear" and "gemma" not in told["model_type"]
+    window = int(4096 * said["factor"]) if multiplied else 4096
+    assert f"where that is left out, it derives {window}" in text
+    assert ("which nobody trained" in text) == multiplied
+
+
+@pytest.mark.parametrize("type_, derived", [("olmo3", 4096), ("gemma3_text", 512)])
+def test_the_window_of_a_nested_linear_scaling(type_, derived):
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    nested = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    config = {"model_type": type_, "max_position_embeddings": 512, "rope_parameters": nested}
+    assert f"where that is left out, it derives {derived}" in card.loading(config)
+    longrope = {**full, "rope_type": "longrope"}
+    told = card.loading({**config, "rope_parameters": {**nested, "full_attention": longrope}})
+    assert "drops longrope's factors" in told
+
+
+def test_a_rope_without_numbers_is_told_without_a_gap():
+    for parameters in ({"rope_type": "default"}, {}, None):
+        assert card.form({"rope_parameters": parameters}).startswith("- RoPE: type `default`.\n")
 
 
 def test_a_renewed_card_makes_no_score_stale(experiment, tmp_path):

@@ -132,7 +132,7 @@ def test_a_model_is_scored_without_a_recipe(scored, tmp_path, base, recipe_file)
 def test_tasks_and_lengths_go_before_the_recipe(recipe_file, tmp_path):
     out = ["--out", tmp_path / "out", "--list"]
     assert run_main("evaluate", recipe_file(), "base", *out)[1].split() == ["passkey:64", "passkey:128"]
-    given = ["--tasks", "multikey,passkey", "--lengths", "256"]
+    given = ["--tasks", "multikey,passkey", "--lengths", "2.56e2"]
     for order in ([recipe_file(), "base", *given, *out], [*given, *out, recipe_file(), "base"]):
         assert run_main("evaluate", *order)[1].split() == ["multikey:256", "passkey:256"]
     code, _, error = run_main("evaluate", *out, *given, recipe_file(), "base")  # taken for lengths
@@ -153,6 +153,8 @@ def test_places_between_options(recipe_file, tmp_path):
         (["--model", "x", "--tasks", "passkey"], "--lengths is missing"),
         (["--model", "x", "--tasks", "passkey", "--lengths", "many"], "--lengths 'many'"),
         (["--model", "x", "--tasks", "passkey", "--lengths", "0"], "--lengths '0'"),
+        (["--model", "x", "--tasks", "passkey", "--lengths", "6.5"], "--lengths '6.5': give a whole number"),
+        (["--model", "x", "--tasks", "passkey", "--lengths", "1e12"], "--lengths '1e12': give numbers"),
         (["--model", "x", "--tasks", "nope", "--lengths", "64"], "there is no task 'nope'"),
         (["--model", "./x", "--tasks", "passkey", "--lengths", "64"], "there is no folder"),
         (["--model", "x", "--tasks", "far_gain", "--lengths", "64"], "eval.perplexity_corpus is missing"),

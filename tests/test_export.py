@@ -1,22 +1,28 @@
 """Copies for serving: the same model in another form, or no copy at all."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_main
 from networks import THETA, configuration, network, saved, scheme
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from endprompt import BadInput
 from endprompt.bases import older_readers, sharpen
 from endprompt.positions import rope
-from endprompt.runs import card, checkpoint_files
+from endprompt.runs import card, checkpoint_files, gguf_file
 
 C, L = 64, 512
 T = math.log(L) / math.log(C)
@@ -71,6 +77,29 @@ def test_a_plain_copy_is_the_model(tmp_path, base):
         else:
             assert other.read_bytes() == path.read_bytes(), path.name
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--position-dependent",)])
+def test_every_chat_template_comes_along(tmp_path, base, options):
+    """Named templates, as Hermes-3 has them, lie in a folder of their own, as other files may."""
+    run = trained(tmp_path / "run", base)
+    model = run / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "A {{ messages }}", "tool_use": "B", "rag": "C"}
+    tokenizer.save_pretrained(model)
+    (model / "more/deep").mkdir(parents=True)
+    for name in ("config.json", "adapter.safetensors"):  # of no interest to what is made anew
+        (model / "more/deep" / name).write_text("mine")
+    export(run, tmp_path / "copy", *options)
+    inside = {path.relative_to(model) for path in model.rglob("*") if path.is_file()}
+    assert len([path for path in inside if len(path.parts) > 1]) == 4
+    copied = {
+        path.relative_to(tmp_path / "copy") for path in (tmp_path / "copy").rglob("*") if path.is_file()
+    }
+    assert copied == inside
+    assert (tmp_path / "copy/more/deep/config.json").read_text() == "mine"
+    found = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert found.chat_template == tokenizer.chat_template and len(found.chat_template) == 3
 
 
 def test_a_copy_in_bfloat16(tmp_path, base):
@@ -294,6 +323,88 @@ def test_a_gguf_file_is_made_by_llama_cpps_converter_and_read_back(tmp_path, bas
         assert sorted(path.name for path in tmp_path.iterdir()) == ["llama.cpp", "run"]
 
 
+# How a file says the factor of cos and sin of YaRN by 8: (keys beside type, factor and length, what it is)
+FACTORS = {
+    "no key": ({}, 1 + 0.1 * math.log(8)),
+    "the key that llama.cpp computes anew": ({"yarn_attn_factor": 1.0}, 1 + 0.1 * math.log(8)),
+    "the other's": ({"yarn_attn_factor": 1 + 0.1 * math.log(8)}, 1 + 0.1 * math.log(8)),
+    "the key that is multiplied": ({"attn_factor": 1 / (1 + 0.1 * math.log(8))}, 1.0),
+    "a log multiplier of 0": ({"yarn_log_multiplier": 0.0}, 1 + 0.1 * math.log(8)),
+    "a log multiplier": ({"yarn_log_multiplier": 1.0}, 1.0),
+}
+
+
+def gguf_of(path: Path, kind: str, **keys) -> Path:
+    gguf = pytest.importorskip("gguf")
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_rope_dimension_count(8)
+    file.add_rope_freq_base(THETA)
+    file.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    file.add_rope_scaling_factor(8.0)
+    file.add_rope_scaling_orig_ctx_len(C)
+    for key, value in keys.items():
+        file.add_float32(f"llama.rope.scaling.{key}", value)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.close()
+    return path
+
+
+def config_of(scaling) -> dict:
+    return {
+        "model_type": "llama",
+        "head_dim": 8,
+        "max_position_embeddings": L,
+        "rope_parameters": {"rope_theta": THETA, **scaling.hf_parameters(THETA, 8)},
+    }
+
+
+@pytest.mark.parametrize("with_factor", [True, False])
+@pytest.mark.parametrize("name", FACTORS)
+def test_yarns_factor_is_read_back_whatever_key_says_it(tmp_path, name, with_factor):
+    """rope.yarn_factor: false trains without it; llama.cpp multiplies by it unless it is divided out."""
+    keys, told = FACTORS[name]
+    scaling = rope.extended(rope.Asked("yarn", yarn_factor=with_factor), rope.Default(), C, L)
+    path = gguf_of(tmp_path / "x.gguf", "yarn", **keys)
+    assert gguf_file.frequencies(path)[1] == pytest.approx(told)
+    if math.isclose(scaling.attention_factor, told, rel_tol=1e-6):
+        gguf_file.verify(path, config_of(scaling))
+        return
+    with pytest.raises(BadInput, match=rf"'yarn' .*multiplied by {told:.4g}, in the model by") as error:
+        gguf_file.verify(path, config_of(scaling))
+    assert "\n" not in str(error.value) and "leave out --gguf" in str(error.value)
+
+
+def test_factors_of_other_schemes_are_compared_too(tmp_path):
+    linear = config_of(rope.Linear(8.0))
+    gguf_file.verify(gguf_of(tmp_path / "x.gguf", "linear"), linear)
+    with pytest.raises(BadInput, match="'linear' .*multiplied by 1.2, in the model by 1;"):
+        gguf_file.verify(gguf_of(tmp_path / "y.gguf", "linear", attn_factor=1.2), linear)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+@pytest.mark.parametrize("with_factor", [True, False])
+def test_yarn_without_its_factor_is_not_exported_with_it(tmp_path, base, monkeypatch, with_factor):
+    run = trained(tmp_path / "run", base, "yarn")
+    if not with_factor:
+        parameters = {**told(run / "model")["rope_parameters"], "attention_factor": 1.0}
+        edit(run, rope_parameters=parameters)
+        older_readers.state_rope(run / "model")
+    source = tmp_path / "llama.cpp"
+    source.mkdir()
+    added = f"file.add_rope_scaling_orig_ctx_len({C})\n"
+    if not with_factor:
+        added += "file.add_rope_scaling_yarn_attn_factor(1.0)\n"
+    stub = WRITES.replace("Type.LINEAR", "Type.YARN").replace(
+        "file.write_header", f"{added}file.write_header"
+    )
+    (source / "convert_hf_to_gguf.py").write_text(stub)
+    monkeypatch.setenv("LLAMA_CPP", str(source))
+    said = export(run, tmp_path / "copy", "--gguf", expect=0 if with_factor else 2)
+    assert (tmp_path / "copy").exists() == with_factor
+    assert with_factor or "by the file cos and sin are multiplied by 1.208, in the model by 1;" in said
+
+
 def test_an_interrupted_copy_leaves_nothing(tmp_path, base, monkeypatch):
     from endprompt.runs import export as exporting
 
@@ -301,6 +412,93 @@ def test_an_interrupted_copy_leaves_nothing(tmp_path, base, monkeypatch):
     monkeypatch.setattr(exporting, "_write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     export(run, tmp_path / "copy", expect=130)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def _written_by(number: int, text: str | None = None):
+    """safetensors' own error of a file that cannot be written."""
+
+    def save(*_):
+        raise SafetensorError(text or f"Error while serializing: I/O error: full (os error {number})")
+
+    return "safetensors.torch.save_file", save
+
+
+def _raising(place: str, number: int, *named):
+    def write(*_, **__):
+        raise OSError(number, os.strerror(number), *named)
+
+    return place, write
+
+
+# what fails -> (place, function in its stead), what is said of it
+UNWRITTEN = {
+    "weights, full": (_written_by(errno.ENOSPC), os.strerror(errno.ENOSPC)),
+    "weights, quota": (_written_by(errno.EDQUOT), os.strerror(errno.EDQUOT)),
+    "weights, a limit": (_written_by(errno.EFBIG), os.strerror(errno.EFBIG)),
+    "weights, no number": (_written_by(0, "Error while serializing: gone"), "Error while serializing: gone"),
+    "a copied file": (
+        _raising("endprompt.runs.export.shutil.copyfile", errno.ENOSPC, "model/tokenizer.json"),
+        os.strerror(errno.ENOSPC),
+    ),
+    "no file is named": (_raising("endprompt.storage.write_json", errno.EDQUOT), os.strerror(errno.EDQUOT)),
+    "the card": (_raising("endprompt.runs.card.renew", errno.ENOSPC), os.strerror(errno.ENOSPC)),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITTEN)
+def test_a_copy_that_cannot_be_written_says_so_and_not_that_the_model_is_damaged(
+    tmp_path, base, monkeypatch, name
+):
+    run = trained(tmp_path / "run", base)
+    (place, function), said = UNWRITTEN[name]
+    monkeypatch.setattr(place, function)
+    error = export(run, tmp_path / "new/copy", expect=1)
+    assert f"--to: {tmp_path / 'new/copy'} could not be written ({said}); nothing half-written" in error
+    assert error.count("\n") == 1 and "train it again" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_that_is_full_in_earnest(tmp_path, base):
+    """By a limit of this process' own; the twin is a model that is damaged."""
+    run = trained(tmp_path / "run", base)
+    script = "import resource, sys; from endprompt import cli; n = int(sys.argv.pop(1))\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); cli.main(sys.argv[1:])"
+    for limit in (10_000, 100_000):  # the tokenizer's file, and the weights
+        command = [sys.executable, "-c", script, str(limit), "export", str(run), "--to", str(tmp_path / "x")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert f"--to: {tmp_path / 'x'} could not be written (File too large)" in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    path = run / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cannot be read" in export(run, tmp_path / "x", expect=2)
+
+
+def test_what_cannot_be_read_is_not_told_of_the_copy(tmp_path, base, monkeypatch):
+    run = trained(tmp_path / "run", base)
+    monkeypatch.setattr(*_raising("safetensors.torch.load_file", errno.EACCES, str(run / "model/x")))
+    error = export(run, tmp_path / "copy", expect=1)
+    assert f"{run / 'model/x'}: Permission denied" in error and "--to" not in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+def test_a_converter_on_a_full_disk(tmp_path, base, monkeypatch):
+    run = trained(tmp_path / "run", base, "linear")
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp/convert_hf_to_gguf.py").write_text("raise OSError(28, 'No space left on device')")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    error = export(run, tmp_path / "copy", "--gguf", expect=1)
+    assert "could not be written (No space left on device)" in error and not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("command", [("export", "{run}", "--to", "{to}"), ("report", "{run}"), ("gpus",)])
+def test_an_error_that_names_no_file_is_told_by_every_command(tmp_path, monkeypatch, command):
+    """Commands without --out too."""
+    given = [word.format(run=tmp_path / "run", to=tmp_path / "to") for word in command]
+    monkeypatch.setattr("endprompt.cli._run", _raising("", errno.ENOSPC)[1])
+    code, _, error = run_main(*given)
+    wanted = {"export": tmp_path / "to", "report": "report.html", "gpus": "gpus"}[command[0]]
+    assert code == 1 and f"{wanted}: No space left on device; nothing half-written was kept" in error
 
 
 def test_files_of_several_parts_stay_apart_and_the_index_counts_their_bytes(tmp_path, base):

@@ -6,7 +6,7 @@ import shutil
 
 import family_models
 import pytest
-from conftest import REPOSITORY, run_main
+from conftest import REPOSITORY, run_main, tiny_documents, write_jsonl
 from family_models import MODELS
 from networks import configuration, network
 
@@ -137,10 +137,73 @@ WRONG = [
 ]
 
 
+_GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group"}}
+# What config.json says of weights that are quantized already -> as which they are refused
+QUANTIZED = [
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "awq"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "gptq"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
+    ({"load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes"),
+    ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8"),
+    ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": _GROUP}}, "compressed-tensors"),
+    ({"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, "'quant_algo': 'FP8'"),
+    ({"quant_method": "a format of tomorrow"}, "a format of tomorrow"),
+]
+
+
+@pytest.mark.parametrize("said, name", QUANTIZED, ids=[name for _, name in QUANTIZED])
+def test_weights_that_are_quantized_are_refused(recipe_file, tmp_path, base, said, name):
+    """By every command that reads the base, before anything is written."""
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents(8, 18))
+    for key in ("quantization_config", "compression_config"):
+        folder = folder_of(tmp_path / key, base, "Qwen3-8B", {key: said})
+        recipe = recipe_file(model={"name_or_path": str(folder)}, lengths={"target": 512})
+        out = tmp_path / "out"
+        init = ("init", folder, "--target", 512, "--corpus", text, "--out", tmp_path / "my.yaml")
+        for command in (("prepare", recipe, "short", "--out", out), init):
+            code, _, err = run_main(*command)
+            told = [line for line in err.splitlines() if not line.startswith("warning: ")]
+            assert code == 2 and len(told) == 1 and "Traceback" not in err, err
+            assert f"model: {key} in its config.json says that its weights are quantized" in told[0]
+            assert name in told[0] and "name the unquantized model" in told[0]
+            assert "train.lora.quantize: nf4" in told[0]
+        assert not out.exists() and not (tmp_path / "my.yaml").exists()
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_key_that_quantizes_nothing_is_not_refused(recipe_file, tmp_path, base, nothing):
+    folder = folder_of(tmp_path, base, "Qwen3-8B", {"quantization_config": nothing})
+    recipe = recipe_file(
+        model={"name_or_path": str(folder)}, lengths={"target": 512}, rope={"type": "linear"}
+    )
+    assert loading.load_config(schema.load(recipe)).model_type == "qwen3"
+
+
+@pytest.mark.parametrize("raised", [ImportError, ModuleNotFoundError, NotImplementedError, RuntimeError])
+def test_quantized_weights_that_cannot_be_read_are_told_in_a_line(monkeypatch, raised):
+    """As `evaluate --model` meets them: a package is missing, or a GPU."""
+    from transformers import AutoModelForCausalLM
+
+    def load(**_):
+        raise raised("Loading an AWQ quantized model requires gptqmodel")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(BadInput, match="the weights of x cannot be loaded: Loading an AWQ") as error:
+        loading.load_weights("--model: the weights of x")
+    assert "\n" not in str(error.value)
+    # The twin: what has nothing to do with the files is no bad input.
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda **_: (_ for _ in ()).throw(RuntimeError("no memory"))
+    )
+    with pytest.raises(RuntimeError, match="no memory"):
+        loading.load_weights("--model: the weights of x")
+
+
 def folder_of(tmp_path, base, name: str, changes: dict):
     """A base's files without weights: what is wrong is told before they are looked for."""
     folder = tmp_path / "model"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     keys = {**family_models.written(name), **changes}
     if "rope_parameters" in changes:
         keys = {key: one for key, one in keys.items() if key not in ("rope_theta", "rope_local_base_freq")}
@@ -188,8 +251,9 @@ def test_every_refusal_says_why_and_what_works(name):
     assert "\n" not in str(error.value) and "llama, mistral" in str(error.value)
 
 
-def gguf_of(path, *more: str):
-    """A Llama with frequencies that its file divides by ``more``."""
+def gguf_of(path, *more: str, metadata=None):
+    """A Llama with frequencies that its file divides by ``more``, or by what ``metadata`` (a function) adds
+    to a writer."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
@@ -209,6 +273,8 @@ def gguf_of(path, *more: str):
         writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
     for name in more:
         writer.add_tensor(name, np.ones(4, np.float32))
+    if metadata:
+        metadata(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -226,6 +292,50 @@ def test_a_gguf_file_that_lost_its_scaling_is_refused(recipe_file, tmp_path, nam
     code, out, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert f"model.gguf_file: x.gguf holds {name}" in err and "safetensors" in err
+
+
+def _says(kind: str, factor: float | None = None):
+    def add(writer):
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(16)
+
+    return add
+
+
+# what is said of a scaling -> (what of it is told, None where it scales nothing)
+METADATA = {
+    "linear": (_says("linear", 4.0), "llama.rope.scaling.type linear"),
+    "yarn": (_says("yarn", 4.0), "llama.rope.scaling.type yarn"),
+    "longrope": (_says("longrope"), "llama.rope.scaling.type longrope"),
+    "a factor alone": (lambda writer: writer.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor 4.0"),
+    "the former name": (
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0),
+        "llama.rope.scale_linear 2.0",
+    ),
+    "none": (_says("none", 4.0), None),
+    "a factor of 1": (lambda writer: writer.add_rope_scaling_factor(1.0), None),
+    "of another architecture": (lambda writer: writer.add_float32("qwen2.rope.scaling.factor", 4.0), None),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_a_gguf_file_whose_metadata_scale_its_rope_is_refused(recipe_file, tmp_path, name):
+    """transformers reads it as an unscaled one, and the factor for the target would stand alone."""
+    add, said = METADATA[name]
+    (tmp_path / "model").mkdir()
+    gguf_of(tmp_path / "model/x.gguf", metadata=add)
+    recipe = recipe_file(model={"name_or_path": str(tmp_path / "model"), "gguf_file": "x.gguf"})
+    if said is None:
+        loading.load_config(schema.load(recipe))
+        return
+    code, out, err = run_main("prepare", recipe, "endprompt", "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and not (tmp_path / "out").exists(), err
+    assert f"model.gguf_file: x.gguf says {said}, a scaling which" in err and "safetensors" in err
 
 
 def test_the_page_holds_the_tables():

@@ -1,6 +1,7 @@
 """`endprompt init`: a recipe that fits the machine, for any base that works; what cannot fit is refused."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -90,6 +91,20 @@ def test_a_recipe_for_every_family_and_scaled_bases_in_their_own_scheme(name, tm
         (["--method", "nope"], "none named 'nope'"),
         (["--method", "longlora", "--train", "all"], "--train all: longlora trains adapters"),
         (["--tokens", -1], "--tokens -1"),
+        (["--tokens", "1.5"], "--tokens 1.5: give a whole number of tokens"),
+        (["--tokens", "-1e8"], "--tokens -1e8: give a whole number of tokens"),
+        (["--tokens", "1e-3"], "--tokens 1e-3: give a whole number of tokens"),
+        (["--tokens", "1e99"], "--tokens 1e99: give a whole number of tokens"),
+        (["--tokens", "1e999999999999999999999"], "give a whole number of tokens"),
+        (["--tokens", "nan"], "--tokens nan: give a whole number of tokens"),
+        (["--tokens", "inf"], "--tokens inf: give a whole number of tokens"),
+        (["--tokens", "many"], "--tokens many: give a whole number of tokens"),
+        (["--tokens", "٣"], "--tokens ٣: give a whole number of tokens"),
+        (["--tokens", ""], "--tokens : give a whole number of tokens"),
+        (["--tokens", "0"], "--tokens 0"),
+        (["--target", "512.5"], "--target 512.5: give a whole number of tokens"),
+        (["--target", "-512"], "--target -512: give a whole number of tokens"),
+        (["--target", "1e10"], "--target 10000000000: give the tokens of the window"),
         (["--corpus", "nowhere/x.jsonl"], "there is no file or folder 'nowhere/x.jsonl'"),
     ],
 )
@@ -98,6 +113,27 @@ def test_what_is_refused_writes_nothing(given, complaint, tmp_path, base, corpus
     code, said, error = init(base, corpus, out, *given)
     assert (code, said) == (2, "") and complaint in error and error.count("\n") == 1, error
     assert not out.exists()
+
+
+@pytest.mark.parametrize("written", ["3e3", "3.0e3", "3E+3", "3000", "3_000", "3000.0"])
+def test_tokens_are_written_as_people_do(written, tmp_path, base, corpus):
+    out = tmp_path / "my.yaml"
+    code, _, error = init(base, corpus, out, "--tokens", written, target="5.12e2")
+    assert code == 0, error
+    assert schema.load(out).data.tokens == 3000 and schema.load(out).lengths.target == 512
+
+
+def test_the_numbers_of_the_guide_are_taken(tmp_path, base, corpus):
+    """As its first block of commands has them; the corpus here is too short for its target, and says so."""
+    guide = (REPOSITORY / "docs/guide.md").read_text()
+    values = dict(re.findall(r"^(TARGET|TOKENS|MEMORY)=(\S+)", guide, re.M))
+    assert values["TOKENS"] == "1e8"
+    given = ("--tokens", values["TOKENS"], "--gpu-memory", values["MEMORY"])
+    out = tmp_path / "my.yaml"
+    code, _, error = init(base, corpus, out, *given, target=values["TARGET"])
+    assert code == 2 and "less than the 131072 that pose_matched takes at a time" in error
+    code, _, error = init(base, corpus, out, *given)
+    assert code == 0, error
 
 
 def test_the_file_is_a_new_recipe(tmp_path, base, corpus):

@@ -84,6 +84,7 @@ FAMILIES = (
         "OLMo-3-7B, OLMo-3-32B",
         f"{_NORMED}; {_WINDOWS}; extended by rope.type yarn, its own scheme",
         queries="q_norm",
+        own=("rope_local_base_freq",),  # as a model that was extended here says it to older readers
         local=True,
         halves=False,
     ),

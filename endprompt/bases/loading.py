@@ -5,12 +5,13 @@ import os
 import sys
 
 from endprompt import BadInput
-from endprompt.bases import families, sharpen
+from endprompt.bases import families, lengths, sharpen
 from endprompt.bases.locating import Named, locate
 from endprompt.bases.refusals import (
     refuse_contradictions,
     refuse_foreign_keys,
     refuse_kernels,
+    refuse_quantized,
     refuse_theta,
     refuse_untied,
     refuse_wrong_numbers,
@@ -65,6 +66,8 @@ def load_config(recipe: Named, where: dict | None = None):
     config = _loading("config", recipe, lambda: AutoConfig.from_pretrained(**where))
     refuse_kernels(config, "model")
     families.of(config)
+    if not recipe.model.gguf_file:
+        refuse_quantized(config)
     written = {} if recipe.model.gguf_file else _written(recipe, where, config)
     refuse_theta(config)
     windowed = _windowed(config, recipe.lengths.target)
@@ -77,13 +80,14 @@ def load_config(recipe: Named, where: dict | None = None):
     refuse_foreign_keys(config, written, windowed)
     refuse_wrong_numbers(config)
     own = rope.own_scheme(config)
-    refuse_contradictions(written, getattr(own, "original_length", stated))
+    refuse_contradictions(written, _originals(config, own, stated))
     if recipe.model.gguf_file and isinstance(own, rope.Default):
         refuse_lost_scaling(recipe, where)
     sharpen.inherited(config)
-    length = window(recipe, config, own)
-    refuse_wrong_windows(config, length)
-    first_length(config, length)
+    length = lengths.window(recipe, config, own)
+    lengths.refuse_doubtful(recipe, config, own)
+    refuse_wrong_windows(config, written, length)
+    lengths.first_length(config, length)
     if recipe.lengths.target <= length:
         raise BadInput(
             f"lengths.target {recipe.lengths.target} does not exceed the model's own window of {length};"
@@ -118,6 +122,17 @@ def _written(recipe: Named, where: dict, config) -> dict:
     return written
 
 
+def _originals(config, own: rope.Scheme, stated: int) -> tuple[int, ...]:
+    """What original_max_position_embeddings may say beside a RoPE that does not read it, or does.
+
+    own: the base's RoPE; stated: its window.  A base that this program extended by a greater theta has an
+    unscaled RoPE, and keeps the key as it came.
+    """
+    if not isinstance(own, rope.Default):
+        return (getattr(own, "original_length", stated),)
+    return stated, lengths.first_length(config, stated)
+
+
 def _windowed(config, target: int) -> int | None:
     """Tokens of the attention window in use, None without, or with one in some layers alone, as the family
     has it.  Raises BadInput if it would cut a row."""
@@ -141,48 +156,44 @@ def _windowed(config, target: int) -> int | None:
 
 # Of a GGUF file: what frequencies are divided by.  transformers leaves it out, and the config says nothing.
 LOST = ("rope_freqs.weight", "rope_factors_long.weight")
+# The same of its metadata, ARCHITECTURE.rope.KEY: {key: values that scale nothing}.  llama.cpp takes a factor
+# without a type for linear; ``scale_linear`` is its former name.
+LOST_KEYS: dict[str, tuple] = {
+    "scaling.type": ("none", ""),
+    "scaling.factor": (0, 1),
+    "scale_linear": (0, 1),
+}
+
+
+def _lost(path: str) -> str | None:
+    """What of the GGUF file ``path`` scales its RoPE and is lost on the way to a config; None: nothing."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    if found := {tensor.name for tensor in reader.tensors} & set(LOST):
+        return f"holds {sorted(found)[0]}, the scaling of a Llama-3.1, 3.2 or Phi-3,"
+    kind = reader.fields["general.architecture"].contents()
+    said = {key: field.contents() for key in LOST_KEYS if (field := reader.fields.get(f"{kind}.rope.{key}"))}
+    if said.get("scaling.type") == "none":
+        return None
+    scaled = (f"{kind}.rope.{key} {value}" for key, value in said.items() if value not in LOST_KEYS[key])
+    return next((f"says {one}, a scaling" for one in scaled), None)
 
 
 def refuse_lost_scaling(recipe: Named, where: dict) -> None:
     """Raises BadInput if a GGUF file, of a config that names no scaling, scales its RoPE all the same."""
     from transformers.utils import cached_file
 
-    def names() -> set[str]:
-        from gguf import GGUFReader
-
+    def lost() -> str | None:
         name, file = where["pretrained_model_name_or_path"], recipe.model.gguf_file
-        path = cached_file(name, file, revision=where.get("revision"))
-        return {tensor.name for tensor in GGUFReader(path).tensors}
+        return _lost(cached_file(name, file, revision=where.get("revision")))
 
-    if found := _loading("config", recipe, names) & set(LOST):
+    if told := _loading("config", recipe, lost):
         raise BadInput(
-            f"model.gguf_file: {recipe.model.gguf_file} holds {sorted(found)[0]}, the scaling of a Llama-3.1,"
-            " 3.2 or Phi-3, which transformers drops from its config, so that its RoPE would be another; name"
-            " the model's safetensors"
+            f"model.gguf_file: {recipe.model.gguf_file} {told} which transformers drops from its config, so"
+            " that its RoPE would be another; name the model's safetensors, its folder before it was made a"
+            " GGUF file"
         )
-
-
-def window(recipe: Named, config, own: rope.Scheme) -> int:
-    """Tokens that the base reads as it came.
-
-    own: its RoPE.  Some configs of a scaled base go on stating the window before the scaling.
-    """
-    if recipe.model.original_length:
-        return recipe.model.original_length
-    stated, before = config.max_position_embeddings, getattr(own, "original_length", 0)
-    return int(before * getattr(own, "factor", 1.0)) if stated <= before else stated
-
-
-def first_length(config, window: int) -> int:
-    """The window C that the base had before this program extended it for the first time, which its
-    config.json notes; ``window`` where it never did.  Raises BadInput on a note that is no such length."""
-    found = sharpen.note(config).get("original_length", window)
-    if type(found) is not int or found < 1:
-        raise BadInput(
-            f"model: endprompt.original_length in its config.json is {found!r:.60}, no positive number of"
-            " tokens; mend it"
-        )
-    return found
 
 
 def load_tokenizer(recipe: Named, where: dict | None = None):
@@ -241,6 +252,8 @@ def load_weights(where: str, **arguments):
     except UNREADABLE as error:
         raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
     except RuntimeError as error:
+        if "quantiz" in str(error).lower():  # a format that needs a GPU which is not there
+            raise BadInput(f"{where} cannot be loaded: {reason(error)}; {MEND}") from None
         if not (
             mismatch := next(
                 (

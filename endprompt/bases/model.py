@@ -7,15 +7,8 @@ from typing import Any
 
 from endprompt import BadInput
 from endprompt.bases import families, quantized
-from endprompt.bases.loading import (
-    SUPPORTED,
-    first_length,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    window,
-    without_reports,
-)
+from endprompt.bases.lengths import GENERATION_KEYS, TOKENIZER_KEYS, WINDOW_KEYS, first_length, window
+from endprompt.bases.loading import SUPPORTED, load_config, load_tokenizer, load_weights, without_reports
 from endprompt.bases.locating import Named, check_folder, locate
 from endprompt.bases.locating import fingerprint as fingerprint_of
 from endprompt.bases.refusals import (
@@ -27,14 +20,7 @@ from endprompt.bases.refusals import (
     refuse_other_kinds,
     refuse_untied,
 )
-from endprompt.bases.saving import (
-    GENERATION_KEYS,
-    TOKENIZER_KEYS,
-    WINDOW_KEYS,
-    forget_code,
-    state_length,
-    stated_lengths,
-)
+from endprompt.bases.saving import forget_code, state_length, stated_lengths
 from endprompt.bases.unreadable import MEND, UNREADABLE, reason
 from endprompt.positions import rope
 

@@ -4,6 +4,7 @@ contradicts itself, ids without an embedding.
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,21 @@ def refuse_kernels(config, key: str) -> None:
         raise BadInput(
             f"{key}: config.json asks for attention by {found!r:.60}, code that is not part of transformers;"
             " take attn_implementation out of it"
+        )
+
+
+def refuse_quantized(config) -> None:
+    """Raises BadInput if config.json says that the files hold quantized weights: their steps are too coarse
+    to be trained, and transformers reads them only with packages, and on hardware, of each format's own.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if not (found := getattr(config, key, None)):
+            continue
+        said = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+        method = said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else f"{found!r:.60}")
+        raise BadInput(
+            f"model: {key} in its config.json says that its weights are quantized ({method!s:.60}); name the"
+            " unquantized model (train.lora.quantize: nf4 trains adapters on it in 4 bits)"
         )
 
 
@@ -162,10 +178,11 @@ def refuse_wrong_numbers(config) -> None:
         raise BadInput("model: no_rope_layers in its config.json leaves no RoPE to scale; mend it")
 
 
-def refuse_wrong_windows(config, window: int) -> None:
-    """Raises BadInput if the layers with a window of their own cannot keep it while the rest are extended.
+def refuse_wrong_windows(config, written: dict, window: int) -> None:
+    """Raises BadInput if the layers with a window of their own cannot keep it, and their RoPE, while the rest
+    are extended.
 
-    window: tokens that the base reads.
+    written: config.json; window: tokens that the base reads.
     """
     if not families.BY_TYPE[config.model_type].local:
         return
@@ -185,41 +202,76 @@ def refuse_wrong_windows(config, window: int) -> None:
             f"model: rope_parameters.{families.LOCAL} in its config.json is {own!r:.60}, and the layers with"
             " a sliding window must keep a plain RoPE; mend it"
         )
+    nested = (written.get("rope_parameters") or {}).get(families.LOCAL)
+    places = (nested if isinstance(nested, dict) else {}, own)
+    thetas = [written.get("rope_local_base_freq"), *(place.get("rope_theta") for place in places)]
+    _refuse_two("rope_theta of the layers with a sliding window (rope_local_base_freq)", thetas)
 
 
-def refuse_contradictions(written: dict, original: int) -> None:
+def _refuse_two(key: str, values: list) -> None:
+    """Raises BadInput if ``values`` of a key, as several places of config.json have them, differ."""
+    values = [value for value in values if value is not None]
+    other = next((value for value in values if value != values[0]), None)
+    if other is not None:
+        raise BadInput(
+            f"model: {key} in its config.json is {values[0]!s:.40} and {other!s:.40}, and engines read one or"
+            " the other; keep the right one"
+        )
+
+
+def _longrope(told: dict, written: dict) -> dict:
+    """What the parameters ``told`` of a longrope leave out, as transformers derives it: Phi-3's older form
+    has the factors of the pairs alone."""
+    key = "original_max_position_embeddings"
+    first: Any = told.get(key, written.get(key))
+    window: Any = written.get("max_position_embeddings")
+    if not (_number(first) and first > 1 and _number(window)):
+        return {}
+    factor = told.get("factor", window / first)
+    by = math.sqrt(1 + math.log(factor) / math.log(first)) if _number(factor) and factor > 1 else 1.0
+    return {key: first, "factor": factor, "attention_factor": by}
+
+
+def _told(parameters: dict, written: dict) -> dict:
+    """The scaling that ``parameters`` say, whatever its form; what stands beside it is left out.
+
+    written: config.json.
+    """
+    beside = ("type", "rope_theta", "partial_rotary_factor")
+    told = {key: value for key, value in parameters.items() if key not in beside and value is not None}
+    told["rope_type"] = parameters.get("rope_type", parameters.get("type", "default"))
+    return {**_longrope(told, written), **told} if told["rope_type"] == "longrope" else told
+
+
+def _same(one: dict, other: dict) -> bool:
+    def alike(a: Any, b: Any) -> bool:
+        return a == b or _number(a) and _number(b) and math.isclose(a, b, rel_tol=1e-6)
+
+    return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+
+
+def refuse_contradictions(written: dict, originals: tuple[int, ...]) -> None:
     """Raises BadInput if config.json as ``written`` says one thing in two ways, of which engines read one or
-    the other."""
+    the other.
 
-    def told(parameters: dict) -> dict:
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        rest = {
-            key: value
-            for key, value in parameters.items()
-            if key not in ("type", "rope_theta") and value is not None
-        }
-        return {"rope_type": kind} | rest
-
+    originals: what original_max_position_embeddings may be; the first is told.
+    """
     old, new = written.get("rope_scaling") or {}, written.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
         raise BadInput("model: rope_scaling or rope_parameters in its config.json is no mapping; mend it")
     new = new[rope.LAYERS] if isinstance(new.get(rope.LAYERS), dict) else new
-    if old and new and told(old) != told(new):
+    if old and new and not _same(_told(old, written), _told(new, written)):
         raise BadInput(
             "model: rope_scaling and rope_parameters in its config.json disagree, and engines read one or "
             "the other; keep the right one"
         )
-    thetas = [place["rope_theta"] for place in (written, old, new) if place.get("rope_theta") is not None]
-    if any(theta != thetas[0] for theta in thetas):
-        raise BadInput(
-            f"model: rope_theta in its config.json is {' and '.join(map(str, thetas)):.60}, and engines read "
-            "one or the other; keep the right one"
-        )
+    for key in ("rope_theta", "partial_rotary_factor"):
+        _refuse_two(key, [place.get(key) for place in (written, old, new)])
     before = written.get("original_max_position_embeddings")
-    if before and before != original:
+    if before and before not in originals:
         raise BadInput(
             f"model: original_max_position_embeddings in its config.json is {before!r:.60}, and its window "
-            f"{original}; engines would scale from one or the other; take it out, or set "
+            f"{originals[0]}; engines would scale from one or the other; take it out, or set "
             "model.original_length"
         )
 

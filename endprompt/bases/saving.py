@@ -6,24 +6,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from endprompt.bases.lengths import GENERATION_KEYS, TOKENIZER_KEYS, WINDOW_KEYS
 from endprompt.bases.loading import without_reports
-
-# Where a config.json may state the window besides max_position_embeddings.  vLLM takes the least of what it
-# finds, SGLang the first.
-WINDOW_KEYS = (
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_seq_length",
-    "seq_length",
-    "seq_len",
-    "model_max_length",
-    "max_sequence_length",
-    "max_target_positions",
-    "max_model_len",
-)
-GENERATION_KEYS = ("max_length", "max_cache_len")  # tokens of a prompt with its answer
-TOKENIZER_KEYS = ("max_length", "max_len")  # besides model_max_length
 
 
 def state_length(network, tokenizer, target_length: int) -> None:

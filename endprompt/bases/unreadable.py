@@ -11,9 +11,10 @@ CONVERT = (
     " use_safetensors=False).save_pretrained(NEW)"
 )
 # What transformers raises on files that are missing, damaged, or not what they say: configs with wrong types,
-# cut safetensors and GGUF files.
+# cut safetensors and GGUF files, weights in a format whose package is not installed.
 UNREADABLE = (
     OSError,
+    ImportError,
     ValueError,
     TypeError,
     AttributeError,

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from endprompt import RECOMMENDED
+from endprompt.commands import counts
 
 CODES = (
     "exit codes: 0 done, 1 failure while running, 2 bad input (one line says what, where and how to mend it)"
@@ -39,6 +41,8 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
+        # Else -1e8 is an option that is not known, where -100000000 is a number.
+        self._negative_number_matcher = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         self.epilog = self.epilog or OWN_CODES.get(self.prog.split()[-1], CODES)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -311,7 +315,9 @@ def _init_options(commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     init.add_argument("model", metavar="MODEL", help="a folder, package:NAME, or an id of the hub")
-    init.add_argument("--target", type=int, required=True, metavar="TOKENS", help="the window to reach")
+    init.add_argument(
+        "--target", type=counts.of("--target"), required=True, metavar="TOKENS", help="the window to reach"
+    )
     init.add_argument(
         "--corpus", nargs="+", required=True, metavar="TEXT", help="files, a folder, or an id of the hub"
     )
@@ -326,7 +332,7 @@ def _init_options(commands) -> None:
     init.add_argument("--method", default=RECOMMENDED, metavar="METHOD", help="a row of the method table")
     init.add_argument(
         "--tokens",
-        type=int,
+        type=counts.of("--tokens"),
         default=None,
         metavar="N",
         help="tokens to train on; None: 1e8, or what local files hold if that is less",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from endprompt import BadInput
+from endprompt.commands import counts
 from endprompt.recipe import schema, settings_file, task_names
 from endprompt.recipe.experiment import Experiment
 
@@ -19,11 +20,12 @@ def _lengths(given: list[str]) -> list[int]:
     """Raises BadInput on what is no number of tokens."""
     found = []
     for text in _tasks(given):
-        if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= 2**31:
+        length = counts.tokens(text, f"--lengths {text!r:.60}")
+        if not 0 < length <= 2**31:
             raise BadInput(
                 f"--lengths {text!r:.60}: give numbers of tokens, for example --lengths 4096 65536"
             )
-        found.append(int(text))
+        found.append(length)
     return found
 
 

@@ -120,12 +120,26 @@ def renew(folder: Path, scores: Sequence[Score] | None = None) -> bool:
     return True
 
 
+def _ropes(config: dict) -> tuple[dict, dict]:
+    """The RoPE parameters of the layers that attend to everything, and of those with a window where they have
+    their own."""
+    found = config.get("rope_parameters") or {}
+    return found.get("full_attention", found), found.get("sliding_attention") or {}
+
+
+def _rope(parameters: dict) -> str:
+    numbers = ((key, value) for key, value in parameters.items() if isinstance(value, int | float))
+    kind = f"type `{parameters.get('rope_type', 'default')}`"
+    return ", ".join([kind, *(f"{key} {value:g}" for key, value in numbers)])
+
+
 def form(config: dict) -> str:
     """What config.json says of RoPE and attention."""
-    parameters, note = config.get("rope_parameters") or {}, config.get("endprompt") or {}
-    numbers = ((key, value) for key, value in parameters.items() if isinstance(value, int | float))
-    told = ", ".join(f"{key} {value:g}" for key, value in numbers)
-    lines = [f"- RoPE: type `{parameters.get('rope_type', 'default')}`, {told}."]
+    note = config.get("endprompt") or {}
+    parameters, local = _ropes(config)
+    lines = [f"- RoPE: {_rope(parameters)}."]
+    if local:
+        lines.append(f"- RoPE of the layers with a sliding window, the base's: {_rope(local)}.")
     if share := note.get("base_share"):
         lines.append(f"- Weights: {1 - share:.1%} of what was trained, {share:.1%} of the base's, averaged.")
     if learnt := note.get("sharpened_heads"):
@@ -147,10 +161,13 @@ def form(config: dict) -> str:
 
 def loading(config: dict) -> str:
     """How each engine loads a model of ``config``, and the window that it takes (docs/engines.md)."""
-    window, kind = config["max_position_embeddings"], (config.get("rope_parameters") or {}).get("rope_type")
+    window, parameters = config["max_position_embeddings"], _ropes(config)[0]
+    kind = parameters.get("rope_type")
+    # vLLM leaves Gemma-3 out of those whose window it multiplies.
+    multiplied = kind == "linear" and not config["model_type"].startswith("gemma3")
     derived = (
-        f"it derives {int(window * config['rope_parameters']['factor'])}, which nobody trained"
-        if kind == "linear"
+        f"it derives {int(window * parameters['factor'])}, which nobody trained"
+        if multiplied
         else f"it derives {window}"
     )
     by_position = config["model_type"] == "ministral3"

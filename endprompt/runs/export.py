@@ -8,9 +8,11 @@ it, so no code of ours comes with the model.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
-from endprompt import BadInput, storage
+from endprompt import BadInput, Failure, storage
 from endprompt.bases import older_readers
 from endprompt.bases.sharpen import factor
 from endprompt.bases.unreadable import reason
@@ -31,6 +33,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Families whose network Ministral 3 computes, where no layer has a bias.
 QUERIES = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")  # of PLAIN
 PLAIN = ("llama", "mistral")
+# What a disk, a quota or a limit says that takes no more, whichever file an error names: that of a copy that
+# fails is the file that was read.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
 
 
@@ -51,7 +56,8 @@ def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, ggu
     """Writes the model of ``run`` into the new folder ``to``, and beside it model.gguf if ``gguf``.
 
     dtype: one of DTYPES, of all weights; None: as they are.  Raises BadInput if there is no model, ``to`` is
-    there already, or the model cannot be had in that form; nothing is left then.
+    there already, or the model cannot be had in that form, Failure if ``to`` cannot be written to its end;
+    nothing is left then.
     """
     model, to = run / "model", Path(os.path.abspath(to))
     if not (model / "config.json").is_file():
@@ -76,7 +82,7 @@ def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, ggu
 @contextlib.contextmanager
 def _whole(to: Path) -> Iterator[Path]:
     """A folder beside ``to`` that gets its name at the end, or, if anything is raised, is not there.  Raises
-    BadInput if there can be none."""
+    BadInput if there can be none, Failure if what was raised is that it cannot be written."""
     partial = to.with_name(f".{to.name}.part")
     made = [folder for folder in partial.parents if not folder.exists()]  # innermost first
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,19 +93,48 @@ def _whole(to: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, to)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: someone else's by now
             for folder in made:
                 folder.rmdir()
+        if isinstance(error, OSError) and _of_writing(error, partial):
+            raise Failure(
+                f"--to: {to} could not be written ({error.strerror}); nothing half-written was kept, and the"
+                " model is untouched; make room, or name a folder elsewhere"
+            ) from None
         raise
 
 
+def _of_writing(error: OSError, folder: Path) -> bool:
+    """Whether ``error`` is of what was written into ``folder``, and not of what was read."""
+    named = (Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name)
+    return error.errno in FULL or any(path.is_relative_to(folder) for path in named)
+
+
+def _save(tensors: dict[str, Any], path: Path, metadata: dict | None) -> None:
+    """Writes a safetensors file.  Raises OSError, where safetensors has an error that it has of damaged files
+    too."""
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else reason(error), str(path)) from None
+
+
 def _copy(run: Path, to: Path, config: dict, dtype: str | None, position: Position | None) -> None:
-    """The files of the run's model in the folder ``to``."""
-    for path in sorted((run / "model").iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
-            shutil.copyfile(path, to / path.name)
+    """The files of the run's model in the folder ``to``, those of sub-folders too: transformers 5 saves all
+    chat templates but the first in one."""
+    model = run / "model"
+    for path in sorted(model.rglob("*")):
+        made_anew = path.parent == model and (path.suffix == ".safetensors" or path.name == "config.json")
+        if path.is_file() and not made_anew:
+            copy = to / path.relative_to(model)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     _write_weights(run, to, dtype, position)
     _write_config(to, config, dtype, position)
     card.renew(to, [] if position else None)  # what is sharpened otherwise scores otherwise
@@ -136,7 +171,7 @@ def _write_weights(run: Path, to: Path, dtype: str | None, position: Position | 
     """The weights of the run's model in ``to``, in the same files."""
     import torch
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     kind = getattr(torch, dtype) if dtype else None
     exact = _unsharpened(run, position.by) if position else {}
@@ -155,7 +190,7 @@ def _write_weights(run: Path, to: Path, dtype: str | None, position: Position | 
                 raise BadInput(f"--dtype {dtype}: {name} has values that it cannot hold; use bfloat16")
             tensors[name] = cast.contiguous()
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        save_file(tensors, to / path.name, metadata)
+        _save(tensors, to / path.name, metadata)
     for path in to.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text())
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
@@ -257,6 +292,8 @@ def _convert(converter: Path, folder: Path) -> None:
         text=True,
     )
     if done.returncode or not (folder / "model.gguf").is_file():
+        if full := next((number for number in FULL if os.strerror(number) in done.stdout), None):
+            raise OSError(full, os.strerror(full), str(folder / "model.gguf"))
         last = (done.stdout.strip().splitlines() or ["no output"])[-1]
         raise BadInput(f"--gguf: {converter} cannot convert the model: {last}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
