@@ -1255,6 +1255,65 @@ def test_progress_that_cannot_be_read(prepared, text):
     assert files(out) == before
 
 
+def checkpoint(run, step=2, whole=True):
+    """A checkpoint of ``run``, or what a kill leaves of one, as far as its setting is concerned."""
+    folder = run / f"checkpoints/checkpoint-{step}"
+    folder.mkdir(parents=True)
+    if whole:
+        (folder / "complete.json").write_text('{"files": {}}')
+
+
+@pytest.fixture
+def trains(monkeypatch):
+    """Where a training would begin, the command ends with these words."""
+    from endprompt.training import run as train
+
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
+    return "it went on to training"
+
+
+@pytest.mark.parametrize(
+    "left, telling",
+    [
+        (lambda run: (run / "checkpoints").mkdir(), None),  # the Trainer's, before its first step
+        (lambda run: checkpoint(run, whole=False), None),
+        (lambda run: checkpoint(run, 4), "delete its checkpoints/ to start anew (the shards stay)"),
+        (lambda run: (run / "model").mkdir(), "delete its model/ to start anew"),
+        (lambda run: (checkpoint(run), (run / "model").mkdir()), "delete its checkpoints/ and model/ to"),
+    ],
+)
+def test_a_setting_is_free_until_something_was_trained_under_it(prepared, trains, left, telling):
+    path, out, folder = prepared
+    left(folder.parent)
+    lower = run_main("train", path, "endprompt", "--out", out, "--set", "train.learning_rate=0.001")
+    refused(lower, *(["another setting (train.learning_rate)", telling] if telling else [trains]))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("ddp_timeout", 60),
+        ("log_level", "info"),
+        ("log_level_replica", "error"),
+        ("log_on_each_node", False),
+        ("logging_first_step", True),
+        ("logging_strategy", "epoch"),
+        ("save_steps", 3),
+        ("dataloader_num_workers", 2),
+        ("dataloader_pin_memory", False),
+        ("dataloader_prefetch_factor", 4),
+        ("dataloader_persistent_workers", True),
+        ("dataloader_multiprocessing_context", "spawn"),
+        ("torch_empty_cache_steps", 10),
+    ],
+)
+def test_what_does_not_change_the_training_may_change_in_the_midst_of_it(prepared, trains, key, value):
+    path, out, folder = prepared
+    checkpoint(folder.parent)
+    again = ["--set", f"train.{key}={json.dumps(value)}", "--set", "train.dataloader_num_workers=2"]
+    refused(run_main("train", path, "endprompt", "--out", out, *again), trains)
+
+
 @pytest.mark.parametrize(
     "text, telling",
     [
@@ -1268,7 +1327,7 @@ def test_progress_that_cannot_be_read(prepared, text):
 )
 def test_run_that_was_trained_otherwise(prepared, text, telling):
     path, out, folder = prepared
-    (folder.parent / "checkpoints").mkdir()
+    checkpoint(folder.parent)
     resolved = folder.parent / "recipe.yaml"
     if text is None:
         tree = yaml.safe_load(resolved.read_text())
@@ -1289,13 +1348,10 @@ def test_run_that_was_trained_otherwise(prepared, text, telling):
         ("method_options.prompt_loss_weight", 0.5),
     ],
 )
-def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
+def test_run_from_before_a_key_came(prepared, trains, key, changed):
     """What a resolved copy does not say was at its default then."""
-    from endprompt.training import run as train
-
-    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
     path, out, folder = prepared
-    (folder.parent / "checkpoints").mkdir()
+    checkpoint(folder.parent)
     tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
     if key:
         section, _, name = key.partition(".")
@@ -1305,17 +1361,14 @@ def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     setting = ["--set", f"{key}={json.dumps(changed)}"] if changed else []
     refused(
         run_main("train", path, "endprompt", "--out", out, *setting),
-        f"another setting ({key})" if changed else "it went on to training",
+        f"another setting ({key})" if changed else trains,
     )
 
 
-def test_run_from_before_methods_had_options(prepared, monkeypatch):
+def test_run_from_before_methods_had_options(prepared, trains):
     """Its recipe.yaml names all options, in the sections of the recipe, as every one did."""
-    from endprompt.training import run as train
-
-    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
     path, out, folder = prepared
-    (folder.parent / "checkpoints").mkdir()
+    checkpoint(folder.parent)
     tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
     del tree["method_options"]
     for section in former_keys.FORMER:
@@ -1325,8 +1378,8 @@ def test_run_from_before_methods_had_options(prepared, monkeypatch):
     def again(*options):
         return run_main("train", path, "endprompt", "--out", out, *options)
 
-    refused(again(), "it went on to training")
-    refused(again("--set", "model.s2_group_size=64"), "it went on to training")  # which it does not have
+    refused(again(), trains)
+    refused(again("--set", "model.s2_group_size=64"), trains)  # which it does not have
     for section in ("data", "method_options"):
         other = again("--set", f"{section}.prompt_loss_weight=0.5")
         refused(other, "another setting (method_options.prompt_loss_weight)")

@@ -3,6 +3,7 @@ from.
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -11,13 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPOSITORY, run_main
 from training import ENVIRONMENT, TORCHRUN, assert_same, losses, prepared, run, train, weights
 
 from endprompt import BadInput
 from endprompt.runs import checkpoint_files, runfolder
+from endprompt.training import watch
 
 RUN = "\nfrom endprompt.cli import main\nmain()\n"
 
@@ -115,6 +119,33 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(value, train_r
     # The named rows are those of the batch: every row is in exactly one batch of the only epoch.
     code, out, _ = run_main("inspect", train_recipe, "endprompt", "--out", tmp_path, "--row", rows[0])
     assert code == 0 and "positions" in out
+
+
+@pytest.mark.slow
+def test_the_advice_after_a_first_step_that_is_no_number_can_be_followed(train_recipe, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
+    steps = [f"--set=train.{key}" for key in ("deepspeed=null", "max_steps=3", "save_steps=4")]
+    high = [*steps, "--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0"]
+    (message,) = messages(run(train(train_recipe, "endprompt", tmp_path, *high), expect=1))
+    assert "the base model" in message and "or lower train.learning_rate, then start again" in message
+    assert (folder / "checkpoints").is_dir()
+    run(train(train_recipe, "endprompt", tmp_path, *steps))
+    assert (folder / "model").is_dir()
+
+
+def test_the_advice_where_there_is_a_checkpoint_names_another_folder(tmp_path):
+    """Under another setting the checkpoint is not gone on with."""
+    watching = watch.Watch(watch.StopRequest(tmp_path), tmp_path)
+    watching.trainer = SimpleNamespace(micro_batches=[(torch.tensor([[7], [3]]), torch.tensor(math.nan))])
+    at = SimpleNamespace(process_index=0), SimpleNamespace(global_step=5), 1.0
+    assert watching._not_finite(*at).endswith("or lower train.learning_rate, then start again")
+    checkpoint = tmp_path / "checkpoints/checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / checkpoint_files.MARKER).write_text("{}")
+    said = watching._not_finite(*at)
+    assert (
+        "rows 7, 3)" in said and f"another --out (or delete {tmp_path}/checkpoints; the shards stay)" in said
+    )
 
 
 @pytest.mark.slow

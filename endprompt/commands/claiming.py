@@ -6,15 +6,27 @@ import tempfile
 from pathlib import Path
 
 from endprompt import BadInput, storage
+from endprompt.runs import checkpoint_files
 
-# How often to report or save does not change what is trained.
+# How often to report or save, how far ahead to read, and how long to wait do not change what is trained.
 HARMLESS = {
+    "logging_strategy",
     "logging_steps",
+    "logging_first_step",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
     "save_steps",
     "save_total_limit",
     "report_to",
     "disable_tqdm",
     "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_multiprocessing_context",
+    "torch_empty_cache_steps",
+    "ddp_timeout",
 }
 SECTIONS = ("model", "lengths", "data", "method_options", "rope", "train")
 
@@ -37,6 +49,15 @@ def _flat(tree: dict, method) -> dict:
     return found
 
 
+def _trained(run: Path) -> list[str]:
+    """What of a training lies in ``run``: checkpoints that were whole, a model, or nothing.
+
+    The folder alone says nothing: the Trainer makes it before its first step.
+    """
+    checkpoints = ["checkpoints/"] if checkpoint_files.marked(run / "checkpoints") else []
+    return [*checkpoints, *(["model/"] if (run / "model").exists() else [])]
+
+
 def _refuse_other_setting(path: Path, before: bytes, text: str, method) -> None:
     """Raises BadInput if the run whose recipe was ``before`` was trained under another setting than
     ``text``.
@@ -53,7 +74,7 @@ def _refuse_other_setting(path: Path, before: bytes, text: str, method) -> None:
     if differing := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
         raise BadInput(
             f"{path.parent} was trained under another setting ({', '.join(differing)}); choose another --out,"
-            " or delete the folder"
+            f" or delete its {' and '.join(_trained(path.parent))} to start anew (the shards stay)"
         )
 
 
@@ -67,7 +88,7 @@ def claim(experiment):
     if os.path.lexists(path) and not path.is_file():
         raise BadInput(f"{path} is no recipe; restore it, or delete the folder")
     before = path.read_bytes() if path.exists() else None
-    if before is not None and ((run / "checkpoints").exists() or (run / "model").exists()):
+    if before is not None and _trained(run):
         _refuse_other_setting(path, before, text, experiment.method)
     run.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(path, text.encode())

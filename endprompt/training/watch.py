@@ -117,10 +117,17 @@ class Watch(TrainerCallback):
             or f"the gradient's norm is {norm}, the losses are finite"
         )
         newest = checkpoint_files.newest(self.run / "checkpoints")
+        # What has a checkpoint belongs to its setting, and is not gone on with under another.
+        lower = (
+            "choose a lower train.learning_rate and another --out (or delete"
+            f" {newest.parent}; the shards stay)"
+            if newest
+            else "lower train.learning_rate"
+        )
         return (
             f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last"
             f" good checkpoint is {newest or 'none, the base model'}; look at those rows with `endprompt"
-            " inspect --row N`, or lower train.learning_rate, then start again"
+            f" inspect --row N`, or {lower}, then start again"
         )
 
 
