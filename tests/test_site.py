@@ -185,6 +185,14 @@ def test_a_named_file_that_is_none_is_refused_by_every_script(site, script, name
     assert done.stderr.count("\n") == 1 and f"there is no file {named} to read" in done.stderr
 
 
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith(".sbatch")])
+@pytest.mark.parametrize("option", ["--out", "--out=elsewhere", "--ou=elsewhere"])
+def test_a_folder_that_the_environment_does_not_name_is_refused(site, script, option):
+    done = bash(site, f"slurm/{script}", "--set", "data.tokens=1e6", option, "elsewhere")
+    assert done.returncode == 2 and not site.calls("python"), done.stderr
+    assert done.stderr.count("\n") == 1 and "set OUT=DIR before sbatch" in done.stderr
+
+
 def test_a_link_to_nowhere_is_not_passed_over(site):
     (site.root / "slurm/site.sh").symlink_to("gone.sh")
     done = bash(site, "-c", TELL)
