@@ -1365,6 +1365,69 @@ def test_run_from_before_a_key_came(prepared, trains, key, changed):
     )
 
 
+def zero_file(path, **zero):
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}, "wall_clock_breakdown": False}))
+    return path
+
+
+@pytest.fixture
+def trained(prepared_once, prepared, tmp_path):
+    """(what follows ``train`` and a recipe's path, the run's folder, the ZeRO file of its training)."""
+    path, out, folder = prepared
+    zero = zero_file(tmp_path / "zero.json", offload_param=None)
+    again = [path, "endprompt", "--out", out, "--set", f"train.deepspeed={zero}"]
+    assert run_main("prepare", *again, "--workers", 1)[0] == 0
+    checkpoint(folder.parent)
+    return again, folder.parent, zero
+
+
+@pytest.mark.parametrize(
+    "changed, telling",
+    [
+        ({}, None),
+        ({"overlap_comm": True}, "another setting (train.deepspeed.zero_optimization.overlap_comm)"),
+        ({"stage": 2}, "another setting (train.deepspeed.zero_optimization.stage)"),
+        ({"offload_param": {"device": "cpu"}}, "(train.deepspeed.zero_optimization.offload_param.device)"),
+    ],
+)
+def test_a_zero_file_that_changed_is_told_by_what_it_holds(trained, trains, changed, telling):
+    again, run, zero = trained
+    zero_file(zero, **changed)
+    before = {path: path.read_bytes() for path in run.glob("*.*") if path.is_file()}
+    refused(run_main("train", *again), telling or trains)
+    assert telling is None or before == {path: path.read_bytes() for path in before}
+
+
+def test_the_same_zero_options_may_stand_elsewhere_and_report_more(trained, trains):
+    again, run, zero = trained
+    other = zero_file(zero.with_name("other.json"))
+    other.write_text(json.dumps({**json.loads(other.read_text()), "comms_logger": {"enabled": False}}))
+    refused(run_main("train", *again[:-1], f"train.deepspeed={other}"), trains)
+    inside = json.dumps({"zero_optimization": {"stage": 3}})
+    refused(run_main("train", *again[:-1], f"train.deepspeed={inside}"), trains)
+    refused(run_main("train", *again[:-1], "train.deepspeed=null"), "another setting (train.deepspeed)")
+
+
+def test_a_run_from_before_zero_files_were_kept_is_known_by_the_file_s_name(trained, trains):
+    again, run, zero = trained
+    (run / "deepspeed.json").unlink()
+    zero_file(zero, overlap_comm=True)
+    refused(run_main("train", *again), trains)
+    assert not (run / "deepspeed.json").exists()  # what was refused leaves nothing
+    other = zero_file(zero.with_name("other.json"))
+    refused(run_main("train", *again[:-1], f"train.deepspeed={other}"), "another setting (train.deepspeed)")
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "[" * 100000])
+def test_a_kept_zero_file_that_cannot_be_read(trained, text):
+    again, run, _ = trained
+    (run / "deepspeed.json").write_text(text)
+    refused(run_main("train", *again), "deepspeed.json cannot be read; delete it")
+    (run / "deepspeed.json").unlink()
+    (run / "deepspeed.json").mkdir()
+    refused(run_main("train", *again), "deepspeed.json is no file; restore it")
+
+
 def test_run_from_before_methods_had_options(prepared, trains):
     """Its recipe.yaml names all options, in the sections of the recipe, as every one did."""
     path, out, folder = prepared
