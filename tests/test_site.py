@@ -18,6 +18,8 @@ from conftest import REPOSITORY, tiny_documents, write_jsonl
 from fake_site import ANSWERS, MODULE, SBATCH, SCONTROL, SRUN, Site
 from training import prepared
 
+from endprompt.runs import checkpoint_files
+
 SCRIPTS = ("prepare.sbatch", "train_64k.sbatch", "eval.sbatch", "submit_all.sh")
 TELL = (
     'source slurm/environment.sh; echo "$PYTHON"; echo "${launcher[*]}"; command -v python;'
@@ -332,6 +334,22 @@ def test_a_checkpoint_of_a_start_that_slurm_ended_counts(site, start, kept):
         (site.out / "tiny/endprompt/starts_without_checkpoint").write_text(kept)
     assert [start(number).returncode for number in (3, 4)] == [-signal.SIGTERM] * 2
     assert start(5).returncode == 1
+
+
+def test_a_checkpoint_counts_beside_a_damaged_one_of_a_higher_step(site, start):
+    """What is set aside keeps its marker, and would be the newest for ever."""
+    checkpoints = site.out / "tiny/endprompt/checkpoints"
+    for step, files in ((2, {}), (96, {"model.pt": 1})):
+        (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (checkpoints / f"checkpoint-{step}" / checkpoint_files.MARKER).write_text(
+            json.dumps({"files": files})
+        )
+    checkpoint_files.set_aside(checkpoints, checkpoint_files.newest(checkpoints))
+    assert (checkpoints / "damaged-96" / checkpoint_files.MARKER).exists()
+    first = start(1)
+    assert "(1 of 3 in a row)" in first.stdout and "/checkpoint-2/complete.json" in first.stdout
+    second = start(2, gaining="2")
+    assert "in a row" not in second.stdout and "/checkpoint-4/complete.json" in second.stdout
 
 
 @pytest.mark.slow
