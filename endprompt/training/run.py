@@ -21,11 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from endprompt import BadInput, Failure, storage
 from endprompt.bases import model, sharpen
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
 from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
 from endprompt.training import checkpoint, dealing, heads, lora, loss, precision, sequence, watch, windows
-from endprompt.training.arguments import batch_shape, resumed_shape, set_up_environment, training_arguments
+from endprompt.training.arguments import resumed_shape, set_up_environment, training_arguments
 from endprompt.training.dataset import load_rows, sample
 from endprompt.training.trainer import Probe, WeightedTrainer, flops_per_token
 
