@@ -224,6 +224,31 @@ def test_a_folder_that_the_environment_does_not_name_is_refused(site, script, op
     assert done.stderr.count("\n") == 1 and "set OUT=DIR before sbatch" in done.stderr
 
 
+def scored(site, ids: list[int], **environment) -> list[subprocess.CompletedProcess]:
+    """The tasks ``ids`` of an array of eval.sbatch, one after the other."""
+    array = {"MIN": min(ids), "MAX": max(ids), "COUNT": len(ids)}
+    told = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    return [bash(site, "slurm/eval.sbatch", **told, SLURM_ARRAY_TASK_ID=one, **environment) for one in ids]
+
+
+@pytest.mark.parametrize("ids", [[2, 4], [0, 2, 4, 6, 8], [0, 1, 3]])
+def test_an_array_with_gaps_would_leave_pairs_unscored_and_is_refused(site, ids):
+    site.program("python", ANSWERS)
+    for done in scored(site, ids):
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "has gaps" in done.stderr and "what is scored is skipped" in done.stderr
+    assert not [call for call in site.calls("python") if "evaluate" in call]
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0], [2, 3], [7]])
+def test_an_array_without_gaps_scores_every_pair_once(site, ids):
+    pairs = [f"passkey:{length}" for length in (64, 128, 256, 512, 1024, 2048, 4096)]
+    site.program("python", ANSWERS.replace("passkey:1024", " ".join(pairs)))
+    assert all(done.returncode == 0 for done in scored(site, ids))
+    calls = [call for call in site.calls("python") if " evaluate " in call and "--list" not in call]
+    assert sorted(re.findall(r"--only (\S+)", " ".join(calls))) == sorted(pairs) and len(calls) == len(ids)
+
+
 def test_a_link_to_nowhere_is_not_passed_over(site):
     (site.root / "slurm/site.sh").symlink_to("gone.sh")
     done = bash(site, "-c", TELL)
