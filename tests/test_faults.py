@@ -2,6 +2,7 @@
 from.
 """
 
+import errno
 import json
 import math
 import os
@@ -19,8 +20,9 @@ import torch
 from conftest import REPOSITORY, run_main
 from training import ENVIRONMENT, TORCHRUN, assert_same, losses, prepared, run, train, weights
 
-from endprompt import BadInput
-from endprompt.runs import checkpoint_files, runfolder
+from endprompt import BadInput, Failure
+from endprompt.runs import checkpoint_files, launch, runfolder
+from endprompt.training import run as training_run
 from endprompt.training import watch
 
 RUN = "\nfrom endprompt.cli import main\nmain()\n"
@@ -58,6 +60,21 @@ def patched(folder: Path, patch: str) -> Path:
     script = folder / "patched.py"
     script.write_text(patch + RUN)
     return script
+
+
+@pytest.fixture
+def ended(tmp_path, monkeypatch):
+    """ended(error) -> what the first rank raises for it, the exit code it notes, the run's status."""
+    monkeypatch.setenv(launch.EXIT_CODE_FILE, str(tmp_path / "code"))
+
+    def end(error: Exception):
+        experiment = SimpleNamespace(run=tmp_path, recipe=SimpleNamespace(train={}))
+        with pytest.raises((Failure, type(error))) as caught:
+            training_run._explain(error, experiment, 0)
+        noted = tmp_path / "code"
+        return caught.value, noted.read_text().strip() if noted.exists() else None, state(tmp_path)
+
+    return end
 
 
 def messages(output: str) -> list[str]:
@@ -230,7 +247,9 @@ def test_a_full_disk_leaves_prepare_where_it_was(train_recipe, two_ranks, tmp_pa
         and "nothing half-written was kept" in result.stderr
     )
     assert not [
-        path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "recipe.yaml"
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and path.name not in ("recipe.yaml", "deepspeed.json")
     ]
     assert run_main(*command)[0] == 0
     one, two = (
@@ -258,6 +277,80 @@ def test_a_disk_that_is_really_full(train_recipe, tmp_path):
         assert run_main("prepare", train_recipe, "endprompt", "--out", disk / "out", "--workers", 1)[0] == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+SERIALIZING = "Error while serializing: I/O error: {} (os error {})"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, os.strerror(code)) for code in sorted(watch.FULL)),
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+        PermissionError(errno.EACCES, "Permission denied", "RUN/checkpoints/checkpoint-2/rng_state_0.pth"),
+        PermissionError(errno.EPERM, "Operation not permitted", "RUN/status.json"),
+        PermissionError(errno.EACCES, "Permission denied", "RUN/shards/.cache/rows"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        *(RuntimeError(SERIALIZING.format("no", code)) for code in (28, 27, 122, 30, 5, 13)),
+    ],
+    ids=str,
+)
+def test_what_keeps_a_file_from_being_written_ends_the_job(error, ended, tmp_path):
+    if getattr(error, "filename", None):
+        error = type(error)(error.errno, error.strerror, error.filename.replace("RUN", str(tmp_path)))
+    failure, code, told = ended(error)
+    assert code == "3" and "could not be written" in str(failure) and failure.everywhere
+    assert told["state"] == "failed" and "could not be written" in told["reason"]
+
+
+@pytest.mark.parametrize(
+    "error, state",
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "RUN/shards/x.parquet"), "crashed"),
+        (OSError(errno.EMFILE, "Too many open files", "/proc/self/maps"), "crashed"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "crashed"),
+        (OSError(errno.ESTALE, "Stale file handle", "RUN/shards/x.parquet"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", "RUN/shards/x.parquet"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/base/model.safetensors"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", 3), "crashed"),
+        (RuntimeError("Connection closed by peer"), "lost a rank"),
+    ],
+    ids=str,
+)
+def test_other_errors_of_the_system_end_with_a_line_and_may_be_tried_again(error, state, ended, tmp_path):
+    """Exit code 3 would keep Slurm from starting the job again."""
+    if isinstance(getattr(error, "filename", None), str):
+        error = type(error)(error.errno, error.strerror, error.filename.replace("RUN", str(tmp_path)))
+    failure, code, told = ended(error)
+    assert code is None and "could not be written" not in str(failure) and "\n" not in str(failure)
+    assert str(getattr(error, "strerror", None) or "connection") in str(failure) and failure.everywhere
+    assert told["state"] == state and "the same command goes on" in str(failure)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        OSError("no errno"),
+        RuntimeError("PytorchStreamReader failed reading zip archive: inline_container says so"),
+        RuntimeError("Error while deserializing header: Permission denied (os error 13)"),
+        ValueError("x"),
+    ],
+    ids=str,
+)
+def test_what_is_no_error_of_the_system_keeps_its_traceback(error, ended):
+    raised, code, told = ended(error)
+    assert raised is error and code is None and told["state"] == "crashed"
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_checkpoint_that_may_not_be_read_is_not_one_that_cannot_be_written(readable, tmp_path, monkeypatch):
+    path = tmp_path / "optimizer.pt"
+    path.touch()
+    monkeypatch.setattr(watch.os, "access", lambda *_: readable)  # root may read everything
+    denied = PermissionError(errno.EACCES, "Permission denied", str(path))
+    assert (watch.unwritable(denied, tmp_path) is not None) == readable
 
 
 # -- checkpoints that were damaged ---------------------------------------------------------------------------
