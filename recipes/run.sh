@@ -16,6 +16,15 @@ if [ $# -lt 2 ]; then
 fi
 recipe=$1 method=$2
 shift 2
+# This script asks for the run's folder by OUT, and looks there for what is to be done.
+for option in "$@"; do
+  case $option in
+    --o | --ou | --out | --o=* | --ou=* | --out=*)
+      echo "run.sh: $option: the folder of all runs comes from the environment; leave it out, and set" \
+        "OUT=DIR before the command" >&2
+      exit 2 ;;
+  esac
+done
 
 STAGES=${STAGES:-prepare train evaluate}
 OUT=${OUT:-runs}

@@ -11,6 +11,13 @@ refuse() {
   echo "${SLURM_JOB_NAME:-slurm}: $*" >&2
   exit 2
 }
+for option in "$@"; do # the job's own; where its runs are, all its scripts ask the environment
+  case $option in
+    --o | --ou | --out | --o=* | --ou=* | --out=*)
+      refuse "$option: the folder of all runs comes from the environment; leave it out, and set OUT=DIR" \
+        "before sbatch" ;;
+  esac
+done
 site_ended() { # instead of the job script: by its `exit`, or by a command that failed
   local code=$?
   trap - ERR EXIT

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from endprompt.positions import rope
 from endprompt.recipe.training_keys import Lora
 from endprompt.rows.collate import Collator
-from endprompt.training import lora, loss
+from endprompt.training import dataset, lora, loss, trainer
 from endprompt.training import probe as attention
 
 TARGET, A, B = 2048, 100, 11
@@ -127,6 +128,53 @@ def test_probe_sees_a_cut_before_the_last_of_several_segments(models, batches):
     del batch["attention_mask"]
     with pytest.raises(RuntimeError, match=f"all {A} tokens"):
         attention.probe(models["sdpa"], batch)
+
+
+def probed(model, rows, rank, monkeypatch, masked=True):
+    """What the callback finds on ``rank`` before the first step."""
+
+    def collator(given):
+        batch = Collator(0, TARGET)([{**one, "row_number": 0} for one in given])
+        return batch if masked else {name: value for name, value in batch.items() if name != "attention_mask"}
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    callback = trainer.Probe(rows, collator, 1)
+    callback.trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
+    arguments = SimpleNamespace(per_device_train_batch_size=1, device="cpu")
+    callback.on_train_begin(arguments, None, None, model=model)
+    return callback.moved
+
+
+@pytest.mark.parametrize("jumps, rank", [({2}, 0), ({2}, 1), ({0}, 1), ({3}, 5), ({1, 2}, 3)])
+def test_the_row_that_is_probed_has_a_jump_if_one_of_the_next_has(base, monkeypatch, jumps, rank):
+    """Of four rows; without a jump there is nothing that a missing mask could break."""
+    model = load(base)
+    vocabulary = model.config.vocab_size
+    rows = [row(A, B if number in jumps else 0, TARGET, vocabulary, seed=number) for number in range(4)]
+    assert probed(model, rows, rank, monkeypatch) > 1e-2
+    with pytest.raises(RuntimeError, match="liveness probe"):
+        probed(model, rows, rank, monkeypatch, masked=False)
+
+
+def test_where_no_row_has_a_jump_the_rank_s_own_is_probed(base, monkeypatch):
+    model = load(base)
+    rows = [row(A + number, 0, TARGET, model.config.vocab_size) for number in range(3)]
+    seen = []
+    monkeypatch.setattr(
+        attention, "probe", lambda model, batch: seen.append(batch["input_ids"].shape[1]) or 1
+    )
+    for rank in range(4):
+        probed(model, rows, rank, monkeypatch)
+    assert seen == [A, A + 1, A + 2, A]
+
+
+def test_the_search_for_a_jump_has_an_end():
+    far, plain = {"position_ids": [0, 1, 900]}, {"position_ids": [5, 6, 7]}
+    assert dataset.first_with_jump([plain] * 63 + [far] * 9, 0) == 63
+    assert dataset.first_with_jump([plain] * 64 + [far] * 9, 0) == 0
+    assert dataset.first_with_jump([far] + [plain] * 5, 3) == 0
+    assert dataset.first_with_jump([plain] * 3, 7) == 1
 
 
 def test_not_a_number_is_refused(base, batches):

@@ -1202,6 +1202,24 @@ def test_shards_of_another_method(prepared, command):
     refused(run_main(command, path, "short", "--out", out), "method is 'endprompt', expected 'short'")
 
 
+LONG = "are 0.125 rows of 512, which full_length trains on; make"
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--part", "1/2"]])
+def test_rows_of_which_no_step_can_be_made_are_not_prepared(recipe_file, out, options):
+    one = recipe_file(train={"per_device_train_batch_size": 1})
+    refused(run_main("prepare", one, "full_length", "--out", out, *options), LONG, "a multiple of 8")
+
+
+def test_a_dry_run_of_training_counts_its_rows_and_others_do_not(recipe_file, out):
+    one = recipe_file(train={"per_device_train_batch_size": 1})
+    refused(run_main("train", one, "full_length", "--out", out, "--dry-run"), LONG)
+    for command, method in (("evaluate", "full_length"), ("prepare", "short"), ("prepare", "base")):
+        assert run_main(command, one, method, "--out", out, "--dry-run")[0] == 0
+    eight = ["--set", "train.gradient_accumulation_steps=8"]  # whatever the number of ranks
+    assert run_main("prepare", one, "full_length", "--out", out, "--dry-run", *eight)[0] == 0
+
+
 def progress(**changes):
     """What ``prepare`` leaves after the second shard, changed; a function of (settings, shards)."""
     return lambda expected, listed: json.dumps(
@@ -1255,6 +1273,65 @@ def test_progress_that_cannot_be_read(prepared, text):
     assert files(out) == before
 
 
+def checkpoint(run, step=2, whole=True):
+    """A checkpoint of ``run``, or what a kill leaves of one, as far as its setting is concerned."""
+    folder = run / f"checkpoints/checkpoint-{step}"
+    folder.mkdir(parents=True)
+    if whole:
+        (folder / "complete.json").write_text('{"files": {}}')
+
+
+@pytest.fixture
+def trains(monkeypatch):
+    """Where a training would begin, the command ends with these words."""
+    from endprompt.training import run as train
+
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
+    return "it went on to training"
+
+
+@pytest.mark.parametrize(
+    "left, telling",
+    [
+        (lambda run: (run / "checkpoints").mkdir(), None),  # the Trainer's, before its first step
+        (lambda run: checkpoint(run, whole=False), None),
+        (lambda run: checkpoint(run, 4), "delete its checkpoints/ to start anew (the shards stay)"),
+        (lambda run: (run / "model").mkdir(), "delete its model/ to start anew"),
+        (lambda run: (checkpoint(run), (run / "model").mkdir()), "delete its checkpoints/ and model/ to"),
+    ],
+)
+def test_a_setting_is_free_until_something_was_trained_under_it(prepared, trains, left, telling):
+    path, out, folder = prepared
+    left(folder.parent)
+    lower = run_main("train", path, "endprompt", "--out", out, "--set", "train.learning_rate=0.001")
+    refused(lower, *(["another setting (train.learning_rate)", telling] if telling else [trains]))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("ddp_timeout", 60),
+        ("log_level", "info"),
+        ("log_level_replica", "error"),
+        ("log_on_each_node", False),
+        ("logging_first_step", True),
+        ("logging_strategy", "epoch"),
+        ("save_steps", 3),
+        ("dataloader_num_workers", 2),
+        ("dataloader_pin_memory", False),
+        ("dataloader_prefetch_factor", 4),
+        ("dataloader_persistent_workers", True),
+        ("dataloader_multiprocessing_context", "spawn"),
+        ("torch_empty_cache_steps", 10),
+    ],
+)
+def test_what_does_not_change_the_training_may_change_in_the_midst_of_it(prepared, trains, key, value):
+    path, out, folder = prepared
+    checkpoint(folder.parent)
+    again = ["--set", f"train.{key}={json.dumps(value)}", "--set", "train.dataloader_num_workers=2"]
+    refused(run_main("train", path, "endprompt", "--out", out, *again), trains)
+
+
 @pytest.mark.parametrize(
     "text, telling",
     [
@@ -1268,7 +1345,7 @@ def test_progress_that_cannot_be_read(prepared, text):
 )
 def test_run_that_was_trained_otherwise(prepared, text, telling):
     path, out, folder = prepared
-    (folder.parent / "checkpoints").mkdir()
+    checkpoint(folder.parent)
     resolved = folder.parent / "recipe.yaml"
     if text is None:
         tree = yaml.safe_load(resolved.read_text())
@@ -1289,13 +1366,10 @@ def test_run_that_was_trained_otherwise(prepared, text, telling):
         ("method_options.prompt_loss_weight", 0.5),
     ],
 )
-def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
+def test_run_from_before_a_key_came(prepared, trains, key, changed):
     """What a resolved copy does not say was at its default then."""
-    from endprompt.training import run as train
-
-    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
     path, out, folder = prepared
-    (folder.parent / "checkpoints").mkdir()
+    checkpoint(folder.parent)
     tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
     if key:
         section, _, name = key.partition(".")
@@ -1305,17 +1379,77 @@ def test_run_from_before_a_key_came(prepared, monkeypatch, key, changed):
     setting = ["--set", f"{key}={json.dumps(changed)}"] if changed else []
     refused(
         run_main("train", path, "endprompt", "--out", out, *setting),
-        f"another setting ({key})" if changed else "it went on to training",
+        f"another setting ({key})" if changed else trains,
     )
 
 
-def test_run_from_before_methods_had_options(prepared, monkeypatch):
-    """Its recipe.yaml names all options, in the sections of the recipe, as every one did."""
-    from endprompt.training import run as train
+def zero_file(path, **zero):
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}, "wall_clock_breakdown": False}))
+    return path
 
-    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(BadInput("it went on to training")))
+
+@pytest.fixture
+def trained(prepared_once, prepared, tmp_path):
+    """(what follows ``train`` and a recipe's path, the run's folder, the ZeRO file of its training)."""
     path, out, folder = prepared
-    (folder.parent / "checkpoints").mkdir()
+    zero = zero_file(tmp_path / "zero.json", offload_param=None)
+    again = [path, "endprompt", "--out", out, "--set", f"train.deepspeed={zero}"]
+    assert run_main("prepare", *again, "--workers", 1)[0] == 0
+    checkpoint(folder.parent)
+    return again, folder.parent, zero
+
+
+@pytest.mark.parametrize(
+    "changed, telling",
+    [
+        ({}, None),
+        ({"overlap_comm": True}, "another setting (train.deepspeed.zero_optimization.overlap_comm)"),
+        ({"stage": 2}, "another setting (train.deepspeed.zero_optimization.stage)"),
+        ({"offload_param": {"device": "cpu"}}, "(train.deepspeed.zero_optimization.offload_param.device)"),
+    ],
+)
+def test_a_zero_file_that_changed_is_told_by_what_it_holds(trained, trains, changed, telling):
+    again, run, zero = trained
+    zero_file(zero, **changed)
+    before = {path: path.read_bytes() for path in run.glob("*.*") if path.is_file()}
+    refused(run_main("train", *again), telling or trains)
+    assert telling is None or before == {path: path.read_bytes() for path in before}
+
+
+def test_the_same_zero_options_may_stand_elsewhere_and_report_more(trained, trains):
+    again, run, zero = trained
+    other = zero_file(zero.with_name("other.json"))
+    other.write_text(json.dumps({**json.loads(other.read_text()), "comms_logger": {"enabled": False}}))
+    refused(run_main("train", *again[:-1], f"train.deepspeed={other}"), trains)
+    inside = json.dumps({"zero_optimization": {"stage": 3}})
+    refused(run_main("train", *again[:-1], f"train.deepspeed={inside}"), trains)
+    refused(run_main("train", *again[:-1], "train.deepspeed=null"), "another setting (train.deepspeed)")
+
+
+def test_a_run_from_before_zero_files_were_kept_is_known_by_the_file_s_name(trained, trains):
+    again, run, zero = trained
+    (run / "deepspeed.json").unlink()
+    zero_file(zero, overlap_comm=True)
+    refused(run_main("train", *again), trains)
+    assert not (run / "deepspeed.json").exists()  # what was refused leaves nothing
+    other = zero_file(zero.with_name("other.json"))
+    refused(run_main("train", *again[:-1], f"train.deepspeed={other}"), "another setting (train.deepspeed)")
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "[" * 100000])
+def test_a_kept_zero_file_that_cannot_be_read(trained, text):
+    again, run, _ = trained
+    (run / "deepspeed.json").write_text(text)
+    refused(run_main("train", *again), "deepspeed.json cannot be read; delete it")
+    (run / "deepspeed.json").unlink()
+    (run / "deepspeed.json").mkdir()
+    refused(run_main("train", *again), "deepspeed.json is no file; restore it")
+
+
+def test_run_from_before_methods_had_options(prepared, trains):
+    """Its recipe.yaml names all options, in the sections of the recipe, as every one did."""
+    path, out, folder = prepared
+    checkpoint(folder.parent)
     tree = yaml.safe_load((folder.parent / "recipe.yaml").read_text())
     del tree["method_options"]
     for section in former_keys.FORMER:
@@ -1325,8 +1459,8 @@ def test_run_from_before_methods_had_options(prepared, monkeypatch):
     def again(*options):
         return run_main("train", path, "endprompt", "--out", out, *options)
 
-    refused(again(), "it went on to training")
-    refused(again("--set", "model.s2_group_size=64"), "it went on to training")  # which it does not have
+    refused(again(), trains)
+    refused(again("--set", "model.s2_group_size=64"), trains)  # which it does not have
     for section in ("data", "method_options"):
         other = again("--set", f"{section}.prompt_loss_weight=0.5")
         refused(other, "another setting (method_options.prompt_loss_weight)")

@@ -2,7 +2,9 @@
 from.
 """
 
+import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -11,13 +13,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPOSITORY, run_main
 from training import ENVIRONMENT, TORCHRUN, assert_same, losses, prepared, run, train, weights
 
-from endprompt import BadInput
-from endprompt.runs import checkpoint_files, runfolder
+from endprompt import BadInput, Failure
+from endprompt.runs import checkpoint_files, launch, runfolder
+from endprompt.training import run as training_run
+from endprompt.training import watch
 
 RUN = "\nfrom endprompt.cli import main\nmain()\n"
 
@@ -54,6 +60,21 @@ def patched(folder: Path, patch: str) -> Path:
     script = folder / "patched.py"
     script.write_text(patch + RUN)
     return script
+
+
+@pytest.fixture
+def ended(tmp_path, monkeypatch):
+    """ended(error) -> what the first rank raises for it, the exit code it notes, the run's status."""
+    monkeypatch.setenv(launch.EXIT_CODE_FILE, str(tmp_path / "code"))
+
+    def end(error: Exception):
+        experiment = SimpleNamespace(run=tmp_path, recipe=SimpleNamespace(train={}))
+        with pytest.raises((Failure, type(error))) as caught:
+            training_run._explain(error, experiment, 0)
+        noted = tmp_path / "code"
+        return caught.value, noted.read_text().strip() if noted.exists() else None, state(tmp_path)
+
+    return end
 
 
 def messages(output: str) -> list[str]:
@@ -115,6 +136,33 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(value, train_r
     # The named rows are those of the batch: every row is in exactly one batch of the only epoch.
     code, out, _ = run_main("inspect", train_recipe, "endprompt", "--out", tmp_path, "--row", rows[0])
     assert code == 0 and "positions" in out
+
+
+@pytest.mark.slow
+def test_the_advice_after_a_first_step_that_is_no_number_can_be_followed(train_recipe, tmp_path):
+    folder = prepared(train_recipe, "endprompt", tmp_path)
+    steps = [f"--set=train.{key}" for key in ("deepspeed=null", "max_steps=3", "save_steps=4")]
+    high = [*steps, "--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0"]
+    (message,) = messages(run(train(train_recipe, "endprompt", tmp_path, *high), expect=1))
+    assert "the base model" in message and "or lower train.learning_rate, then start again" in message
+    assert (folder / "checkpoints").is_dir()
+    run(train(train_recipe, "endprompt", tmp_path, *steps))
+    assert (folder / "model").is_dir()
+
+
+def test_the_advice_where_there_is_a_checkpoint_names_another_folder(tmp_path):
+    """Under another setting the checkpoint is not gone on with."""
+    watching = watch.Watch(watch.StopRequest(tmp_path), tmp_path)
+    watching.trainer = SimpleNamespace(micro_batches=[(torch.tensor([[7], [3]]), torch.tensor(math.nan))])
+    at = SimpleNamespace(process_index=0), SimpleNamespace(global_step=5), 1.0
+    assert watching._not_finite(*at).endswith("or lower train.learning_rate, then start again")
+    checkpoint = tmp_path / "checkpoints/checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / checkpoint_files.MARKER).write_text("{}")
+    said = watching._not_finite(*at)
+    assert (
+        "rows 7, 3)" in said and f"another --out (or delete {tmp_path}/checkpoints; the shards stay)" in said
+    )
 
 
 @pytest.mark.slow
@@ -199,7 +247,9 @@ def test_a_full_disk_leaves_prepare_where_it_was(train_recipe, two_ranks, tmp_pa
         and "nothing half-written was kept" in result.stderr
     )
     assert not [
-        path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "recipe.yaml"
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and path.name not in ("recipe.yaml", "deepspeed.json")
     ]
     assert run_main(*command)[0] == 0
     one, two = (
@@ -227,6 +277,80 @@ def test_a_disk_that_is_really_full(train_recipe, tmp_path):
         assert run_main("prepare", train_recipe, "endprompt", "--out", disk / "out", "--workers", 1)[0] == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+SERIALIZING = "Error while serializing: I/O error: {} (os error {})"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, os.strerror(code)) for code in sorted(watch.FULL)),
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+        PermissionError(errno.EACCES, "Permission denied", "RUN/checkpoints/checkpoint-2/rng_state_0.pth"),
+        PermissionError(errno.EPERM, "Operation not permitted", "RUN/status.json"),
+        PermissionError(errno.EACCES, "Permission denied", "RUN/shards/.cache/rows"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        *(RuntimeError(SERIALIZING.format("no", code)) for code in (28, 27, 122, 30, 5, 13)),
+    ],
+    ids=str,
+)
+def test_what_keeps_a_file_from_being_written_ends_the_job(error, ended, tmp_path):
+    if getattr(error, "filename", None):
+        error = type(error)(error.errno, error.strerror, error.filename.replace("RUN", str(tmp_path)))
+    failure, code, told = ended(error)
+    assert code == "3" and "could not be written" in str(failure) and failure.everywhere
+    assert told["state"] == "failed" and "could not be written" in told["reason"]
+
+
+@pytest.mark.parametrize(
+    "error, state",
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "RUN/shards/x.parquet"), "crashed"),
+        (OSError(errno.EMFILE, "Too many open files", "/proc/self/maps"), "crashed"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "crashed"),
+        (OSError(errno.ESTALE, "Stale file handle", "RUN/shards/x.parquet"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", "RUN/shards/x.parquet"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/base/model.safetensors"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", 3), "crashed"),
+        (RuntimeError("Connection closed by peer"), "lost a rank"),
+    ],
+    ids=str,
+)
+def test_other_errors_of_the_system_end_with_a_line_and_may_be_tried_again(error, state, ended, tmp_path):
+    """Exit code 3 would keep Slurm from starting the job again."""
+    if isinstance(getattr(error, "filename", None), str):
+        error = type(error)(error.errno, error.strerror, error.filename.replace("RUN", str(tmp_path)))
+    failure, code, told = ended(error)
+    assert code is None and "could not be written" not in str(failure) and "\n" not in str(failure)
+    assert str(getattr(error, "strerror", None) or "connection") in str(failure) and failure.everywhere
+    assert told["state"] == state and "the same command goes on" in str(failure)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        OSError("no errno"),
+        RuntimeError("PytorchStreamReader failed reading zip archive: inline_container says so"),
+        RuntimeError("Error while deserializing header: Permission denied (os error 13)"),
+        ValueError("x"),
+    ],
+    ids=str,
+)
+def test_what_is_no_error_of_the_system_keeps_its_traceback(error, ended):
+    raised, code, told = ended(error)
+    assert raised is error and code is None and told["state"] == "crashed"
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_checkpoint_that_may_not_be_read_is_not_one_that_cannot_be_written(readable, tmp_path, monkeypatch):
+    path = tmp_path / "optimizer.pt"
+    path.touch()
+    monkeypatch.setattr(watch.os, "access", lambda *_: readable)  # root may read everything
+    denied = PermissionError(errno.EACCES, "Permission denied", str(path))
+    assert (watch.unwritable(denied, tmp_path) is not None) == readable
 
 
 # -- checkpoints that were damaged ---------------------------------------------------------------------------

@@ -257,6 +257,20 @@ def test_run_sh_starts_a_rank_for_each_gpu_that_it_may_use(recipe_file, started,
     assert started(folder / "recipe.yaml", "short") is None  # no shards: said once, by one process
 
 
+@pytest.mark.parametrize("options", [["--out", "elsewhere"], ["--out=elsewhere"], ["--ou", "x"], ["--o=x"]])
+def test_run_sh_takes_the_folder_from_the_environment_alone(options, staged, tmp_path):
+    """It would look for shards and a model in OUT, and start one process in place of all ranks."""
+    done = staged(*options)
+    said = done.communicate(timeout=30)[0]
+    assert done.returncode == 2 and said.count("\n") == 1 and "set OUT=DIR before the command" in said
+    assert said.startswith(f"run.sh: {options[0]}: ") and not (tmp_path / "log").exists()
+
+
+def test_run_sh_hands_other_options_on(staged, tmp_path):
+    done = staged("--set", "data.tokens=1", "--only", "passkey", STAGES="evaluate")
+    assert done.wait(30) == 0 and begun(tmp_path / "log") == ["evaluate"]
+
+
 # -- several nodes, and signals ------------------------------------------------------------------------------
 
 # A Python of the test's own: a stage notes its name; the training goes on until it is asked to stop.
@@ -272,16 +286,16 @@ esac
 
 @pytest.fixture
 def staged(tmp_path):
-    """staged(**environment) -> run.sh as a process; what it starts is noted in tmp_path/log."""
+    """staged(*options, **environment) -> run.sh as a process; what it starts is noted in tmp_path/log."""
     (tmp_path / "run/shards").mkdir(parents=True)
     (tmp_path / "run/shards/manifest.json").touch()
     fake = tmp_path / "python"
     fake.write_text(STAGES.format(run=tmp_path / "run", log=tmp_path / "log"))
     fake.chmod(0o755)
 
-    def start(**environment) -> subprocess.Popen:
+    def start(*options, **environment) -> subprocess.Popen:
         return subprocess.Popen(
-            ["bash", "recipes/run.sh", "recipes/tiny.yaml", "short"],
+            ["bash", "recipes/run.sh", "recipes/tiny.yaml", "short", *options],
             cwd=REPOSITORY,
             env={**ENVIRONMENT, "PYTHON": str(fake), "OUT": str(tmp_path), **environment},
             stdout=subprocess.PIPE,

@@ -18,6 +18,8 @@ from conftest import REPOSITORY, tiny_documents, write_jsonl
 from fake_site import ANSWERS, MODULE, SBATCH, SCONTROL, SRUN, Site
 from training import prepared
 
+from endprompt.runs import checkpoint_files
+
 SCRIPTS = ("prepare.sbatch", "train_64k.sbatch", "eval.sbatch", "submit_all.sh")
 TELL = (
     'source slurm/environment.sh; echo "$PYTHON"; echo "${launcher[*]}"; command -v python;'
@@ -117,9 +119,7 @@ def test_the_container_example_wraps_every_python_of_every_job(site):
             SLURM_JOB_NODELIST="n1",
             SLURM_JOB_ID="1",
         )
-        # Nothing was trained, which is a reason to queue the job again.
-        expected = -signal.SIGTERM if script == "train_64k.sbatch" else 0
-        assert done.returncode == expected, done.stderr
+        assert done.returncode == 0, done.stderr
     calls = site.calls("python")
     for command in ("prepare", "evaluate", "path", "gpus"):
         assert [call for call in calls if f"-m endprompt {command} " in f"{call} "], command
@@ -137,6 +137,37 @@ def test_the_options_example_reaches_sbatch(site):
     assert "gres" not in prepare and "--gres=gpu:h100:8 --partition=gpu" in train and "gpu:h100:1" in evaluate
     bash(site, "slurm/submit_all.sh", ENDPROMPT_SITE="slurm/sites/gres.sh", TRAIN_OPTIONS="--gres=gpu:2")
     assert "--gres=gpu:2 slurm/train" in site.calls("sbatch")[-2]
+
+
+def test_a_method_that_trains_nothing_is_evaluated_alone(site):
+    site.program("sbatch", SBATCH)
+    site.program("python", ANSWERS)
+    done = bash(site, "slurm/submit_all.sh", "base", "short", TRAIN_OPTIONS="--partition=gpu")
+    assert done.returncode == 0 and done.stdout.count("train") == 2, done.stderr
+    assert [line.split()[2::2] for line in done.stdout.splitlines()] == [["-", "-", "7"], ["7", "7", "7"]]
+    first, *chain = site.calls("sbatch")
+    assert first.endswith("slurm/eval.sbatch") and "dependency" not in first
+    assert [call.rpartition("/")[2] for call in chain] == [
+        "prepare.sbatch",
+        "train_64k.sbatch",
+        "eval.sbatch",
+    ]
+    assert [call.count("--dependency=afterok:7") for call in chain] == [0, 1, 1]
+
+
+def test_a_method_or_step_that_cannot_be_trained_is_not_queued(site):
+    """By the program's own answer; of two methods, what comes before the wrong one stays queued."""
+    site.program("sbatch", SBATCH)
+    for method, recipe, words in (
+        ("nonsense", "tiny.yaml", "nonsense"),
+        ("full_length", "one.yaml", "are 0.125 rows of 2048"),
+    ):
+        tree = yaml.safe_load((REPOSITORY / "recipes/tiny.yaml").read_text())
+        tree["train"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        (site.root.parent / "one.yaml").write_text(yaml.safe_dump(tree))
+        path = site.root.parent / recipe if recipe == "one.yaml" else REPOSITORY / "recipes/tiny.yaml"
+        done = bash(site, "slurm/submit_all.sh", method, RECIPE=path)
+        assert done.returncode == 2 and words in done.stderr and not site.calls("sbatch"), done.stderr
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -183,6 +214,39 @@ def test_a_named_file_that_is_none_is_refused_by_every_script(site, script, name
     done = bash(site, f"slurm/{script}", ENDPROMPT_SITE=named)
     assert done.returncode == 2 and not site.calls("sbatch")
     assert done.stderr.count("\n") == 1 and f"there is no file {named} to read" in done.stderr
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith(".sbatch")])
+@pytest.mark.parametrize("option", ["--out", "--out=elsewhere", "--ou=elsewhere"])
+def test_a_folder_that_the_environment_does_not_name_is_refused(site, script, option):
+    done = bash(site, f"slurm/{script}", "--set", "data.tokens=1e6", option, "elsewhere")
+    assert done.returncode == 2 and not site.calls("python"), done.stderr
+    assert done.stderr.count("\n") == 1 and "set OUT=DIR before sbatch" in done.stderr
+
+
+def scored(site, ids: list[int], **environment) -> list[subprocess.CompletedProcess]:
+    """The tasks ``ids`` of an array of eval.sbatch, one after the other."""
+    array = {"MIN": min(ids), "MAX": max(ids), "COUNT": len(ids)}
+    told = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    return [bash(site, "slurm/eval.sbatch", **told, SLURM_ARRAY_TASK_ID=one, **environment) for one in ids]
+
+
+@pytest.mark.parametrize("ids", [[2, 4], [0, 2, 4, 6, 8], [0, 1, 3]])
+def test_an_array_with_gaps_would_leave_pairs_unscored_and_is_refused(site, ids):
+    site.program("python", ANSWERS)
+    for done in scored(site, ids):
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "has gaps" in done.stderr and "what is scored is skipped" in done.stderr
+    assert not [call for call in site.calls("python") if "evaluate" in call]
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0], [2, 3], [7]])
+def test_an_array_without_gaps_scores_every_pair_once(site, ids):
+    pairs = [f"passkey:{length}" for length in (64, 128, 256, 512, 1024, 2048, 4096)]
+    site.program("python", ANSWERS.replace("passkey:1024", " ".join(pairs)))
+    assert all(done.returncode == 0 for done in scored(site, ids))
+    calls = [call for call in site.calls("python") if " evaluate " in call and "--list" not in call]
+    assert sorted(re.findall(r"--only (\S+)", " ".join(calls))) == sorted(pairs) and len(calls) == len(ids)
 
 
 def test_a_link_to_nowhere_is_not_passed_over(site):
@@ -324,6 +388,33 @@ def test_a_checkpoint_of_a_start_that_slurm_ended_counts(site, start, kept):
         (site.out / "tiny/endprompt/starts_without_checkpoint").write_text(kept)
     assert [start(number).returncode for number in (3, 4)] == [-signal.SIGTERM] * 2
     assert start(5).returncode == 1
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_job_that_has_nothing_to_train_is_not_queued_again(site, start, signalled):
+    """With a signal before the training began it is; without one, nothing is left to do."""
+    signal_it = "kill -USR1 $PPID\nsleep 0.2\n" if signalled else ""
+    site.program("srun", f'#!/bin/bash\necho start >>"{{log}}/srun"\n{signal_it}exit 0\n')
+    done = start(0)
+    assert site.calls("scontrol").count("requeue 5") == signalled
+    assert done.returncode == (-signal.SIGTERM if signalled else 0), done.stdout + done.stderr
+    assert site.calls("srun").count("start") == (1 if signalled else 2)
+
+
+def test_a_checkpoint_counts_beside_a_damaged_one_of_a_higher_step(site, start):
+    """What is set aside keeps its marker, and would be the newest for ever."""
+    checkpoints = site.out / "tiny/endprompt/checkpoints"
+    for step, files in ((2, {}), (96, {"model.pt": 1})):
+        (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (checkpoints / f"checkpoint-{step}" / checkpoint_files.MARKER).write_text(
+            json.dumps({"files": files})
+        )
+    checkpoint_files.set_aside(checkpoints, checkpoint_files.newest(checkpoints))
+    assert (checkpoints / "damaged-96" / checkpoint_files.MARKER).exists()
+    first = start(1)
+    assert "(1 of 3 in a row)" in first.stdout and "/checkpoint-2/complete.json" in first.stdout
+    second = start(2, gaining="2")
+    assert "in a row" not in second.stdout and "/checkpoint-4/complete.json" in second.stdout
 
 
 @pytest.mark.slow

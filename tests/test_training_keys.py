@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from training import assert_same, prepared, run, train
 from transformers import TrainerCallback, TrainingArguments
 
 from endprompt import BadInput
-from endprompt.recipe import schema, training_checks, training_keys, zero_file
+from endprompt.recipe import schema, training_checks, training_keys, zero_file, zero_section
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports.markdown import grid, replaced
 from endprompt.rows.collate import Collator
@@ -1024,6 +1025,77 @@ ZERO = [
 ]
 
 
+def zero(stage=3, **more):
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+def offloaded(stage=3, **more):
+    return zero(stage, offload_optimizer=more)
+
+
+INSIDE = "zero_optimization."
+SIZE = 'must be a whole number above 0 or "auto"'
+NESTED = [
+    (zero(ofload_optimizer={"device": "cpu"}), INSIDE + "ofload_optimizer is unknown", "write offload_opt"),
+    (zero(2, algather_bucket_size=1), "algather_bucket_size is unknown", "or write allgather_bucket_size"),
+    (zero(nonsense=None), INSIDE + "nonsense is unknown to DeepSpeed; remove it"),
+    *(
+        (zero(**{name: value}), f'{INSIDE}{name} must be a mapping, such as {{"device": "cpu"}}')
+        for name in zero_section.OFFLOADS
+        for value in ("cpu", True, ["cpu"], "auto")
+    ),
+    (offloaded(device="CPU"), INSIDE + "offload_optimizer.device must be one of none, cpu, nvme", "'CPU'"),
+    (offloaded(device=["cpu"]), INSIDE + "offload_optimizer.device must be one of none, cpu, nvme"),
+    (offloaded(pin_memory=True), INSIDE + "offload_optimizer.device must be one of", "and is missing"),
+    (offloaded(device="nvme"), INSIDE + "offload_optimizer.nvme_path is missing"),
+    (offloaded(device="nvme", nvme_path=3), INSIDE + "offload_optimizer.nvme_path must be text"),
+    (
+        offloaded(device="cpu", pinmemory=True),
+        INSIDE + "offload_optimizer.pinmemory is unknown",
+        "pin_memory",
+    ),
+    (offloaded(device="cpu", ratio=1.5), "offload_optimizer.ratio must be a number from 0 on up to 1"),
+    (offloaded(2, device="cpu", ratio=0.5), "offload_optimizer.ratio is of stage 3, and this is stage 2"),
+    (offloaded(0, device="cpu"), INSIDE + "offload_optimizer does nothing at stage 0; take stage 1"),
+    (
+        zero(2, offload_param={"device": "cpu"}),
+        INSIDE + "offload_param does nothing at stage 2; take stage 3",
+    ),
+    *((zero(reduce_bucket_size=value), SIZE) for value in ("large", None, 0, True, 1.5, math.inf, {}, "1e9")),
+    (zero(stage3_max_live_parameters=-1), "stage3_max_live_parameters must be a whole number from 0 on"),
+    (zero(2, allgather_bucket_size=None), "allgather_bucket_size must be a whole number from 0 on (given: N"),
+    (zero(overlap_comm="yes"), INSIDE + "overlap_comm must be true or false"),
+    (zero(contiguous_gradients=None), INSIDE + "contiguous_gradients must be true or false"),
+    (zero(sub_group_size="auto"), 'sub_group_size is "auto", and nothing fills it in'),
+    (zero(leaf_module={"classes": [3]}), "leaf_module.classes must be a list of names"),
+    (zero(leaf_module="auto"), 'leaf_module is "auto"'),
+    (zero(cpu_offload=True), INSIDE + "cpu_offload is another name of offload_optimizer"),
+    (zero(max_live_parameters=1), "max_live_parameters is another name of stage3_max_live_parameters"),
+    (zero(gather_16bit_weights_on_model_save=False), f"is another name of {zero_file.GATHER}; write that"),
+    (zero(stage3_gather_fp16_weights_on_model_save=True), f"is another name of {zero_file.GATHER}"),
+    (zero(2, compute_grad_norm=False), INSIDE + "compute_grad_norm is false, and the guard"),
+    (zero(2, zenflow={"topk_ratio": 0.1}), INSIDE + "zenflow makes steps of earlier gradients"),
+    *((zero() | {"wall_clock_breakdown": value}, "wall_clock_breakdown") for value in ("auto", 1, "no")),
+    (zero() | {"communication_data_type": "fp8"}, "communication_data_type must be one of fp16, bf16, fp32"),
+    (zero() | {"steps_per_print": 0}, "steps_per_print must be a whole number above 0"),
+    (zero() | {"comms_logger": {"enable": True}}, "comms_logger.enable is unknown", "or write enabled"),
+    (zero() | {"comms_logger": None}, "comms_logger must be a mapping of enabled"),
+    (zero() | {"flops_profiler": True}, "flops_profiler must be a mapping of enabled"),
+    (zero() | {"flops_profiler": {"enabled": "auto"}}, 'flops_profiler.enabled is "auto"'),
+    (zero() | {"aio": {"blocksize": 1}}, "aio.blocksize is unknown", "or write block_size"),
+    (
+        zero() | {"checkpoint": {"tag_validation": "never"}},
+        "tag_validation must be one of Ignore, Warn, Fail",
+    ),
+    (zero() | {"checkpoint": {"parallel_write": True}}, "parallel_write must be a mapping of pipeline_stage"),
+    (zero() | {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is found out"),
+    (zero() | {"bf16": {"enable": True}}, "bf16.enable is unknown to DeepSpeed", "or write enabled"),
+    (zero() | {"fp16": {"loss_scale_window": "long"}}, "fp16.loss_scale_window must be a whole number"),
+    (zero() | {"optimizer": {"type": "AdamW", "params": {"torch_adam": "auto"}}}, "torch_adam must be"),
+]
+ZERO += [(options, {}, *telling) for options, *telling in NESTED]
+
+
 @pytest.mark.parametrize("options, keys, telling", [(case[0], case[1], case[2:]) for case in ZERO])
 def test_a_zero_file_that_contradicts_the_recipe(made, options, keys, telling):
     for given in (options, made.folder / "zero.json"):
@@ -1043,6 +1115,18 @@ def test_a_zero_file_that_contradicts_the_recipe(made, options, keys, telling):
         ({**STAGE, "bf16": {"enabled": True}}, {}),
         ({**STAGE, "fp16": {"enabled": False}}, {}),
         ({**STAGE, "steps_per_print": 10, "zero_allow_untested_optimizer": True}, {}),
+        (zero(stage3_max_live_parameters=1e9, reduce_bucket_size="auto", overlap_comm=None), {}),
+        (zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme", "ratio": 0.5}), {}),
+        (zero(2, offload_optimizer={"device": "cpu", "pin_memory": False}), {}),
+        (zero(2, offload_param={"device": "none"}, leaf_module={"names": "mlp"}), {}),
+        (STAGE | {"wall_clock_breakdown": None, "aio": {"block_size": 1048576, "use_gds": False}}, {}),
+        (STAGE | {"flops_profiler": {"enabled": False, "module_depth": -1, "output_file": None}}, {}),
+        (STAGE | {"comms_logger": {"enabled": False, "prof_ops": ["all_reduce"]}}, {}),
+        (
+            STAGE | {"checkpoint": {"tag_validation": "ignore", "parallel_write": {"pipeline_stage": True}}},
+            {},
+        ),
+        (STAGE | {"communication_data_type": "fp32", "bf16": {"check_grad_overflow": True}}, {}),
         (
             {**STAGE, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.5]}}},
             {"learning_rate": 1e-3, "adam_beta2": 0.5},
@@ -1056,6 +1140,60 @@ def test_a_zero_file_that_agrees(made, options, keys):
         if options.get("bf16") != {"enabled": True} or keys
         else ["- ds bf16.enabled=True vs hf bf16|bf16_full_eval=False"]
     )
+
+
+def test_the_names_are_those_of_the_deepspeed_that_is_installed(monkeypatch):
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    for kind in (DeepSpeedZeroConfig, DeepSpeedBF16Config, DeepSpeedZeroOffloadOptimizerConfig):
+        known = zero_section.sections()[kind.__name__]
+        plain = {name for name, option in known.items() if option.instead is None}
+        assert set(known) == {*kind.model_fields, *plain}
+        old = {name for name, field in kind.model_fields.items() if field.json_schema_extra}
+        assert plain == {field.alias or name for name, field in kind.model_fields.items() if name not in old}
+    # Without it nothing trains, and other commands say of it what they can.
+    monkeypatch.setattr(zero_section.importlib.util, "find_spec", lambda name: None)
+    zero_section.sections.cache_clear()
+    try:
+        zero_section.check_zero({"stage": 3, "anything": 1}, None)
+    finally:
+        zero_section.sections.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"ofload_optimizer": {"device": "cpu"}},
+        {"reduce_bucket_size": "large"},
+        {"reduce_bucket_size": None},
+        {"reduce_bucket_size": 0},
+        {"offload_optimizer": "cpu"},
+        {"offload_optimizer": {"device": "CPU"}},
+        {"stage3_max_live_parameters": "1e9"},
+    ],
+)
+def test_deepspeed_would_end_with_what_is_refused(section):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert DeepSpeedZeroConfig(stage=3).stage == 3
+    with pytest.raises(ValueError):
+        DeepSpeedZeroConfig(stage=3, **section)
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "train"])
+def test_every_command_says_so_before_it_begins(recipe_file, tmp_path, command):
+    path = recipe_file(train={"deepspeed": zero(offload_optimizer="cpu")})
+    code, _, error = run_main(command, path, "endprompt", "--out", tmp_path / "out")
+    assert code == 2 and "zero_optimization.offload_optimizer must be a mapping" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_null_that_offloads_nothing_is_left_out():
+    """accelerate asks it for its device."""
+    given = zero(offload_optimizer=None, offload_param=None)
+    assert not {*zero_section.OFFLOADS} & {*zero_file.filled(given, 1)["zero_optimization"]}
 
 
 def test_what_a_zero_file_leaves_out_would_be_deepspeed_s_own(made):

@@ -24,6 +24,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def prepare(arguments, experiment) -> None:
     from endprompt.bases import model
+    from endprompt.recipe.batch import batch_shape
     from endprompt.rows import prepare
     from endprompt.runs import provenance, runfolder
 
@@ -37,6 +38,7 @@ def prepare(arguments, experiment) -> None:
             " started; one a core is enough"
         )
     part = _part(arguments.part) if arguments.part is not None else None
+    batch_shape(experiment)  # rows of which no step can be made would be made in vain
     config = base.config
     base.check_vocabulary()
     recipe = experiment.recipe
@@ -156,6 +158,10 @@ def run(arguments) -> None:
     """One command of a recipe and a method."""
     experiment = _experiment(arguments)
     if arguments.dry_run:
+        if arguments.command in ("prepare", "train") and experiment.method.trained:
+            from endprompt.recipe.batch import batch_shape
+
+            batch_shape(experiment)
         print(experiment.dump(), end="")
         return
     reads = arguments.command == "plan" or arguments.command == "inspect" and not arguments.coverage

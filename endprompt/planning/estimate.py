@@ -77,7 +77,8 @@ PARTS = (
 
 def describe(experiment: Experiment, machine: Machine) -> str:
     """The page that ``endprompt plan`` prints.  Raises BadInput."""
-    from endprompt.training.arguments import DEFAULTS, batch_shape
+    from endprompt.recipe.batch import batch_shape
+    from endprompt.training.arguments import DEFAULTS
 
     recipe, method = experiment.recipe, experiment.method
     if not method.trained:

@@ -267,7 +267,8 @@ def training_memory(
     Raises BadInput if its step cannot be split into micro-batches.
     """
     from endprompt.recipe import zero_file
-    from endprompt.training.arguments import DEFAULTS, batch_shape
+    from endprompt.recipe.batch import batch_shape
+    from endprompt.training.arguments import DEFAULTS
 
     recipe, shape = experiment.recipe, batch_shape(experiment)
     options = (recipe.deepspeed or {}) if options is None else options

@@ -5,11 +5,12 @@ DeepSpeed ignores names that it does not know beside its sections, and has value
 
 import difflib
 import reprlib
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from endprompt import BadInput
+from endprompt.recipe import zero_section
 from endprompt.recipe.training_keys import DEFAULTS, REFUSED
+from endprompt.recipe.zero_section import Wrong
 
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 HALVES = ("bf16", "fp16")
@@ -43,13 +44,13 @@ PARAMS = {
     "weight_decay": ("weight_decay",),
 }
 GATHER = "stage3_gather_16bit_weights_on_model_save"
-Wrong = Callable[[str, str], NoReturn]  # (name, why it is refused)
 
 
 def check(train: dict[str, Any], options: Any, where: str) -> None:
     """Raises BadInput beginning with ``where`` unless DeepSpeed's ``options`` agree with the recipe.
 
-    Refused are names that DeepSpeed would ignore, that train something else, or that leave no model to save.
+    Refused are names that DeepSpeed would ignore, that train something else, or that leave no model to save,
+    and values that it would end with once the weights are loaded.
     """
 
     def wrong(name: str, why: str) -> NoReturn:
@@ -83,16 +84,23 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
         if options.get(name, "auto") != "auto":
             why = "it follows from the recipe, the method's rows and the number of ranks"
             wrong(name, f'is {reprlib.repr(options[name])}; write "auto", for {why}')
-    merged = {**DEFAULTS, **train}
+    zero_section.check_zero(zero, wrong)
+    _check_sections({**DEFAULTS, **train}, train.get("bf16"), options, wrong)
+
+
+def _check_sections(merged: dict[str, Any], bf16: bool | None, options: dict[str, Any], wrong: Wrong) -> None:
+    """``check`` beside ``zero_optimization``; merged: the recipe's ``train`` over the defaults; bf16: as the
+    recipe says, None if it is open.
+    """
     if options.get("gradient_clipping", "auto") not in ("auto", merged["max_grad_norm"]):
         said = f"train.max_grad_norm {merged['max_grad_norm']:g}"
         wrong(
             "gradient_clipping", f'is {reprlib.repr(options["gradient_clipping"])}, and {said}; write "auto"'
         )
     for name in HALVES:
-        _check_half(name, options.get(name, {}), train.get("bf16") if name == "bf16" else False, wrong)
+        _check_half(name, options.get(name, {}), bf16 if name == "bf16" else False, wrong)
     _check_sums(options.get("data_types", {}), wrong)
-    if zero.get(GATHER, True) is not True:
+    if options["zero_optimization"].get(GATHER, True) is not True:
         wrong(
             f"zero_optimization.{GATHER}", "is not true, and without it there is no model to save at the end"
         )
@@ -101,6 +109,10 @@ def check(train: dict[str, Any], options: Any, where: str) -> None:
         wrong(
             "checkpoint", f"must be a mapping without use_node_local_storage: {REFUSED['save_on_each_node']}"
         )
+    rest = {name: value for name, value in options.items() if name in zero_section.SECTIONS["a file"]}
+    zero_section.check("a file", rest, "", wrong)
+    if checkpoint.get("load_universal"):
+        wrong("checkpoint.load_universal", "is found out when a run goes on; remove it")
     if "optimizer" in options:
         _check_optimizer(merged, options["optimizer"], wrong)
 
@@ -125,6 +137,8 @@ def _check_half(name: str, section: Any, trained: bool | None, wrong: Wrong) -> 
         wrong("fp16", f"is enabled: {REFUSED['fp16']}")
     if trained is not None and enabled != "auto" and enabled != trained:
         wrong(f"{name}.enabled", f'is {enabled}, and train.{name} {trained}; write "auto"')
+    kind = zero_section.BF16 if name == "bf16" else zero_section.FP16
+    zero_section.check(kind, section, f"{name}.", wrong)
 
 
 def _check_optimizer(merged: dict[str, Any], section: Any, wrong: Wrong) -> None:
@@ -139,6 +153,8 @@ def _check_optimizer(merged: dict[str, Any], section: Any, wrong: Wrong) -> None
         wrong("optimizer", "must hold type AdamW and params alone")
     if unknown := set(params) - {*PARAMS, "torch_adam"}:
         wrong(f"optimizer.params.{min(unknown)}", "was not tried here; remove it")
+    if not isinstance(params.get("torch_adam", False), bool):
+        wrong("optimizer.params.torch_adam", "must be true or false")
     for name, keys in PARAMS.items():
         said = [merged[key] for key in keys]
         if params.get(name, "auto") not in ("auto", said if len(said) > 1 else said[0]):
@@ -159,6 +175,9 @@ def filled(options: dict[str, Any], accumulation: int) -> dict[str, Any]:
     and under ZeRO-3 there would be no model to save at the end.
     """
     zero = options["zero_optimization"]
+    # accelerate takes a null for a mapping
+    nothing = [name for name in zero_section.OFFLOADS if name in zero and zero[name] is None]
+    zero = {key: value for key, value in zero.items() if key not in nothing}
     if zero.get("stage") == 3:
         zero = {GATHER: True, **zero}
     auto = dict.fromkeys((*BATCH, "gradient_clipping"), "auto")

@@ -65,6 +65,11 @@ def by_step(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
+def marked(folder: Path) -> list[Path]:
+    """Those that were whole once, highest step first: what was trained stands in them, damaged or not."""
+    return [path for path in by_step(folder) if marker(path) is not None]
+
+
 def newest(folder: Path, log=None) -> Path | None:
     """The whole checkpoint of the highest step; names on ``log`` the ones that are passed over and why."""
     for path in by_step(folder):
@@ -83,9 +88,7 @@ def to_resume(folder: Path, log=None) -> Path | None:
     away unasked.
     """
     found = newest(folder, log)
-    damaged = [
-        f"{path.name} {fault(path)}" for path in by_step(folder) if found is None and marker(path) is not None
-    ]
+    damaged = [f"{path.name} {fault(path)}" for path in marked(folder) if found is None]
     if damaged:
         raise BadInput(
             f"checkpoints: {folder} holds none that is whole ({'; '.join(damaged)}); restore one from a copy,"
@@ -116,7 +119,7 @@ def keep_newest(folder: Path, count: int | None) -> None:
     """
     if count is None:
         return
-    for path in [path for path in by_step(folder) if marker(path) is not None][max(1, count) :]:
+    for path in marked(folder)[max(1, count) :]:
         (path / MARKER).unlink()  # a kill in the middle of removing must not leave what looks whole
         shutil.rmtree(path)
 

@@ -1,4 +1,4 @@
-"""The run's shards as a dataset, and a batch of its first row."""
+"""The run's shards as a dataset, a row of it to probe, and a batch of its first row."""
 
 import numpy as np
 import torch
@@ -47,6 +47,16 @@ def load_rows(experiment: Experiment, verify: bool):
         keep_in_memory=False,
     )
     return rows.add_column("row_number", np.arange(len(rows))), manifest
+
+
+def first_with_jump(dataset, start: int, most: int = 64) -> int:
+    """The number of the first row with a jump in its positions, from row ``start`` on, around the end, among
+    ``most`` rows; ``start`` itself, around the end, where none of them has one.
+    """
+    for number in range(start, start + min(most, len(dataset))):
+        if (np.diff(dataset[number % len(dataset)]["position_ids"]) != 1).any():
+            return number % len(dataset)
+    return start % len(dataset)
 
 
 def sample(dataset, collator: Collator, ends: int = 64) -> dict[str, torch.Tensor]:

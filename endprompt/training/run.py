@@ -21,11 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from endprompt import BadInput, Failure, storage
 from endprompt.bases import model, sharpen
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
 from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
 from endprompt.training import checkpoint, dealing, heads, lora, loss, precision, sequence, watch, windows
-from endprompt.training.arguments import batch_shape, resumed_shape, set_up_environment, training_arguments
+from endprompt.training.arguments import resumed_shape, set_up_environment, training_arguments
 from endprompt.training.dataset import load_rows, sample
 from endprompt.training.trainer import Probe, WeightedTrainer, flops_per_token
 
@@ -109,20 +110,21 @@ def train(experiment: Experiment) -> None:
 
 
 def _explain(error: Exception, experiment: Experiment, rank: int) -> None:
-    """Notes in the run's folder how it ended, and raises ``error``, or, where another rank is lost or a file
-    cannot be written, the one line that says so."""
+    """Notes in the run's folder how it ended, and raises ``error``, or, where another rank is lost, a file
+    cannot be written or the system says no, the one line that says so."""
     run = experiment.run
     # A file that cannot be written ends one rank; what the others see is that it is gone, and theirs is not
     # the reason to keep.
-    unwritable = watch.unwritable(error)
-    reason = unwritable or watch.lost_rank(error, experiment.recipe.train.get("ddp_timeout", 1800))
+    unwritable = watch.unwritable(error, run)
+    lost = watch.lost_rank(error, experiment.recipe.train.get("ddp_timeout", 1800))
+    reason = unwritable or lost or watch.by_the_system(error)
     if unwritable or isinstance(error, Failure):
         launch.note_exit_code(3)
     with contextlib.suppress(OSError):
         if unwritable or isinstance(error, Failure) and rank == 0:
             runfolder.write_status(run, state="failed", reason=unwritable or str(error)[:500])
         elif rank == 0 and runfolder.read_status(run).get("state") != "failed":
-            state = "lost a rank" if reason else "crashed"
+            state = "lost a rank" if lost else "crashed"
             runfolder.write_status(run, state=state, reason=reason or str(error)[:500])
     if reason is None:
         raise error

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from endprompt.bases import counting
 from endprompt.training import dealing, sequence
 from endprompt.training import probe as attention
+from endprompt.training.dataset import first_with_jump
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -198,10 +199,11 @@ class Probe(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        row, shared = (
-            self.dataset[rank // self.sequence_parallel % len(self.dataset)],
-            self.sequence_parallel > 1,
-        )
+        shared = self.sequence_parallel > 1
+        number = rank // self.sequence_parallel % len(self.dataset)
+        # Only a jump can be read as a boundary: a row without one says nothing of the others.  Rows that
+        # ranks share have none.
+        row = self.dataset[number if shared else first_with_jump(self.dataset, number)]
         # Ulysses is built for micro-batches of one size.
         batch = self.collator([row] * (args.per_device_train_batch_size if shared else 1))
         training = model.training

@@ -1,7 +1,10 @@
 """What is looked at between two steps: a wish that the run stop, and a loss that is no number any more."""
 
 import datetime
+import errno
 import math
+import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -117,10 +120,17 @@ class Watch(TrainerCallback):
             or f"the gradient's norm is {norm}, the losses are finite"
         )
         newest = checkpoint_files.newest(self.run / "checkpoints")
+        # What has a checkpoint belongs to its setting, and is not gone on with under another.
+        lower = (
+            "choose a lower train.learning_rate and another --out (or delete"
+            f" {newest.parent}; the shards stay)"
+            if newest
+            else "lower train.learning_rate"
+        )
         return (
             f"train: step {state.global_step} is not finite ({where}); nothing of it was saved.  The last"
             f" good checkpoint is {newest or 'none, the base model'}; look at those rows with `endprompt"
-            " inspect --row N`, or lower train.learning_rate, then start again"
+            f" inspect --row N`, or {lower}, then start again"
         )
 
 
@@ -193,27 +203,48 @@ def lost_rank(error: BaseException, timeout: float) -> str | None:
     return None
 
 
-def unwritable(error: BaseException) -> str | None:
-    """One line for what torch.save and safetensors raise when a file cannot be written to its end; None for
-    any other error.
+# Of a disk that is full, a quota, the largest file, a disk that is read-only or damaged.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+DENIED = {errno.EACCES, errno.EPERM}
+
+
+def _being_written(name: Any, run: Path) -> bool:
+    """Whether training writes the file ``name`` in ``run``'s folder, where it also reads: shards, and what it
+    may not read.
+    """
+    if not isinstance(name, str | os.PathLike):
+        return False
+    path, run = Path(os.path.abspath(name)), Path(os.path.abspath(run))
+    inside = path.is_relative_to(run) and path.parent != run / "shards"
+    return inside and (not path.exists() or os.access(path, os.R_OK))
+
+
+def unwritable(error: BaseException, run: Path) -> str | None:
+    """One line for what torch.save, safetensors and the system raise when a file cannot be written to its
+    end; None for any other error, of reading and of too many open files too: starting again may mend them.
     """
     text = str(error)
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        return f"{error.filename or 'a file'} could not be written: {error.strerror}"
-    if any(
-        words in text
-        for words in (
-            "PytorchStreamWriter",
-            "inline_container",
-            "unexpected pos",
-            "os error 28",
-            "os error 27",
-            "No space left",
-            "File too large",
-        )
-    ):
+    if isinstance(error, OSError) and error.errno is not None:
+        denied = error.errno in DENIED and _being_written(error.filename, run)
+        if error.errno in FULL or denied:
+            return f"{error.filename or 'a file'} could not be written: {error.strerror}"
+        return None
+    serializing = "rror while serializing" in text  # safetensors, which has a name for reading too
+    codes = FULL | (DENIED if serializing else set())
+    told = any(int(code) in codes for code in re.findall(r"os error (\d+)", text))
+    words = ("PytorchStreamWriter", "inline_container", "unexpected pos", "No space left", "File too large")
+    if told or any(word in text for word in words) and "PytorchStreamReader" not in text:
         return (
             "a checkpoint or model file could not be written to its end"
             f" ({text.strip().splitlines()[0][:120]}); the disk may be full, or a quota reached"
         )
     return None
+
+
+def by_the_system(error: BaseException) -> str | None:
+    """One line for another error of the system's, such as a file that is gone; None for what is none, and
+    for connections: a traceback tells more of them.
+    """
+    if not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError):
+        return None
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
