@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from endprompt.recipe import task_names
 
 # What two results of one model may differ in, for they may come from different machines.
 _MACHINE = ("dtype", "attention")
+
+# The folder of another model's results: its name, and the hash of where it is.
+_OTHER = re.compile(r"eval-(.+)-[0-9a-f]{8}", re.DOTALL)
 
 # Of the harness' own data: MMLU's 57 tests, GSM8K test, HellaSwag validation, HumanEval.
 SHORT_TEXT_SAMPLES = {"mmlu": 14042, "gsm8k": 1319, "hellaswag": 10042, "humaneval": 164}
@@ -96,6 +100,21 @@ def evaluation_folder(run: Path, model: str | None = None) -> Path:
     return run / f"eval-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
+def folders(run: Path) -> dict[Path, str]:
+    """{folder: the name of its model} of the folders of results in ``run``, by name; the run's own model has
+    none.
+
+    Models whose folders have one name keep what tells them apart: the hash of their path.  Copies of such a
+    folder under other names (eval.bak, eval-old) are none.
+    """
+    others = {path: found for path in sorted(run.glob("eval-*")) if (found := _OTHER.fullmatch(path.name))}
+    hashed = {path: path.name.removeprefix("eval-") for path in others}
+    short = {path: found[1] for path, found in others.items()}
+    taken = [*short.values(), *hashed.values()]
+    named = {path: hashed[path] if taken.count(name) > 1 else name for path, name in short.items()}
+    return {path: name for path, name in {run / "eval": "", **named}.items() if path.is_dir()}
+
+
 def _check(path: Path) -> dict:
     """The content of a result file.  Raises BadInput if it is none."""
     try:
@@ -158,11 +177,9 @@ def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
     stage ``after`` made in the run's folder.
     """
     if after:
-        folders = [
-            evaluation_folder(run, str(run / after)),
-            *sorted(run.glob(f"eval-{after}-*")),
-        ]  # the second where the runs were moved
-        return read(next((folder for folder in folders if folder.is_dir()), folders[0]))
+        there = evaluation_folder(run, str(run / after))
+        moved = [path for path in folders(run) if (name := _OTHER.fullmatch(path.name)) and name[1] == after]
+        return read(next(iter(moved), there) if not there.is_dir() else there)
     folder = evaluation_folder(run, model)
     return read(folder if folder.is_dir() else evaluation_folder(run))
 

@@ -19,6 +19,8 @@ from endprompt.recipe import settings_file
 from endprompt.rows import shards
 from endprompt.runs import checkpoint_files, runfolder
 
+# What makes a folder a run's own, beside results: a model that was scored without a recipe leaves none.
+OWN = ("train.json", "recipe.yaml", "shards", "checkpoints", "model", runfolder.STATUS)
 ROWS_COUNTED = 2000  # whose distances are counted: rows are drawn alike, so the first stand for all
 
 
@@ -103,8 +105,7 @@ def _name(runs: list[Run]) -> None:
 def _read(folder: Path) -> Run:
     scored = _scored(folder)
     summary = results.training(folder) or {}
-    there = ("recipe.yaml", "shards", "checkpoints", "model", runfolder.STATUS)
-    if not summary and not scored and not any((folder / name).exists() for name in there):
+    if not scored and not any((folder / name).exists() for name in OWN):
         raise BadInput(
             f"report: {folder} is no run's folder; name one that a command wrote, OUT/<recipe>/<method>"
         )
@@ -135,13 +136,10 @@ def _of_checkpoint(folder: Path) -> list[dict]:
 
 
 def _scored(folder: Path) -> dict[str, Results]:
-    """Results by the folder that they lie in, of the run's own model first."""
-    found = {}
-    for path in sorted(folder.glob("eval*")):
-        if path.is_dir() and (one := results.read(path)).found:
-            found["" if path.name == "eval" else path.name.removeprefix("eval-").rpartition("-")[0]] = one
-    if len(found) == 1:  # a model that was scored without a recipe is the run's own
-        found = {"": next(iter(found.values()))}
+    """Results by the model that they are of, those of the run's own, "", first."""
+    found = {name: one for path, name in results.folders(folder).items() if (one := results.read(path)).found}
+    if len(found) == 1 and not any((folder / name).exists() for name in OWN):
+        found = {"": next(iter(found.values()))}  # of a model that was scored without a recipe
     return found
 
 

@@ -198,7 +198,16 @@ def _scores(runs: list[Run], colour: dict[str, str]) -> dict[str, Any] | None:
         )
         for task, length in pairs
     ]
-    return {"pictures": pictures, "labels": list(scored), "rows": rows}
+    return {"pictures": pictures, "labels": list(scored), "rows": rows, "notes": _left_out(scored)}
+
+
+def _left_out(scored: dict[str, Results]) -> list[str]:
+    """What the scores do not show."""
+    return [
+        f"{label}: {one.older} results of another model in {one.folder} left out"
+        for label, one in scored.items()
+        if one.older
+    ]
 
 
 def _score(task: str, file: dict | None) -> dict[str, Any] | None:
