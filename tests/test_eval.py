@@ -898,7 +898,7 @@ def write_result(folder, method, task, length, date="2026-01-01T00:00:00+00:00",
                 "question": {"model": model},
                 "date": date,
                 "method": method,
-                "scores": {"length": length, **scores},
+                "scores": {"length": length, "samples": 20, **scores},
             }
         )
     )
@@ -973,6 +973,51 @@ def test_leftovers_of_another_model_are_left_out(compared):
     assert "passkey 512" not in compare.table(compared)
     assert [row["scores"]["length"] for row in figures.read(compared / "endprompt/eval/passkey")] == [2048]
     assert figures.read(compared / "nowhere") == []
+
+
+def test_a_row_is_of_one_model_whatever_the_task(compared):
+    """perplexity of one model and passkey of a later one are no row together."""
+    later = {"date": "2026-02-01T00:00:00+00:00", "model": {"fingerprint": "new", "dtype": "torch.bfloat16"}}
+    write_result(compared, "endprompt", "passkey", 512, **later, **passkey_scores(20))
+    row = cells(compare.table(compared))["endprompt"]
+    assert row["passkey 512"].startswith("100%") and "perplexity 2048" not in row
+    assert row["passkey 2048"] == "not run"
+    assert figures.read(compared / "endprompt/eval/perplexity") == []
+    # What differs by the machine alone is one model.
+    same = later | {"model": {"fingerprint": "new", "dtype": "torch.float32", "name_or_path": "elsewhere"}}
+    write_result(compared, "endprompt", "perplexity", 512, **same, score=3.5, low=3.0, high=4.0)
+    row = cells(compare.table(compared))["endprompt"]
+    assert (row["perplexity 512"], row["passkey 512"][:4]) == ("3.50", "100%")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"question": {"model": "m"}}',
+        b"\xff\xfe",
+        {"cells": None},
+        {"cells": []},
+        {"cells": [{"depth": 0, "correct": "many", "total": 2}]},
+        {"cells": [{"depth": 0, "correct": 0, "total": 0}]},
+        {"score": None},
+        {"length": None},
+    ],
+)
+def test_a_damaged_result_is_one_line_of_the_comparison(compared, monkeypatch, capsys, spoil):
+    path = compared / "endprompt/eval/passkey/2048.json"
+    if isinstance(spoil, dict):
+        file = json.loads(path.read_text())
+        file["scores"] |= spoil
+        spoil = json.dumps(file)
+    path.write_bytes(spoil if isinstance(spoil, bytes) else spoil.encode())
+    code, out, err = run_compare(monkeypatch, capsys, compared)
+    assert (code, out, err.count("\n")) == (2, "", 1) and str(path) in err and "evaluate again" in err
+    assert not (compared / "comparison.md").exists()
 
 
 def run_compare(monkeypatch, capsys, *arguments):

@@ -2,26 +2,20 @@
 of bars, memory and time; the paper's figures dashed or hatched beside ours.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from endprompt import methods
-from endprompt.evaluation.results import model_of
+from endprompt.evaluation import results
 
 PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 
 
 def read(folder: Path) -> list[dict]:
-    """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by
-    length.
+    """The results in ``folder`` (one JSON file a length), by length, of the model that was scored last in the
+    folder of results that it is in.  Raises BadInput for a file that is no result.
     """
-    results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    newest = model_of(max(results, key=lambda result: result["date"])) if results else None
-    return sorted(
-        (result for result in results if model_of(result) == newest),
-        key=lambda result: result["scores"]["length"],
-    )
+    return results.read(folder.parent).rows(folder.name) if folder.is_dir() else []
 
 
 def pool(seeds: list[list[dict]]) -> list[dict]:

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from endprompt import BadInput, methods
 from endprompt.evaluation import longbench_scores
@@ -13,6 +14,15 @@ from endprompt.recipe import task_names
 
 # What two results of one model may differ in, for they may come from different machines.
 _MACHINE = ("dtype", "attention")
+
+# What tables and pictures show of the parts of a result.
+_PARTS = {
+    **dict.fromkeys(("passkey", "multikey", task_names.NAMED_KEYS), ("depth", "correct", "total")),
+    task_names.DISTANCE: ("distance", "total", "score", "low", "high", "nats", "nats_low", "nats_high"),
+}
+
+# Tasks of which no result is without a length.
+_LENGTHS = (*_PARTS, "perplexity", task_names.FAR_GAIN)
 
 # The folder of another model's results: its name, and the hash of where it is.
 _OTHER = re.compile(r"eval-(.+)-[0-9a-f]{8}", re.DOTALL)
@@ -86,6 +96,14 @@ class Results:
         )
         return Estimate(score, score - down, score + up, min(one["samples"] for one in scores), tuple(files))
 
+    def rows(self, task: str) -> list[dict]:
+        """The results of ``task``, by length.  Raises BadInput for one whose parts are not what tables and
+        pictures of the task show."""
+        found = [self.found[task, length] for length in self.lengths(task)]
+        for result in found:
+            _check_parts(self.folder / task / f"{result['scores']['length'] or 'any'}.json", result["scores"])
+        return found
+
     def lengths(self, task: str) -> list[int | None]:
         return sorted((length for name, length in self.found if name == task), key=lambda length: length or 0)
 
@@ -115,27 +133,63 @@ def folders(run: Path) -> dict[Path, str]:
     return {path: name for path, name in {run / "eval": "", **named}.items() if path.is_dir()}
 
 
-def _check(path: Path) -> dict:
-    """The content of a result file.  Raises BadInput if it is none."""
+def check(path: Path) -> dict:
+    """The content of a result file, of a task's folder.  Raises BadInput if it is none."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         scores, model = result["scores"], result["question"]["model"]
         numbers = [scores[key] for key in ("score", "low", "high", "samples")]
-        whole = (
-            all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-            and scores["samples"] > 0
-        )
+        whole = all(map(number, numbers)) and scores["samples"] > 0
         if (
             not whole
             or not isinstance(model, dict | str)
             or not isinstance(result["date"], str)
             or type(scores["length"]) not in (int, type(None))
+            or (scores["length"] is None and path.parent.name in _LENGTHS)
         ):
             raise ValueError("score, low, high and samples are numbers, length a number or null")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise BadInput(f"{path} is no result file ({reason}); delete it and evaluate again") from None
     return result
+
+
+def number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def cells(scores: dict, *keys: str) -> list[dict]:
+    """The parts of a result that have all ``keys`` as numbers, of none a total of 0; none if one part lacks
+    one."""
+    found = scores.get("cells")
+    if not isinstance(found, list) or not all(isinstance(cell, dict) for cell in found):
+        return []
+    whole = all(number(cell.get(key)) for cell in found for key in keys)
+    return found if whole and all(cell.get("total", 1) > 0 for cell in found) else []
+
+
+def _check_parts(path: Path, scores: dict) -> None:
+    """Raises BadInput if a task that has parts lacks them, or one of their figures."""
+    keys = _PARTS.get(path.parent.name, ())
+    parts = cells(scores, *keys)
+    whole = bool(parts)
+    if path.parent.name == task_names.DISTANCE:
+        whole = whole and all(_span(cell.get("between")) for cell in parts) and _shown(scores.get("coverage"))
+    if keys and not whole:
+        raise BadInput(
+            f"{path} is no result file (its cells are not whole: each has {', '.join(keys)}); delete it and"
+            " evaluate again"
+        )
+
+
+def _shown(coverage: Any) -> bool:
+    """Whether ``coverage`` is what distance says of its rows: spans of distances, or none that are known."""
+    found = [coverage.get(key) for key in ("supervised", "gap")] if isinstance(coverage, dict) else [0]
+    return all(spans is None or isinstance(spans, list) and all(map(_span, spans)) for spans in found)
+
+
+def _span(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(number, value))
 
 
 def model_of(result: dict) -> dict | str:
@@ -162,7 +216,7 @@ def read(folder: Path) -> Results:
     """The results in ``folder``/<task>/<length or any>.json.  Raises BadInput for a file that is no
     result.
     """
-    results = [(path.parent.name, _check(path)) for path in sorted(folder.glob("*/*.json"))]
+    results = [(path.parent.name, check(path)) for path in sorted(folder.glob("*/*.json"))]
     if not results:
         return Results(folder)
     newest = _identity(max((result for _, result in results), key=lambda result: result["date"]))

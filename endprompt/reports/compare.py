@@ -101,8 +101,9 @@ def check(folders: list[Path]) -> None:
                     " compare runs of one setting"
                 )
             first = first or ((setting, folder / name) if setting else None)
+            scored = results.read_run(folder / name)
             for task in TASKS:
-                for row in figures.read(folder / name / "eval" / task):
+                for row in scored.rows(task):
                     asked = {key: value for key, value in row["question"].items() if key != "model"}
                     before = questions.setdefault((task, row["scores"]["length"]), (asked, folder))
                     if before[0] != asked:
@@ -127,9 +128,10 @@ def summary(folders: list[Path]) -> dict[str, dict]:
         if not runs:
             continue
         result[name] = {}
+        scored = [results.read_run(run) for run in runs]
         for task, (ceiling, _) in TASKS.items():
             by_length: dict[int, list[dict]] = {}
-            for row in (row for run in runs for row in figures.read(run / "eval" / task)):
+            for row in (row for one in scored for row in one.rows(task)):
                 by_length.setdefault(row["scores"]["length"], []).append(row["scores"])
             result[name][task] = {
                 length: intervals.over_seeds(
@@ -177,6 +179,11 @@ def table(*folders: Path, order: Order = dict) -> str:
     return f"{lines}\n\n{NOTE}" if several else lines
 
 
+def _rows(folders: list[Path], method: str, task: str) -> list[list[dict]]:
+    """The results of ``task`` of each seed that was scored, by length."""
+    return [results.read_run(folder / method).rows(task) for folder in folders]
+
+
 def compare(
     folders: list[Path], out: Path | None = None, title: str | None = None, order: Order = dict
 ) -> None:
@@ -204,14 +211,10 @@ def compare(
     )
     print(f"{text}\n\n{out / 'comparison.md'}\n{out / 'comparison.json'}")
     for task, stem in (("passkey", "comparison"), ("multikey", "comparison-multikey")):
-        results = {
-            name: rows
-            for name in found
-            if (rows := figures.pool([figures.read(folder / name / "eval" / task) for folder in folders]))
-        }
-        if results:
-            figures.heatmaps(results, out / f"{stem}.png", title)
-            figures.lines({name: found[name][task] for name in results}, out / f"{stem}-lines.png", title)
+        drawn = {name: rows for name in found if (rows := figures.pool(_rows(folders, name, task)))}
+        if drawn:
+            figures.heatmaps(drawn, out / f"{stem}.png", title)
+            figures.lines({name: found[name][task] for name in drawn}, out / f"{stem}-lines.png", title)
             print(f"{out / stem}.png\n{out / stem}-lines.png")
 
 

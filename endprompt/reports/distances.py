@@ -68,7 +68,10 @@ def _told_apart(folders: list[Path]) -> dict[Path, str]:
 def entry(run: Path) -> dict:
     """What is kept of a run: {"run": the last parts of its folder, "results": {"task:length": scores},
     "training": tokens, steps, seconds, settings and losses or None, "commit", "device", "versions"}."""
-    found = results.read_run(run).found
+    scored = results.read_run(run)
+    for task in (task_names.DISTANCE, task_names.NAMED_KEYS):
+        scored.rows(task)  # what cannot be shown is refused
+    found = scored.found
     one = next(iter(found.values()), {})
     for (task, length), file in found.items():
         if task == task_names.DISTANCE:

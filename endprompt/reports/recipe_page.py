@@ -39,6 +39,8 @@ class Page:
         for method in methods.METHODS:
             if (found := results.read_run(folder / method, self.models.get(method))).found:
                 self.methods[method] = found
+            for task in passkey.TASKS:
+                found.rows(task)  # what cannot be drawn is refused before anything is written
         if not self.methods:
             raise BadInput(
                 f"--recipe {self.name}: {folder} holds no evaluated method; run `endprompt evaluate` first,"
@@ -120,11 +122,7 @@ class Page:
             self._draw_training(out)
 
     def _draw_passkey(self, out: Path, task: str) -> None:
-        if rows := {
-            method: kept
-            for method, found in self.methods.items()
-            if (kept := [found.found[task, length] for length in found.lengths(task)])
-        }:
+        if rows := {method: kept for method, found in self.methods.items() if (kept := found.rows(task))}:
             figures.heatmaps(
                 rows, self._picture(out, task), f"{self.name}: {task} retrieval by length and depth"
             )

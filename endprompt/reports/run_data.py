@@ -3,7 +3,6 @@ supervised, and its settings.  Whatever is not there is left out."""
 
 import contextlib
 import json
-import math
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -54,7 +53,8 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of what was logged as ``key``."""
-        found = [entry for entry in self.history if _number(entry.get(key)) and _number(entry.get("step"))]
+        number = results.number
+        found = [entry for entry in self.history if number(entry.get(key)) and number(entry.get("step"))]
         return [entry["step"] for entry in found], [entry[key] for entry in found]
 
     @property
@@ -64,20 +64,6 @@ class Run:
         stamp = next((one for one in stamps if isinstance(one.get("versions"), dict)), {})
         own = {key: stamp[key] for key in ("commit", "device") if stamp.get(key)}
         return own | stamp.get("versions", {})
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def cells(file: dict, *keys: str) -> list[dict]:
-    """The parts of a result that have all ``keys`` as numbers, of none a total of 0; none if one part lacks
-    one."""
-    found = file["scores"].get("cells")
-    if not isinstance(found, list) or not all(isinstance(cell, dict) for cell in found):
-        return []
-    whole = all(_number(cell.get(key)) for cell in found for key in keys)
-    return found if whole and all(cell.get("total", 1) > 0 for cell in found) else []
 
 
 def read(folders: list[Path]) -> list[Run]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput, __version__, storage
+from endprompt.evaluation import results
 from endprompt.evaluation.results import Results
 from endprompt.recipe import task_names
 from endprompt.reports import run_data, run_figures
@@ -226,7 +227,7 @@ def _grids(runs: list[Run]) -> list[tuple[str, str]]:
         alike: dict[tuple, dict[str, list[dict]]] = {}  # panels share their depths
         for label, one in scored.items():
             rows = [one.found[task, length] for length in one.lengths(task)]
-            cells = [run_data.cells(row, "depth", "correct", "total") for row in rows]
+            cells = [results.cells(row["scores"], "depth", "correct", "total") for row in rows]
             if rows and all(cells):
                 depths = tuple(sorted({cell["depth"] for some in cells for cell in some}))
                 alike.setdefault(depths, {})[label] = rows
@@ -238,7 +239,7 @@ def _grids(runs: list[Run]) -> list[tuple[str, str]]:
             file = one.found[task_names.DISTANCE, length]
             by_distance = {
                 cell["distance"]: {"mean": cell["score"], "low": cell["low"], "high": cell["high"]}
-                for cell in run_data.cells(file, "distance", "score", "low", "high")
+                for cell in results.cells(file["scores"], "distance", "score", "low", "high")
             }
             gap = (file["scores"].get("coverage") or {}).get("gap") or []
             if by_distance:
