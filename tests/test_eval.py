@@ -740,6 +740,29 @@ def test_results_that_cannot_be_read_are_replaced(recipe, tmp_path, capsys, text
     )
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"question": {"model": "m"}, "scores": {}}'])
+def test_a_damaged_result_beside_those_that_are_scored_is_a_warning(recipe, tmp_path, capsys, text):
+    path = tmp_path / "run/small/base/eval/passkey/512.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    run.evaluate(Experiment.of(recipe(lengths=[96]), "base", tmp_path / "run"))
+    out, err = capsys.readouterr()
+    assert out.count("96") == 2 and path.read_text() == text
+    assert f"warning: the picture of passkey is not drawn anew: {path} is no result file" in err
+    assert "delete it and evaluate again" in err
+
+
+def test_a_result_without_its_scores_is_scored_again(recipe, tmp_path, capsys):
+    asked = recipe(tasks=["passkey"], lengths=[96])
+    run.evaluate(Experiment.of(asked, "base", tmp_path / "run"))
+    path = tmp_path / "run/small/base/eval/passkey/96.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"scores": {"length": 96}}))
+    run.evaluate(Experiment.of(asked, "base", tmp_path / "run"))
+    assert "cannot be read; scoring again" in capsys.readouterr().err
+    assert json.loads(path.read_text())["scores"] == whole["scores"]
+
+
 def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, capsys):
     """The same path with other weights in it: the old score must not stand for the new model."""
     folder = shutil.copytree(base, tmp_path / "model")

@@ -411,11 +411,16 @@ class Evaluation:
 
 
 def _draw(experiment: Experiment, folder: Path, todo: list) -> None:
-    for task in passkey.TASKS:
-        if any(asked == task for asked, _ in todo) and (folder / task).is_dir():
-            found = {experiment.method.name: figures.read(folder / task)}
-            figures.heatmaps(found, folder / f"{task}.png")
-    piecewise.draw(experiment.method.name, folder, {task for task, _ in todo})
+    """Pictures of the tasks that were scored; those of a task stay as they were, after a warning, where a
+    result in ``folder`` cannot be read, or nothing can be written."""
+    name = experiment.method.name
+    for task in sorted({task for task, _ in todo}):
+        try:
+            if task in passkey.TASKS and (found := figures.read(folder / task)):
+                figures.heatmaps({name: found}, folder / f"{task}.png")
+            piecewise.draw(name, folder, {task})
+        except (OSError, BadInput) as error:
+            print(f"warning: the picture of {task} is not drawn anew: {error}", file=sys.stderr)
 
 
 def _path(folder: Path, task: str, length: int | None) -> Path:
@@ -424,15 +429,17 @@ def _path(folder: Path, task: str, length: int | None) -> Path:
 
 def _existing(path: Path, question: dict) -> dict | None:
     """A result already there for the very same question; None, after saying so, if there is one for
-    another.
+    another.  Raises BadInput if what is there is no file.
     """
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder, where a result is to be written; remove it")
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if same(result["question"], question):
-            return result
+            return results.check(path)
         print(f"{path}: was scored for another model or setting; scoring again", file=sys.stderr)
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError):
+    except (BadInput, OSError, ValueError, KeyError, TypeError, RecursionError):
         print(f"{path}: cannot be read; scoring again", file=sys.stderr)
     return None
