@@ -15,7 +15,10 @@ def read(folder: Path) -> list[dict]:
     """The results in ``folder`` (one JSON file a length), by length, of the model that was scored last in the
     folder of results that it is in.  Raises BadInput for a file that is no result.
     """
-    return results.read(folder.parent).rows(folder.name) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    scored = results.read(folder.parent)
+    return [scored.found[folder.name, length] for length in scored.lengths(folder.name)]
 
 
 def pool(seeds: list[list[dict]]) -> list[dict]:

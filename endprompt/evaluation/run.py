@@ -416,7 +416,7 @@ def _draw(experiment: Experiment, folder: Path, todo: list) -> None:
     name = experiment.method.name
     for task in sorted({task for task, _ in todo}):
         try:
-            if task in passkey.TASKS and (found := figures.read(folder / task)):
+            if task in passkey.TASKS and (found := results.read(folder).rows(task)):
                 figures.heatmaps({name: found}, folder / f"{task}.png")
             piecewise.draw(name, folder, {task})
         except (OSError, BadInput) as error:
