@@ -5,14 +5,16 @@ it.
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_main
 from matplotlib import image
+from safetensors.torch import load_file, save_file
 
 from endprompt import BadInput, methods
 from endprompt.evaluation import figures, longbench_scores, question, results, run, scored_model
@@ -861,9 +863,33 @@ def test_states(tiny):
     assert state() == ("1 of 2 results", False), "another question is no answer"
     answer("endprompt", 128, "another model")
     assert state() == ("1 of 2 results", False), "another model's score is no answer"
-    for length in (64, 128):
-        answer("base", length, "any")
-    assert state("base") == ("evaluated", True)
+
+
+@pytest.mark.parametrize("method", ["base", "interpolation"])
+def test_results_of_another_base_or_rope_are_no_answers(tiny, recipe_file, base, monkeypatch, method):
+    """Nothing was trained, so the base's weights, its RoPE and its sharpness are the model."""
+    job, _, folder = tiny
+    path = recipe_file("tiny", eval={"lengths": [96, 128]})
+
+    def state(*overrides):
+        asked = plan_jobs.Job("run", path, method, job().out, overrides)
+        return plan.inspect(asked, PER_HOUR).state
+
+    assert state() == "not evaluated"
+    code, _, error = run_main("evaluate", path, method, "--out", job().out)
+    assert code == 0, error
+    assert state() == "evaluated"
+    sharper = state("rope.sharpen=1.0")
+    assert sharper == "not evaluated"
+    if method == "interpolation":
+        assert state("rope.type=yarn") == state("lengths.target=1024") == "not evaluated"
+    other = shutil.copytree(base, folder / "another")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert state(f"model.name_or_path={other}") == "not evaluated"
+    moved = shutil.copytree(base, folder / "moved")
+    assert state(f"model.name_or_path={moved}") == "evaluated"
 
 
 def test_rows_that_do_not_fit_a_step_are_found_before_anything_runs(tmp_path):
