@@ -266,6 +266,25 @@ def test_different_questions_are_not_averaged(seeds):
         compare.check(seeds)
 
 
+@pytest.mark.parametrize(
+    "key, value", [("samples", 7), ("seed", 1), ("tokenizer", "another"), ("code", "another"), ("new", 3)]
+)
+def test_methods_that_were_asked_different_questions_are_not_told_apart(
+    seeds, monkeypatch, capsys, key, value
+):
+    for folder in seeds:  # alike within a method
+        path = folder / "short/eval/passkey/512.json"
+        result = json.loads(path.read_text())
+        result["question"][key] = value
+        path.write_text(json.dumps(result))
+    code, out, err = run_compare(monkeypatch, capsys, seeds[0])
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"were asked different questions (passkey at 512: {key}); evaluate them alike" in err
+    assert not (seeds[0] / "comparison.md").exists()
+    with pytest.raises(BadInput, match="tiny/(short|base) and .*tiny/short were asked different questions"):
+        compare.check(seeds)
+
+
 # The script
 
 

@@ -30,6 +30,7 @@ TASKS = {
     "multikey": (100.0, "{:.0f}%"),
     "perplexity": (float("inf"), "{:.2f}"),
 }
+Asked = dict[tuple[str, int], tuple[dict, Path]]  # {(task, length): what the first run was asked, the run}
 Order = Callable[[dict[str, dict]], dict[str, dict]]  # of the methods in ``summary``
 NOTE = (
     "Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or"
@@ -74,15 +75,15 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
 
 
 def check(folders: list[Path]) -> None:
-    """Raises BadInput if two folders are the same, a seed comes twice, or their runs differ in more than the
-    seed.
+    """Raises BadInput if two folders are the same, a seed comes twice, runs of a method differ in more than
+    the seed, or any two were asked different questions.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("a folder is named twice; a seed counts once")
+    asked: Asked = {}
     for name in methods.METHODS:
         seeds: dict[int | None, Path] = {}
         first = None
-        questions: dict[tuple, tuple] = {}
         for folder in folders:
             if not (folder / name / "eval").is_dir():
                 continue
@@ -101,21 +102,23 @@ def check(folders: list[Path]) -> None:
                     " compare runs of one setting"
                 )
             first = first or ((setting, folder / name) if setting else None)
-            scored = results.read_run(folder / name)
-            for task in TASKS:
-                for row in scored.rows(task):
-                    asked = {key: value for key, value in row["question"].items() if key != "model"}
-                    before = questions.setdefault((task, row["scores"]["length"]), (asked, folder))
-                    if before[0] != asked:
-                        unlike = ", ".join(
-                            sorted(
-                                key for key in {**before[0], **asked} if before[0].get(key) != asked.get(key)
-                            )
-                        )
-                        raise BadInput(
-                            f"{before[1] / name} and {folder / name} were asked different questions ({task}"
-                            f" at {row['scores']['length']}: {unlike}); evaluate them alike"
-                        )
+            _check_questions(folder / name, asked)
+
+
+def _check_questions(run: Path, asked: Asked) -> None:
+    """Notes in ``asked`` what ``run`` was asked.  Raises BadInput if a run before it, of whatever method, was
+    asked something else: who is told apart from whom must have had the same questions.
+    """
+    scored = results.read_run(run)
+    for task in TASKS:
+        for row in scored.rows(task):
+            here = {key: value for key, value in row["question"].items() if key != "model"}
+            before, where = asked.setdefault((task, row["scores"]["length"]), (here, run))
+            if unlike := sorted(key for key in {**before, **here} if before.get(key) != here.get(key)):
+                raise BadInput(
+                    f"{where} and {run} were asked different questions ({task} at {row['scores']['length']}:"
+                    f" {', '.join(unlike)}); evaluate them alike"
+                )
 
 
 def summary(folders: list[Path]) -> dict[str, dict]:
