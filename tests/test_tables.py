@@ -485,9 +485,42 @@ def test_a_model_that_is_named_stands_in(runs, tmp_path):
     own = results.evaluation_folder(runs / "llama3-8b-64k/endprompt", str(tmp_path / "mine")).name
     write(runs / "llama3-8b-64k/endprompt", "ruler_vt", 4096, 12, folder=own)
     assert filled(runs, "table_6", endprompt=str(tmp_path / "mine")).cells["vt"]["endprompt"].ours.score == 12
-    assert filled(runs, "table_6", endprompt=str(tmp_path / "other")).cells["vt"][
-        "endprompt"
-    ].ours.score == score_of("vt", 4096)
+    other = filled(runs, "table_6", endprompt=str(tmp_path / "other"))
+    assert all(isinstance(cells["endprompt"].ours, Missing) for cells in other.cells.values())
+
+
+def test_a_model_that_was_not_scored_is_no_reason_to_show_the_run_s_own(runs, tmp_path, capsys):
+    """As with a name that was mistyped."""
+    mine = str(tmp_path / "mine")
+    out = ["--runs", runs, "--out", tmp_path / "results"]
+    code, said, err = call(tables.main, *out, "--model", f"endprompt={mine}", capsys=capsys)
+    assert (code, said, err.count("\n")) == (2, "", 1) and not (tmp_path / "results").exists()
+    assert f"endprompt evaluate RECIPE endprompt --model {mine}" in err
+    own = results.evaluation_folder(runs / "tiny/endprompt", mine).name
+    write(runs / "tiny/endprompt", "passkey", 256, 77, folder=own)
+    page = recipe_page.Page("tiny", runs, {"endprompt": mine})
+    assert page.methods["endprompt"].mean([("passkey", 256)]).score == 77
+    assert page.methods["endprompt"].lengths("perplexity") == [] and "endprompt" not in page.trained
+    # Another recipe's runs are there beside it, and said to be their own.
+    code, _, err = call(tables.main, *out, "--model", f"endprompt={mine}", capsys=capsys)
+    assert code == 0, err
+    said = f"endprompt: {mine} was not scored for this recipe; these are the run's own results."
+    for name, there in (("table_6", True), ("recipe_llama3-8b-64k", True), ("recipe_tiny", False)):
+        assert (said in (tmp_path / "results" / f"{name}.md").read_text()) == there, name
+
+
+def test_a_recipe_of_which_another_model_alone_was_scored(runs, tmp_path, capsys):
+    """It is no recipe with a page; results of that model are shown where it is named."""
+    mine = str(tmp_path / "mine")
+    folder = results.evaluation_folder(tmp_path / "runs/small/pose", mine).name
+    write(runs / "small/pose", "passkey", 256, 77, folder=folder)
+    write(runs / "tiny/pose", "passkey", 256, 5, folder="eval-old")
+    out = ["--runs", runs, "--out", tmp_path / "results"]
+    assert call(tables.main, *out, capsys=capsys)[0] == 0
+    assert not (tmp_path / "results/recipe_small.md").exists()
+    assert "pose" not in (tmp_path / "results/recipe_tiny.csv").read_text()
+    assert call(tables.main, *out, "--model", f"pose={mine}", capsys=capsys)[0] == 0
+    assert "77.00" in (tmp_path / "results/recipe_small.csv").read_text()
 
 
 def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, monkeypatch):

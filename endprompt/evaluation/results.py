@@ -227,15 +227,14 @@ def read(folder: Path) -> Results:
 
 
 def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
-    """The results of a run's own model; of another (``model``), if it was scored there; or of the one that
-    stage ``after`` made in the run's folder.
+    """The results of a run's own model; of another (``model``), none where it was not scored there; or of the
+    one that stage ``after`` made in the run's folder.
     """
     if after:
         there = evaluation_folder(run, str(run / after))
         moved = [path for path in folders(run) if (name := _OTHER.fullmatch(path.name)) and name[1] == after]
         return read(next(iter(moved), there) if not there.is_dir() else there)
-    folder = evaluation_folder(run, model)
-    return read(folder if folder.is_dir() else evaluation_folder(run))
+    return read(evaluation_folder(run, model))
 
 
 def training(run: Path) -> dict | None:
@@ -252,15 +251,42 @@ def training(run: Path) -> dict | None:
         raise BadInput(f"{path} is no training summary ({str(error).splitlines()[0]}); delete it") from None
 
 
-def recipes(runs: Path) -> list[str]:
-    """The recipes of which ``runs`` holds an evaluated method, by name."""
-    return sorted(
-        {
-            folder.parent.parent.name
-            for folder in runs.glob("*/*/eval*")
-            if folder.is_dir() and folder.parent.name in methods.METHODS
-        }
-    )
+def recipes(runs: Path, given: dict[str, str] | None = None) -> list[str]:
+    """The recipes of which ``runs`` holds an evaluated method, by name.  given: {method: a model that may
+    have been scored in place of the run's own}.
+    """
+    found = []
+    for run in _runs(runs):
+        named = (given or {}).get(run.name)
+        folders = [evaluation_folder(run), *([evaluation_folder(run, named)] if named else [])]
+        if any(any(folder.glob("*/*.json")) for folder in folders):
+            found.append(run.parent.name)
+    return sorted(set(found))
+
+
+def _runs(runs: Path) -> list[Path]:
+    return [run for run in runs.glob("*/*") if run.name in methods.METHODS]
+
+
+def _scored_runs(runs: Path, method: str, model: str) -> list[Path]:
+    return [run for run in _runs(runs) if run.name == method and evaluation_folder(run, model).is_dir()]
+
+
+def stand_in(runs: Path, run: Path, model: str | None) -> str | None:
+    """``model`` if it stands in for the own one of ``run``, a run below ``runs``: not where it was scored for
+    other recipes alone, whose own runs are then there beside it."""
+    scored = _scored_runs(runs, run.name, model) if model else []
+    return model if run in scored or not scored else None
+
+
+def check_models(runs: Path, given: dict[str, str]) -> None:
+    """Raises BadInput if one of ``given``, {method: model}, was scored in no run below ``runs``."""
+    for method, model in given.items():
+        if not _scored_runs(runs, method, model):
+            raise BadInput(
+                f"--model {method}={model}: {runs} holds no results of this model; score it first with"
+                f" `endprompt evaluate RECIPE {method} --model {model} --out {runs}`, or mend its path"
+            )
 
 
 def models(given: list[str]) -> dict[str, str]:
