@@ -242,6 +242,34 @@ def test_odd_names_and_values_are_shown_as_they_are(tmp_path):
     assert "passkey: keys found" not in text
 
 
+def test_keys_stand_at_their_distance_to_the_question(tmp_path, monkeypatch):
+    """Distances that no row showed count from a query to a key, and not from where the haystack ends."""
+    run = made(tmp_path, "one")
+    path = run / "eval/distance/512.json"
+    file = json.loads(path.read_text())
+    for cell in file["scores"]["cells"]:
+        cell["between"] = [cell["distance"] + 60, cell["distance"] + 100]
+    drawn = {}
+    monkeypatch.setattr(run_report.run_figures, "far", lambda named: drawn.update(named) or "")
+    for spoil in (
+        {},
+        {"coverage": None},
+        {"coverage": 7},
+        {"coverage": {"gap": [3]}},
+        {"coverage": {"gap": 3}},
+    ):
+        path.write_text(json.dumps(file | {"scores": file["scores"] | spoil}))
+        run_report.page(run_data.read([run]))
+        cells, spans = drawn.pop("endprompt")
+        assert list(cells) == [80.0, 180.0, 380.0] and spans == ([] if spoil else [(200, 250)])
+    # Where a key stands is not known: nothing says whether rows showed its distance.
+    for cell in file["scores"]["cells"]:
+        del cell["between"]
+    path.write_text(json.dumps(file))
+    run_report.page(run_data.read([run]))
+    assert drawn["endprompt"][1] == []
+
+
 def test_broken_settings_are_bad_input(runs):
     (runs[0] / "recipe.yaml").write_text("- a list\n")
     with pytest.raises(BadInput, match="is no recipe"):

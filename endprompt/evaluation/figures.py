@@ -2,6 +2,7 @@
 of bars, memory and time; the paper's figures dashed or hatched beside ours.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,9 @@ def curves(panels: dict[str, dict[str, dict[int, dict]]], path: Path, title: str
 
 
 def distances(
-    results: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]], path: Path, title: str | None = None
+    results: Mapping[str, tuple[Mapping[float, dict], list[tuple[int, int]]]],
+    path: Path,
+    title: str | None = None,
 ) -> None:
     """Draws, in a panel for each name, the keys found by distance between question and key, {distance:
     {"mean", "low", "high"}}, and the spans of distances that its training rows never showed in grey, into one

@@ -174,7 +174,7 @@ def _check_parts(path: Path, scores: dict) -> None:
     parts = cells(scores, *keys)
     whole = bool(parts)
     if path.parent.name == task_names.DISTANCE:
-        whole = whole and all(_span(cell.get("between")) for cell in parts) and _shown(scores.get("coverage"))
+        whole = whole and all(span(cell.get("between")) for cell in parts) and _shown(scores.get("coverage"))
     if keys and not whole:
         raise BadInput(
             f"{path} is no result file (its cells are not whole: each has {', '.join(keys)}); delete it and"
@@ -185,10 +185,10 @@ def _check_parts(path: Path, scores: dict) -> None:
 def _shown(coverage: Any) -> bool:
     """Whether ``coverage`` is what distance says of its rows: spans of distances, or none that are known."""
     found = [coverage.get(key) for key in ("supervised", "gap")] if isinstance(coverage, dict) else [0]
-    return all(spans is None or isinstance(spans, list) and all(map(_span, spans)) for spans in found)
+    return all(spans is None or isinstance(spans, list) and all(map(span, spans)) for spans in found)
 
 
-def _span(value: Any) -> bool:
+def span(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(number, value))
 
 

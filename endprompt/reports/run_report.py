@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput, __version__, storage
-from endprompt.evaluation import results
+from endprompt.evaluation import distance_figures, results
 from endprompt.evaluation.results import Results
 from endprompt.recipe import task_names
 from endprompt.reports import run_data, run_figures
@@ -233,20 +233,38 @@ def _grids(runs: list[Run]) -> list[tuple[str, str]]:
                 alike.setdefault(depths, {})[label] = rows
         for named in alike.values():
             found.append((f"{task}: keys found by length and depth", run_figures.grid(named)))
-    far: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]] = {}
-    for label, one in scored.items():
-        for length in one.lengths(task_names.DISTANCE):
-            file = one.found[task_names.DISTANCE, length]
-            by_distance = {
-                cell["distance"]: {"mean": cell["score"], "low": cell["low"], "high": cell["high"]}
-                for cell in results.cells(file["scores"], "distance", "score", "low", "high")
-            }
-            gap = (file["scores"].get("coverage") or {}).get("gap") or []
-            if by_distance:
-                far[label] = by_distance, [(low, high) for low, high in gap]
+    far = {
+        label: drawn
+        for label, one in scored.items()
+        for length in one.lengths(task_names.DISTANCE)
+        if (drawn := _far(one.found[task_names.DISTANCE, length]["scores"]))
+    }
     if far:
         found.append(("distance: keys found by how far away they are", run_figures.far(far)))
     return found
+
+
+def _far(scores: dict) -> run_figures.Far | None:
+    """Keys found by the distance from question to key, and the spans of distances that no row showed; None
+    if a result of distance is not whole.
+
+    The spans count from a query to a key, so a point stands in the middle of those between its questions and
+    keys: the extra distance is less by what is behind a key in the haystack.
+    """
+    cells, coverage = results.cells(scores, "distance", "score", "low", "high"), scores.get("coverage")
+    spans = (coverage.get("gap") if isinstance(coverage, dict) else None) or []
+    placed = all(results.span(cell.get("between")) for cell in cells)
+    if not placed or not isinstance(spans, list) or not all(map(results.span, spans)):
+        spans = []  # what is not known is not shaded
+    found = {
+        (distance_figures.middle(cell) if placed else cell["distance"]): {
+            "mean": cell["score"],
+            "low": cell["low"],
+            "high": cell["high"],
+        }
+        for cell in cells
+    }
+    return (found, [(low, high) for low, high in spans]) if found else None
 
 
 # -- settings and versions -----------------------------------------------------------------------------------
