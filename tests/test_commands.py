@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_main
+from conftest import REPOSITORY, run_main, write_jsonl
+from safetensors.torch import load_file, save_file
 from training import ENVIRONMENT
 
 from endprompt import methods
@@ -172,6 +174,66 @@ def test_bad_input_in_one_line(given, complaint, tmp_path, monkeypatch):
     code, said, error = run_main("evaluate", *given)
     assert (code, said) == (2, "") and complaint in error and error.count("\n") == 1, error
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "setting, complaint",
+    [
+        ("model.gguf_file=x.gguf", "--set model.gguf_file: without a recipe a GGUF file is not read"),
+        ("model.revision=v1", "is a folder, which has one content alone"),
+        ("model.revision=''", "--set model.revision: it is empty"),
+        ("model.name_or_path=elsewhere", "without a recipe --model names the model"),
+    ],
+)
+def test_a_key_of_the_model_that_nothing_reads_is_refused(scored, tmp_path, setting, complaint):
+    code, said, error = scored("--set", setting)
+    assert (code, said, error.count("\n")) == (2, "", 1) and complaint in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_takes_no_revision(tmp_path):
+    given = ["--model", "org/tiny", "--tasks", "passkey", "--lengths", "128", "--out", tmp_path / "out"]
+    settings = ["--set", "model.revision=v1", "--set", "eval.backend=vllm"]
+    code, said, error = run_main("evaluate", *given, *settings)
+    assert (code, said, error.count("\n")) == (2, "", 1) and "does not reach vLLM here" in error, error
+
+
+def hub(folder: Path, base: Path, scales: dict[str, float]) -> None:
+    """The hub's cache with org/tiny: the base with its final norm multiplied, by the name of a revision."""
+    root = folder / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    for number, (name, scale) in enumerate(scales.items()):
+        commit = f"{number:040x}"
+        (root / "refs" / name).write_text(commit)
+        there = shutil.copytree(base, root / "snapshots" / commit)
+        weights = load_file(there / "model.safetensors")
+        weights["model.norm.weight"] *= scale
+        save_file(weights, there / "model.safetensors", {"format": "pt"})
+
+
+def test_the_revision_of_a_hub_id_is_the_one_that_is_scored(tmp_path, base, tiny_text):
+    hub(tmp_path / "hub", base, {"main": 1.0, "v1": 0.0})
+    text = write_jsonl(tmp_path / "heldout.jsonl", [" ".join(tiny_text[:4])])
+    found = {}
+    for revision in ("main", "v1", None):
+        options = {"perplexity_corpus": text, "perplexity_tokens": 64, "perplexity_stride": 32}
+        settings = [f"eval.{key}={value}" for key, value in options.items()]
+        settings += [f"model.revision={revision}"] if revision else []
+        command = [sys.executable, "-m", "endprompt", "evaluate", "--model", "org/tiny"]
+        command += ["--tasks", "perplexity", "--lengths", "128", "--out", f"out-{revision}"]
+        done = subprocess.run(
+            [*command, *(part for one in settings for part in ("--set", one))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": str(REPOSITORY)},
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(next((tmp_path / f"out-{revision}").rglob("perplexity/128.json")).read_text())
+        found[revision] = result["scores"]["score"], result["question"]["model"]
+    assert found["v1"][0] > 2 * found["main"][0] == 2 * found[None][0]
+    assert [model["commit"][-1] for _, model in found.values()] == ["0", "1", "0"]
+    assert [model.get("revision") for _, model in found.values()] == ["main", "v1", None]
 
 
 def test_far_gain_asks_for_the_window(base, tmp_path):

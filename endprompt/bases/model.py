@@ -16,7 +16,7 @@ from endprompt.bases.loading import (
     window,
     without_reports,
 )
-from endprompt.bases.locating import Named, check_folder, locate
+from endprompt.bases.locating import Named, check_folder, commit, locate
 from endprompt.bases.locating import fingerprint as fingerprint_of
 from endprompt.bases.refusals import (
     CHANGES_ATTENTION,
@@ -137,7 +137,7 @@ class Base:
         """Of its weights, or the hub's commit."""
         if self.folder.is_dir():
             return fingerprint_of(self.folder, self.recipe.model.gguf_file)
-        return str(getattr(self.config, "_commit_hash", None))
+        return str(commit(str(self.folder), self.recipe.model.revision))
 
     @functools.cached_property
     def own_scheme(self) -> rope.Scheme:

@@ -1,6 +1,7 @@
 """What `endprompt evaluate` is asked to score: the pairs of a recipe, or those of the command line alone."""
 
 import json
+import os
 from pathlib import Path
 
 from endprompt import BadInput
@@ -58,12 +59,33 @@ def without_recipe(arguments) -> Experiment:
         "eval": {"tasks": _tasks(arguments.tasks), "lengths": lengths},
     }
     recipe = schema.made(tree, _name(arguments.model), Path("evaluate"), arguments.overrides)
+    _refuse_unread(recipe.model, arguments.model)
     if task_names.FAR_GAIN in recipe.eval.tasks and recipe.model.original_length is None:
         raise BadInput(
             "--tasks: far_gain compares with the window of a base; set it with --set"
             " model.original_length=TOKENS, or name a recipe"
         )
     return Experiment.of(recipe, "base", arguments.out)
+
+
+def _refuse_unread(given: schema.ModelSection, model: str) -> None:
+    """Raises BadInput on a key of the model section that nothing reads where ``model`` is scored alone."""
+    if given.name_or_path != model:
+        raise BadInput("--set model.name_or_path: without a recipe --model names the model; drop one of them")
+    if given.gguf_file is not None:
+        raise BadInput(
+            "--set model.gguf_file: without a recipe a GGUF file is not read; name it in a recipe's section"
+            " model, and score its method base"
+        )
+    if given.revision is None:
+        return
+    if not given.revision.strip():
+        raise BadInput("--set model.revision: it is empty; name a branch, tag or commit, or leave it out")
+    if os.path.isdir(os.path.expanduser(model)):
+        raise BadInput(
+            f"--set model.revision: {model} is a folder, which has one content alone; drop it, or name an id"
+            " of the hub"
+        )
 
 
 def _name(model: str) -> str:
