@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY, run_main, write_jsonl
 from safetensors.torch import load_file, save_file
 from training import ENVIRONMENT
@@ -139,6 +140,42 @@ def test_tasks_and_lengths_go_before_the_recipe(recipe_file, tmp_path):
         assert run_main("evaluate", *order)[1].split() == ["multikey:256", "passkey:256"]
     code, _, error = run_main("evaluate", *out, *given, recipe_file(), "base")  # taken for lengths
     assert code == 2 and error.count("\n") == 1
+
+
+def test_lengths_of_the_recipe_narrow_it_and_others_replace_them(recipe_file, tmp_path):
+    tasks = {"tasks": ["passkey", "longbench_qasper", "mmlu", "distance"], "longbench_length": 256}
+    path = recipe_file(eval={**tasks, "distance_haystack": 128, "lengths": [64, 128, 320]})
+
+    def listed(*given):
+        return run_main("evaluate", path, "base", "--out", tmp_path / "out", "--list", *given)[1].split()
+
+    own = ["longbench_qasper:256", "mmlu:-", "distance:512"]
+    assert listed("--lengths", "128", "64") == ["passkey:64", "passkey:128", *own]
+    assert listed("--lengths", "64,96") == ["passkey:64", "passkey:96", *own]
+    assert listed("--lengths", "320", "128", "64") == listed()
+    narrow = ["--set", "eval.lengths=[96,128]", "--lengths", "96", "--tasks", "passkey"]
+    assert listed(*narrow) == ["passkey:96"]
+
+    def asked(*given):
+        tree = run_main("evaluate", path, "base", "--out", tmp_path / "out", "--dry-run", *given)[1]
+        return yaml.safe_load(tree)["eval"]["lengths"]
+
+    assert asked("--lengths", "64") == [64, 128, 320] and asked("--lengths", "64", "96") == [64, 96]
+    # Lengths that cannot be asked are mended by those in their place.
+    broken = recipe_file("broken", eval={"tasks": ["named_keys"], "named_keys": 2, "lengths": [4096]})
+    found = run_main("evaluate", broken, "base", "--out", tmp_path / "out", "--lengths", "128", "--list")
+    assert found[1].split() == ["named_keys:128"]
+
+
+def test_far_gain_is_left_out_where_no_length_is_far(recipe_file, tmp_path):
+    text = write_jsonl(tmp_path / "heldout.jsonl", ["word " * 900])
+    options = {"tasks": ["passkey", "far_gain"], "lengths": [96, 320], "perplexity_corpus": str(text)}
+    given = ["evaluate", recipe_file(eval=options), "base", "--out", tmp_path / "out", "--lengths", "96"]
+    code, said, error = run_main(*given)
+    assert code == 0 and said.count("\n") == 1, error
+    assert "far_gain: no length of --lengths is beyond the base's window" in error
+    code, _, error = run_main(*given, "--tasks", "far_gain")
+    assert code == 2 and error.count("\n") == 1 and "no length of --lengths" in error
 
 
 def test_places_between_options(recipe_file, tmp_path):

@@ -285,6 +285,25 @@ def test_methods_that_were_asked_different_questions_are_not_told_apart(
         compare.check(seeds)
 
 
+def test_perplexity_of_other_words_is_not_compared(seeds):
+    """What is scored is what fits behind the greatest length that was asked for in one call."""
+    for length in (512, 2048):
+        path = seeds[0] / f"endprompt/eval/perplexity/{length}.json"
+        result = json.loads((seeds[0] / "endprompt/eval/perplexity/512.json").read_text())
+        result["question"] |= {"longest": length, "data": str(length)}
+        result["scores"]["length"] = length
+        path.write_text(json.dumps(result))
+    complaint = (
+        r"perplexity is not of the same words everywhere: .*endprompt at 2048 \(greatest length 2048\).*"
+        "score them with the same eval.lengths"
+    )
+    with pytest.raises(BadInput, match=complaint):
+        compare.check(seeds[:1])
+    result["question"] |= {"longest": 512, "data": "512"}
+    path.write_text(json.dumps(result))
+    compare.check(seeds[:1])
+
+
 # The script
 
 

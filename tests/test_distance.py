@@ -906,6 +906,20 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert set(distances.named([str(one), str(two)])) == {"seed0/r/pose", "seed1/r/pose"}
 
 
+def test_a_gain_of_other_words_stands_in_no_table(tmp_path, capsys):
+    runs = [scored_run(tmp_path / name, 1.0, task="far_gain") for name in ("one", "two")]
+    for number, folder in enumerate(runs):
+        path = folder / "eval/far_gain/512.json"
+        file = json.loads(path.read_text())
+        file["question"] |= {"longest": 512 << number, "data": str(number)}
+        path.write_text(json.dumps(file))
+    with pytest.raises(SystemExit) as ended:
+        distances.main([*map(str, runs), "--out", str(tmp_path / "out")])
+    out, error = capsys.readouterr()
+    assert (ended.value.code, out, error.count("\n")) == (2, "", 1) and not (tmp_path / "out").exists()
+    assert "far_gain is not of the same words everywhere" in error
+
+
 def test_what_any_seed_showed_is_shaded(tmp_path):
     seeds = []
     for number, spans in enumerate(([[0, 100]], [[50, 120], [200, 210]])):

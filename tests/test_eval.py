@@ -1159,6 +1159,16 @@ def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_
             for name in ("apart", "together")
         )
         assert (one["question"], one["scores"]) == (two["question"], two["scores"])
+    # So does --lengths where it names some of the recipe's own.
+    for length in (96, 128):
+        given = ["evaluate", path, "base", "--out", tmp_path / "narrowed", "--lengths", length]
+        assert run_main(*given, "--list")[1].split() == [f"passkey:{length}", f"perplexity:{length}"]
+        code, out, error = run_main(*given)
+        assert code == 0 and out.count("\n") == 2, error
+    for file in made:
+        narrowed = tmp_path / "narrowed" / file.relative_to(tmp_path / "apart")
+        one, two = (json.loads(path.read_text()) for path in (file, narrowed))
+        assert (one["question"], one["scores"]) == (two["question"], two["scores"])
     code, _, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", "passkey:64")
     assert (
         code == 2

@@ -193,6 +193,17 @@ def test_results_that_are_left_out_are_said(tmp_path):
     assert "left out" not in run_report.page(run_data.read([made(tmp_path, "two")]))
 
 
+def test_perplexity_of_other_words_is_said(tmp_path):
+    run = made(tmp_path, "one")
+    for length in (64, 512):
+        path = run / f"eval/perplexity/{length}.json"
+        file = json.loads(path.read_text())
+        file["question"] |= {"longest": length, "data": str(length)}
+        path.write_text(json.dumps(file))
+    text = run_report.page(run_data.read([run]))
+    assert "perplexity is not of the same words everywhere: endprompt at 64 (greatest length 64)" in text
+
+
 def test_labels_tell_runs_apart(tmp_path):
     folders = [made(tmp_path / seed, "tiny", method) for seed in ("a", "b") for method in ("short", "pose")]
     labels = [run.label for run in run_data.read(folders)]

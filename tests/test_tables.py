@@ -717,6 +717,20 @@ def test_tiny_has_passkey_and_perplexity_in_place_of_ruler(runs):
     )
 
 
+def test_perplexity_of_other_words_is_marked(runs):
+    folder = runs / "tiny/short"
+    write(folder, "perplexity", 256, 4.0, 0.1, samples=32, longest=256, data="a")
+    write(folder, "perplexity", 512, 4.0, 0.1, samples=32, longest=256, data="a")
+    page = recipe_page.Page("tiny", runs, {})
+    assert "of the same held-out tokens at every length" in page.markdown()
+    write(folder, "perplexity", 512, 4.0, 0.1, samples=32, longest=512, data="b")
+    text = recipe_page.Page("tiny", runs, {}).markdown()
+    assert "Perplexity: **not of the same held-out tokens** (below) at every length" in text
+    assert (
+        "- perplexity is not of the same words everywhere: short at 256 (greatest length 256); short" in text
+    )
+
+
 def test_page_with_a_part_of_ruler(runs):
     for length in (1024, 2048):
         write(runs / "smollm2-135m-64k/endprompt", "ruler_vt", length, 25, samples=10)

@@ -1,12 +1,13 @@
 """What `endprompt evaluate` is asked to score: the pairs of a recipe, or those of the command line alone."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
 from endprompt import BadInput
 from endprompt.recipe import schema, settings_file, task_names
-from endprompt.recipe.experiment import Experiment
+from endprompt.recipe.experiment import Experiment, resolve
 
 # What a model is called where results are put, where no recipe says it.
 NAMELESS = "model"
@@ -28,10 +29,28 @@ def _lengths(given: list[str]) -> list[int]:
     return found
 
 
-def chosen(arguments) -> list[str]:
-    """The overrides that --tasks and --lengths stand for."""
-    found = {"eval.tasks": _tasks(arguments.tasks), "eval.lengths": _lengths(arguments.lengths)}
-    return [f"{key}={json.dumps(value)}" for key, value in found.items() if value]
+def with_recipe(arguments) -> Experiment:
+    """The experiment of a recipe, with --tasks and --lengths in the place of its own.
+
+    Lengths that are some of the recipe's own narrow what is scored (``narrowed``) and leave the recipe as it
+    is: perplexity and far_gain score what fits behind the greatest of its lengths, and would otherwise be of
+    other words in every call.  Raises BadInput.
+    """
+    tasks, lengths = _tasks(arguments.tasks), _lengths(arguments.lengths)
+    given = [*arguments.overrides, *([f"eval.tasks={json.dumps(tasks)}"] if tasks else [])]
+    if lengths:
+        with contextlib.suppress(BadInput):  # what is wrong may be the lengths that are replaced
+            experiment = resolve(arguments.recipe, given, arguments.method, arguments.out)
+            if {*lengths} <= {*experiment.recipe.eval.lengths}:
+                return experiment
+        given.append(f"eval.lengths={json.dumps(lengths)}")
+    return resolve(arguments.recipe, given, arguments.method, arguments.out)
+
+
+def narrowed(arguments, recipe: schema.Recipe) -> list[int]:
+    """Those of the recipe's lengths that --lengths asks for; none: all."""
+    given = [] if arguments.recipe is None else _lengths(arguments.lengths)
+    return given if {*given} < {*recipe.eval.lengths} else []
 
 
 def without_recipe(arguments) -> Experiment:

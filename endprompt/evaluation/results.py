@@ -237,6 +237,27 @@ def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
     return read(evaluation_folder(run, model))
 
 
+def other_words(scored: dict[str, Results], task: str) -> str | None:
+    """A sentence on which cells of ``task`` are not of the same words, of {name: results}; None if all are.
+
+    What perplexity and far_gain score is what fits behind the greatest of the lengths that were asked for
+    together.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for name, one in scored.items():
+        for length in one.lengths(task):
+            asked = one.found[task, length]["question"]
+            if "longest" in asked:
+                words = str(asked["longest"]), str(asked.get("data"))
+                groups.setdefault(words, []).append(f"{name} at {length}")
+    if len(groups) < 2:
+        return None
+    told = "; ".join(
+        f"{', '.join(cells)} (greatest length {longest})" for (longest, _), cells in groups.items()
+    )
+    return f"{task} is not of the same words everywhere: {told}; score them with the same eval.lengths"
+
+
 def training(run: Path) -> dict | None:
     """The content of train.json, or None without one.  Raises BadInput if it cannot be read."""
     path = run / "train.json"

@@ -81,6 +81,7 @@ def check(folders: list[Path]) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("a folder is named twice; a seed counts once")
     asked: Asked = {}
+    scored: dict[str, results.Results] = {}
     for name in methods.METHODS:
         seeds: dict[int | None, Path] = {}
         first = None
@@ -103,6 +104,9 @@ def check(folders: list[Path]) -> None:
                 )
             first = first or ((setting, folder / name) if setting else None)
             _check_questions(folder / name, asked)
+            scored[str(folder / name)] = results.read_run(folder / name)
+    if said := results.other_words(scored, "perplexity"):
+        raise BadInput(said)
 
 
 def _check_questions(run: Path, asked: Asked) -> None:

@@ -221,12 +221,14 @@ class Page:
             "RULER was not run for this recipe, and these do not replace it: passkey retrieval"
             " asks for one number in filler text. "
         )
+        unlike = results.other_words(self.methods, PERPLEXITY)
+        words = "**not of the same held-out tokens** (below)" if unlike else "of the same held-out tokens"
         return [
             "## Passkey and perplexity" if ruler else "## In place of RULER: passkey and perplexity",
             ("" if ruler else instead)
             + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval."
-            " Perplexity: of the same held-out tokens at every length; it hardly separates methods that"
-            " retrieve very differently.",
+            f" Perplexity: {words} at every length; it hardly separates methods that retrieve very"
+            " differently.",
             grid(
                 "method",
                 [f"{task} {length}" for task, length in columns],
@@ -306,7 +308,8 @@ class Page:
         return ["## Training", grid("method", [memory, "seconds", "tokens", "on"], rows)]
 
     def _notes(self) -> list[str]:
-        notes = []
+        unlike = (results.other_words(self.methods, task) for task in (PERPLEXITY, task_names.FAR_GAIN))
+        notes = [f"{said}." for said in unlike if said]
         for method, found in self.methods.items():
             files = list(found.found.values())
             counts = sorted(

@@ -203,8 +203,9 @@ def _scores(runs: list[Run], colour: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _left_out(scored: dict[str, Results]) -> list[str]:
-    """What the scores do not show."""
-    return [
+    """What the scores do not show, and which do not stand side by side."""
+    unlike = (results.other_words(scored, task) for task in ("perplexity", task_names.FAR_GAIN))
+    return [said for said in unlike if said] + [
         f"{label}: {one.older} results of another model in {one.folder} left out"
         for label, one in scored.items()
         if one.older
