@@ -523,6 +523,24 @@ def test_a_recipe_of_which_another_model_alone_was_scored(runs, tmp_path, capsys
     assert "77.00" in (tmp_path / "results/recipe_small.csv").read_text()
 
 
+def test_the_folder_of_a_hub_id_is_one_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "one/org/there").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    found = {"org/model": [], "org/there": [], "./org/there": []}
+    for folder in ("one", "two"):
+        monkeypatch.chdir(tmp_path / folder)
+        for model, names in found.items():
+            names.append(results.evaluation_folder(tmp_path / "run", model).name)
+    assert found["org/model"][0] == found["org/model"][1] != found["org/there"][0]
+    assert found["org/there"][0] == found["./org/there"][0]  # a folder, where it is one
+    assert found["./org/there"][0] != found["./org/there"][1]
+    # What was put there while it was a folder is found once it is gone.
+    monkeypatch.chdir(tmp_path / "one")
+    write(tmp_path / "run", "passkey", 256, 7.0, folder=found["org/there"][0])
+    (tmp_path / "one/org/there").rmdir()
+    assert results.read_run(tmp_path / "run", "org/there").mean([("passkey", 256)]).score == 7
+
+
 def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, monkeypatch):
     class Scorer:
         def __init__(self, *_):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,12 +111,25 @@ class Results:
 
 def evaluation_folder(run: Path, model: str | None = None) -> Path:
     """Where `endprompt evaluate` puts the results of the run's own model, or of the one named by its
-    --model.
+    --model: a folder by where it is, an id of the hub by itself, from whatever folder it is asked.
     """
     if model is None:
         return run / "eval"
-    path = Path(model).expanduser().resolve()
-    return run / f"eval-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    path = Path(os.path.expanduser(model))
+    is_path = path.is_dir() or model.startswith((".", "/", "~")) or str(path).count("/") > 1
+    return _folder_of(run, path.resolve() if is_path else path)
+
+
+def _folder_of(run: Path, named: Path) -> Path:
+    return run / f"eval-{named.name}-{hashlib.sha256(str(named).encode()).hexdigest()[:8]}"
+
+
+def scored_folder(run: Path, model: str | None) -> Path:
+    """Where the results of ``model`` are: ``evaluation_folder``, or where they were put while ``model`` was a
+    folder that has been removed since."""
+    found = evaluation_folder(run, model)
+    before = found if model is None else _folder_of(run, Path(os.path.expanduser(model)).resolve())
+    return before if before.is_dir() and not found.is_dir() else found
 
 
 def folders(run: Path) -> dict[Path, str]:
@@ -234,7 +248,7 @@ def read_run(run: Path, model: str | None = None, after: str = "") -> Results:
         there = evaluation_folder(run, str(run / after))
         moved = [path for path in folders(run) if (name := _OTHER.fullmatch(path.name)) and name[1] == after]
         return read(next(iter(moved), there) if not there.is_dir() else there)
-    return read(evaluation_folder(run, model))
+    return read(scored_folder(run, model))
 
 
 def other_words(scored: dict[str, Results], task: str) -> str | None:
@@ -279,7 +293,7 @@ def recipes(runs: Path, given: dict[str, str] | None = None) -> list[str]:
     found = []
     for run in _runs(runs):
         named = (given or {}).get(run.name)
-        folders = [evaluation_folder(run), *([evaluation_folder(run, named)] if named else [])]
+        folders = [evaluation_folder(run), *([scored_folder(run, named)] if named else [])]
         if any(any(folder.glob("*/*.json")) for folder in folders):
             found.append(run.parent.name)
     return sorted(set(found))
@@ -290,7 +304,7 @@ def _runs(runs: Path) -> list[Path]:
 
 
 def _scored_runs(runs: Path, method: str, model: str) -> list[Path]:
-    return [run for run in _runs(runs) if run.name == method and evaluation_folder(run, model).is_dir()]
+    return [run for run in _runs(runs) if run.name == method and scored_folder(run, model).is_dir()]
 
 
 def stand_in(runs: Path, run: Path, model: str | None) -> str | None:
