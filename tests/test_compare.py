@@ -316,7 +316,8 @@ def script(tmp_path):
     fake.write_text(
         f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\ncase "$3" in gpus) echo 0;'
         ' exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\necho "$*"'
-        f' >>{tmp_path}/calls\ncase "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";;'
+        f' >>{tmp_path}/calls\ncase "$*" in *FAIL*) exit 1;; *WRONG*) exit 2;; *evaluate*) mkdir -p'
+        ' "$OUT/tiny/$5/eval";;'
         " esac\n"
     )
     fake.chmod(0o755)
@@ -366,6 +367,13 @@ def test_script_takes_methods_and_seeds(script):
 def test_script_stops_at_a_failure_and_shows_it(script):
     done, calls = script("--set", "FAIL", METHODS="short endprompt")
     assert done.returncode == 1 and len(calls) == 1 and "compare.sh: short with seed 0 failed" in done.stderr
+    assert "the same command goes on from there" in done.stderr
+
+
+def test_script_ends_with_2_on_bad_input(script):
+    done, calls = script("--set", "WRONG", METHODS="short endprompt")
+    assert done.returncode == 2 and len(calls) == 1 and "compare.sh: short with seed 0 failed" in done.stderr
+    assert "goes on from there" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1100,7 +1100,7 @@ def script(tmp_path):
         f'#!/bin/bash\nif [ "$2" = endprompt.reports.plan ]; then exec {sys.executable} "$@"; fi\n'
         'case "$3" in gpus) echo 0; exit;; path) echo nowhere; exit;; esac\n'
         f'{{ printf "%s" "$OUT"; printf "|%s" "$@"; echo; }} >>{tmp_path}/calls\n'
-        'cat >/dev/null\ncase "$*" in *FAIL*) echo broken; exit 3;; esac\n'
+        'cat >/dev/null\ncase "$*" in *FAIL*) echo broken; exit 3;; *WRONG*) exit 2;; esac\n'
     )  # it reads all of its input, as a launcher may
     fake.chmod(0o755)
 
@@ -1220,11 +1220,18 @@ def test_script_stops_at_a_failure_and_names_its_log(script):
     done, calls = script(
         "--methods", "short", "pose", "--set", "model.revision=FAIL", OUT="elsewhere", STAGES="evaluate"
     )
-    assert done.returncode == 1 and len(calls) == 1 and "broken" in done.stderr
+    assert done.returncode == 3 and len(calls) == 1 and "broken" in done.stderr
     assert (
         "run_all.sh: run short failed; its log is elsewhere/tiny/logs/short.log; the same command goes on"
         " from there" in done.stderr
     )
+
+
+@pytest.mark.slow
+def test_script_ends_with_2_on_bad_input(script):
+    done, calls = script("--methods", "short", "--set", "model.revision=WRONG", OUT="elsewhere")
+    assert done.returncode == 2 and len(calls) == 1
+    assert "run_all.sh: run short failed; its log is elsewhere/tiny/logs/short.log\n" in done.stderr
 
 
 def test_dry_run_prints_and_writes_nothing(script, tmp_path):
