@@ -98,12 +98,15 @@ absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "$start_folder/$1"; fi
 # Their own descriptor: what runs inside may read standard input.
 while IFS=$'\x1f' read -r -u 3 -a step; do
   [ ${#step[@]} -gt 0 ] || continue
-  log=${step[5]} start=$SECONDS
+  log=${step[5]} start=$SECONDS code=0
   mkdir -p "$(dirname "$log")"
-  if ! follow "${step[@]}" >"$log" 2>&1; then
+  follow "${step[@]}" >"$log" 2>&1 || code=$?
+  if [ "$code" -ne 0 ]; then
     tail -n 30 "$log" >&2
-    echo "run_all.sh: ${step[0]} ${step[2]} failed; its log is $log; the same command goes on from there" >&2
-    exit 1
+    more="; the same command goes on from there"
+    [ "$code" -ne 2 ] || more=
+    echo "run_all.sh: ${step[0]} ${step[2]} failed; its log is $log$more" >&2
+    exit "$code"
   fi
   printf '%-8s %-50s %6d s\n' "${step[0]}" "${step[6]}" $((SECONDS - start))
 done 3<<<"$steps"

@@ -38,12 +38,14 @@ for seed in "${seeds[@]}"; do
       continue
     fi
     start=$SECONDS
-    log=$logs/$method.log options=("$@" --set "data.seed=$seed")
-    if ! OUT=$OUT/seed$seed bash "$root/recipes/run.sh" "$recipe" "$method" "${options[@]}" >"$log" 2>&1; then
+    log=$logs/$method.log options=("$@" --set "data.seed=$seed") code=0
+    OUT=$OUT/seed$seed bash "$root/recipes/run.sh" "$recipe" "$method" "${options[@]}" >"$log" 2>&1 || code=$?
+    if [ "$code" -ne 0 ]; then
       tail -n 30 "$log" >&2
-      echo "compare.sh: $method with seed $seed failed; its log is $log; the same command goes on from" \
-        "there" >&2
-      exit 1
+      more="; the same command goes on from there"
+      [ "$code" -ne 2 ] || more=
+      echo "compare.sh: $method with seed $seed failed; its log is $log$more" >&2
+      exit "$code"
     fi
     printf 'seed %s  %-18s %5d s\n' "$seed" "$method" $((SECONDS - start))
   done

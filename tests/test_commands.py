@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_main
+import yaml
+from conftest import REPOSITORY, run_main, write_jsonl
+from safetensors.torch import load_file, save_file
 from training import ENVIRONMENT
 
 from endprompt import methods
@@ -139,6 +142,42 @@ def test_tasks_and_lengths_go_before_the_recipe(recipe_file, tmp_path):
     assert code == 2 and error.count("\n") == 1
 
 
+def test_lengths_of_the_recipe_narrow_it_and_others_replace_them(recipe_file, tmp_path):
+    tasks = {"tasks": ["passkey", "longbench_qasper", "mmlu", "distance"], "longbench_length": 256}
+    path = recipe_file(eval={**tasks, "distance_haystack": 128, "lengths": [64, 128, 320]})
+
+    def listed(*given):
+        return run_main("evaluate", path, "base", "--out", tmp_path / "out", "--list", *given)[1].split()
+
+    own = ["longbench_qasper:256", "mmlu:-", "distance:512"]
+    assert listed("--lengths", "128", "64") == ["passkey:64", "passkey:128", *own]
+    assert listed("--lengths", "64,96") == ["passkey:64", "passkey:96", *own]
+    assert listed("--lengths", "320", "128", "64") == listed()
+    narrow = ["--set", "eval.lengths=[96,128]", "--lengths", "96", "--tasks", "passkey"]
+    assert listed(*narrow) == ["passkey:96"]
+
+    def asked(*given):
+        tree = run_main("evaluate", path, "base", "--out", tmp_path / "out", "--dry-run", *given)[1]
+        return yaml.safe_load(tree)["eval"]["lengths"]
+
+    assert asked("--lengths", "64") == [64, 128, 320] and asked("--lengths", "64", "96") == [64, 96]
+    # Lengths that cannot be asked are mended by those in their place.
+    broken = recipe_file("broken", eval={"tasks": ["named_keys"], "named_keys": 2, "lengths": [4096]})
+    found = run_main("evaluate", broken, "base", "--out", tmp_path / "out", "--lengths", "128", "--list")
+    assert found[1].split() == ["named_keys:128"]
+
+
+def test_far_gain_is_left_out_where_no_length_is_far(recipe_file, tmp_path):
+    text = write_jsonl(tmp_path / "heldout.jsonl", ["word " * 900])
+    options = {"tasks": ["passkey", "far_gain"], "lengths": [96, 320], "perplexity_corpus": str(text)}
+    given = ["evaluate", recipe_file(eval=options), "base", "--out", tmp_path / "out", "--lengths", "96"]
+    code, said, error = run_main(*given)
+    assert code == 0 and said.count("\n") == 1, error
+    assert "far_gain: no length of --lengths is beyond the base's window" in error
+    code, _, error = run_main(*given, "--tasks", "far_gain")
+    assert code == 2 and error.count("\n") == 1 and "no length of --lengths" in error
+
+
 def test_places_between_options(recipe_file, tmp_path):
     """RECIPE and METHOD stand anywhere, as they did before they could be left out."""
     found = run_main("evaluate", recipe_file(), "--out", tmp_path / "out", "base", "--list")
@@ -174,6 +213,66 @@ def test_bad_input_in_one_line(given, complaint, tmp_path, monkeypatch):
     code, said, error = run_main("evaluate", *given)
     assert (code, said) == (2, "") and complaint in error and error.count("\n") == 1, error
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "setting, complaint",
+    [
+        ("model.gguf_file=x.gguf", "--set model.gguf_file: without a recipe a GGUF file is not read"),
+        ("model.revision=v1", "is a folder, which has one content alone"),
+        ("model.revision=''", "--set model.revision: it is empty"),
+        ("model.name_or_path=elsewhere", "without a recipe --model names the model"),
+    ],
+)
+def test_a_key_of_the_model_that_nothing_reads_is_refused(scored, tmp_path, setting, complaint):
+    code, said, error = scored("--set", setting)
+    assert (code, said, error.count("\n")) == (2, "", 1) and complaint in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_takes_no_revision(tmp_path):
+    given = ["--model", "org/tiny", "--tasks", "passkey", "--lengths", "128", "--out", tmp_path / "out"]
+    settings = ["--set", "model.revision=v1", "--set", "eval.backend=vllm"]
+    code, said, error = run_main("evaluate", *given, *settings)
+    assert (code, said, error.count("\n")) == (2, "", 1) and "does not reach vLLM here" in error, error
+
+
+def hub(folder: Path, base: Path, scales: dict[str, float]) -> None:
+    """The hub's cache with org/tiny: the base with its final norm multiplied, by the name of a revision."""
+    root = folder / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    for number, (name, scale) in enumerate(scales.items()):
+        commit = f"{number:040x}"
+        (root / "refs" / name).write_text(commit)
+        there = shutil.copytree(base, root / "snapshots" / commit)
+        weights = load_file(there / "model.safetensors")
+        weights["model.norm.weight"] *= scale
+        save_file(weights, there / "model.safetensors", {"format": "pt"})
+
+
+def test_the_revision_of_a_hub_id_is_the_one_that_is_scored(tmp_path, base, tiny_text):
+    hub(tmp_path / "hub", base, {"main": 1.0, "v1": 0.0})
+    text = write_jsonl(tmp_path / "heldout.jsonl", [" ".join(tiny_text[:4])])
+    found = {}
+    for revision in ("main", "v1", None):
+        options = {"perplexity_corpus": text, "perplexity_tokens": 64, "perplexity_stride": 32}
+        settings = [f"eval.{key}={value}" for key, value in options.items()]
+        settings += [f"model.revision={revision}"] if revision else []
+        command = [sys.executable, "-m", "endprompt", "evaluate", "--model", "org/tiny"]
+        command += ["--tasks", "perplexity", "--lengths", "128", "--out", f"out-{revision}"]
+        done = subprocess.run(
+            [*command, *(part for one in settings for part in ("--set", one))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": str(REPOSITORY)},
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(next((tmp_path / f"out-{revision}").rglob("perplexity/128.json")).read_text())
+        found[revision] = result["scores"]["score"], result["question"]["model"]
+    assert found["v1"][0] > 2 * found["main"][0] == 2 * found[None][0]
+    assert [model["commit"][-1] for _, model in found.values()] == ["0", "1", "0"]
+    assert [model.get("revision") for _, model in found.values()] == ["main", "v1", None]
 
 
 def test_far_gain_asks_for_the_window(base, tmp_path):

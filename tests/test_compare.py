@@ -266,6 +266,44 @@ def test_different_questions_are_not_averaged(seeds):
         compare.check(seeds)
 
 
+@pytest.mark.parametrize(
+    "key, value", [("samples", 7), ("seed", 1), ("tokenizer", "another"), ("code", "another"), ("new", 3)]
+)
+def test_methods_that_were_asked_different_questions_are_not_told_apart(
+    seeds, monkeypatch, capsys, key, value
+):
+    for folder in seeds:  # alike within a method
+        path = folder / "short/eval/passkey/512.json"
+        result = json.loads(path.read_text())
+        result["question"][key] = value
+        path.write_text(json.dumps(result))
+    code, out, err = run_compare(monkeypatch, capsys, seeds[0])
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"were asked different questions (passkey at 512: {key}); evaluate them alike" in err
+    assert not (seeds[0] / "comparison.md").exists()
+    with pytest.raises(BadInput, match="tiny/(short|base) and .*tiny/short were asked different questions"):
+        compare.check(seeds)
+
+
+def test_perplexity_of_other_words_is_not_compared(seeds):
+    """What is scored is what fits behind the greatest length that was asked for in one call."""
+    for length in (512, 2048):
+        path = seeds[0] / f"endprompt/eval/perplexity/{length}.json"
+        result = json.loads((seeds[0] / "endprompt/eval/perplexity/512.json").read_text())
+        result["question"] |= {"longest": length, "data": str(length)}
+        result["scores"]["length"] = length
+        path.write_text(json.dumps(result))
+    complaint = (
+        r"perplexity is not of the same words everywhere: .*endprompt at 2048 \(greatest length 2048\).*"
+        "score them with the same eval.lengths"
+    )
+    with pytest.raises(BadInput, match=complaint):
+        compare.check(seeds[:1])
+    result["question"] |= {"longest": 512, "data": "512"}
+    path.write_text(json.dumps(result))
+    compare.check(seeds[:1])
+
+
 # The script
 
 
@@ -278,7 +316,8 @@ def script(tmp_path):
     fake.write_text(
         f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\ncase "$3" in gpus) echo 0;'
         ' exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\necho "$*"'
-        f' >>{tmp_path}/calls\ncase "$*" in *FAIL*) exit 1;; *evaluate*) mkdir -p "$OUT/tiny/$5/eval";;'
+        f' >>{tmp_path}/calls\ncase "$*" in *FAIL*) exit 1;; *WRONG*) exit 2;; *evaluate*) mkdir -p'
+        ' "$OUT/tiny/$5/eval";;'
         " esac\n"
     )
     fake.chmod(0o755)
@@ -328,6 +367,13 @@ def test_script_takes_methods_and_seeds(script):
 def test_script_stops_at_a_failure_and_shows_it(script):
     done, calls = script("--set", "FAIL", METHODS="short endprompt")
     assert done.returncode == 1 and len(calls) == 1 and "compare.sh: short with seed 0 failed" in done.stderr
+    assert "the same command goes on from there" in done.stderr
+
+
+def test_script_ends_with_2_on_bad_input(script):
+    done, calls = script("--set", "WRONG", METHODS="short endprompt")
+    assert done.returncode == 2 and len(calls) == 1 and "compare.sh: short with seed 0 failed" in done.stderr
+    assert "goes on from there" not in done.stderr
 
 
 @pytest.mark.parametrize(

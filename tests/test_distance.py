@@ -274,6 +274,31 @@ def test_more_samples_are_the_same_and_others(tokenizer):
     assert named_keys.documents(tokenizer, [200], other)[0]["key"] != many_docs[0]["key"]
 
 
+def test_the_last_haystack_holds_as_many_keys_as_the_others(tokenizer):
+    """Fewer of them are asked for; with fewer in it, these would be easier to find."""
+    design, whole = haystacks.Design(5, 3, 4, 42), haystacks.Design(6, 3, 4, 42)
+    last, full = (named_keys.haystack(tokenizer, 200, each, 1) for each in (design, whole))
+    assert last.ids == full.ids and last.asked == full.asked[:2] and len(full.asked) == 3
+
+    class Reader:
+        """Notes what it is asked, and knows nothing."""
+
+        def ask(self, ids, questions):
+            self.ids, self.questions = ids, questions
+            return [prefix.Reply([], [1.0] * len(question.answer)) for question in questions]
+
+        def forget(self):
+            pass
+
+    stretch, readers = distance.Stretch(128, 512, 60), [Reader(), Reader()]
+    rows = [
+        distance.Distance(reader, tokenizer, each, stretch, [0, 100]).rows(1)
+        for reader, each in zip(readers, (design, whole), strict=True)
+    ]
+    assert readers[0].ids == readers[1].ids and [len(each) for each in rows] == [4, 6]
+    assert [row for row in rows[1] if row["name"] in {row["name"] for row in rows[0]}] == rows[0]
+
+
 @pytest.mark.parametrize("keys, depths", [(1, 1), (2, 5), (3, 10), (4, 10), (7, 7), (4, 6)])
 def test_depths_are_tested_equally_often(keys, depths):
     design = haystacks.Design(keys * depths, keys, depths, 0)
@@ -904,6 +929,33 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert (joined["score"], joined["low"]) == (60.0, pytest.approx(60 - half, abs=0.01))
     assert set(distances.named([str(one), str(alone)])) == {"pose", "base"}
     assert set(distances.named([str(one), str(two)])) == {"seed0/r/pose", "seed1/r/pose"}
+
+
+def test_results_of_an_earlier_code_stand_beside_new_ones(tmp_path, capsys):
+    """Where the keys divide the samples, the haystacks of before are those of now."""
+    runs = [scored_run(tmp_path / name, 40.0) for name in ("before", "now")]
+    for folder in runs:
+        path = folder / "eval/distance/512.json"
+        file = json.loads(path.read_text())
+        file["question"]["code"] = folder.name
+        path.write_text(json.dumps(file))
+    distances.main([*(f"{folder.name}={folder}" for folder in runs), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| before | 40" in said and "| now | 40" in said
+
+
+def test_a_gain_of_other_words_stands_in_no_table(tmp_path, capsys):
+    runs = [scored_run(tmp_path / name, 1.0, task="far_gain") for name in ("one", "two")]
+    for number, folder in enumerate(runs):
+        path = folder / "eval/far_gain/512.json"
+        file = json.loads(path.read_text())
+        file["question"] |= {"longest": 512 << number, "data": str(number)}
+        path.write_text(json.dumps(file))
+    with pytest.raises(SystemExit) as ended:
+        distances.main([*map(str, runs), "--out", str(tmp_path / "out")])
+    out, error = capsys.readouterr()
+    assert (ended.value.code, out, error.count("\n")) == (2, "", 1) and not (tmp_path / "out").exists()
+    assert "far_gain is not of the same words everywhere" in error
 
 
 def test_what_any_seed_showed_is_shaded(tmp_path):

@@ -740,6 +740,29 @@ def test_results_that_cannot_be_read_are_replaced(recipe, tmp_path, capsys, text
     )
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"question": {"model": "m"}, "scores": {}}'])
+def test_a_damaged_result_beside_those_that_are_scored_is_a_warning(recipe, tmp_path, capsys, text):
+    path = tmp_path / "run/small/base/eval/passkey/512.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    run.evaluate(Experiment.of(recipe(lengths=[96]), "base", tmp_path / "run"))
+    out, err = capsys.readouterr()
+    assert out.count("96") == 2 and path.read_text() == text
+    assert f"warning: the picture of passkey is not drawn anew: {path} is no result file" in err
+    assert "delete it and evaluate again" in err and err.count("warning") == 1
+
+
+def test_a_result_without_its_scores_is_scored_again(recipe, tmp_path, capsys):
+    asked = recipe(tasks=["passkey"], lengths=[96])
+    run.evaluate(Experiment.of(asked, "base", tmp_path / "run"))
+    path = tmp_path / "run/small/base/eval/passkey/96.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"scores": {"length": 96}}))
+    run.evaluate(Experiment.of(asked, "base", tmp_path / "run"))
+    assert "cannot be read; scoring again" in capsys.readouterr().err
+    assert json.loads(path.read_text())["scores"] == whole["scores"]
+
+
 def test_changed_weights_are_another_model(recipe, recipe_file, base, tmp_path, capsys):
     """The same path with other weights in it: the old score must not stand for the new model."""
     folder = shutil.copytree(base, tmp_path / "model")
@@ -898,7 +921,7 @@ def write_result(folder, method, task, length, date="2026-01-01T00:00:00+00:00",
                 "question": {"model": model},
                 "date": date,
                 "method": method,
-                "scores": {"length": length, **scores},
+                "scores": {"length": length, "samples": 20, **scores},
             }
         )
     )
@@ -973,6 +996,51 @@ def test_leftovers_of_another_model_are_left_out(compared):
     assert "passkey 512" not in compare.table(compared)
     assert [row["scores"]["length"] for row in figures.read(compared / "endprompt/eval/passkey")] == [2048]
     assert figures.read(compared / "nowhere") == []
+
+
+def test_a_row_is_of_one_model_whatever_the_task(compared):
+    """perplexity of one model and passkey of a later one are no row together."""
+    later = {"date": "2026-02-01T00:00:00+00:00", "model": {"fingerprint": "new", "dtype": "torch.bfloat16"}}
+    write_result(compared, "endprompt", "passkey", 512, **later, **passkey_scores(20))
+    row = cells(compare.table(compared))["endprompt"]
+    assert row["passkey 512"].startswith("100%") and "perplexity 2048" not in row
+    assert row["passkey 2048"] == "not run"
+    assert figures.read(compared / "endprompt/eval/perplexity") == []
+    # What differs by the machine alone is one model.
+    same = later | {"model": {"fingerprint": "new", "dtype": "torch.float32", "name_or_path": "elsewhere"}}
+    write_result(compared, "endprompt", "perplexity", 512, **same, score=3.5, low=3.0, high=4.0)
+    row = cells(compare.table(compared))["endprompt"]
+    assert (row["perplexity 512"], row["passkey 512"][:4]) == ("3.50", "100%")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"question": {"model": "m"}}',
+        b"\xff\xfe",
+        {"cells": None},
+        {"cells": []},
+        {"cells": [{"depth": 0, "correct": "many", "total": 2}]},
+        {"cells": [{"depth": 0, "correct": 0, "total": 0}]},
+        {"score": None},
+        {"length": None},
+    ],
+)
+def test_a_damaged_result_is_one_line_of_the_comparison(compared, monkeypatch, capsys, spoil):
+    path = compared / "endprompt/eval/passkey/2048.json"
+    if isinstance(spoil, dict):
+        file = json.loads(path.read_text())
+        file["scores"] |= spoil
+        spoil = json.dumps(file)
+    path.write_bytes(spoil if isinstance(spoil, bytes) else spoil.encode())
+    code, out, err = run_compare(monkeypatch, capsys, compared)
+    assert (code, out, err.count("\n")) == (2, "", 1) and str(path) in err and "evaluate again" in err
+    assert not (compared / "comparison.md").exists()
 
 
 def run_compare(monkeypatch, capsys, *arguments):
@@ -1090,6 +1158,16 @@ def test_pairs_that_are_scored_apart_are_those_of_all_together(recipe_file, tmp_
             json.loads((tmp_path / name / file.relative_to(tmp_path / "apart")).read_text())
             for name in ("apart", "together")
         )
+        assert (one["question"], one["scores"]) == (two["question"], two["scores"])
+    # So does --lengths where it names some of the recipe's own.
+    for length in (96, 128):
+        given = ["evaluate", path, "base", "--out", tmp_path / "narrowed", "--lengths", length]
+        assert run_main(*given, "--list")[1].split() == [f"passkey:{length}", f"perplexity:{length}"]
+        code, out, error = run_main(*given)
+        assert code == 0 and out.count("\n") == 2, error
+    for file in made:
+        narrowed = tmp_path / "narrowed" / file.relative_to(tmp_path / "apart")
+        one, two = (json.loads(path.read_text()) for path in (file, narrowed))
         assert (one["question"], one["scores"]) == (two["question"], two["scores"])
     code, _, error = run_main("evaluate", path, "base", "--out", tmp_path / "apart", "--only", "passkey:64")
     assert (

@@ -129,6 +129,16 @@ def test_numbers(runs):
     assert list(found["short"]["losses"]) == ["text_loss"]
 
 
+def test_numbers_of_a_method_are_of_one_model(runs):
+    path = runs / "plain/seed0/small/short/eval/passkey/512.json"
+    file = json.loads(path.read_text())
+    file["question"]["model"], file["date"] = "a later one", "2027-01-01"
+    path.write_text(json.dumps(file))
+    found = findings.single([runs / "plain/seed0/small"], "short")["values"]
+    assert set(found["passkey"]) == {512} and found["perplexity"] == found["multikey"] == {}
+    assert findings.keys([path.parents[2]], "multikey") == {}
+
+
 def test_keys_by_distance(runs):
     found = {entry["name"]: entry for entry in findings.collect(runs)}
     prompt = found["endprompt"]

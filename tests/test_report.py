@@ -137,6 +137,73 @@ def test_results_without_a_recipe_are_a_run(tmp_path):
     assert "There is no recipe" in run_report.page([found])
 
 
+def scores_of(run: Path, folder: str, score: float, fingerprint: str = "f", length: int = 64) -> None:
+    path = run / folder / "passkey" / f"{length}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = result("passkey", length, score)
+    file["question"]["model"]["fingerprint"] = fingerprint
+    path.write_text(json.dumps(file))
+
+
+def test_other_models_of_one_name_stay_apart(tmp_path):
+    """The model of every run is in a folder that is called `model`."""
+    run = tmp_path / "model/base"
+    scores_of(run, "eval-model-dae4a2ea", 10.0)
+    scores_of(run, "eval-model-4d3fe02e", 90.0)
+    scores_of(run, "eval-other-01234567", 50.0)
+    found = run_data.read([run])[0]
+    assert set(found.scored) == {"model-4d3fe02e", "model-dae4a2ea", "other"}
+    page = run_report.page([found])
+    for part in ("base: model-dae4a2ea", "base: model-4d3fe02e", "<b>10.0</b>", "<b>90.0</b>"):
+        assert part in page
+    # A name that looks like another's with its hash is no reason to lose one of them.
+    scores_of(run, "eval-model-dae4a2ea-89abcdef", 30.0)
+    assert len(run_data.read([run])[0].scored) == 4
+
+
+@pytest.mark.parametrize("own", ["train.json", "recipe.yaml", "model", "shards"])
+def test_another_model_is_not_a_run_s_own(tmp_path, own):
+    run = made(tmp_path, "one")
+    shutil.rmtree(run / "eval")
+    for name in {"train.json", "recipe.yaml"} - {own}:
+        (run / name).unlink()
+    if not (run / own).exists():
+        (run / own).mkdir()
+    scores_of(run, "eval-other-0123abcd", 10.0)
+    found = run_data.read([run])[0]
+    assert set(found.scored) == {"other"}
+    assert "<th>endprompt: other</th>" in run_report.page([found])
+
+
+def test_copies_of_results_take_no_place(tmp_path):
+    run = made(tmp_path, "one")
+    for name in ("eval-old", "eval.bak", "eval2", "eval-x-0123", "eval-x-0123abcg", "evaluation"):
+        scores_of(run, name, 0.0)
+    found = run_data.read([run])[0].scored
+    assert set(found) == {""} and found[""].folder == run / "eval"
+    shutil.rmtree(run / "eval")
+    assert run_data.read([run])[0].scored == {}
+
+
+def test_results_that_are_left_out_are_said(tmp_path):
+    run = made(tmp_path, "one")
+    scores_of(run, "eval", 0.0, "another", 128)
+    text = run_report.page(run_data.read([run]))
+    assert f"endprompt: 1 results of another model in {run / 'eval'} left out." in text
+    assert "left out" not in run_report.page(run_data.read([made(tmp_path, "two")]))
+
+
+def test_perplexity_of_other_words_is_said(tmp_path):
+    run = made(tmp_path, "one")
+    for length in (64, 512):
+        path = run / f"eval/perplexity/{length}.json"
+        file = json.loads(path.read_text())
+        file["question"] |= {"longest": length, "data": str(length)}
+        path.write_text(json.dumps(file))
+    text = run_report.page(run_data.read([run]))
+    assert "perplexity is not of the same words everywhere: endprompt at 64 (greatest length 64)" in text
+
+
 def test_labels_tell_runs_apart(tmp_path):
     folders = [made(tmp_path / seed, "tiny", method) for seed in ("a", "b") for method in ("short", "pose")]
     labels = [run.label for run in run_data.read(folders)]
@@ -184,6 +251,34 @@ def test_odd_names_and_values_are_shown_as_they_are(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "x$y$" in text and "<i>" not in text and "multikey: keys found" in text
     assert "passkey: keys found" not in text
+
+
+def test_keys_stand_at_their_distance_to_the_question(tmp_path, monkeypatch):
+    """Distances that no row showed count from a query to a key, and not from where the haystack ends."""
+    run = made(tmp_path, "one")
+    path = run / "eval/distance/512.json"
+    file = json.loads(path.read_text())
+    for cell in file["scores"]["cells"]:
+        cell["between"] = [cell["distance"] + 60, cell["distance"] + 100]
+    drawn = {}
+    monkeypatch.setattr(run_report.run_figures, "far", lambda named: drawn.update(named) or "")
+    for spoil in (
+        {},
+        {"coverage": None},
+        {"coverage": 7},
+        {"coverage": {"gap": [3]}},
+        {"coverage": {"gap": 3}},
+    ):
+        path.write_text(json.dumps(file | {"scores": file["scores"] | spoil}))
+        run_report.page(run_data.read([run]))
+        cells, spans = drawn.pop("endprompt")
+        assert list(cells) == [80.0, 180.0, 380.0] and spans == ([] if spoil else [(200, 250)])
+    # Where a key stands is not known: nothing says whether rows showed its distance.
+    for cell in file["scores"]["cells"]:
+        del cell["between"]
+    path.write_text(json.dumps(file))
+    run_report.page(run_data.read([run]))
+    assert drawn["endprompt"][1] == []
 
 
 def test_broken_settings_are_bad_input(runs):

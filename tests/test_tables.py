@@ -5,14 +5,16 @@ it.
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_main
 from matplotlib import image
+from safetensors.torch import load_file, save_file
 
 from endprompt import BadInput, methods
 from endprompt.evaluation import figures, longbench_scores, question, results, run, scored_model
@@ -483,9 +485,60 @@ def test_a_model_that_is_named_stands_in(runs, tmp_path):
     own = results.evaluation_folder(runs / "llama3-8b-64k/endprompt", str(tmp_path / "mine")).name
     write(runs / "llama3-8b-64k/endprompt", "ruler_vt", 4096, 12, folder=own)
     assert filled(runs, "table_6", endprompt=str(tmp_path / "mine")).cells["vt"]["endprompt"].ours.score == 12
-    assert filled(runs, "table_6", endprompt=str(tmp_path / "other")).cells["vt"][
-        "endprompt"
-    ].ours.score == score_of("vt", 4096)
+    other = filled(runs, "table_6", endprompt=str(tmp_path / "other"))
+    assert all(isinstance(cells["endprompt"].ours, Missing) for cells in other.cells.values())
+
+
+def test_a_model_that_was_not_scored_is_no_reason_to_show_the_run_s_own(runs, tmp_path, capsys):
+    """As with a name that was mistyped."""
+    mine = str(tmp_path / "mine")
+    out = ["--runs", runs, "--out", tmp_path / "results"]
+    code, said, err = call(tables.main, *out, "--model", f"endprompt={mine}", capsys=capsys)
+    assert (code, said, err.count("\n")) == (2, "", 1) and not (tmp_path / "results").exists()
+    assert f"endprompt evaluate RECIPE endprompt --model {mine}" in err
+    own = results.evaluation_folder(runs / "tiny/endprompt", mine).name
+    write(runs / "tiny/endprompt", "passkey", 256, 77, folder=own)
+    page = recipe_page.Page("tiny", runs, {"endprompt": mine})
+    assert page.methods["endprompt"].mean([("passkey", 256)]).score == 77
+    assert page.methods["endprompt"].lengths("perplexity") == [] and "endprompt" not in page.trained
+    # Another recipe's runs are there beside it, and said to be their own.
+    code, _, err = call(tables.main, *out, "--model", f"endprompt={mine}", capsys=capsys)
+    assert code == 0, err
+    said = f"endprompt: {mine} was not scored for this recipe; these are the run's own results."
+    for name, there in (("table_6", True), ("recipe_llama3-8b-64k", True), ("recipe_tiny", False)):
+        assert (said in (tmp_path / "results" / f"{name}.md").read_text()) == there, name
+
+
+def test_a_recipe_of_which_another_model_alone_was_scored(runs, tmp_path, capsys):
+    """It is no recipe with a page; results of that model are shown where it is named."""
+    mine = str(tmp_path / "mine")
+    folder = results.evaluation_folder(tmp_path / "runs/small/pose", mine).name
+    write(runs / "small/pose", "passkey", 256, 77, folder=folder)
+    write(runs / "tiny/pose", "passkey", 256, 5, folder="eval-old")
+    out = ["--runs", runs, "--out", tmp_path / "results"]
+    assert call(tables.main, *out, capsys=capsys)[0] == 0
+    assert not (tmp_path / "results/recipe_small.md").exists()
+    assert "pose" not in (tmp_path / "results/recipe_tiny.csv").read_text()
+    assert call(tables.main, *out, "--model", f"pose={mine}", capsys=capsys)[0] == 0
+    assert "77.00" in (tmp_path / "results/recipe_small.csv").read_text()
+
+
+def test_the_folder_of_a_hub_id_is_one_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "one/org/there").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    found = {"org/model": [], "org/there": [], "./org/there": []}
+    for folder in ("one", "two"):
+        monkeypatch.chdir(tmp_path / folder)
+        for model, names in found.items():
+            names.append(results.evaluation_folder(tmp_path / "run", model).name)
+    assert found["org/model"][0] == found["org/model"][1] != found["org/there"][0]
+    assert found["org/there"][0] == found["./org/there"][0]  # a folder, where it is one
+    assert found["./org/there"][0] != found["./org/there"][1]
+    # What was put there while it was a folder is found once it is gone.
+    monkeypatch.chdir(tmp_path / "one")
+    write(tmp_path / "run", "passkey", 256, 7.0, folder=found["org/there"][0])
+    (tmp_path / "one/org/there").rmdir()
+    assert results.read_run(tmp_path / "run", "org/there").mean([("passkey", 256)]).score == 7
 
 
 def test_folder_and_form_are_those_that_evaluate_writes(tmp_path, recipe_file, monkeypatch):
@@ -682,6 +735,20 @@ def test_tiny_has_passkey_and_perplexity_in_place_of_ruler(runs):
     )
 
 
+def test_perplexity_of_other_words_is_marked(runs):
+    folder = runs / "tiny/short"
+    write(folder, "perplexity", 256, 4.0, 0.1, samples=32, longest=256, data="a")
+    write(folder, "perplexity", 512, 4.0, 0.1, samples=32, longest=256, data="a")
+    page = recipe_page.Page("tiny", runs, {})
+    assert "of the same held-out tokens at every length" in page.markdown()
+    write(folder, "perplexity", 512, 4.0, 0.1, samples=32, longest=512, data="b")
+    text = recipe_page.Page("tiny", runs, {}).markdown()
+    assert "Perplexity: **not of the same held-out tokens** (below) at every length" in text
+    assert (
+        "- perplexity is not of the same words everywhere: short at 256 (greatest length 256); short" in text
+    )
+
+
 def test_page_with_a_part_of_ruler(runs):
     for length in (1024, 2048):
         write(runs / "smollm2-135m-64k/endprompt", "ruler_vt", length, 25, samples=10)
@@ -861,9 +928,33 @@ def test_states(tiny):
     assert state() == ("1 of 2 results", False), "another question is no answer"
     answer("endprompt", 128, "another model")
     assert state() == ("1 of 2 results", False), "another model's score is no answer"
-    for length in (64, 128):
-        answer("base", length, "any")
-    assert state("base") == ("evaluated", True)
+
+
+@pytest.mark.parametrize("method", ["base", "interpolation"])
+def test_results_of_another_base_or_rope_are_no_answers(tiny, recipe_file, base, monkeypatch, method):
+    """Nothing was trained, so the base's weights, its RoPE and its sharpness are the model."""
+    job, _, folder = tiny
+    path = recipe_file("tiny", eval={"lengths": [96, 128]})
+
+    def state(*overrides):
+        asked = plan_jobs.Job("run", path, method, job().out, overrides)
+        return plan.inspect(asked, PER_HOUR).state
+
+    assert state() == "not evaluated"
+    code, _, error = run_main("evaluate", path, method, "--out", job().out)
+    assert code == 0, error
+    assert state() == "evaluated"
+    sharper = state("rope.sharpen=1.0")
+    assert sharper == "not evaluated"
+    if method == "interpolation":
+        assert state("rope.type=yarn") == state("lengths.target=1024") == "not evaluated"
+    other = shutil.copytree(base, folder / "another")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert state(f"model.name_or_path={other}") == "not evaluated"
+    moved = shutil.copytree(base, folder / "moved")
+    assert state(f"model.name_or_path={moved}") == "evaluated"
 
 
 def test_rows_that_do_not_fit_a_step_are_found_before_anything_runs(tmp_path):
@@ -1009,7 +1100,7 @@ def script(tmp_path):
         f'#!/bin/bash\nif [ "$2" = endprompt.reports.plan ]; then exec {sys.executable} "$@"; fi\n'
         'case "$3" in gpus) echo 0; exit;; path) echo nowhere; exit;; esac\n'
         f'{{ printf "%s" "$OUT"; printf "|%s" "$@"; echo; }} >>{tmp_path}/calls\n'
-        'cat >/dev/null\ncase "$*" in *FAIL*) echo broken; exit 3;; esac\n'
+        'cat >/dev/null\ncase "$*" in *FAIL*) echo broken; exit 3;; *WRONG*) exit 2;; esac\n'
     )  # it reads all of its input, as a launcher may
     fake.chmod(0o755)
 
@@ -1129,11 +1220,18 @@ def test_script_stops_at_a_failure_and_names_its_log(script):
     done, calls = script(
         "--methods", "short", "pose", "--set", "model.revision=FAIL", OUT="elsewhere", STAGES="evaluate"
     )
-    assert done.returncode == 1 and len(calls) == 1 and "broken" in done.stderr
+    assert done.returncode == 3 and len(calls) == 1 and "broken" in done.stderr
     assert (
         "run_all.sh: run short failed; its log is elsewhere/tiny/logs/short.log; the same command goes on"
         " from there" in done.stderr
     )
+
+
+@pytest.mark.slow
+def test_script_ends_with_2_on_bad_input(script):
+    done, calls = script("--methods", "short", "--set", "model.revision=WRONG", OUT="elsewhere")
+    assert done.returncode == 2 and len(calls) == 1
+    assert "run_all.sh: run short failed; its log is elsewhere/tiny/logs/short.log\n" in done.stderr
 
 
 def test_dry_run_prints_and_writes_nothing(script, tmp_path):

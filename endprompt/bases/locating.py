@@ -133,3 +133,17 @@ def fingerprint(folder: Path, gguf_file: str | None = None) -> str:
         hashes = pool.map(storage.sha256, paths)
         found = [(path.name, digest) for path, digest in zip(paths, hashes, strict=True)]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def commit(name: str, revision: str | None = None) -> str | None:
+    """The hub's commit of the id ``name`` that was fetched last, by the folder that the hub's client keeps it
+    in; None if nothing was.  transformers 5.23 no longer notes it in the config.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    folder = Path(found).parent if found else Path()
+    return folder.name if folder.parent.name == "snapshots" else None

@@ -9,7 +9,7 @@ from endprompt import BadInput
 from endprompt.bases import families, quantized
 from endprompt.bases.lengths import GENERATION_KEYS, TOKENIZER_KEYS, WINDOW_KEYS, first_length, window
 from endprompt.bases.loading import SUPPORTED, load_config, load_tokenizer, load_weights, without_reports
-from endprompt.bases.locating import Named, check_folder, locate
+from endprompt.bases.locating import Named, check_folder, commit, locate
 from endprompt.bases.locating import fingerprint as fingerprint_of
 from endprompt.bases.refusals import (
     CHANGES_ATTENTION,
@@ -123,7 +123,7 @@ class Base:
         """Of its weights, or the hub's commit."""
         if self.folder.is_dir():
             return fingerprint_of(self.folder, self.recipe.model.gguf_file)
-        return str(getattr(self.config, "_commit_hash", None))
+        return str(commit(str(self.folder), self.recipe.model.revision))
 
     @functools.cached_property
     def own_scheme(self) -> rope.Scheme:

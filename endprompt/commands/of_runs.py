@@ -109,14 +109,17 @@ def _leave(code: int) -> None:
 
 
 def evaluate(arguments, experiment) -> None:
+    from endprompt.commands.scoring import narrowed
     from endprompt.evaluation import run as scoring
 
+    among = narrowed(arguments, experiment.recipe)
     if arguments.list:
-        print("\n".join(f"{task}:{length or '-'}" for task, length in scoring.pairs(experiment.recipe)))
+        found = scoring.pairs(experiment.recipe, among)
+        print("\n".join(f"{task}:{length or '-'}" for task, length in found))
         return
     if arguments.budget is not None and not arguments.budget > 0:
         raise BadInput(f"--budget {arguments.budget:g}: name a positive number of seconds, or leave it out")
-    scoring.evaluate(experiment, arguments.model, arguments.only, arguments.budget)
+    scoring.evaluate(experiment, arguments.model, arguments.only, arguments.budget, among)
 
 
 def plan(arguments, experiment) -> None:
@@ -184,7 +187,7 @@ def _experiment(arguments):
                 "METHOD is missing beside RECIPE; name a row of the method table, or leave both out and name"
                 " a model with --model"
             )
-        overrides = [*overrides, *scoring.chosen(arguments)]
+        return scoring.with_recipe(arguments)
     if arguments.command == "prepare" and arguments.filter is not None:
         overrides = [*overrides, f"data.filter_share={arguments.filter}"]
     return resolve(arguments.recipe, overrides, arguments.method, arguments.out)

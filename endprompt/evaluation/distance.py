@@ -74,9 +74,10 @@ class Distance:
         self.reason = ""
 
     def rows(self, number: int) -> list[dict]:
-        keys = drawn(self.design, number)[: self.design.asked(number)]
+        # All keys are told, so that questions about the last haystack are as hard as those before.
+        keys, wanted = drawn(self.design, number), self.design.asked(number)
         found = haystacks.within(self.tokenizer, self.stretch.haystack, keys, self.design.chat)
-        pairs = [(asked, distance) for distance in self.chosen for asked in found.asked]
+        pairs = [(asked, distance) for distance in self.chosen for asked in found.asked[:wanted]]
         questions = [
             prefix.Question(asked.ids, asked.answer, len(found.ids) + distance) for asked, distance in pairs
         ]

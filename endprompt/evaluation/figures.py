@@ -2,26 +2,24 @@
 of bars, memory and time; the paper's figures dashed or hatched beside ours.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from endprompt import methods
-from endprompt.evaluation.results import model_of
+from endprompt.evaluation import results
 
 PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
 
 
 def read(folder: Path) -> list[dict]:
-    """The results in ``folder`` (one JSON file a length) of the model that was scored there last, by
-    length.
+    """The results in ``folder`` (one JSON file a length), by length, of the model that was scored last in the
+    folder of results that it is in.  Raises BadInput for a file that is no result.
     """
-    results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    newest = model_of(max(results, key=lambda result: result["date"])) if results else None
-    return sorted(
-        (result for result in results if model_of(result) == newest),
-        key=lambda result: result["scores"]["length"],
-    )
+    if not folder.is_dir():
+        return []
+    scored = results.read(folder.parent)
+    return [scored.found[folder.name, length] for length in scored.lengths(folder.name)]
 
 
 def pool(seeds: list[list[dict]]) -> list[dict]:
@@ -223,7 +221,9 @@ def curves(panels: dict[str, dict[str, dict[int, dict]]], path: Path, title: str
 
 
 def distances(
-    results: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]], path: Path, title: str | None = None
+    results: Mapping[str, tuple[Mapping[float, dict], list[tuple[int, int]]]],
+    path: Path,
+    title: str | None = None,
 ) -> None:
     """Draws, in a panel for each name, the keys found by distance between question and key, {distance:
     {"mean", "low", "high"}}, and the spans of distances that its training rows never showed in grey, into one

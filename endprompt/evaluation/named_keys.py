@@ -13,10 +13,13 @@ from endprompt.evaluation.haystacks import Asked, Design, Haystack
 
 
 def haystack(tokenizer, length: int, design: Design, number: int) -> Haystack:
-    """Haystack ``number`` of prompts up to ``length`` tokens.  Raises ValueError if that is too short."""
+    """Haystack ``number`` of prompts up to ``length`` tokens, with what is asked about it: the last has all
+    keys as well, where not all are asked for.  Raises ValueError if that is too short.
+    """
     rng = random.Random(f"named_keys/{design.seed}/{length}/{number}")
     keys = haystacks.draw(rng, haystacks.spread(design, number))
-    return haystacks.build(tokenizer, length, keys[: design.asked(number)], design.chat)
+    found = haystacks.build(tokenizer, length, keys, design.chat)
+    return haystacks.Haystack(found.ids, found.asked[: design.asked(number)])
 
 
 def documents(tokenizer, lengths: list[int], design: Design) -> list[dict]:

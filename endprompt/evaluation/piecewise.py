@@ -20,6 +20,7 @@ from endprompt.evaluation import (
     progress,
     prompts,
     question,
+    results,
 )
 from endprompt.positions import coverage, plans
 from endprompt.recipe import task_names
@@ -155,12 +156,17 @@ def supervised(experiment: Experiment, other: str | None) -> tuple[np.ndarray | 
 
 
 def draw(name: str, folder: Path, tasks: set[str]) -> None:
-    """Draws a picture of each of ``tasks`` that has results in ``folder``; name: of the method."""
-    if task_names.NAMED_KEYS in tasks and (found := figures.read(folder / task_names.NAMED_KEYS)):
+    """Draws a picture of each of ``tasks`` that has results in ``folder``; name: of the method.  Raises
+    BadInput for a file that is no result.
+    """
+    if not tasks & {*task_names.PIECEWISE}:
+        return
+    scored = results.read(folder)
+    if task_names.NAMED_KEYS in tasks and (found := scored.rows(task_names.NAMED_KEYS)):
         figures.heatmaps({name: found}, folder / f"{task_names.NAMED_KEYS}.png")
-    if task_names.DISTANCE in tasks and (found := figures.read(folder / task_names.DISTANCE)):
+    if task_names.DISTANCE in tasks and (found := scored.rows(task_names.DISTANCE)):
         distance_figures.panels({name: found[-1]["scores"]}, folder / f"{task_names.DISTANCE}.png")
-    if task_names.FAR_GAIN in tasks and (found := figures.read(folder / task_names.FAR_GAIN)):
+    if task_names.FAR_GAIN in tasks and (found := scored.rows(task_names.FAR_GAIN)):
         cells = {
             result["scores"]["length"]: {"mean": result["scores"]["score"], **result["scores"]}
             for result in found

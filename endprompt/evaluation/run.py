@@ -208,13 +208,22 @@ def short_text(
     return {"length": None, "metric": metric, "few_shots": few_shots, **_mean(scores)}
 
 
-def pairs(recipe: Recipe) -> list[tuple[str, int | None]]:
-    """(task, length) of every score that the recipe asks for."""
-    return [(task, length) for task in recipe.eval.tasks for length in lengths(recipe, task)]
+def pairs(recipe: Recipe, among: Sequence[int] = ()) -> list[tuple[str, int | None]]:
+    """(task, length) of every score that the recipe asks for; among: those of its lengths that are wanted,
+    none: all.  Tasks that have lengths of their own are not narrowed.
+    """
+    found = [(task, length) for task in recipe.eval.tasks for length in lengths(recipe, task)]
+    return [pair for pair in found if not among or pair[1] in among or not _by_length(pair[0])]
 
 
-def _chosen(recipe: Recipe, only: Sequence[str]) -> list[tuple[str, int | None]]:
-    known = {f"{task}:{length or '-'}": (task, length) for task, length in pairs(recipe)}
+def _by_length(task: str) -> bool:
+    """Whether ``task`` is scored at the lengths of ``eval.lengths``."""
+    own = task in task_names.SHORT_TEXT or task.startswith("longbench_") or task == task_names.DISTANCE
+    return not own
+
+
+def _chosen(recipe: Recipe, only: Sequence[str], among: Sequence[int]) -> list[tuple[str, int | None]]:
+    known = {f"{task}:{length or '-'}": (task, length) for task, length in pairs(recipe, among)}
     for name in only:
         if name not in known:
             raise BadInput(f"--only {name}: the recipe has no such pair; it has {', '.join(known)}")
@@ -222,7 +231,11 @@ def _chosen(recipe: Recipe, only: Sequence[str]) -> list[tuple[str, int | None]]
 
 
 def evaluate(
-    experiment: Experiment, other: str | None = None, only: Sequence[str] = (), budget: float | None = None
+    experiment: Experiment,
+    other: str | None = None,
+    only: Sequence[str] = (),
+    budget: float | None = None,
+    among: Sequence[int] = (),
 ) -> None:
     """Writes eval/<task>/<length>.json below the run and the answers beside it as .jsonl (eval-<name>-<hash
     of its path> for another model) and pictures, and prints a line a score.
@@ -230,15 +243,17 @@ def evaluate(
     only: the TASK:LENGTH pairs to score, in that order; none: all of the recipe's.
     budget: seconds, loading included, after which no pair is begun, nor one when less is left than the
         longest so far took; None: no end.
+    among: those of the recipe's lengths to score; none: all.  The question stays that of all, so that
+        perplexity and far_gain are of the same words however many calls share the lengths.
 
     Raises BadInput if there is no model, another process scores one of the pairs, a length is too short for
     its task, data are missing, or the held-out documents are shorter than a length.
     """
     _check_environment(experiment.recipe)
     folder = results.evaluation_folder(experiment.run, other and str(scored_model.named(other)))
-    todo, clock = _chosen(experiment.recipe, only), Clock(budget)
+    todo, clock = _chosen(experiment.recipe, only, among), Clock(budget)
     piecewise.refuse(experiment.recipe, todo)
-    _say_what_is_left_out(experiment.recipe, todo)
+    _say_what_is_left_out(experiment.recipe, todo, among)
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as temporary:
         for pair in todo:
             lock = _path(Path(), *pair).with_suffix("").as_posix().replace("/", "-")
@@ -265,11 +280,12 @@ def _renew_card(experiment: Experiment, folder: Path) -> None:
         print(f"warning: the model card stays as it was: {error}", file=sys.stderr)
 
 
-def _say_what_is_left_out(recipe: Recipe, todo: list) -> None:
+def _say_what_is_left_out(recipe: Recipe, todo: list, among: Sequence[int]) -> None:
     """A line on stderr for a task that has no length here.  Raises BadInput if nothing else is asked for."""
     task = task_names.FAR_GAIN
-    if task in recipe.eval.tasks and not piecewise.lengths(recipe, task):
-        line = f"{task}: no length of eval.lengths is beyond the base's window; add one, or drop {task}"
+    if task in recipe.eval.tasks and not any(asked == task for asked, _ in pairs(recipe, among)):
+        key = "--lengths" if among and piecewise.lengths(recipe, task) else "eval.lengths"
+        line = f"{task}: no length of {key} is beyond the base's window; add one, or drop {task}"
         if not todo:
             raise BadInput(f"eval.tasks: {line} from eval.tasks")
         print(f"evaluate: {line}", file=sys.stderr)
@@ -411,11 +427,16 @@ class Evaluation:
 
 
 def _draw(experiment: Experiment, folder: Path, todo: list) -> None:
-    for task in passkey.TASKS:
-        if any(asked == task for asked, _ in todo) and (folder / task).is_dir():
-            found = {experiment.method.name: figures.read(folder / task)}
-            figures.heatmaps(found, folder / f"{task}.png")
-    piecewise.draw(experiment.method.name, folder, {task for task, _ in todo})
+    """Pictures of the tasks that were scored; those of a task stay as they were, after a warning, where a
+    result in ``folder`` cannot be read, or nothing can be written."""
+    name = experiment.method.name
+    for task in sorted({task for task, _ in todo}):
+        try:
+            if task in passkey.TASKS and (found := results.read(folder).rows(task)):
+                figures.heatmaps({name: found}, folder / f"{task}.png")
+            piecewise.draw(name, folder, {task})
+        except (OSError, BadInput) as error:
+            print(f"warning: the picture of {task} is not drawn anew: {error}", file=sys.stderr)
 
 
 def _path(folder: Path, task: str, length: int | None) -> Path:
@@ -424,15 +445,17 @@ def _path(folder: Path, task: str, length: int | None) -> Path:
 
 def _existing(path: Path, question: dict) -> dict | None:
     """A result already there for the very same question; None, after saying so, if there is one for
-    another.
+    another.  Raises BadInput if what is there is no file.
     """
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder, where a result is to be written; remove it")
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if same(result["question"], question):
-            return result
+            return results.check(path)
         print(f"{path}: was scored for another model or setting; scoring again", file=sys.stderr)
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError):
+    except (BadInput, OSError, ValueError, KeyError, TypeError, RecursionError):
         print(f"{path}: cannot be read; scoring again", file=sys.stderr)
     return None

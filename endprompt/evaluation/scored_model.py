@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from endprompt import BadInput
-from endprompt.bases import model
+from endprompt.bases import locating, model
 from endprompt.evaluation import engine
 from endprompt.evaluation.question import fingerprint
 from endprompt.recipe.experiment import Experiment
+from endprompt.recipe.schema import Recipe
 
 
 def load(experiment: Experiment, other: str | None):
@@ -53,7 +54,7 @@ def _untrained(experiment: Experiment, cuda: bool):
         "gguf_file": recipe.model.gguf_file,
         "rope_parameters": network.config.rope_parameters,
         "sharpened": experiment.sharpness,
-        **_content(base.folder, network.config, recipe.model.gguf_file),
+        **_content(base.folder, recipe.model.revision, recipe.model.gguf_file),
     }
     return network, base.tokenizer, identity
 
@@ -71,13 +72,14 @@ def _saved(experiment: Experiment, other: str | None, cuda: bool):
             else f"{folder} is missing; train {experiment.method.name} first, or name a model with --model"
         )
     source = str(folder) if other is None or folder.is_dir() else other
-    trust = recipe.model.trust_remote_code
+    revision = _revision(recipe, other)
+    which = {"trust_remote_code": recipe.model.trust_remote_code, **revision}
     if folder.is_dir():
         model.check_folder(folder, "--model")
     try:
         with model.without_reports():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            tokenizer = AutoTokenizer.from_pretrained(source, **which)
+            config = AutoConfig.from_pretrained(source, **which)
     except Exception as error:  # as tokenizers' own errors, which are plain Exceptions
         raise BadInput(f"--model: {source} cannot be loaded: {model.reason(error)}; {model.MEND}") from None
     model.refuse_kernels(config, "--model")
@@ -88,7 +90,7 @@ def _saved(experiment: Experiment, other: str | None, cuda: bool):
             " save it"
         )
     model.check_vocabulary(tokenizer, config.get_text_config(), f"--model: the tokenizer of {source}")
-    identity = {"name_or_path": str(folder), **_content(folder, config)}
+    identity = {"name_or_path": str(folder), **revision, **_content(folder, revision.get("revision"))}
     weights = f"--model: the weights of {source}"
     if recipe.eval.backend == "vllm":
         model.refuse_untied(weights, source, config)
@@ -96,18 +98,30 @@ def _saved(experiment: Experiment, other: str | None, cuda: bool):
     network = model.load_weights(
         weights,
         pretrained_model_name_or_path=source,
-        trust_remote_code=trust,
+        **which,
         dtype=_dtype(cuda),
         attn_implementation=model.supported_attention(recipe, cuda, config),
     )
     return network, tokenizer, identity
 
 
-def _content(folder: Path, config, gguf_file: str | None = None) -> dict:
+def _revision(recipe: Recipe, other: str | None) -> dict[str, str]:
+    """The revision of the model that is scored, where the recipe names one of this very id, as without a
+    recipe file it does.  Raises BadInput if the engine cannot take it."""
+    wanted = recipe.model.revision if other == recipe.model.name_or_path else None
+    if wanted and recipe.eval.backend == "vllm":
+        raise BadInput(
+            f"model.revision: {wanted!r} does not reach vLLM here; download it into a folder and name that"
+            " with --model"
+        )
+    return {"revision": wanted} if wanted else {}
+
+
+def _content(folder: Path, revision: str | None, gguf_file: str | None = None) -> dict:
     """What the model's files are: a fingerprint of ``folder``, or the hub's commit where it is none."""
     if folder.is_dir():
         return {"fingerprint": fingerprint(folder, gguf_file)}
-    return {"fingerprint": None, "commit": getattr(config, "_commit_hash", None)}
+    return {"fingerprint": None, "commit": locating.commit(str(folder), revision)}
 
 
 def named(other: str) -> Path:

@@ -30,6 +30,7 @@ TASKS = {
     "multikey": (100.0, "{:.0f}%"),
     "perplexity": (float("inf"), "{:.2f}"),
 }
+Asked = dict[tuple[str, int], tuple[dict, Path]]  # {(task, length): what the first run was asked, the run}
 Order = Callable[[dict[str, dict]], dict[str, dict]]  # of the methods in ``summary``
 NOTE = (
     "Means over seeds; n is how many a cell has. In brackets the 95 % interval: Student's t over seeds, or"
@@ -74,15 +75,16 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
 
 
 def check(folders: list[Path]) -> None:
-    """Raises BadInput if two folders are the same, a seed comes twice, or their runs differ in more than the
-    seed.
+    """Raises BadInput if two folders are the same, a seed comes twice, runs of a method differ in more than
+    the seed, or any two were asked different questions.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("a folder is named twice; a seed counts once")
+    asked: Asked = {}
+    scored: dict[str, results.Results] = {}
     for name in methods.METHODS:
         seeds: dict[int | None, Path] = {}
         first = None
-        questions: dict[tuple, tuple] = {}
         for folder in folders:
             if not (folder / name / "eval").is_dir():
                 continue
@@ -101,20 +103,26 @@ def check(folders: list[Path]) -> None:
                     " compare runs of one setting"
                 )
             first = first or ((setting, folder / name) if setting else None)
-            for task in TASKS:
-                for row in figures.read(folder / name / "eval" / task):
-                    asked = {key: value for key, value in row["question"].items() if key != "model"}
-                    before = questions.setdefault((task, row["scores"]["length"]), (asked, folder))
-                    if before[0] != asked:
-                        unlike = ", ".join(
-                            sorted(
-                                key for key in {**before[0], **asked} if before[0].get(key) != asked.get(key)
-                            )
-                        )
-                        raise BadInput(
-                            f"{before[1] / name} and {folder / name} were asked different questions ({task}"
-                            f" at {row['scores']['length']}: {unlike}); evaluate them alike"
-                        )
+            _check_questions(folder / name, asked)
+            scored[str(folder / name)] = results.read_run(folder / name)
+    if said := results.other_words(scored, "perplexity"):
+        raise BadInput(said)
+
+
+def _check_questions(run: Path, asked: Asked) -> None:
+    """Notes in ``asked`` what ``run`` was asked.  Raises BadInput if a run before it, of whatever method, was
+    asked something else: who is told apart from whom must have had the same questions.
+    """
+    scored = results.read_run(run)
+    for task in TASKS:
+        for row in scored.rows(task):
+            here = {key: value for key, value in row["question"].items() if key != "model"}
+            before, where = asked.setdefault((task, row["scores"]["length"]), (here, run))
+            if unlike := sorted(key for key in {**before, **here} if before.get(key) != here.get(key)):
+                raise BadInput(
+                    f"{where} and {run} were asked different questions ({task} at {row['scores']['length']}:"
+                    f" {', '.join(unlike)}); evaluate them alike"
+                )
 
 
 def summary(folders: list[Path]) -> dict[str, dict]:
@@ -127,9 +135,10 @@ def summary(folders: list[Path]) -> dict[str, dict]:
         if not runs:
             continue
         result[name] = {}
+        scored = [results.read_run(run) for run in runs]
         for task, (ceiling, _) in TASKS.items():
             by_length: dict[int, list[dict]] = {}
-            for row in (row for run in runs for row in figures.read(run / "eval" / task)):
+            for row in (row for one in scored for row in one.rows(task)):
                 by_length.setdefault(row["scores"]["length"], []).append(row["scores"])
             result[name][task] = {
                 length: intervals.over_seeds(
@@ -177,6 +186,11 @@ def table(*folders: Path, order: Order = dict) -> str:
     return f"{lines}\n\n{NOTE}" if several else lines
 
 
+def _rows(folders: list[Path], method: str, task: str) -> list[list[dict]]:
+    """The results of ``task`` of each seed that was scored, by length."""
+    return [results.read_run(folder / method).rows(task) for folder in folders]
+
+
 def compare(
     folders: list[Path], out: Path | None = None, title: str | None = None, order: Order = dict
 ) -> None:
@@ -204,14 +218,10 @@ def compare(
     )
     print(f"{text}\n\n{out / 'comparison.md'}\n{out / 'comparison.json'}")
     for task, stem in (("passkey", "comparison"), ("multikey", "comparison-multikey")):
-        results = {
-            name: rows
-            for name in found
-            if (rows := figures.pool([figures.read(folder / name / "eval" / task) for folder in folders]))
-        }
-        if results:
-            figures.heatmaps(results, out / f"{stem}.png", title)
-            figures.lines({name: found[name][task] for name in results}, out / f"{stem}-lines.png", title)
+        drawn = {name: rows for name in found if (rows := figures.pool(_rows(folders, name, task)))}
+        if drawn:
+            figures.heatmaps(drawn, out / f"{stem}.png", title)
+            figures.lines({name: found[name][task] for name in drawn}, out / f"{stem}-lines.png", title)
             print(f"{out / stem}.png\n{out / stem}-lines.png")
 
 

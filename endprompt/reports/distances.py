@@ -68,7 +68,9 @@ def _told_apart(folders: list[Path]) -> dict[Path, str]:
 def entry(run: Path) -> dict:
     """What is kept of a run: {"run": the last parts of its folder, "results": {"task:length": scores},
     "training": tokens, steps, seconds, settings and losses or None, "commit", "device", "versions"}."""
-    found = results.read_run(run).found
+    scored = results.read_run(run)
+    scored.rows(task_names.DISTANCE)  # what cannot be shown is refused
+    found = scored.found
     one = next(iter(found.values()), {})
     for (task, length), file in found.items():
         if task == task_names.DISTANCE:
@@ -143,12 +145,17 @@ def read(path: Path) -> Arms:
 
 
 def gathered(given: list[str]) -> Arms:
-    """The arms of files and of runs."""
+    """The arms of files and of runs.  Raises BadInput if runs were scored on other words."""
     files = [Path(text) for text in given if text.endswith(".json")]
     arms: Arms = {}
     for path in files:
         arms |= read(path)
-    for name, folders in named([text for text in given if not text.endswith(".json")]).items():
+    fresh = named([text for text in given if not text.endswith(".json")])
+    scored = {str(run): results.read_run(run) for folders in fresh.values() for run in folders}
+    for task in ("perplexity", task_names.FAR_GAIN):
+        if said := results.other_words(scored, task):
+            raise BadInput(said)
+    for name, folders in fresh.items():
         arms[name] = [entry(folder) for folder in folders]
     return arms
 

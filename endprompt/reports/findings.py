@@ -121,7 +121,7 @@ def keys(runs: list[Path], task: str) -> dict:
 
     A key at depth d of a text of n tokens is about (1 - d) x n before the question.
     """
-    seeds = [rows for run in runs if (rows := figures.read(run / "eval" / task))]
+    seeds = [rows for run in runs if (rows := results.read_run(run).rows(task))]
     if not seeds:
         return {}
     lengths = sorted({row["scores"]["length"] for rows in seeds for row in rows})
@@ -129,7 +129,10 @@ def keys(runs: list[Path], task: str) -> dict:
     found: dict[str, Any] = {
         "mean": _over_seeds(
             [
-                (sum(row["scores"]["correct"] for row in rows), sum(row["scores"]["samples"] for row in rows))
+                (
+                    sum(cell["correct"] for row in rows for cell in row["scores"]["cells"]),
+                    sum(cell["total"] for row in rows for cell in row["scores"]["cells"]),
+                )
                 for rows in seeds
             ]
         ),
@@ -173,8 +176,9 @@ def single(folders: list[Path], method: str) -> dict:
     samples: dict[str, dict[int, int]] = {task: {} for task in passkey.TASKS}
     commits, devices = set(), set()
     for folder in folders:
+        scored = results.read_run(folder / method)
         for task in compare.TASKS:
-            for row in figures.read(folder / method / "eval" / task):
+            for row in scored.rows(task):
                 found[task].setdefault(row["scores"]["length"], {})[folder.parent.name] = row["scores"][
                     "score"
                 ]

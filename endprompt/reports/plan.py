@@ -14,15 +14,18 @@ FLOPs alone).
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from endprompt import BadInput
 from endprompt.evaluation import results
 from endprompt.planning import estimate
+from endprompt.positions import rope
 from endprompt.recipe import task_names
 from endprompt.recipe.experiment import Experiment, resolve
 from endprompt.recipe.schema import Recipe
@@ -60,12 +63,13 @@ def prefill_flops(recipe: Recipe, about) -> float:
     return total
 
 
-def _answered(recipe: Recipe, folder: Path, scored: Path | None) -> tuple[int, int]:
+def _answered(experiment: Experiment, folder: Path, scored: Path | None) -> tuple[int, int]:
     """(results in ``folder`` that `endprompt evaluate` would keep, results it would make) for the model in
     ``scored``; None: the untrained one.
     """
     from endprompt.evaluation import question, run
 
+    recipe = experiment.recipe
     pairs, found = run.pairs(recipe), {}
     for task, length in pairs:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -75,21 +79,39 @@ def _answered(recipe: Recipe, folder: Path, scored: Path | None) -> tuple[int, i
             found[task, length] = asked.pop("model"), asked
     if not found:
         return 0, len(pairs)
-    print_of = question.fingerprint(scored) if scored is not None and scored.is_dir() else None
     there = 0
     with contextlib.suppress(
         BadInput
     ):  # a tokenizer that cannot be loaded, as of a base that was not fetched
+        is_model = _identified(experiment, scored)
         asks = question.Questions(recipe, _tokenizer(recipe, scored))
         for (task, length), (of, asked) in found.items():
             with contextlib.suppress(
-                BadInput, KeyError, TypeError
+                BadInput, KeyError, TypeError, AttributeError
             ):  # data that are not there, an old form of result
                 expected = {key: value for key, value in asks(task, length, {}).items() if key != "model"}
-                there += asked == json.loads(json.dumps(expected)) and (
-                    print_of is None or of["fingerprint"] == print_of
-                )
+                there += asked == json.loads(json.dumps(expected)) and is_model(of)
     return there, len(pairs)
+
+
+def _identified(experiment: Experiment, scored: Path | None) -> Callable[[dict], bool]:
+    """Whether what a result says of its model is the one in ``scored``; None: the base under the method's
+    RoPE, whose parameters are told before anything is built.  Of an id of the hub all that is known is the
+    folder of its results.  Raises BadInput if the base cannot be read.
+    """
+    from endprompt.evaluation import question
+
+    if scored is not None:
+        expected = {"fingerprint": question.fingerprint(scored)} if scored.is_dir() else {}
+        return lambda of: all(of[key] == value for key, value in expected.items())
+    base, config = experiment.base, copy.deepcopy(experiment.base.config)
+    rope.apply(config, experiment.scaling, experiment.target_length)
+    built = {"rope_parameters": config.rope_parameters, "sharpened": experiment.sharpness}
+    expected = json.loads(json.dumps(built))
+    return lambda of: (
+        (of.get("fingerprint") or str(of.get("commit"))) == base.fingerprint
+        and all(of.get(key, value) == value for key, value in expected.items())
+    )
 
 
 def _tokenizer(recipe: Recipe, scored: Path | None):
@@ -149,7 +171,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
     if job.kind == "train":
         there = wanted = 0
     elif trained:
-        there, wanted = _answered(recipe, results.evaluation_folder(job.folder, job.model), scored)
+        there, wanted = _answered(experiment, results.evaluation_folder(job.folder, job.model), scored)
     else:
         there, wanted = 0, 1
     done = trained and there == wanted

@@ -22,6 +22,11 @@ def shown(ours: Estimate | Missing) -> str:
     return f"{ours.score:.2f} [{ours.low:.2f}, {ours.high:.2f}]" if isinstance(ours, Estimate) else "not run"
 
 
+def own_results(row: str, model: str | None) -> str:
+    """The note of a row where a ``model`` that was named was scored for other recipes alone."""
+    return f"{row}: {model} was not scored for this recipe; these are the run's own results."
+
+
 @dataclass
 class Page:
     """All results of recipe ``name`` under ``runs``.  Raises BadInput if there are none, or one cannot be
@@ -36,20 +41,27 @@ class Page:
     def __post_init__(self):
         folder = self.runs / self.name
         self.methods: dict[str, Results] = {}
+        self.stand_ins = {
+            method: model
+            for method, named in self.models.items()
+            if (model := results.stand_in(self.runs, folder / method, named))
+        }
         for method in methods.METHODS:
-            if (found := results.read_run(folder / method, self.models.get(method))).found:
+            if (found := results.read_run(folder / method, self.stand_ins.get(method))).found:
                 self.methods[method] = found
+            for task in passkey.TASKS:
+                found.rows(task)  # what cannot be drawn is refused before anything is written
         if not self.methods:
             raise BadInput(
                 f"--recipe {self.name}: {folder} holds no evaluated method; run `endprompt evaluate` first,"
-                f" or name one of: {', '.join(results.recipes(self.runs)) or 'none is there'}"
+                f" or name one of: {', '.join(results.recipes(self.runs, self.models)) or 'none is there'}"
             )
         # A model that was named stands in for the trained one, whose training is then not to be shown beside
         # it.
         self.trained = {
             method: record
             for method in methods.METHODS
-            if method not in self.models and (record := results.training(folder / method))
+            if method not in self.stand_ins and (record := results.training(folder / method))
         }
 
     def tasks(self, names_of: tuple[str, ...]) -> list[str]:
@@ -120,11 +132,7 @@ class Page:
             self._draw_training(out)
 
     def _draw_passkey(self, out: Path, task: str) -> None:
-        if rows := {
-            method: kept
-            for method, found in self.methods.items()
-            if (kept := [found.found[task, length] for length in found.lengths(task)])
-        }:
+        if rows := {method: kept for method, found in self.methods.items() if (kept := found.rows(task))}:
             figures.heatmaps(
                 rows, self._picture(out, task), f"{self.name}: {task} retrieval by length and depth"
             )
@@ -213,12 +221,14 @@ class Page:
             "RULER was not run for this recipe, and these do not replace it: passkey retrieval"
             " asks for one number in filler text. "
         )
+        unlike = results.other_words(self.methods, PERPLEXITY)
+        words = "**not of the same held-out tokens** (below)" if unlike else "of the same held-out tokens"
         return [
             "## Passkey and perplexity" if ruler else "## In place of RULER: passkey and perplexity",
             ("" if ruler else instead)
             + "Passkey (one key) and multikey (one of four named ones): keys found in %, Wilson interval."
-            " Perplexity: of the same held-out tokens at every length; it hardly separates methods that"
-            " retrieve very differently.",
+            f" Perplexity: {words} at every length; it hardly separates methods that retrieve very"
+            " differently.",
             grid(
                 "method",
                 [f"{task} {length}" for task, length in columns],
@@ -298,7 +308,8 @@ class Page:
         return ["## Training", grid("method", [memory, "seconds", "tokens", "on"], rows)]
 
     def _notes(self) -> list[str]:
-        notes = []
+        unlike = (results.other_words(self.methods, task) for task in (PERPLEXITY, task_names.FAR_GAIN))
+        notes = [f"{said}." for said in unlike if said]
         for method, found in self.methods.items():
             files = list(found.found.values())
             counts = sorted(
@@ -328,6 +339,8 @@ class Page:
                 else ""
             )
             text += f"; RULER's generator and scorers: {' / '.join(generators)}" if generators else ""
+            if (named := self.models.get(method)) != self.stand_ins.get(method):
+                notes.append(own_results(method, named))
             notes.append(
                 "; ".join([text, *about])
                 + (f"; {found.older} results of another model in that folder left out" if found.older else "")

@@ -3,7 +3,6 @@ supervised, and its settings.  Whatever is not there is left out."""
 
 import contextlib
 import json
-import math
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,8 @@ from endprompt.recipe import settings_file
 from endprompt.rows import shards
 from endprompt.runs import checkpoint_files, runfolder
 
+# What makes a folder a run's own, beside results: a model that was scored without a recipe leaves none.
+OWN = ("train.json", "recipe.yaml", "shards", "checkpoints", "model", runfolder.STATUS)
 ROWS_COUNTED = 2000  # whose distances are counted: rows are drawn alike, so the first stand for all
 
 
@@ -52,7 +53,8 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of what was logged as ``key``."""
-        found = [entry for entry in self.history if _number(entry.get(key)) and _number(entry.get("step"))]
+        number = results.number
+        found = [entry for entry in self.history if number(entry.get(key)) and number(entry.get("step"))]
         return [entry["step"] for entry in found], [entry[key] for entry in found]
 
     @property
@@ -62,20 +64,6 @@ class Run:
         stamp = next((one for one in stamps if isinstance(one.get("versions"), dict)), {})
         own = {key: stamp[key] for key in ("commit", "device") if stamp.get(key)}
         return own | stamp.get("versions", {})
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def cells(file: dict, *keys: str) -> list[dict]:
-    """The parts of a result that have all ``keys`` as numbers, of none a total of 0; none if one part lacks
-    one."""
-    found = file["scores"].get("cells")
-    if not isinstance(found, list) or not all(isinstance(cell, dict) for cell in found):
-        return []
-    whole = all(_number(cell.get(key)) for cell in found for key in keys)
-    return found if whole and all(cell.get("total", 1) > 0 for cell in found) else []
 
 
 def read(folders: list[Path]) -> list[Run]:
@@ -103,8 +91,7 @@ def _name(runs: list[Run]) -> None:
 def _read(folder: Path) -> Run:
     scored = _scored(folder)
     summary = results.training(folder) or {}
-    there = ("recipe.yaml", "shards", "checkpoints", "model", runfolder.STATUS)
-    if not summary and not scored and not any((folder / name).exists() for name in there):
+    if not scored and not any((folder / name).exists() for name in OWN):
         raise BadInput(
             f"report: {folder} is no run's folder; name one that a command wrote, OUT/<recipe>/<method>"
         )
@@ -135,13 +122,10 @@ def _of_checkpoint(folder: Path) -> list[dict]:
 
 
 def _scored(folder: Path) -> dict[str, Results]:
-    """Results by the folder that they lie in, of the run's own model first."""
-    found = {}
-    for path in sorted(folder.glob("eval*")):
-        if path.is_dir() and (one := results.read(path)).found:
-            found["" if path.name == "eval" else path.name.removeprefix("eval-").rpartition("-")[0]] = one
-    if len(found) == 1:  # a model that was scored without a recipe is the run's own
-        found = {"": next(iter(found.values()))}
+    """Results by the model that they are of, those of the run's own, "", first."""
+    found = {name: one for path, name in results.folders(folder).items() if (one := results.read(path)).found}
+    if len(found) == 1 and not any((folder / name).exists() for name in OWN):
+        found = {"": next(iter(found.values()))}  # of a model that was scored without a recipe
     return found
 
 

@@ -39,6 +39,7 @@ STYLE = {
     "axes.axisbelow": True,
     **PLAIN,
 }
+Far = tuple[dict[float, dict], list[tuple[int, int]]]  # cells by distance, spans that no row showed
 Lines = dict[str, tuple[list[float], list[float]]]  # {label: (across, up)}
 
 
@@ -202,7 +203,7 @@ def grid(named: dict[str, list[dict]]) -> str:
     return _written(lambda path: figures.heatmaps(shown, path))
 
 
-def far(named: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]]) -> str:
+def far(named: dict[str, Far]) -> str:
     """Keys found by distance, a panel for each name."""
     shown = {_name(label): found for label, found in named.items()}
     return _written(lambda path: figures.distances(shown, path))

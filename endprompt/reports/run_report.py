@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import BadInput, __version__, storage
+from endprompt.evaluation import distance_figures, results
 from endprompt.evaluation.results import Results
 from endprompt.recipe import task_names
 from endprompt.reports import run_data, run_figures
@@ -198,7 +199,17 @@ def _scores(runs: list[Run], colour: dict[str, str]) -> dict[str, Any] | None:
         )
         for task, length in pairs
     ]
-    return {"pictures": pictures, "labels": list(scored), "rows": rows}
+    return {"pictures": pictures, "labels": list(scored), "rows": rows, "notes": _left_out(scored)}
+
+
+def _left_out(scored: dict[str, Results]) -> list[str]:
+    """What the scores do not show, and which do not stand side by side."""
+    unlike = (results.other_words(scored, task) for task in ("perplexity", task_names.FAR_GAIN))
+    return [said for said in unlike if said] + [
+        f"{label}: {one.older} results of another model in {one.folder} left out"
+        for label, one in scored.items()
+        if one.older
+    ]
 
 
 def _score(task: str, file: dict | None) -> dict[str, Any] | None:
@@ -217,26 +228,44 @@ def _grids(runs: list[Run]) -> list[tuple[str, str]]:
         alike: dict[tuple, dict[str, list[dict]]] = {}  # panels share their depths
         for label, one in scored.items():
             rows = [one.found[task, length] for length in one.lengths(task)]
-            cells = [run_data.cells(row, "depth", "correct", "total") for row in rows]
+            cells = [results.cells(row["scores"], "depth", "correct", "total") for row in rows]
             if rows and all(cells):
                 depths = tuple(sorted({cell["depth"] for some in cells for cell in some}))
                 alike.setdefault(depths, {})[label] = rows
         for named in alike.values():
             found.append((f"{task}: keys found by length and depth", run_figures.grid(named)))
-    far: dict[str, tuple[dict[int, dict], list[tuple[int, int]]]] = {}
-    for label, one in scored.items():
-        for length in one.lengths(task_names.DISTANCE):
-            file = one.found[task_names.DISTANCE, length]
-            by_distance = {
-                cell["distance"]: {"mean": cell["score"], "low": cell["low"], "high": cell["high"]}
-                for cell in run_data.cells(file, "distance", "score", "low", "high")
-            }
-            gap = (file["scores"].get("coverage") or {}).get("gap") or []
-            if by_distance:
-                far[label] = by_distance, [(low, high) for low, high in gap]
+    far = {
+        label: drawn
+        for label, one in scored.items()
+        for length in one.lengths(task_names.DISTANCE)
+        if (drawn := _far(one.found[task_names.DISTANCE, length]["scores"]))
+    }
     if far:
         found.append(("distance: keys found by how far away they are", run_figures.far(far)))
     return found
+
+
+def _far(scores: dict) -> run_figures.Far | None:
+    """Keys found by the distance from question to key, and the spans of distances that no row showed; None
+    if a result of distance is not whole.
+
+    The spans count from a query to a key, so a point stands in the middle of those between its questions and
+    keys: the extra distance is less by what is behind a key in the haystack.
+    """
+    cells, coverage = results.cells(scores, "distance", "score", "low", "high"), scores.get("coverage")
+    spans = (coverage.get("gap") if isinstance(coverage, dict) else None) or []
+    placed = all(results.span(cell.get("between")) for cell in cells)
+    if not placed or not isinstance(spans, list) or not all(map(results.span, spans)):
+        spans = []  # what is not known is not shaded
+    found = {
+        (distance_figures.middle(cell) if placed else cell["distance"]): {
+            "mean": cell["score"],
+            "low": cell["low"],
+            "high": cell["high"],
+        }
+        for cell in cells
+    }
+    return (found, [(low, high) for low, high in spans]) if found else None
 
 
 # -- settings and versions -----------------------------------------------------------------------------------

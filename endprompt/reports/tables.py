@@ -137,12 +137,17 @@ class Runs:
         self.folder, self.models = folder, models
         self._read: dict[tuple, Results] = {}
 
+    def named(self, run: paper.Run) -> str | None:
+        """The model that was named for a run."""
+        return None if run.suffix else self.models.get(run.method)
+
+    def stand_in(self, run: paper.Run) -> str | None:
+        return results.stand_in(self.folder, run.folder(self.folder), self.named(run))
+
     def results(self, run: paper.Run, after: str = "") -> Results:
         key = (run.folder(self.folder), after)
         if key not in self._read:
-            self._read[key] = results.read_run(
-                key[0], None if run.suffix else self.models.get(run.method), after
-            )
+            self._read[key] = results.read_run(key[0], self.stand_in(run), after)
         return self._read[key]
 
     def training(self, run: paper.Run) -> dict | None:
@@ -182,6 +187,8 @@ def fill(about: paper.Table, runs: Runs) -> Filled:
             for ours in widest[-1:]
             if isinstance(ours, Missing) and ours.reason != "not run"
         ]
+        if found.found and not about.after and runs.named(about.rows[row]) != runs.stand_in(about.rows[row]):
+            notes.append(recipe_page.own_results(row, runs.named(about.rows[row])))
         notes += _provenance(row, found, [ours for ours in widest if isinstance(ours, Estimate)], about)
     if all(isinstance(cell.ours, Missing) for column in cells.values() for cell in column.values()):
         needed = "; ".join(dict.fromkeys(str(run.folder(runs.folder)) for run in about.rows.values()))
@@ -332,10 +339,11 @@ def write(runs: Runs, out: Path, recipes: list[str] | None, command: str) -> lis
     for above in (out, *out.parents):
         if above.exists() and not above.is_dir():
             raise BadInput(f"--out: {above} is a file, not a folder; choose another")
+    results.check_models(runs.folder, runs.models)
     filled = {name: fill(about, runs) for name, about in paper.tables().items()}
     pages = [
         recipe_page.Page(name, runs.folder, runs.models)
-        for name in (results.recipes(runs.folder) if recipes is None else recipes)
+        for name in (results.recipes(runs.folder, runs.models) if recipes is None else recipes)
     ]
     stamp = provenance.stamp()
     out.mkdir(parents=True, exist_ok=True)
