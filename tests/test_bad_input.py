@@ -1202,18 +1202,18 @@ def test_shards_of_another_method(prepared, command):
     refused(run_main(command, path, "short", "--out", out), "method is 'endprompt', expected 'short'")
 
 
-LONG = "are 0.125 rows of 512, which full_length trains on; make"
+PART_OF_A_ROW = "are 0.125 rows of 512, which full_length trains on; make"
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"], ["--part", "1/2"]])
 def test_rows_of_which_no_step_can_be_made_are_not_prepared(recipe_file, out, options):
     one = recipe_file(train={"per_device_train_batch_size": 1})
-    refused(run_main("prepare", one, "full_length", "--out", out, *options), LONG, "a multiple of 8")
+    refused(run_main("prepare", one, "full_length", "--out", out, *options), PART_OF_A_ROW, "a multiple of 8")
 
 
 def test_a_dry_run_of_training_counts_its_rows_and_others_do_not(recipe_file, out):
     one = recipe_file(train={"per_device_train_batch_size": 1})
-    refused(run_main("train", one, "full_length", "--out", out, "--dry-run"), LONG)
+    refused(run_main("train", one, "full_length", "--out", out, "--dry-run"), PART_OF_A_ROW)
     for command, method in (("evaluate", "full_length"), ("prepare", "short"), ("prepare", "base")):
         assert run_main(command, one, method, "--out", out, "--dry-run")[0] == 0
     eight = ["--set", "train.gradient_accumulation_steps=8"]  # whatever the number of ranks

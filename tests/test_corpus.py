@@ -299,9 +299,7 @@ def test_which_commit_the_hub_has(recipe_file, monkeypatch, capsys):
         raise TimeoutError("no answer\nwithin 10 s")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", down)
-    assert corpus.revision(recipe) is None
-    err = capsys.readouterr().err
-    assert "which version of 'a/b'" in err and "TimeoutError: no answer)" in err and err.count("\n") == 1
+    assert corpus.revision(recipe) is None and capsys.readouterr().err == ""
 
 
 def test_hub_is_not_asked_before_it_is_read(recipe_file, monkeypatch):

@@ -140,7 +140,7 @@ def test_parts_of_two_commits_are_not_joined(recipe_file, tmp_path, hub):
             assert go(recipe, tmp_path / name, f"{number}/2")[0] == 0
     assert go(recipe, tmp_path / "one")[0] == 0
     code, _, err = go(recipe, tmp_path / "two")
-    assert code == 2 and "are of several versions of 'a/b' on the hub; delete the folder" in err
+    assert code == 2 and "are of several versions of the dataset on the hub; delete the folder" in err
 
 
 def test_one_part_is_the_whole(recipe_file, tmp_path):

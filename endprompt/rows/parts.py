@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -124,9 +124,17 @@ def refuse_other_model(folder: Path, found: dict, model: str | None) -> None:
         )
 
 
-def _refuse_several(folder: Path, values: Iterable, what: str) -> None:
-    if len(set(values)) > 1:
-        raise BadInput(f"shards: the parts in {folder} are {what}; delete the folder and prepare again")
+def _refuse_several(folder: Path, parts: list[dict]) -> None:
+    """Raises BadInput if the parts were read of several versions of a dataset of the hub, or several bases
+    chose their text."""
+    filters = [record["model"] for state in parts for record in state.get("filtered", [])]
+    for values, what in (
+        ([state.get("corpus_commit") for state in parts], "of several versions of the dataset on the hub"),
+        ([state.get("chosen_by") for state in parts], "of text that several bases chose"),
+        (filters, "of text that several bases chose"),
+    ):
+        if len(set(values)) > 1:
+            raise BadInput(f"shards: the parts in {folder} are {what}; delete the folder and prepare again")
 
 
 def _joined(recipe: Recipe, folder: Path, parts: list[list | None]) -> list | None:
@@ -196,11 +204,7 @@ def join(recipe: Recipe, folder: Path, expected: dict) -> dict:
                 " another --out"
             )
     records = _joined(recipe, folder, [state["corpus_files"] for state in parts])
-    commits = [state.get("corpus_commit") for state in parts]
-    _refuse_several(folder, commits, f"of several versions of {recipe.data.corpus!r} on the hub")
-    filters = [record["model"] for state in parts for record in state.get("filtered", [])]
-    for bases in (filters, [state.get("chosen_by") for state in parts]):
-        _refuse_several(folder, bases, "of text that several bases chose")
+    _refuse_several(folder, parts)
     summed = {key: sum(state[key] for state in parts) for key in COUNTS}
     manifest = {
         **parts[0],

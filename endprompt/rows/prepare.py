@@ -348,6 +348,12 @@ class Preparation:
                 f" {self.wanted} rows; data.tokens asks for more text than there is",
                 file=sys.stderr,
             )
+        if self.ledger.records is None and self.state.get("corpus_commit") is None:
+            print(
+                "warning: data.corpus: the hub did not say which version of the dataset was read, so that"
+                " another would not be noticed in going on",
+                file=sys.stderr,
+            )
         tokens = self.state["text_tokens"] + self.state["prompt_tokens"]
         if self.recipe.data.packing == "document" and tokens < self.number * self.length:
             print(
