@@ -26,6 +26,12 @@ def corpus(tmp_path):
     return write_jsonl(tmp_path / "text.jsonl", tiny_documents(40, 18))
 
 
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory):
+    """Of some 600 thousand tokens."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", tiny_documents(400, 150))
+
+
 def family(folder, name, base):
     """The folder of a config.json of a family, and of the tiny base's tokenizer; no weights are read."""
     folder.mkdir()
@@ -268,6 +274,57 @@ def test_rows_of_the_target_length_keep_the_tokens_of_a_step(search):
     from endprompt.training.arguments import batch_shape
 
     assert batch_shape(found.experiment(proposal.Way("all", "none"), 1)) == (1, 8)
+
+
+@pytest.mark.parametrize("method", ["full_length", "longlora", "lceg"])
+@pytest.mark.parametrize(
+    "target, gpus, tokens",
+    # the reviewer's; primes; what no near length divides; more GPUs than the corpus has rows for
+    [(2049, 1, 300_000), (2053, 1, 500_000), (1009, 1, 200_000), (2048, 32, 60_000)],
+)
+def test_a_step_longer_than_the_training_is_refused(
+    tmp_path, base, long_corpus, method, target, gpus, tokens
+):
+    out = tmp_path / "my.yaml"
+    given = ("--method", method, "--tokens", tokens, "--gpus", gpus)
+    code, said, error = init(base, long_corpus, out, *given, target=target)
+    assert (code, said) == (2, "") and error.count("\n") == 1 and not out.exists(), error
+    assert f"tokens are less than one step of {method} takes, " in error
+    assert ("fewer --gpus" in error) == (gpus > 1)
+    # The twin: what the line says helps.
+    mended = re.search(r"as (\d+)", error)
+    assert bool(mended) == (gpus == 1)
+    given = ("--method", method, "--tokens", tokens, "--gpus", 1)
+    code, said, error = init(base, long_corpus, out, *given, target=mended[1] if mended else target)
+    assert code == 0, error
+    a_step, whole = map(int, re.search(r"(\d+) tokens a step, (\d+) in all", said).groups())
+    assert a_step <= whole
+
+
+@pytest.mark.parametrize(
+    "target, physical", [(2048, 256), (2304, 256), (2100, 210), (1000, 250), (1500, 250)]
+)
+def test_rows_of_the_target_length_are_counted_by_a_length_that_divides_it(
+    tmp_path, base, long_corpus, target, physical
+):
+    out = tmp_path / "my.yaml"
+    code, said, error = init(
+        base, long_corpus, out, "--method", "full_length", "--tokens", 300_000, target=target
+    )
+    assert code == 0, error
+    recipe = schema.load(out)
+    assert recipe.lengths.physical == physical
+    a_step = int(re.search(r"(\d+) tokens a step", said)[1])
+    assert a_step % target == 0 and a_step <= 32 * 256  # what short rows would have, by 100 steps or more
+    assert "full_length" in said and run_main("prepare", out, "full_length", "--dry-run")[0] == 0
+
+
+def test_short_rows_on_more_gpus_than_the_corpus_has_rows_for(tmp_path, base, corpus):
+    out = tmp_path / "my.yaml"
+    code, _, error = init(base, corpus, out, "--gpus", 64, "--tokens", 9000)
+    assert code == 2 and "less than one step of pose_matched takes, 16384;" in error and not out.exists()
+    assert "fewer --gpus" in error and "divides" not in error
+    assert init(base, corpus, out, "--gpus", 16, "--tokens", 9000)[0] == 0
 
 
 def test_a_corpus_that_cannot_be_read_is_bad_input(tmp_path, recipe_file, tokenizer):

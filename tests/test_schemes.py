@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_main
+from conftest import REPOSITORY, run_main
 from networks import configuration as configuration_of
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -133,6 +133,20 @@ def test_theta_twice_is_theta_once():
         rope.apply(config, step, target)
     whole = rope.extended(asked("theta"), rope.Default(), 64, 4096)
     np.testing.assert_allclose(built(config)[0], whole.inv_freq(theta, DIMS), rtol=3e-6)
+
+
+def test_ntk_twice_is_not_ntk_once():
+    """And the page of models does not say so."""
+    config = configuration()
+    theta = config.rope_parameters["rope_theta"]
+    for window, target in ((64, 512), (512, 4096)):
+        rope.apply(config, rope.extended(asked("ntk"), rope.own_scheme(config), window, target), target)
+    whole = rope.extended(asked("ntk"), rope.Default(), 64, 4096).inv_freq(theta, DIMS)
+    assert not np.allclose(built(config)[0][1:], whole[1:], rtol=0.1, atol=0)
+    page = " ".join((REPOSITORY / "docs/models.md").read_text().split())
+    claim = page[: page.index("8K -> 64K -> 512K")].rpartition(". ")[2]
+    assert all(f"`{name}`" in claim for name in (*SCALED, "theta")) and "ntk" not in claim
+    assert "Under `ntk` (method `lceg`) it has others" in page
 
 
 @pytest.mark.parametrize("own", SCALED)

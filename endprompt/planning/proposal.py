@@ -219,10 +219,8 @@ def propose(asked: Asked, machine: Machine) -> Proposal:
     kind = _scheme(first)
     held = counted(first.recipe, base.tokenizer, wanted)
     tokens = wanted if held is None else held
-    longest = 2 ** int(math.log2(min(LONGEST_ROW, base.window)))
     found = None
-    lengths = [longest >> halved for halved in range(20) if longest >> halved >= min(longest, SHORTEST_ROW)]
-    for physical in lengths[: 1 if first.method.fills == "target" else None]:
+    for physical in _lengths(base.window, asked.target, first.method.fills):
         recipe = _recipe(asked, physical, tokens, kind)
         search = Search(recipe, asked.method, base.config)
         _refuse_short(search, base.tokenizer, tokens)
@@ -231,6 +229,7 @@ def propose(asked: Asked, machine: Machine) -> Proposal:
     if found is None:
         raise BadInput(_what_would(search, asked, machine))
     way, memory = found
+    _refuse_long_step(search, way, machine, tokens)
     experiment = search.experiment(way, machine.gpus)
     if experiment.adapters:
         families.adapted(base.config, experiment.adapters.targets)  # refuses
@@ -238,6 +237,37 @@ def propose(asked: Asked, machine: Machine) -> Proposal:
         getattr(experiment, checked)
     hours = estimate.hours(experiment, base.config, machine)
     return Proposal(experiment, way, memory, machine, hours, held is not None)
+
+
+def _lengths(window: int, target: int, fills: str) -> list[int]:
+    """What lengths.physical may be, by preference.
+
+    fills: the method's.  Rows of the target length leave it to count the rows of a step alone, in which as
+    many as both lengths divide must fit: the longest that divides the target, if one is near.
+    """
+    longest = 2 ** int(math.log2(min(LONGEST_ROW, window)))
+    if fills == "target":
+        divisors = (length for length in range(longest, longest // 8, -1) if target % length == 0)
+        return [next((length for length in divisors if length > 1), longest)]
+    return [longest >> halved for halved in range(20) if longest >> halved >= min(longest, SHORTEST_ROW)]
+
+
+def _refuse_long_step(search: Search, way: Way, machine: Machine, tokens: int) -> None:
+    """Raises BadInput if one step takes more than the ``tokens`` of the whole training."""
+    train = settings(search.recipe, search.method, way, machine.gpus)
+    rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * machine.gpus
+    physical, target = search.recipe.lengths.physical, search.recipe.lengths.target
+    if rows * physical <= tokens:
+        return
+    mends = ["give more text and more --tokens"]
+    if machine.gpus > 1:
+        mends.append("fewer --gpus")
+    if Experiment.of(search.recipe, search.method).method.fills == "target" and target % physical:
+        mends.append(f"a --target that {physical} divides, as {-(-target // physical) * physical}")
+    raise BadInput(
+        f"--corpus: {tokens} tokens are less than one step of {search.method} takes, {rows * physical};"
+        f" {', or '.join(mends)}"
+    )
 
 
 def _scheme(experiment: Experiment) -> str | None:
