@@ -98,10 +98,20 @@ order=(
 )
 [ $# -gt 0 ] && order=("$@")
 
+# The exit code of the run that ended it all: xargs has one of its own.
+ended=$(mktemp)
+export ended
+trap 'rm -f "$ended"' EXIT
+
+over() {  # code: ends this run, and has xargs start no more
+  [ -s "$ended" ] || echo "$1" >"$ended"
+  exit 255
+}
+
 one() {  # setting method seed differences trained
   local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other='' start=$SECONDS keys key run
-  run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || exit 255
-  [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || exit 255
+  run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || over $?
+  [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || over $?
   local options=(--set "data.seed=$3")
   # That recipe's 8 rows a step are for each of two ranks, and its tokens are those of the demo.
   if [ "${RECIPE##*/}" = tiny.yaml ]; then
@@ -130,7 +140,7 @@ one() {  # setting method seed differences trained
 by_position() {  # trained run, this run: the same model, sharpened by position in place of the constant
   if [ ! -d "$1/model" ]; then
     echo "lab.sh: $1 has no model; run the setting it was trained in first" >&2
-    return 1
+    return 2
   fi
   [ -d "$2/model" ] && return
   cp -r "$1/shards" "$1/train.json" "$1/recipe.yaml" "$2/"
@@ -138,13 +148,14 @@ by_position() {  # trained run, this run: the same model, sharpened by position 
 }
 
 stopped() {  # as one(), which it ends
-  local log
+  local code=$? log more="; the same command goes on from there"
+  [ "$code" -ne 2 ] || more=
   log=$("$PYTHON" -m endprompt path "$RECIPE" "$2" --out "$OUT/$1/seed$3")/lab.log
   tail -n 15 "$log" >&2
-  echo "lab.sh: $1 $2 seed $3 failed; its log is $log; the same command goes on from there" >&2
-  exit 255  # xargs starts no more
+  echo "lab.sh: $1 $2 seed $3 failed; its log is $log$more" >&2
+  over "$code"
 }
-export -f one by_position stopped
+export -f one by_position stopped over
 
 # The methods that train nothing, and the lengths to evaluate: the recipe's, or doubled from its shortest to
 # TARGET.
@@ -177,7 +188,7 @@ for setting in "${order[@]}"; do
       if [ "$seed" != "$first" ] && [[ $untrained == *" $method "* ]]; then continue; fi
       printf '%s\0' "$setting" "$method" "$seed" "${different[$setting]}" "${trained[$setting]:-}"
     done
-  done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one
+  done | xargs -0 -r -n 5 -P "$JOBS" bash -c 'one "$@"' one || { code=$(cat "$ended"); exit "${code:-1}"; }
 done
 name=${RECIPE##*/}
 name=${name%.yaml}

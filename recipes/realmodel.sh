@@ -120,15 +120,25 @@ one() {  # setting method seed differences
       && { [ -z "$LENGTHS" ] || asked "${near[@]}"; } \
       && { [ -z "$tasks" ] || asked "${inside[@]}"; }
   } >>"$run/study.log" 2>&1 || {
+    local code=$? more="; the same command goes on from there"
+    [ "$code" -ne 2 ] || more=
     tail -n 15 "$run/study.log" >&2
-    echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log; the same command" \
-      "goes on from there" >&2
-    exit 255  # xargs starts no more
+    echo "realmodel.sh: $setting $method seed $seed failed; its log is $run/study.log$more" >&2
+    over "$code"
   }
   touch "$marker"
   printf '%-28s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
 }
-export -f one
+over() {  # code: ends this run, and has xargs start no more
+  [ -s "$ended" ] || echo "$1" >"$ended"
+  exit 255
+}
+export -f one over
+
+# The exit code of the run that ended it all: xargs has one of its own.
+ended=$(mktemp)
+export ended
+trap 'rm -f "$ended"' EXIT
 
 untrained=" $("$PYTHON" -c 'from endprompt.methods import UNTRAINED; print(*UNTRAINED)') "
 first=${SEEDS%% *}
@@ -151,6 +161,7 @@ for setting in "${order[@]}"; do
     done
   done
 done
-printf '%s\0' "${jobs[@]}" | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one
+printf '%s\0' "${jobs[@]}" | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one \
+  || { code=$(cat "$ended"); exit "${code:-1}"; }
 "$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" \
   --title "${RECIPE##*/}, $TOKENS tokens, seeds $SEEDS"

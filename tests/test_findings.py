@@ -571,8 +571,8 @@ def script(tmp_path):
     fake.write_text(
         f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\ncase "$3" in gpus) echo 0;'
         ' exit;; path) [ "$5" = --out ] && echo "$6/tiny" || echo "$7/tiny/$5"; exit;; esac\necho "$*"'
-        f' >>{tmp_path}/calls\ncase "$*" in *"evaluate"*FAIL*) exit 1;; *evaluate*) mkdir -p'
-        ' "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n'
+        f' >>{tmp_path}/calls\ncase "$*" in *"evaluate"*FAIL*) exit 1;; *WRONG*) exit 2;; *evaluate*)'
+        ' mkdir -p "$OUT/tiny/$5/eval/perplexity"; touch "$OUT/tiny/$5/eval/perplexity/2048.json";; esac\n'
     )
     fake.chmod(0o755)
 
@@ -722,7 +722,10 @@ def test_models_by_position_are_exports_of_the_plain_ones(script, tmp_path):
 
 def test_script_stops_at_a_failure_and_says_so(script):
     done, calls = script("plain", SEEDS="FAIL", METHODS="short pose", JOBS="1")
-    assert done.returncode != 0 and "lab.sh: plain short seed FAIL failed; its log is" in done.stderr
+    assert done.returncode == 1 and "lab.sh: plain short seed FAIL failed; its log is" in done.stderr
+    assert "the same command goes on from there" in done.stderr
     assert not any("pose" in call or "findings" in call for call in calls)
+    done, _ = script("plain", SEEDS="WRONG", METHODS="short pose", JOBS="1")
+    assert done.returncode == 2 and "goes on from there" not in done.stderr
     done, calls = script("nowhere")
     assert done.returncode == 2 and not calls and "there is no setting 'nowhere'" in done.stderr

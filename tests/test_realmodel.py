@@ -20,7 +20,7 @@ case "$3" in
   path) echo "$7/smollm2/$5"; exit ;;
 esac
 echo "$*" >>{calls}
-case "$*" in *"train "*"$FAIL"*) [ -z "$FAIL" ] || exit 1 ;; esac
+case "$*" in *"train "*"$FAIL"*) [ -z "$FAIL" ] || exit "${{CODE:-1}}" ;; esac
 """
 
 
@@ -83,8 +83,11 @@ def test_every_arm_is_a_recipe_and_is_run_once(study):
 def test_what_is_finished_is_skipped_and_what_failed_is_run_again(study):
     options = {"SEEDS": "0", "JOBS": "1", "LENGTHS": "", "METHODS": "short pose_sharp"}
     done, calls = study("yarn", FAIL="pose_sharp", **options)
-    assert done.returncode != 0 and not any("reports" in call for call in calls)
+    assert done.returncode == 1 and not any("reports" in call for call in calls)
+    assert "the same command goes on from there" in done.stderr
     assert "realmodel.sh: yarn pose_sharp seed 0 failed; its log is out/yarn-131072/seed0" in done.stderr
+    done, calls = study("yarn", FAIL="pose_sharp", CODE="2", **options)
+    assert done.returncode == 2 and "goes on from there" not in done.stderr
     done, calls = study("yarn", **options)
     assert done.returncode == 0, done.stderr
     assert [method for method, *_ in asked(calls)] == ["pose_sharp"]
