@@ -1,5 +1,6 @@
 """endprompt plan: what it counts against what is there."""
 
+import math
 import re
 
 import pytest
@@ -8,8 +9,10 @@ from conftest import REPOSITORY, run_main
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from endprompt import methods
-from endprompt.planning import estimate
-from endprompt.recipe import schema
+from endprompt.planning import estimate, optimizers
+from endprompt.recipe import schema, training_checks
+from endprompt.recipe.experiment import Experiment
+from endprompt.recipe.training_keys import Lora
 
 SHAPES = {
     "tied": (2, 64, 176, 4, 2, 300, True),
@@ -133,8 +136,6 @@ def test_zero_and_lora_change_what_they_change():
         estimate.Training(1, 128, False),
     )
     assert offloaded.states == 0 and offloaded.host > three.states
-    from endprompt.recipe.training_keys import Lora
-
     adapted = estimate.memory(about, zero3, 4, estimate.Training(1, 128, False, Lora(r=4)))
     assert adapted.weights == three.weights and adapted.optimizer == pytest.approx(
         three.optimizer * estimate.trained_share(about, Lora(r=4))
@@ -146,6 +147,81 @@ def test_zero_and_lora_change_what_they_change():
         LlamaForCausalLM(about), peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     )
     assert estimate.trained_share(about, Lora(r=4)) * count == wrapped.get_nb_trainable_parameters()[0]
+
+
+OPTIMIZERS = [
+    {"optim": "adamw_torch"},
+    {"optim": "adafactor"},
+    {"optim": "sgd"},
+    {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+    {"optim": "sgd", "optim_args": "momentum=0"},
+    {"optim": "adagrad"},
+    {"optim": "rmsprop"},
+    {"optim": "rmsprop", "optim_args": "momentum=0.9,centered=true"},
+    {"optim": "rmsprop", "optim_args": "centered=false,alpha=0.9"},
+]
+
+
+@pytest.mark.parametrize("adapters", [None, Lora(r=4), Lora(r=2, train_embed_norm=True)])
+@pytest.mark.parametrize("train", OPTIMIZERS, ids=str)
+def test_optimizers_keep_what_is_counted(train, adapters):
+    """Of the real ones, after a step of the weights that are trained."""
+    about = shape_of("untied, many heads")
+    shapes = list(optimizers._trained(about, adapters))
+    count = sum(map(math.prod, shapes))
+    assert count == pytest.approx(estimate.trained_share(about, adapters) * estimate.parameter_count(about))
+    assert len(training_checks.ALLOWED["optim"].type.__args__) == 6  # all of them are above, AdamW once
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    made = training_checks._optimizer(train.get("optim_args", ""), train["optim"])
+    made.add_param_group({"params": weights})
+    if train["optim"] == "adagrad":  # which makes its sums before the first step
+        made.state.update({one: {"step": torch.tensor(0.0), "sum": torch.zeros_like(one)} for one in weights})
+    for one in weights:
+        one.grad = torch.ones_like(one)
+    made.step()
+    held = [value for one in weights for key, value in made.state[one].items() if key not in ("step", "RMS")]
+    there = sum(value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor))
+    assert optimizers.kept(train, about, adapters) * count == pytest.approx(there)
+
+
+def test_the_page_of_another_optimizer(recipe_file, tmp_path, monkeypatch):
+    def page(**train):
+        path = recipe_file(train={"deepspeed": None, **train})
+        code, out, error = run_main("plan", path, "short", "--out", tmp_path, "--gpus", 2)
+        assert code == 0, error
+        bytes_of = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
+        return out, bytes_of["GB a GPU"], float(bytes_of["optimizer states, fp32"][0])
+
+    monkeypatch.setattr(estimate, "fits", lambda one, machine: False)
+    out, names, adam = page()
+    assert len(names) == 4 and "keeps" not in out and "take train.deepspeed" not in out
+    out, names, sgd = page(optim="sgd")
+    assert names == ["none"] and sgd == 0.0 < adam
+    assert "sgd keeps 0 bytes a trained weight, AdamW 8; ZeRO files need train.optim=adamw_torch" in out
+    monkeypatch.setattr(optimizers, "kept", lambda *_: None)
+    out, _, unknown = page(optim="adagrad")
+    assert unknown == adam and "adagrad: what it keeps is not known here, and counted as AdamW's" in out
+
+
+@pytest.mark.parametrize(
+    "train, gpus, tokens",
+    [
+        ({"max_steps": 5}, 2, 5 * 2 * 8 * 64),
+        ({"max_steps": 5, "gradient_accumulation_steps": 3}, 1, 5 * 3 * 8 * 64),
+        ({"max_steps": -1}, 2, 4096),
+        ({"max_steps": -1, "num_train_epochs": 1.5}, 2, 6144),
+    ],
+)
+def test_a_run_ends_where_max_steps_says(recipe_file, tmp_path, train, gpus, tokens):
+    path = recipe_file(train=train)
+    assert estimate.trained_tokens(Experiment.of(schema.load(path), "short"), gpus) == tokens
+    _, out, _ = run_main("plan", path, "short", "--out", tmp_path, "--gpus", gpus)
+    assert f"{tokens / 1e9:.3g} B tokens at" in out
+
+
+def test_steps_of_long_rows_count_their_own_tokens(recipe_file):
+    experiment = Experiment.of(schema.load(recipe_file(train={"max_steps": 5})), "full_length")
+    assert experiment.row_length == 512 and estimate.trained_tokens(experiment, 2) == 5 * 2 * 512
 
 
 def test_the_page(recipe_file, tmp_path):

@@ -7,6 +7,7 @@ real row length, and the bytes that autograd keeps are added up.  The rest is ar
 from dataclasses import dataclass
 
 from endprompt import BadInput
+from endprompt.planning import optimizers
 from endprompt.planning.activations import Kept, activations
 from endprompt.planning.memory import (
     Memory,
@@ -18,6 +19,7 @@ from endprompt.planning.memory import (
 )
 from endprompt.planning.shapes import SHAPES, parameter_count, shape, trained_share
 from endprompt.recipe.experiment import Experiment
+from endprompt.recipe.training_keys import ADAMW
 
 __all__ = [
     "SHAPES",
@@ -111,6 +113,7 @@ def describe(experiment: Experiment, machine: Machine) -> str:
         ),
         "",
         *_memory_table(experiment, found, machine),
+        *_optimizer(experiment, about),
         _advice(found, machine),
         _hours(experiment, about, machine, step * length),
     ]
@@ -136,6 +139,18 @@ def _memory_table(experiment: Experiment, found: dict[str, Memory], machine: Mac
         f"{'on the host, GB a rank':34}{host}",
         f"{f'fits {machine.gpu_memory:g} GB (at most {100 * USABLE:.0f} %)':34}{fitting}",
     ]
+
+
+def _optimizer(experiment: Experiment, about) -> list[str]:
+    """Of an optimizer other than AdamW."""
+    train = experiment.recipe.train
+    optim, zero = train.get("optim"), "ZeRO files need train.optim=adamw_torch"
+    if optim in ADAMW:
+        return []
+    kept = optimizers.kept(train, about, experiment.adapters)
+    if kept is None:
+        return [f"\n{optim}: what it keeps is not known here, and counted as AdamW's; {zero}."]
+    return [f"\n{optim} keeps {kept:.3g} bytes a trained weight, AdamW {optimizers.ADAM:g}; {zero}."]
 
 
 def fits(memory: Memory, machine: Machine) -> bool:
@@ -164,7 +179,7 @@ def _advice(found: dict[str, Memory], machine: Machine) -> str:
 def _hours(experiment: Experiment, about, machine: Machine, step_tokens: int) -> str:
     flops, tokens, took = (
         token_flops(experiment, about),
-        trained_tokens(experiment),
+        trained_tokens(experiment, machine.gpus),
         hours(experiment, about, machine),
     )
     return (
@@ -174,15 +189,20 @@ def _hours(experiment: Experiment, about, machine: Machine, step_tokens: int) ->
     )
 
 
-def trained_tokens(experiment: Experiment) -> float:
-    """Tokens of all epochs."""
-    recipe = experiment.recipe
-    return recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
+def trained_tokens(experiment: Experiment, gpus: int) -> float:
+    """Tokens of all epochs, or of ``max_steps`` steps on so many GPUs where the recipe says when it ends."""
+    from endprompt.recipe.batch import batch_shape
+
+    train = experiment.recipe.train
+    if train.get("max_steps", -1) > 0:
+        rows, accumulation = batch_shape(experiment)
+        return float(train["max_steps"] * gpus * rows * accumulation * experiment.row_length)
+    return experiment.recipe.data.tokens * train.get("num_train_epochs", 1)
 
 
 def hours(experiment: Experiment, about, machine: Machine) -> float:
     """How long the run takes at the machine's share of its peak."""
-    flops = token_flops(experiment, about) * trained_tokens(experiment)
+    flops = token_flops(experiment, about) * trained_tokens(experiment, machine.gpus)
     return flops / (machine.peak * machine.gpus * machine.mfu) / 3600
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from endprompt.bases import counting, families, quantized
+from endprompt.planning import optimizers
 from endprompt.planning.activations import activations
 from endprompt.planning.shapes import parameter_count, trained_share
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import SHIPPED, Recipe
+from endprompt.recipe.training_keys import ADAMW
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Training:
 
     rows: of ``length`` tokens; element: bytes of what matrix products take (2: bfloat16; 4: float32);
     summed: bytes in which ZeRO sums gradients, ``element`` unless given.  base_beside: whether every rank
-    holds the base a second time, whole.
+    holds the base a second time, whole.  states: bytes that the optimizer keeps of a trained weight, beside
+    its float32 copy.
     """
 
     rows: int
@@ -52,6 +55,7 @@ class Training:
     element: int = 2
     summed: int | None = None
     base_beside: bool = False
+    states: float = optimizers.ADAM
 
     @property
     def tokens(self) -> int:
@@ -143,13 +147,14 @@ def _states(case: _Case) -> tuple[float, float, float, float]:
         case.gpus,
     )
     if case.stage == 0:
-        weights, gradients, optimizer = element * (count - trained) + 4 * trained, 4 * trained, 8 * trained
+        weights, gradients = element * (count - trained) + 4 * trained, 4 * trained
+        optimizer = case.training.states * trained
         if case.quantized:
             weights -= (element - quantized.BYTES) * counting.products(case.about)
     else:
         weights = element * count / (gpus if case.stage == 3 else 1)
         gradients = (case.training.summed or element) * trained / (gpus if case.stage >= 2 else 1)
-        optimizer = 12 * trained / gpus
+        optimizer = (4 + case.training.states) * trained / gpus
     host = 0.0
     if case.offloads("optimizer"):
         host += optimizer + 4 * trained / gpus
@@ -247,11 +252,12 @@ def zero_options(recipe: Recipe) -> tuple[str, dict]:
 
 def candidates(recipe: Recipe) -> dict[str, dict]:
     """DeepSpeed's options by name: the recipe's own file first ({} without one), then those that come with
-    this program; none beside a base in 4 bits.
+    this program; none beside a base in 4 bits, and beside an optimizer that is not AdamW.
     """
     name, _ = zero_options(recipe)
     found = {name: recipe.deepspeed or {}}
-    if (recipe.train.get("lora") or {}).get("quantize"):
+    quantized = (recipe.train.get("lora") or {}).get("quantize")
+    if quantized or recipe.train.get("optim") not in ADAMW:  # which recipes with a ZeRO file refuse
         return found
     for path in sorted((SHIPPED / "ds_configs").glob("*.json")):
         found.setdefault(path.stem, json.loads(path.read_text(encoding="utf-8")))
@@ -275,6 +281,7 @@ def training_memory(
     rows = rows or shape[0]
     sums = zero_file.filled(options, shape[0] * shape[1] // rows).get("data_types") if options else None
     half = recipe.train.get("bf16", True)  # as on a GPU
+    kept = optimizers.kept(recipe.train, about, experiment.adapters)
     return memory(
         about,
         options.get("zero_optimization") or {},
@@ -287,5 +294,6 @@ def training_memory(
             2 if half else 4,
             {"fp32": 4, "bf16": 2}.get((sums or {}).get("grad_accum_dtype", "")),
             experiment.method.base_beside(experiment.adapters),
+            optimizers.ADAM if kept is None else kept,
         ),
     )
