@@ -130,23 +130,16 @@ def test_an_override_takes_text_with_equals_signs(recipe_file):
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_resolved_copy_is_the_same_recipe(path, method, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    code, out, err = run_main(
-        "evaluate",  # which takes no step, as some recipes' batches hold no row of the target length
-        path,
-        method,
-        "--set",
-        "train.lr_scheduler_type=cosine",
-        "--set",
-        "data.tokens=1e6",
-        "--dry-run",
-        "--out",
-        tmp_path / "out",
-    )
+    changed = ["train.lr_scheduler_type=cosine", "data.tokens=1e6"]
+    # Steps of whole rows, for methods whose rows are as long as the target.
+    changed.append("train.gradient_accumulation_steps=192")
+    given = [f"--set={one}" for one in changed]
+    code, out, err = run_main("prepare", path, method, *given, "--dry-run", "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert not (tmp_path / "out").exists()
     copy = tmp_path / "copy.yaml"
     copy.write_text(out)
-    original = Experiment.of(config.load(path, ["train.lr_scheduler_type=cosine", "data.tokens=1e6"]), method)
+    original = Experiment.of(config.load(path, changed), method)
     again = Experiment.of(config.load(copy), method)
     assert again.recipe.name == original.recipe.name == path.stem
     own = {"method_options"}  # compared below: the copy has those of its method alone, all of them
