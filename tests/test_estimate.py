@@ -13,6 +13,7 @@ from endprompt.planning import estimate, optimizers
 from endprompt.recipe import schema, training_checks
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import Lora
+from endprompt.reports import plan
 
 SHAPES = {
     "tied": (2, 64, 176, 4, 2, 300, True),
@@ -217,6 +218,10 @@ def test_a_run_ends_where_max_steps_says(recipe_file, tmp_path, train, gpus, tok
     assert estimate.trained_tokens(Experiment.of(schema.load(path), "short"), gpus) == tokens
     _, out, _ = run_main("plan", path, "short", "--out", tmp_path, "--gpus", gpus)
     assert f"{tokens / 1e9:.3g} B tokens at" in out
+    experiment = Experiment.of(schema.load(path), "short")
+    about = estimate.shape(experiment.recipe)
+    flops = tokens * estimate.token_flops(experiment, about)
+    assert plan.training_flops(experiment, about, gpus) == pytest.approx(flops)  # of the paper's tables
 
 
 def test_steps_of_long_rows_count_their_own_tokens(recipe_file):

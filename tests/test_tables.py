@@ -870,8 +870,8 @@ def test_hours_follow_their_formula(tmp_path):
     # 7.5e9 weights in matrix products (the embedding's look-up is none) at 6 each, and attention.
     assert flops_per_token(about, 8192) == pytest.approx(51.5e9, rel=1e-3)
     base, longlora, short = (Experiment.of(recipe, name) for name in ("base", "longlora", "short"))
-    assert plan.training_flops(base, about) == 0
-    assert plan.training_flops(longlora, about) < plan.training_flops(short, about)
+    assert plan.training_flops(base, about, 8) == 0
+    assert plan.training_flops(longlora, about, 8) < plan.training_flops(short, about, 8)
     assert estimate.shape(schema.load(RECIPE, ["model.name_or_path=someone/unknown-model"])) is None
     unknown = plan.inspect(
         plan_jobs.Job("run", RECIPE, "short", tmp_path, ("model.name_or_path=someone/unknown-model",)),

@@ -32,12 +32,11 @@ from endprompt.recipe.schema import Recipe
 from endprompt.reports.plan_jobs import METHODS, Job, jobs
 
 
-def training_flops(experiment: Experiment, about) -> float:
+def training_flops(experiment: Experiment, about, gpus: int) -> float:
+    """gpus: that train together, which ``train.max_steps`` counts by."""
     if not experiment.method.trained:
         return 0.0
-    recipe = experiment.recipe
-    tokens = recipe.data.tokens * recipe.train.get("num_train_epochs", 1)
-    return estimate.token_flops(experiment, about) * tokens
+    return estimate.token_flops(experiment, about) * estimate.trained_tokens(experiment, gpus)
 
 
 def prefill_flops(recipe: Recipe, about) -> float:
@@ -185,7 +184,7 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
         state = "trained" if method.trained and job.kind == "run" else "not evaluated"
     if about is None:
         return Planned(job, state, done, None, None)
-    train = 0.0 if trained else training_flops(experiment, about) / flops_per_hour
+    train = 0.0 if trained else training_flops(experiment, about, gpus) / flops_per_hour
     counted = any(task not in task_names.SHORT_TEXT for task in recipe.eval.tasks)
     evaluate = (
         0.0
