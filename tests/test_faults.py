@@ -312,7 +312,7 @@ def test_what_keeps_a_file_from_being_written_ends_the_job(error, ended, tmp_pat
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "crashed"),
         (OSError(errno.ESTALE, "Stale file handle", "RUN/shards/x.parquet"), "crashed"),
         (PermissionError(errno.EACCES, "Permission denied", "RUN/shards/x.parquet"), "crashed"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/base/model.safetensors"), "crashed"),
+        (PermissionError(errno.EACCES, "Permission denied", "/base/model.safetensors"), "crashed"),
         (PermissionError(errno.EACCES, "Permission denied", 3), "crashed"),
         (RuntimeError("Connection closed by peer"), "lost a rank"),
     ],
