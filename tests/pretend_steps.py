@@ -28,6 +28,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from endprompt.planning import step
 from endprompt.recipe import schema
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
 from endprompt.rows.collate import Collator
 from endprompt.rows.stream import Cursor
@@ -147,7 +148,7 @@ def train(case: Case, folder: Path, device) -> dict:
     """device: a pretend.Device that is there, or None, for the host."""
     experiment = Experiment.of(schema.load(recipe_of(case, folder)), case.method, folder)
     experiment.run.mkdir(parents=True)
-    shape = training_settings.batch_shape(experiment)
+    shape = batch_shape(experiment)
     arguments = training_settings.training_arguments(experiment.recipe, shape, experiment.run, False, False)
     network = run.build_network(experiment, arguments, False)
     steps = Steps(device)

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from endprompt import BadInput
 from endprompt.evaluation import engine, figures, intervals, passkey, perplexity, question, run
+from endprompt.evaluation import results as stored
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports import compare
@@ -994,8 +995,7 @@ def test_leftovers_of_another_model_are_left_out(compared):
         **passkey_scores(20),
     )
     assert "passkey 512" not in compare.table(compared)
-    assert [row["scores"]["length"] for row in figures.read(compared / "endprompt/eval/passkey")] == [2048]
-    assert figures.read(compared / "nowhere") == []
+    assert stored.read(compared / "endprompt/eval").lengths("passkey") == [2048]
 
 
 def test_a_row_is_of_one_model_whatever_the_task(compared):
@@ -1005,7 +1005,7 @@ def test_a_row_is_of_one_model_whatever_the_task(compared):
     row = cells(compare.table(compared))["endprompt"]
     assert row["passkey 512"].startswith("100%") and "perplexity 2048" not in row
     assert row["passkey 2048"] == "not run"
-    assert figures.read(compared / "endprompt/eval/perplexity") == []
+    assert stored.read(compared / "endprompt/eval").lengths("perplexity") == []
     # What differs by the machine alone is one model.
     same = later | {"model": {"fingerprint": "new", "dtype": "torch.float32", "name_or_path": "elsewhere"}}
     write_result(compared, "endprompt", "perplexity", 512, **same, score=3.5, low=3.0, high=4.0)

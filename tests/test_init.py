@@ -271,7 +271,7 @@ def test_rows_of_the_target_length_keep_the_tokens_of_a_step(search):
     found, _ = search("Qwen/Qwen3-0.6B", "full_length")
     train = proposal.settings(found.recipe, "full_length", proposal.Way("all", "none"), 1)
     assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 64
-    from endprompt.training.arguments import batch_shape
+    from endprompt.recipe.batch import batch_shape
 
     assert batch_shape(found.experiment(proposal.Way("all", "none"), 1)) == (1, 8)
 

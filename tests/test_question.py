@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 from endprompt import BadInput
 from endprompt.evaluation import (
     engine,
-    figures,
     longbench,
     prompts,
     question,
@@ -397,8 +396,8 @@ def test_results_of_a_model_that_was_moved_stay_together(setting, monkeypatch):
     setting.set("eval.lengths=[96,128]")
     assert setting.asked(monkeypatch) == ALL - {"longbench_qasper"}
     folder = Experiment.of(setting.recipe(), setting.method, setting.folder / "run").run / "eval"
-    assert [row["scores"]["length"] for row in figures.read(folder / "passkey")] == [96, 128]
-    assert results.read(folder).older == 0
+    found = results.read(folder)
+    assert found.lengths("passkey") == [96, 128] and found.older == 0
 
 
 def test_every_key_of_the_eval_section_is_held_or_named(setting):

@@ -242,8 +242,8 @@ def test_what_cannot_be_shared_is_refused_in_one_message(name, recipe, tmp_path,
 def test_sharing_rows_keeps_the_tokens_of_a_step(recipe):
     from endprompt import BadInput
     from endprompt.recipe import schema
+    from endprompt.recipe.batch import batch_shape
     from endprompt.recipe.experiment import Experiment
-    from endprompt.training.arguments import batch_shape
 
     def shape(method: str, rows: int, accumulation: int, n: int) -> tuple[int, int]:
         loaded = schema.load(

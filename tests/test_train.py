@@ -264,8 +264,8 @@ def test_a_folder_trained_under_another_recipe_is_refused(train_recipe, two_rank
 def test_longer_rows_keep_the_tokens_of_a_step(train_recipe):
     from endprompt import BadInput
     from endprompt.recipe import schema
+    from endprompt.recipe.batch import batch_shape
     from endprompt.recipe.experiment import Experiment
-    from endprompt.training.arguments import batch_shape
 
     def shape(method: str, rows: int, accumulation: int) -> tuple[int, int]:
         loaded = schema.load(

@@ -20,11 +20,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 from endprompt import BadInput
 from endprompt.recipe import schema, training_checks, training_keys, zero_file, zero_section
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
 from endprompt.reports.markdown import grid, replaced
 from endprompt.rows.collate import Collator
 from endprompt.training import checkpoint, loss, watch
-from endprompt.training.arguments import batch_shape, set_up_environment, training_arguments
+from endprompt.training.arguments import set_up_environment, training_arguments
 from endprompt.training.run import CHECKPOINTS_KEPT
 from endprompt.training.trainer import WeightedTrainer
 

@@ -7,19 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt import methods
-from endprompt.evaluation import results
 
 PALETTE = [*(f"C{number}" for number in range(10)), "black", "gold", "deeppink"]
-
-
-def read(folder: Path) -> list[dict]:
-    """The results in ``folder`` (one JSON file a length), by length, of the model that was scored last in the
-    folder of results that it is in.  Raises BadInput for a file that is no result.
-    """
-    if not folder.is_dir():
-        return []
-    scored = results.read(folder.parent)
-    return [scored.found[folder.name, length] for length in scored.lengths(folder.name)]
 
 
 def pool(seeds: list[list[dict]]) -> list[dict]:

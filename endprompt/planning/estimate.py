@@ -18,6 +18,7 @@ from endprompt.planning.memory import (
     zero_options,
 )
 from endprompt.planning.shapes import SHAPES, parameter_count, shape, trained_share
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.training_keys import ADAMW
 
@@ -79,7 +80,6 @@ PARTS = (
 
 def describe(experiment: Experiment, machine: Machine) -> str:
     """The page that ``endprompt plan`` prints.  Raises BadInput."""
-    from endprompt.recipe.batch import batch_shape
     from endprompt.training.arguments import DEFAULTS
 
     recipe, method = experiment.recipe, experiment.method
@@ -191,7 +191,6 @@ def _hours(experiment: Experiment, about, machine: Machine, step_tokens: int) ->
 
 def trained_tokens(experiment: Experiment, gpus: int) -> float:
     """Tokens of all epochs, or of ``max_steps`` steps on so many GPUs where the recipe says when it ends."""
-    from endprompt.recipe.batch import batch_shape
 
     train = experiment.recipe.train
     if train.get("max_steps", -1) > 0:

@@ -11,6 +11,7 @@ from endprompt.bases import counting, families, quantized
 from endprompt.planning import optimizers
 from endprompt.planning.activations import activations
 from endprompt.planning.shapes import parameter_count, trained_share
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
 from endprompt.recipe.schema import SHIPPED, Recipe
 from endprompt.recipe.training_keys import ADAMW
@@ -273,7 +274,6 @@ def training_memory(
     Raises BadInput if its step cannot be split into micro-batches.
     """
     from endprompt.recipe import zero_file
-    from endprompt.recipe.batch import batch_shape
     from endprompt.training.arguments import DEFAULTS
 
     recipe, shape = experiment.recipe, batch_shape(experiment)

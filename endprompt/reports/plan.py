@@ -27,6 +27,7 @@ from endprompt.evaluation import results
 from endprompt.planning import estimate
 from endprompt.positions import rope
 from endprompt.recipe import task_names
+from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment, resolve
 from endprompt.recipe.schema import Recipe
 from endprompt.reports.plan_jobs import METHODS, Job, jobs
@@ -150,8 +151,6 @@ def inspect(job: Job, flops_per_hour: float, gpus: int = 8) -> Planned:
     """gpus: that train together, for the memory of one.  Raises BadInput if the recipe cannot be run as the
     job says.
     """
-    from endprompt.training.arguments import batch_shape
-
     experiment = resolve(job.recipe, list(job.overrides), job.method, job.out)
     recipe, method = experiment.recipe, experiment.method
     if recipe.name != job.recipe.stem:

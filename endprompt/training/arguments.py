@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 from endprompt import BadInput
 from endprompt.bases import model
 from endprompt.recipe import training_checks, training_keys, zero_file
-from endprompt.recipe.batch import batch_shape as batch_shape  # asked for here, too
 from endprompt.recipe.schema import Recipe
 from endprompt.recipe.training_keys import DEFAULTS
 from endprompt.training import loss, precision, sequence
