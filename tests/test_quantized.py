@@ -15,7 +15,7 @@ from test_lora import batch_of, fill
 from training import TORCHRUN, assert_same, losses, prepared, run, weights
 
 from endprompt import BadInput, Failure
-from endprompt.bases import counting, model, quantized
+from endprompt.bases import counting, loading, model, quantized
 from endprompt.commands import checkup
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
@@ -365,6 +365,40 @@ def test_what_does_not_go_together(override, words, recipe_file, tmp_path):
     code, said, error = run_main("prepare", recipe_file(), "pose", "--out", tmp_path / "o", *given)
     assert (code, said) == (2, "") and words in error and error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+@needed
+@pytest.mark.parametrize(
+    "named, said",
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "q_proj is not quantized"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "q_proj is not quantized"),
+        ({"quant_method": "nonsense"}, "its format is unknown"),
+    ],
+    ids=["4-bit", "8-bit", "unknown"],
+)
+def test_plain_weights_that_are_called_quantized_are_refused(tmp_path, named, said):
+    """transformers loads them without a word, and the first product of a 4-bit one is an AssertionError."""
+    network(configuration()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": named}))
+    with pytest.raises(BadInput, match=f"^x cannot be loaded as quantization_config .*{said}"):
+        loading.load_weights("x", pretrained_model_name_or_path=str(tmp_path))
+
+
+@needed
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_are_quantized_are_read(tmp_path, bits):
+    """The twin: a model that bitsandbytes wrote."""
+    from transformers import BitsAndBytesConfig
+
+    network(configuration()).save_pretrained(tmp_path / "plain")
+    asked = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    loading.load_weights(
+        "x", pretrained_model_name_or_path=str(tmp_path / "plain"), quantization_config=asked
+    ).save_pretrained(tmp_path / "written")
+    found = loading.load_weights("x", pretrained_model_name_or_path=str(tmp_path / "written"))
+    assert not found.model.layers[0].self_attn.q_proj.weight.is_floating_point()
 
 
 def test_a_gguf_file_is_quantized_already(recipe_file):

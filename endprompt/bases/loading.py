@@ -5,7 +5,7 @@ import os
 import sys
 
 from endprompt import BadInput
-from endprompt.bases import families, lengths, sharpen
+from endprompt.bases import families, lengths, quantized, sharpen
 from endprompt.bases.locating import Named, locate
 from endprompt.bases.refusals import (
     refuse_contradictions,
@@ -279,6 +279,7 @@ def load_weights(where: str, **arguments):
             f"{where} lack {sorted(found['missing_keys'])[:5]}; random values would stand in their place;"
             f" {MEND}"
         )
+    quantized.refuse_plain(network, where)
     if found["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {where}: {len(found['unexpected_keys'])} tensors have no place in a"

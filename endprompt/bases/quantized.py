@@ -127,6 +127,26 @@ def settle(network) -> None:
     network.__dict__.pop("hf_device_map", None)
 
 
+def refuse_plain(network, where: str) -> None:
+    """Raises BadInput beginning with ``where`` if config.json calls weights quantized that the files hold
+    plain, or by a format that transformers does not know: it loads both without a word.
+    """
+    said = getattr(network.config, "quantization_config", None)
+    plain = [
+        name
+        for name, module in network.named_modules()
+        if type(module).__module__.startswith("bitsandbytes.")
+        and module.weight.is_floating_point()
+        and getattr(module.weight, "quant_state", None) is None
+    ]
+    if plain or (said is not None and getattr(network, "hf_quantizer", None) is None):
+        raise BadInput(
+            f"{where} cannot be loaded as quantization_config in config.json says:"
+            f" {f'{plain[0]} is not quantized' if plain else 'its format is unknown'}; remove that key if the"
+            " weights are plain, or name another model"
+        )
+
+
 def is_quantized(network) -> bool:
     return getattr(network, "is_loaded_in_4bit", False)
 
