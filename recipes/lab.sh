@@ -35,6 +35,7 @@ declare -A methods=(
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
   [by-position]='pose_sharp pose_matched'
+  [linear]='pose_sharp pose_recall pose_matched'
   [yarn]="full_length endprompt_pose short endprompt endprompt_random longlora $neighbours"
   [yarn-sharpened]='full_length endprompt_pose'
   [theta]="full_length pose_matched pose_sharp pose_recall pose short endprompt endprompt_random
@@ -58,6 +59,7 @@ declare -A different=(
   [sharpened]='rope.sharpen=1.0'
   [unsharpened]='rope.sharpen=0.0'
   [by-position]=''
+  [linear]='rope.type=linear'
   [yarn]='rope.type=yarn'
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
   [theta]='rope.type=theta'
@@ -89,7 +91,7 @@ declare -A trained=(
   [theta-decay-4-by-position]=theta-decay-4
 )
 order=(
-  plain sharpened unsharpened by-position yarn yarn-sharpened
+  plain sharpened unsharpened by-position linear yarn yarn-sharpened
   theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10
   lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high
   decay-4 theta-decay-4 theta-decay-4-by-position theta-decay-2 theta-decay-1

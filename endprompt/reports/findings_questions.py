@@ -17,7 +17,7 @@ MEASURES = (
     ("multikey", None, False),
     ("perplexity", -1, True),
 )
-SCALINGS = (PLAIN, "yarn", "theta")
+SCALINGS = (PLAIN, "linear", "yarn", "theta")
 NEIGHBOURS = ("randpos", "cream", "longrecipe", "e2llm", "drope", "longrope2", "perturbed", "self_distil")
 # Of the settings, those that take or change one part of a method.
 PARTS = re.compile(r"(.+-)?(sharpened|unsharpened|chunks-\d+|pieces-\d+|share-\d+|by-position)")
