@@ -34,7 +34,7 @@ declare -A methods=(
     pose_matched full_length lceg longlora drope longrope2 $neighbours"
   [sharpened]='full_length lceg short endprompt pose endprompt_pose'
   [unsharpened]='pose_sharp pose_recall pose_matched'
-  [by-position]='pose_sharp pose_matched'
+  [by-position]='pose_sharp pose_matched' [factorless]='pose_sharp pose_matched'
   [linear]='pose_sharp pose_recall pose_matched'
   [yarn]="full_length endprompt_pose short endprompt endprompt_random longlora $neighbours"
   [yarn-sharpened]='full_length endprompt_pose'
@@ -48,7 +48,9 @@ declare -A methods=(
   [theta-lr-low]='full_length pose_matched' [theta-lr-high]='full_length pose_matched'
   [decay-4]='short endprompt pose pose_sharp pose_recall pose_matched'
   [theta-decay-4]='short endprompt pose_sharp pose_recall pose_matched'
-  [theta-decay-4-by-position]='pose_matched' [theta-decay-2]=pose_matched [theta-decay-1]=pose_matched
+  [theta-decay-4-by-position]=pose_matched [theta-decay-4-unsharpened]=pose_matched
+  [theta-decay-4-heads]=pose_matched [theta-decay-4-half]=pose_matched [theta-decay-4-by-gain]=pose_matched
+  [theta-decay-2]=pose_matched [theta-decay-1]=pose_matched
   [decay-8]='full_length lceg' [yarn-decay-8]=full_length [theta-decay-8]=full_length
   [yarn-decay-8-lr-low]=full_length [yarn-decay-8-lr-high]=full_length
   [weight-0]=endprompt [weight-1]=endprompt
@@ -58,7 +60,7 @@ declare -A different=(
   [plain]=''
   [sharpened]='rope.sharpen=1.0'
   [unsharpened]='rope.sharpen=0.0'
-  [by-position]=''
+  [by-position]='' [factorless]='rope.yarn_factor=false'
   [linear]='rope.type=linear'
   [yarn]='rope.type=yarn'
   [yarn-sharpened]='rope.type=yarn|rope.sharpen=1.0'
@@ -75,6 +77,10 @@ declare -A different=(
   [theta-lr-high]='rope.type=theta|train.learning_rate=2.0e-3'
   [decay-4]="$decay=4" [theta-decay-4]="rope.type=theta|$decay=4"
   [theta-decay-4-by-position]="rope.type=theta|$decay=4"
+  [theta-decay-4-unsharpened]="rope.type=theta|$decay=4|rope.sharpen=0.0"
+  [theta-decay-4-heads]="rope.type=theta|$decay=4|rope.sharpen_heads=true"
+  [theta-decay-4-half]="rope.type=theta|$decay=4|train.base_share=0.5"
+  [theta-decay-4-by-gain]="rope.type=theta|$decay=4|method_options.match_by=gain"
   [theta-decay-2]="rope.type=theta|$decay=2" [theta-decay-1]="rope.type=theta|$decay=1"
   [decay-8]="$decay=8" [yarn-decay-8]="rope.type=yarn|$decay=8" [theta-decay-8]="rope.type=theta|$decay=8"
   [yarn-decay-8-lr-low]="rope.type=yarn|$decay=8|train.learning_rate=5.0e-4"
@@ -88,13 +94,15 @@ declare -A different=(
 declare -A trained=(
   [sharpened]=plain [unsharpened]=plain [by-position]=plain [yarn-sharpened]=yarn
   [theta-by-position]=theta [theta-unsharpened]=theta [theta-sharpened]=theta
-  [theta-decay-4-by-position]=theta-decay-4
+  [theta-decay-4-by-position]=theta-decay-4 [theta-decay-4-unsharpened]=theta-decay-4
+  [theta-decay-4-half]=theta-decay-4
 )
 order=(
-  plain sharpened unsharpened by-position linear yarn yarn-sharpened
+  plain sharpened unsharpened by-position factorless linear yarn yarn-sharpened
   theta theta-by-position theta-unsharpened theta-sharpened theta-chunks-4 theta-pieces-2 theta-share-10
   lr-low lr-high yarn-lr-low yarn-lr-high theta-lr-low theta-lr-high
-  decay-4 theta-decay-4 theta-decay-4-by-position theta-decay-2 theta-decay-1
+  decay-4 theta-decay-4 theta-decay-4-by-position theta-decay-4-unsharpened theta-decay-4-heads
+  theta-decay-4-half theta-decay-4-by-gain theta-decay-2 theta-decay-1
   decay-8 yarn-decay-8 theta-decay-8 yarn-decay-8-lr-low yarn-decay-8-lr-high
   weight-0 weight-1 prompt-short prompt-long prompts-3
 )

@@ -612,7 +612,7 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0, done.stderr
     evaluated = [call.split(" --out ") for call in calls if "evaluate" in call]
     asked = sorted((head.split()[-1], *rest.split(" --set ")) for head, rest in evaluated)
-    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 3 + 12 + 2 + 16 + 2 + 6 + 10 + 20 + 5) and len(
+    assert len(asked) == 2 + 2 * (19 + 6 + 3 + 2 + 2 + 3 + 12 + 2 + 16 + 2 + 6 + 10 + 24 + 5) and len(
         set(asked)
     ) == len(asked)
     common = (

@@ -20,9 +20,13 @@ MEASURES = (
 SCALINGS = (PLAIN, "linear", "yarn", "theta")
 NEIGHBOURS = ("randpos", "cream", "longrecipe", "e2llm", "drope", "longrope2", "perturbed", "self_distil")
 # Of the settings, those that take or change one part of a method.
-PARTS = re.compile(r"(.+-)?(sharpened|unsharpened|chunks-\d+|pieces-\d+|share-\d+|by-position)")
+PARTS = re.compile(
+    r"(.+-)?(sharpened|unsharpened|factorless|heads|half|chunks-\d+|pieces-\d+|share-\d+|by-(position|gain))"
+)
 RATES = re.compile(r"(.+-)?lr-(low|high)")
-STEPS = re.compile(r"(.+-)?decay-\d+(-.+)?")  # smaller steps, at a learning rate that falls
+STEPS = re.compile(
+    r"(.+-)?decay-\d+(-by-position|-lr-(low|high))?"
+)  # smaller steps, at a learning rate that falls
 
 
 def settings(entries: list[dict], wanted: Callable[[str], object]) -> list[dict]:
