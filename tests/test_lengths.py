@@ -124,6 +124,26 @@ def test_two_windows_of_a_scaled_base_are_refused(experiment, recipe_file, base,
         assert experiment(other, 2048, "linear").scaling == rope.Linear(factor)
 
 
+def test_a_tokenizer_that_reads_more_than_a_linear_base_states_is_refused(experiment, base, tmp_path, capsys):
+    """As of LongLoRA's: 4096 in config.json, 32768 in the tokenizer's, under linear by 8."""
+    folder = scaled(tmp_path / "model", base, 256, {"type": "linear", "factor": 4.0})
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+
+    def says(value, **more):
+        (folder / "tokenizer_config.json").write_text(json.dumps(told | {"model_max_length": value}))
+        found = experiment(folder, 2048, "linear", **more).scaling
+        return found, capsys.readouterr().err.count("warning: model: its config.json does not say from which")
+
+    with pytest.raises(
+        BadInput, match="is 1024, and max_position_embeddings in its config.json 256.*set mod"
+    ):
+        says(1024)
+    # The twins: the recipe says which; the tokenizer agrees; it says nothing of use, which is told.
+    assert says(1024, original_length=1024) == (rope.Linear(8.0), 0)
+    assert says(256) == (rope.Linear(32.0), 0)
+    assert says(int(1e30)) == says(None) == (rope.Linear(32.0), 1)
+
+
 def test_a_key_that_states_what_yarn_reads_is_no_other_window(experiment, base, tmp_path):
     folder = scaled(tmp_path / "model", base, 320, yarn(), max_seq_len=1024, model_max_length=320)
     assert experiment(folder, 2048, "yarn").scaling == rope.Yarn(8.0, 256)

@@ -1,5 +1,8 @@
 """The window of a base, and the keys by which its files state one."""
 
+import os
+import sys
+
 from endprompt import BadInput
 from endprompt.bases import sharpen
 from endprompt.bases.locating import Named
@@ -41,12 +44,13 @@ def window(recipe: Named, config, own: rope.Scheme) -> int:
     return scaled if stated <= first else stated
 
 
-def refuse_doubtful(recipe: Named, config, own: rope.Scheme) -> None:
+def refuse_doubtful(recipe: Named, config, own: rope.Scheme, tokenizer_says=None) -> None:
     """Raises BadInput if the window of a scaled base cannot be told: other keys of its config.json state
-    another one, or the recipe names the one before the scaling.
+    another one, its tokenizer the one after a scaling that does not say from which length, or the recipe
+    names the one before the scaling.  Warns where nothing but max_position_embeddings tells it.
 
-    own: its RoPE.  Its factor is multiplied by target / window, so that a window that is too short by the
-    factor has it multiplied twice.
+    own: its RoPE; tokenizer_says: the model_max_length of its tokenizer_config.json, if any.  Its factor is
+    multiplied by target / window, so that a window that is too short by the factor has it multiplied twice.
     """
     factor, given = getattr(own, "factor", 1.0), recipe.model.original_length
     if factor == 1:
@@ -69,6 +73,25 @@ def refuse_doubtful(recipe: Named, config, own: rope.Scheme) -> None:
                 f" of them is the window before its scaling ({own.name}, factor {factor:g}); set"
                 " model.original_length to the tokens that it reads as it came"
             )
+    agreed = {getattr(config, key, None) for key in WINDOW_KEYS} - {None}
+    a_part = rope.parameters(config) is not config.rope_parameters  # Gemma-3's: of some layers alone
+    if not isinstance(own, rope.Linear) or a_part or agreed or sharpen.note(config):
+        return
+    # LongLoRA and Vicuna state the window before the scaling, DeepSeek-Coder the one after it.
+    scaled = round(stated * factor)
+    if tokenizer_says == scaled:
+        raise BadInput(
+            f"model: model_max_length in its tokenizer_config.json is {scaled}, and max_position_embeddings"
+            f" in its config.json {stated}, which may be the window before its scaling (linear, factor"
+            f" {factor:g}); set model.original_length to the tokens that it reads as it came"
+        )
+    if tokenizer_says != stated and os.environ.get("RANK", "0") == "0":
+        print(
+            "warning: model: its config.json does not say from which length its RoPE is scaled (linear,"
+            f" factor {factor:g}); max_position_embeddings, {stated}, is taken for the tokens that it reads"
+            f" as it came; if these are {scaled}, set model.original_length",
+            file=sys.stderr,
+        )
 
 
 def first_length(config, window: int) -> int:

@@ -85,7 +85,8 @@ def load_config(recipe: Named, where: dict | None = None):
         refuse_lost_scaling(recipe, where)
     sharpen.inherited(config)
     length = lengths.window(recipe, config, own)
-    lengths.refuse_doubtful(recipe, config, own)
+    tokenizer_says = _tokenizer_says(recipe, where) if isinstance(own, rope.Linear) else None
+    lengths.refuse_doubtful(recipe, config, own, tokenizer_says)
     refuse_wrong_windows(config, written, length)
     lengths.first_length(config, length)
     if recipe.lengths.target <= length:
@@ -120,6 +121,16 @@ def _written(recipe: Named, where: dict, config) -> dict:
             file=sys.stderr,
         )
     return written
+
+
+def _tokenizer_says(recipe: Named, where: dict):
+    """The model_max_length of its tokenizer_config.json; None if there is none."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    def read():
+        return get_tokenizer_config(where["pretrained_model_name_or_path"], revision=where.get("revision"))
+
+    return None if recipe.model.gguf_file else _loading("tokenizer", recipe, read).get("model_max_length")
 
 
 def _originals(config, own: rope.Scheme, stated: int) -> tuple[int, ...]:
