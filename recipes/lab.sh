@@ -4,8 +4,9 @@
 #   bash recipes/lab.sh [SETTING ...]      (SETTING: some of those below, plain first; default: all)
 # Environment: SEEDS ("0 1 2 3 4"), JOBS (trainings at a time, one process and one thread each; 2), METHODS
 # (only these), TARGET, TOKENS and CORPUS (in place of the recipe's; each with an OUT of its own, which
-# endprompt.reports.scaling sets side by side), OUT (runs/lab), FINDINGS (OUT/findings), PYTHON (python),
-# RECIPE (recipes/tiny.yaml).
+# endprompt.reports.scaling sets side by side), TASKS ("passkey, multikey, perplexity"; "passkey, multikey"
+# with TARGET=8192, as no held-out document of tiny.yaml holds so many tokens), OUT (runs/lab), FINDINGS
+# (OUT/findings), PYTHON (python), RECIPE (recipes/tiny.yaml).
 # With the second base, which the head of its recipe says how to make:
 #   RECIPE=recipes/novels-cpu.yaml OUT=runs/lab-novels SEEDS="0 1 2" \
 #     METHODS="base interpolation short endprompt pose_matched full_length" bash recipes/lab.sh \
@@ -18,7 +19,7 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
 RECIPE=${RECIPE:-$root/recipes/tiny.yaml}
-export PYTHON NPROC=1 root RECIPE OUT=${OUT:-runs/lab}
+export PYTHON NPROC=1 root RECIPE OUT=${OUT:-runs/lab} TASKS=${TASKS:-passkey, multikey, perplexity}
 SEEDS=${SEEDS:-0 1 2 3 4}
 JOBS=${JOBS:-2}
 EP_1='This is the end of text, please pay attention here.'
@@ -130,10 +131,10 @@ one() {  # setting method seed differences trained
   [ -z "${TOKENS:-}" ] || options+=(--set "data.tokens=$TOKENS")
   [ -z "${CORPUS:-}" ] || options+=(--set "data.corpus=$CORPUS")
   [ -z "${TARGET:-}" ] || options+=(--set "lengths.target=$TARGET" --set "eval.lengths=[$lengths]")
-  options+=(--set "eval.tasks=[passkey, multikey, perplexity]")
+  options+=(--set "eval.tasks=[$TASKS]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
-  if [ -f "$run/eval/perplexity/$longest.json" ]; then return; fi
+  if [ -f "$run/eval/${TASKS##*[, ]}/$longest.json" ]; then return; fi
   mkdir -p "$run"
   local stages='prepare train evaluate'
   if [[ $setting = *by-position ]]; then

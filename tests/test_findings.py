@@ -670,6 +670,18 @@ def test_script_takes_another_target_and_other_tokens(script):
     assert len(other) == 1 and "findings" in other[0]  # the stand-in scored 2048
 
 
+def test_script_asks_only_the_tasks_named(script, tmp_path):
+    """The last of them tells what is finished."""
+    run = trained(tmp_path / "out", "pose", 0)
+    (run / "eval/multikey").mkdir(parents=True)
+    asked = {"SEEDS": "0", "METHODS": "pose", "TASKS": "passkey, multikey", "TARGET": "8192"}
+    done, calls = script("plain", **asked)
+    assert done.returncode == 0, done.stderr
+    assert any("--set eval.tasks=[passkey, multikey] " in f"{call} " for call in calls)
+    (run / "eval/multikey/8192.json").touch()
+    assert not [call for call in script("plain", **asked)[1] if "evaluate" in call]
+
+
 @pytest.mark.parametrize("target", ["3000", "128", "far", "-512"])
 def test_script_refuses_a_target_that_is_not_doubled(script, target):
     done, calls = script("plain", SEEDS="0", METHODS="pose", TARGET=target)
