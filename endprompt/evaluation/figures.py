@@ -133,17 +133,10 @@ def lines(
     crowded, colours, drawn = len(results) + len(paper) > 5, _colours(names), []
     figure, axis = _pyplot().subplots(figsize=(8.4 if crowded else 6.4, 4), layout="constrained")
     for number, name in enumerate(names):
-        style = {"marker": "os^Dvph<>"[number % 9], "markersize": 4, "linewidth": 1.2, "color": colours[name]}
+        style = _style(number, colours[name])
         cells, printed = results.get(name, {}), paper.get(name, {})
         if cells:
-            # Side by side, so that bars at the same length can be told apart.
-            places = [length * 1.025 ** (number - (len(names) - 1) / 2) for length in sorted(cells)]
-            shown = [cells[length] for length in sorted(cells)]
-            drawn.append(
-                axis.errorbar(
-                    places, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style
-                )
-            )
+            drawn.append(_line(axis, name, cells, number - (len(names) - 1) / 2, style))
         if printed:
             drawn += axis.plot(
                 sorted(printed),
@@ -160,6 +153,57 @@ def lines(
         if crowded
         else axis.legend(handles=drawn, fontsize=8)
     )
+    _save(figure, path, title)
+
+
+def _style(number: int, colour: str) -> dict[str, Any]:
+    return {"marker": "os^Dvph<>"[number % 9], "markersize": 4, "linewidth": 1.2, "color": colour}
+
+
+def _line(axis, name: str, cells: dict[int, dict], aside: float, style: dict[str, Any]):
+    """aside: so many steps beside its length, so that bars at the same length can be told apart."""
+    shown = [cells[length] for length in sorted(cells)]
+    places = [length * 1.025**aside for length in sorted(cells)]
+    return axis.errorbar(
+        places, [cell["mean"] for cell in shown], _bars(shown), label=name, capsize=3, **style
+    )
+
+
+def panels(
+    results: dict[str, dict[str, dict[int, dict]]],
+    path: Path,
+    title: str | None = None,
+    label: str = "keys found in %",
+) -> None:
+    """Draws what ``lines`` does for each heading of ``results``, in a panel of its own, up to four to a row,
+    with one legend for all, into one PNG.
+    """
+    names = list(dict.fromkeys(name for lines in results.values() for name in lines))
+    lengths = sorted({length for lines in results.values() for cells in lines.values() for length in cells})
+    colours, wide = _colours(names), min(4, len(results))
+    tall = -(-len(results) // wide)
+    figure, axes = _pyplot().subplots(
+        tall,
+        wide,
+        figsize=(2.4 + 2.6 * wide, 0.8 + 2.4 * tall),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis in list(axes.flat)[len(results) :]:
+        axis.set_axis_off()
+    drawn: dict[str, Any] = {}
+    for axis, (heading, lines) in zip(axes.flat, results.items(), strict=False):
+        for number, (name, cells) in enumerate(lines.items()):
+            style = _style(names.index(name), colours[name])
+            drawn[name] = _line(axis, name, cells, number - (len(lines) - 1) / 2, style)
+        _scales(axis, lengths, (-3, 103))
+        axis.tick_params(labelsize=8)
+        axis.set_title(heading, fontsize=9)
+    figure.supxlabel("length in tokens", fontsize=9)
+    figure.supylabel(f"{label}, with 95 % interval", fontsize=9)
+    figure.legend(handles=[drawn[name] for name in names], fontsize=8, loc="outside right upper")
     _save(figure, path, title)
 
 

@@ -29,6 +29,7 @@ from endprompt.reports.findings_questions import PLAIN
 from endprompt.rows import shards
 from endprompt.runs import provenance
 
+CROWDED = 8  # lines in a picture; more are drawn in a panel for each method
 LOSSES = {
     "text_loss": "text loss",
     "end_prompt_loss": "end-prompt loss",
@@ -277,14 +278,22 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
             if entry[task]
         }:
             figures.distances(found, picture(name), title)
-    for name, chosen in (
+    for name, wanted in (
         ("prompts", findings_tables.prompts(entries)),
         ("sharpened", findings_tables.sharpened(entries)),
         ("scalings", findings_questions.scalings(entries)),
         ("steps", findings_questions.settings(entries, findings_questions.STEPS.fullmatch)),
     ):
-        if any(entry["setting"] != PLAIN for entry in chosen):
+        chosen = [entry for entry in wanted if entry["scores"]["passkey"]]
+        if all(entry["setting"] == PLAIN for entry in chosen):
+            continue
+        if len(chosen) <= CROWDED:
             lines(name, chosen)
+            continue
+        by_method: dict[str, dict[str, dict]] = {}
+        for entry in chosen:
+            by_method.setdefault(entry["method"], {})[entry["setting"]] = entry["scores"]["passkey"]
+        figures.panels(by_method, picture(name), title, "passkey: keys found in %")
     if chosen := findings_questions.neighbours(entries):
         lines("neighbours", chosen)
     return drawn
