@@ -253,10 +253,8 @@ def load_weights(where: str, **arguments):
     from transformers import AutoModelForCausalLM
 
     if "gguf_file" not in arguments:
-        arguments |= {
-            "use_safetensors": True,
-            "ignore_mismatched_sizes": True,
-        }  # mismatches are looked at below, and told in one line
+        # Mismatches are looked at below, and told in one line.
+        arguments |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         with without_reports():
             network, found = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True)
