@@ -169,6 +169,24 @@ def _line(axis, name: str, cells: dict[int, dict], aside: float, style: dict[str
     )
 
 
+def _grid(count: int, margin: float, width: float, height: float):
+    """(figure, as many axes), up to four to a row, all of one scale; sizes in inches."""
+    wide = min(4, count)
+    tall = -(-count // wide)
+    figure, axes = _pyplot().subplots(
+        tall,
+        wide,
+        figsize=(margin + width * wide, 0.8 + height * tall),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
 def panels(
     results: dict[str, dict[str, dict[int, dict]]],
     path: Path,
@@ -180,21 +198,10 @@ def panels(
     """
     names = list(dict.fromkeys(name for lines in results.values() for name in lines))
     lengths = sorted({length for lines in results.values() for cells in lines.values() for length in cells})
-    colours, wide = _colours(names), min(4, len(results))
-    tall = -(-len(results) // wide)
-    figure, axes = _pyplot().subplots(
-        tall,
-        wide,
-        figsize=(2.4 + 2.6 * wide, 0.8 + 2.4 * tall),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    for axis in list(axes.flat)[len(results) :]:
-        axis.set_axis_off()
+    figure, axes = _grid(len(results), 2.4, 2.6, 2.4)
+    colours = _colours(names)
     drawn: dict[str, Any] = {}
-    for axis, (heading, lines) in zip(axes.flat, results.items(), strict=False):
+    for axis, (heading, lines) in zip(axes, results.items(), strict=True):
         for number, (name, cells) in enumerate(lines.items()):
             style = _style(names.index(name), colours[name])
             drawn[name] = _line(axis, name, cells, number - (len(lines) - 1) / 2, style)
@@ -262,20 +269,8 @@ def distances(
     {"mean", "low", "high"}}, and the spans of distances that its training rows never showed in grey, into one
     PNG.
     """
-    wide = min(4, len(results))
-    tall = -(-len(results) // wide)
-    figure, axes = _pyplot().subplots(
-        tall,
-        wide,
-        figsize=(1 + 2.7 * wide, 0.8 + 2.2 * tall),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    for axis in list(axes.flat)[len(results) :]:
-        axis.set_axis_off()
-    for axis, (name, (cells, never)) in zip(axes.flat, results.items(), strict=False):
+    figure, axes = _grid(len(results), 1.0, 2.7, 2.2)
+    for axis, (name, (cells, never)) in zip(axes, results.items(), strict=True):
         axis.broken_barh(
             [(low, high + 1 - low) for low, high in never],
             (0, 1),
