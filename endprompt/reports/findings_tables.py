@@ -334,14 +334,16 @@ def evidence(entries: list[dict]) -> str:
         "longlora",
         "pose_sharp",
         "pose_matched",
+        "full_length, decay-8",
         "full_length, yarn-decay-8",
         "pose_matched, theta-decay-4",
     ):
         if entry := known.get(name):
             method, _, setting = name.partition(", ")
+            scaling, steps, _ = setting.rpartition("decay")
             rows.append(
                 [
-                    f"`{method}`, decay" if "decay" in setting else f"`{name}`",
+                    f"`{method}`, decay, {scaling.strip('-') or 'linear'}" if steps else f"`{name}`",
                     *[cell(entry["scores"]["passkey"].get(length)) for length in lengths],
                     cell(entry["passkey"].get("mean")),
                     *[cell(entry["scores"]["multikey"].get(length)) for length in _greatest(entries)],
