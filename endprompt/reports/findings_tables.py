@@ -343,7 +343,7 @@ def evidence(entries: list[dict]) -> str:
             scaling, steps, _ = setting.rpartition("decay")
             rows.append(
                 [
-                    f"`{method}`, decay, {scaling.strip('-') or 'linear'}" if steps else f"`{name}`",
+                    f"`{method}` {scaling or 'linear-'}decay" if steps else f"`{name}`",
                     *[cell(entry["scores"]["passkey"].get(length)) for length in lengths],
                     cell(entry["passkey"].get("mean")),
                     *[cell(entry["scores"]["multikey"].get(length)) for length in _greatest(entries)],
