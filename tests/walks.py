@@ -22,8 +22,8 @@ from endprompt.bases import gain, model, quantized
 from endprompt.commands import checkup
 from endprompt.evaluation import engine, scored_model
 from endprompt.planning import efficiency, step
-from endprompt.runs import provenance
-from endprompt.training import arguments, averaging, checkpoint, lora, loss, probe, run, trainer
+from endprompt.runs import averaging, provenance
+from endprompt.training import arguments, checkpoint, lora, loss, probe, run, trainer
 
 H100 = "NVIDIA H100 80GB HBM3"
 WALKS: dict[str, tuple] = {}

@@ -102,7 +102,7 @@ def missing(power: float, config, original_length: int, target_length: int) -> f
     return max(1.0, factor(power, start, target_length) / there.get("sharpened", 1.0))
 
 
-class _Queries:
+class Queries:
     """What is multiplied by t in a model of ``config``.
 
     Layers with a window of their own meet no more keys than before, and stay.
@@ -142,7 +142,7 @@ def sharpen_network(network, t: float) -> None:
     """
     import torch
 
-    queries, found = _Queries(network.config, t), 0
+    queries, found = Queries(network.config, t), 0
     with torch.no_grad():
         for name, weights in network.named_parameters():
             if queries.named(name):
@@ -162,7 +162,7 @@ def sharpen(folder: Path, t: float) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig
 
-    queries = _Queries(AutoConfig.from_pretrained(folder, trust_remote_code=False), t)
+    queries = Queries(AutoConfig.from_pretrained(folder, trust_remote_code=False), t)
     path = folder / "config.json"
     config, found = json.loads(path.read_text()), 0
     for file in sorted(folder.glob("*.safetensors")):

@@ -28,7 +28,7 @@ def path(arguments) -> None:
 def export_run(arguments) -> None:
     from endprompt.runs import export
 
-    form = arguments.position_dependent, arguments.dtype, arguments.gguf
+    form = arguments.position_dependent, arguments.dtype, arguments.share, arguments.gguf
     print(f"{export.export(arguments.run, arguments.to, *form)}: written")
 
 

@@ -131,9 +131,11 @@ def _refuse_other_setting(run: Path, before: bytes, experiment) -> None:
     flat = [each | more for each, more in zip(flat, zero, strict=True)]
     keys = flat[0].keys() | flat[1].keys()
     if differing := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
+        averaged = differing == ["train.base_share"] and not flat[0].get("train.base_share")
         raise BadInput(
             f"{run} was trained under another setting ({', '.join(differing)}); choose another --out, or"
             f" delete its {' and '.join(_trained(run))} to start anew (the shards stay)"
+            + ("; what is trained is averaged by endprompt export --share" if averaged else "")
         )
 
 

@@ -369,5 +369,12 @@ def _export_options(commands) -> None:
         help="of the weights; default: as they are",
     )
     export.add_argument(
+        "--share",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="average the trained weights with this share of the base's, as train.base_share does",
+    )
+    export.add_argument(
         "--gguf", action="store_true", help="write model.gguf too, by llama.cpp's converter (see LLAMA_CPP)"
     )

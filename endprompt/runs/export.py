@@ -1,5 +1,5 @@
-"""A copy of a run's model for serving: in another number format, with attention that is sharpened by
-position, or as a GGUF file.
+"""A copy of a run's model for serving: in another number format, averaged with the base, with attention that
+is sharpened by position, or as a GGUF file.
 
 Sharpening multiplies all queries by a constant, ln L / ln C, which helps at L and costs a little at C.
 Ministral 3 multiplies them by 1 + beta ln(1 + floor(p / C)) at position p.  With beta = 1 / ln C that is
@@ -24,8 +24,7 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from endprompt import BadInput, Failure, storage
-from endprompt.bases import older_readers
-from endprompt.bases.sharpen import factor
+from endprompt.bases import older_readers, sharpen
 from endprompt.bases.unreadable import reason
 from endprompt.runs import card, checkpoint_files, gguf_file
 
@@ -52,12 +51,39 @@ class Position:
         return 1 / math.log(self.start)
 
 
-def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, gguf: bool) -> Path:
+@dataclass(frozen=True)
+class Average:
+    """An average with the base.  share: of the base's weights; before: those, by name; queries: by what the
+    model's are sharpened, and those of ``before`` are not yet."""
+
+    share: float
+    before: dict[str, Any]
+    queries: sharpen.Queries | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a copy is in place of what the model is; None: as it is.  dtype: one of DTYPES, of all weights."""
+
+    dtype: str | None = None
+    position: Position | None = None
+    average: Average | None = None
+
+
+def export(
+    run: Path,
+    to: Path,
+    position_dependent: bool = False,
+    dtype: str | None = None,
+    share: float | None = None,
+    gguf: bool = False,
+) -> Path:
     """Writes the model of ``run`` into the new folder ``to``, and beside it model.gguf if ``gguf``.
 
-    dtype: one of DTYPES, of all weights; None: as they are.  Raises BadInput if there is no model, ``to`` is
-    there already, or the model cannot be had in that form, Failure if ``to`` cannot be written to its end;
-    nothing is left then.
+    dtype: one of DTYPES, of all weights; None: as they are.  share: of the base's weights, above 0 and below
+    1, with which those that were trained are averaged; None: they are not.  Raises BadInput if there is no
+    model, ``to`` is there already, or the model cannot be had in that form, Failure if ``to`` cannot be
+    written to its end; nothing is left then.
     """
     model, to = run / "model", Path(os.path.abspath(to))
     if not (model / "config.json").is_file():
@@ -70,8 +96,9 @@ def export(run: Path, to: Path, position_dependent: bool, dtype: str | None, ggu
             raise ValueError("config.json is no mapping")
         position = _position(model, config) if position_dependent else None
         converter = _converter(config, position) if gguf else None
+        average = _average(run, config, share, position) if share is not None else None
         with _whole(to) as partial:
-            _copy(run, partial, config, dtype, position)
+            _copy(run, partial, config, Form(dtype, position, average))
             if converter:
                 _convert(converter, partial)
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -125,7 +152,7 @@ def _save(tensors: dict[str, Any], path: Path, metadata: dict | None) -> None:
         raise OSError(number, os.strerror(number) if found else reason(error), str(path)) from None
 
 
-def _copy(run: Path, to: Path, config: dict, dtype: str | None, position: Position | None) -> None:
+def _copy(run: Path, to: Path, config: dict, form: Form) -> None:
     """The files of the run's model in the folder ``to``, those of sub-folders too: transformers 5 saves all
     chat templates but the first in one."""
     model = run / "model"
@@ -135,9 +162,9 @@ def _copy(run: Path, to: Path, config: dict, dtype: str | None, position: Positi
             copy = to / path.relative_to(model)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    _write_weights(run, to, dtype, position)
-    _write_config(to, config, dtype, position)
-    card.renew(to, [] if position else None)  # what is sharpened otherwise scores otherwise
+    _write_weights(run, to, form)
+    _write_config(to, config, form)
+    card.renew(to, [] if form.position or form.average else None)  # another model scores otherwise
 
 
 def _position(model: Path, config: dict) -> Position:
@@ -158,7 +185,7 @@ def _position(model: Path, config: dict) -> Position:
     by, start = note.get("sharpened"), note.get("sharpened_from", note.get("original_length"))
     if by is None or start is None:
         refuse("the model's attention is not sharpened, so there is no constant to put in its place")
-    wanted = factor(1.0, start, note["target_length"])
+    wanted = sharpen.factor(1.0, start, note["target_length"])
     if start < 2 or not math.isclose(by, wanted, rel_tol=1e-6):
         refuse(f"its queries are multiplied by {by:.4f}, and the scale stands for ln L / ln C, {wanted:.4f}")
     first = config["rope_parameters"].get("original_max_position_embeddings", start)
@@ -167,12 +194,51 @@ def _position(model: Path, config: dict) -> Position:
     return Position(by, start)
 
 
-def _write_weights(run: Path, to: Path, dtype: str | None, position: Position | None) -> None:
+def _average(run: Path, config: dict, share: float, position: Position | None) -> Average:
+    """Raises BadInput if the ``share`` is none, the model is an average already, or its base cannot be had or
+    is another by now."""
+    from transformers import AutoConfig
+
+    from endprompt.recipe import experiment
+    from endprompt.runs import averaging
+
+    note = config.get("endprompt") or {}
+    if not 0 < share < 1:
+        raise BadInput(f"--share: a number above 0 and below 1 is wanted (given: {share})")
+    if before := note.get("base_share"):
+        raise BadInput(
+            f"--share: the model is an average with {before:.1%} of the base already; train with"
+            " train.base_share=0, or export it without --share"
+        )
+    method = note.get("method")
+    if not isinstance(method, str):
+        raise BadInput("--share: config.json does not name the method, so the base is not known; train again")
+    found = experiment.resolve(run / "recipe.yaml", [], method)
+    own = sharpen.inherited(found.base.config).get("sharpened", 1.0)
+    by = (1.0 if position else note.get("sharpened", own)) / own
+    network = AutoConfig.from_pretrained(run / "model", trust_remote_code=False)
+    return Average(share, averaging.weights(found, False), sharpen.Queries(network, by) if by != 1 else None)
+
+
+def _averaged(tensors: dict[str, Any], average: Average) -> dict[str, Any]:
+    from endprompt.runs import averaging
+
+    try:
+        return averaging.mixed(tensors, average.before, average.share, average.queries)
+    except Failure as error:
+        raise BadInput(
+            f"--share: {error}; it is another base than the one that was trained: put that one back where"
+            " model.name_or_path in the run's recipe.yaml names it"
+        ) from None
+
+
+def _write_weights(run: Path, to: Path, form: Form) -> None:
     """The weights of the run's model in ``to``, in the same files."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
+    dtype, position = form.dtype, form.position
     kind = getattr(torch, dtype) if dtype else None
     exact = _unsharpened(run, position.by) if position else {}
     size = 0
@@ -180,12 +246,18 @@ def _write_weights(run: Path, to: Path, dtype: str | None, position: Position | 
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         tensors = load_file(path)
-        for name, tensor in tensors.items():
-            whole = tensor
-            if position and name.endswith(QUERIES):
+        kinds = {
+            name: kind if kind and tensor.is_floating_point() else tensor.dtype
+            for name, tensor in tensors.items()
+        }
+        if position:
+            for name in filter(lambda name: name.endswith(QUERIES), tensors):
                 # Divided where no copy is known that was never multiplied.
-                whole = exact[name] if name in exact else (tensor.float() / position.by)
-            cast = whole.to(kind or tensor.dtype) if whole.is_floating_point() else whole
+                tensors[name] = exact[name] if name in exact else (tensors[name].float() / position.by)
+        if form.average:
+            tensors = _averaged({name: tensor.float() for name, tensor in tensors.items()}, form.average)
+        for name, whole in tensors.items():
+            cast = whole.to(kinds[name])
             if cast.is_floating_point() and not cast.isfinite().all():
                 raise BadInput(f"--dtype {dtype}: {name} has values that it cannot hold; use bfloat16")
             tensors[name] = cast.contiguous()
@@ -227,11 +299,14 @@ def _unsharpened(run: Path, by: float) -> dict[str, Any]:
     return found
 
 
-def _write_config(folder: Path, config: dict, dtype: str | None, position: Position | None) -> None:
-    """config.json, of Ministral 3 if ``position`` is given."""
-    if dtype:
-        config = {**config, "dtype": dtype}
+def _write_config(folder: Path, config: dict, form: Form) -> None:
+    """config.json, of Ministral 3 if attention is sharpened by position."""
+    position = form.position
+    if form.dtype:
+        config = {**config, "dtype": form.dtype}
         config.pop("torch_dtype", None)
+    if form.average:
+        config = {**config, "endprompt": {**config["endprompt"], "base_share": form.average.share}}
     if position is None:
         storage.write_json(folder / "config.json", config)
         return

@@ -13,9 +13,9 @@ from endprompt import Failure, storage
 from endprompt.bases import model, older_readers, quantized
 from endprompt.positions import rope
 from endprompt.recipe.experiment import Experiment
-from endprompt.runs import checkpoint_files
+from endprompt.runs import averaging, checkpoint_files
 from endprompt.runs.checkpoint_files import MARKER
-from endprompt.training import averaging, heads, lora, precision
+from endprompt.training import heads, lora, precision
 
 
 def barrier() -> None:

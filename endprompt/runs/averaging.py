@@ -6,11 +6,10 @@ saved RoPE stays that of training, so the base's part is read under frequencies 
 
 import json
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from endprompt import Failure, storage
-from endprompt.bases import loading, model
+from endprompt.bases import loading, model, sharpen
 from endprompt.recipe.experiment import Experiment
 
 
@@ -26,7 +25,7 @@ def average(folder: Path, experiment: Experiment, cuda: bool) -> None:
 
     if not (share := experiment.base_share):
         return
-    before = _weights(experiment, cuda)
+    before = weights(experiment, cuda)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
@@ -38,21 +37,29 @@ def average(folder: Path, experiment: Experiment, cuda: bool) -> None:
 
 
 def mixed(
-    trained: dict[str, torch.Tensor], before: dict[str, torch.Tensor], share: float
-) -> dict[str, torch.Tensor]:
-    """``trained`` averaged with the same names of ``before``, each in its own type."""
+    trained: dict[str, Any], before: dict[str, Any], share: float, queries: sharpen.Queries | None = None
+) -> dict[str, Any]:
+    """The tensors of ``trained`` averaged with those of the same names in ``before``, each in its own type.
+
+    queries: by what those of ``trained`` are sharpened, and those of ``before`` are not yet.
+    """
+    import torch
+
     found = {}
     for name, tensor in trained.items():
         own = before.get(name)
         if own is None or own.shape != tensor.shape:
             has = "lacks it" if own is None else f"has it as {tuple(own.shape)}"
             raise Failure(f"averaging: the saved {name} is {tuple(tensor.shape)}, and the base {has}")
-        found[name] = torch.lerp(tensor.float(), own.float(), share).to(tensor.dtype)
+        whole = own.float()
+        if queries and queries.named(name):
+            whole = queries.sharper(whole)
+        found[name] = torch.lerp(tensor.float(), whole, share).to(tensor.dtype)
     return found
 
 
-def _weights(experiment: Experiment, cuda: bool) -> dict[str, torch.Tensor]:
-    """The base's by the names that files have."""
+def weights(experiment: Experiment, cuda: bool) -> dict[str, Any]:
+    """The base's, by the names that files have."""
     from transformers.core_model_loading import revert_weight_conversion
 
     base = experiment.base
