@@ -36,6 +36,12 @@ def tiny_documents(count: int, sentences: int, seed: int = 5) -> list[str]:
     return [module.document(rng, sentences) for _ in range(count)]
 
 
+def with_symbols(texts: list[str]) -> str:
+    """``texts`` as one, with a run that has no spaces after every 30th word, as a hash or an address."""
+    words = " ".join(texts).split(" ")
+    return " ".join(f"{word} {'xqz' * 20}" if at % 30 == 29 else word for at, word in enumerate(words))
+
+
 def write_jsonl(path: Path, texts: list, column: str = "text") -> Path:
     path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts), encoding="utf-8")
     return path

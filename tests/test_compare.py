@@ -299,9 +299,15 @@ def test_perplexity_of_other_words_is_not_compared(seeds):
     )
     with pytest.raises(BadInput, match=complaint):
         compare.check(seeds[:1])
-    result["question"] |= {"longest": 512, "data": "512"}
+    result["question"] |= {"longest": 512, "data": "512", "words": "one"}
     path.write_text(json.dumps(result))
-    compare.check(seeds[:1])
+    compare.check(seeds[:1])  # the other was scored before the words were noted
+    other = seeds[0] / "endprompt/eval/perplexity/512.json"
+    before = json.loads(other.read_text())
+    before["question"] |= {"longest": 512, "data": "512", "words": "two"}
+    other.write_text(json.dumps(before))
+    with pytest.raises(BadInput, match="perplexity is not of the same words everywhere"):
+        compare.check(seeds[:1])
 
 
 # The script

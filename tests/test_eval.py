@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_main, write_jsonl
+from conftest import REPOSITORY, run_main, with_symbols, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
@@ -442,6 +442,23 @@ def test_windows_score_the_same_words_at_each_length(tokenizer, tiny_text):
     # One after the other the pieces are the text: nothing is scored twice or left out.
     joined = "".join(pieces[128])
     assert sum(document.count(joined[:200]) for document in tiny_text) == 1
+
+
+def test_words_are_the_same_where_a_short_window_cannot_be_cut(tokenizer, tiny_text):
+    texts, lengths = texts_of(tokenizer, with_symbols(tiny_text[:3])), (32, 64, 128)
+    assert not texts[0].between_tokens
+
+    def words(*shared):
+        return [
+            [one["continuation"] for one in perplexity.windows(texts, length, 128, 16, 300, 1, shared)]
+            for length in lengths
+        ]
+
+    short, middle, long = words(*lengths)
+    assert short == middle == long and len(short) > 5
+    # The twin: each length by itself leaves out what it cannot cut, and fills the budget with later words.
+    short, middle, long = words()
+    assert short != long
 
 
 def test_windows_keep_to_the_budget(tokenizer, tiny_text):

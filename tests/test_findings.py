@@ -533,7 +533,7 @@ def test_rows_that_differ_in_one_thing_stand_beside_what_they_differ_from():
     ]
     assert names["steps-perplexity"] == names["steps-multikey"] == names["steps"]
     assert names["scalings"] == ["full_length", "full_length, theta", "pose_sharp", "pose_sharp, theta"]
-    assert names["neighbours"] == ["pose_sharp", "cream", "pose_sharp, theta"]
+    assert names["neighbours"] == ["pose_sharp", "pose_sharp, theta", "cream"]
     assert set(findings_questions.tables(entries[:2])) == {"goals"}
     found = findings_tables.sharpened(entries)
     assert [entry["name"] for entry in found] == ["pose_sharp", "pose_sharp, by-position"]

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import REPOSITORY, write_jsonl
+from conftest import REPOSITORY, tiny_documents, with_symbols, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -138,7 +138,9 @@ class Setting:
                 }, []
 
         def same(one, other):
-            return question.same(*({**asked, **({blind: None} if blind else {})} for asked in (one, other)))
+            # What is scored of a text says much of how it is scored.
+            unseen = {blind: None, "words": None} if blind else {}
+            return question.same(*({**asked, **unseen} for asked in (one, other)))
 
         with monkeypatch.context() as patched:
             patched.setattr(run, "Scorer", Scorer)
@@ -456,6 +458,33 @@ def test_the_number_of_examples_is_held_as_what_it_comes_to(setting):
     own = asked()
     assert own["few_shots"] == 10 and own == asked("eval.short_text_shots=10")
     assert asked("eval.short_text_shots=0") == {**own, "few_shots": 0}
+
+
+@pytest.mark.parametrize("task", ["perplexity", "far_gain"])
+def test_lengths_count_where_they_change_the_words(setting, task):
+    """Prose is of the same words whatever lengths are beside; where a shorter one cannot be cut, it is not."""
+    write_jsonl(setting.held, [with_symbols(tiny_documents(3, 40)) + " end"])
+    loaded = ruler.load_tokenizer(setting.model)
+
+    def words(*lengths):
+        setting.overrides = [
+            f"eval.tasks=[{task}]",
+            f"eval.lengths={list(lengths)}",
+            "eval.perplexity_stride=16",
+            "eval.perplexity_tokens=400",
+            "model.original_length=40",
+            "eval.far_gain_tokens=16",
+            "eval.far_gain_texts=3",
+        ]
+        recipe = setting.recipe()
+        return {length: question.Questions(recipe, loaded)(task, length, {})["words"] for length in lengths}
+
+    both = words(48, 512)
+    assert both[48] == both[512]
+    if task == "perplexity":
+        assert both[512] != words(512)[512]
+    write_jsonl(setting.held, [" ".join(tiny_documents(3, 40))])
+    assert words(48, 512)[512] == words(512)[512]
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,13 @@ from endprompt.rows import corpus
 @dataclass(frozen=True)
 class Limits:
     """original: C; longest: the greatest length, which a document must hold; tokens: that are scored of a
-    text; texts: at most."""
+    text; texts: at most; lengths: all at which the same words are scored."""
 
     original: int
     longest: int
     tokens: int
     texts: int
+    lengths: tuple[int, ...] = ()
 
     def check(self, special: int) -> None:
         """Raises BadInput if C is too short for what is scored; special: as in ``pieces``."""
@@ -87,12 +88,13 @@ def pieces(found: list[Text], length: int, limits: Limits, special: int = 0) -> 
     """
     limits.check(special)
     made: list[dict] = []
+    shared = (length, limits.original, *limits.lengths)
     for number, end in _ends(found, limits.longest):
         if len(made) == limits.texts:
             break
         try:
             far, near = (
-                perplexity.windows([found[number]], window, end, limits.tokens, 1, special)[0]
+                perplexity.windows([found[number]], window, end, limits.tokens, 1, special, shared)[0]
                 for window in (length, limits.original)
             )
         except ValueError:

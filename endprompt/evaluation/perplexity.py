@@ -2,10 +2,10 @@
 
 The text is scored piece by piece, each piece about ``stride`` tokens; at a length of n tokens a piece is read
 with the n - stride tokens before it.  The pieces are the same at every length (they start where the longest
-window first fits), so a model that uses far context must score lower at greater lengths.  Windows are cut
-between words, for the harness passes text: a word must fall into the same tokens with and without what stands
-before it.  A text without words to cut between, as Chinese is, is cut between tokens, where that leaves the
-tokens around as they are.
+window first fits, and one that cannot be cut at some length is left out at all), so a model that uses far
+context must score lower at greater lengths.  Windows are cut between words, for the harness passes text: a
+word must fall into the same tokens with and without what stands before it.  A text without words to cut
+between, as Chinese is, is cut between tokens, where that leaves the tokens around as they are.
 """
 
 import bisect
@@ -96,6 +96,16 @@ class Text:
             and len(whole) <= room
         )
 
+    def start(self, first: int, last: int, room: int) -> int:
+        """The cut at which a window of ``room`` tokens begins whose last words are those between the cuts
+        ``first`` and ``last``; -1 if there is none before them."""
+        # One token less than fits: some tokenizers write the first word of a text with one more.
+        start = bisect.bisect_left(self.counts, self.cuts[last][1] - (room - 1))
+        if not self.between_tokens:
+            return start if start < first else -1
+        tried = range(start, min(first, start + TRIES))
+        return next((begin for begin in tried if self.fits(begin, first, last, room)), -1)
+
 
 def held_out(
     source: str, tokenizer, longest: int, stride: int, budget: int, column: str = "text"
@@ -128,17 +138,25 @@ def held_out(
 
 
 def windows(
-    texts: Iterable[Text], length: int, longest: int, stride: int, budget: int, special: int = 0
+    texts: Iterable[Text],
+    length: int,
+    longest: int,
+    stride: int,
+    budget: int,
+    special: int = 0,
+    lengths: Iterable[int] = (),
 ) -> list[dict]:
     """{"context", "continuation", "tokens" of the continuation, "length"} over ``texts``, in order, up to
     ``budget`` scored tokens.
 
-    ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  Raises ValueError
-    if no document holds ``longest`` tokens, none that does can be cut, or the stride leaves a window without
-    context.
+    ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  ``lengths``:
+    others at which the same words are scored, so that what cannot be cut at one of them is left out.  Raises
+    ValueError if no document holds ``longest`` tokens, none that does can be cut, or the stride leaves a
+    window without context.
     """
     if stride >= length - special - 1:
         raise ValueError(f"a stride of {stride} leaves no context in windows of {length}")
+    rooms = {each - special for each in lengths if stride < each - special - 1} | {length - special}
     found: list[dict] = []
     scored, held = 0, False
     for text in texts:
@@ -147,26 +165,14 @@ def windows(
             if scored >= budget:
                 return found
             first, last = text.before(end - stride), text.before(end)
-            # One token less than fits: some tokenizers write the first word of a text with one more.
-            start = (
-                bisect.bisect_left(text.counts, text.cuts[last][1] - (length - special - 1))
-                if last >= 0
-                else -1
-            )
-            if not 0 <= start < first < last:
+            if not 0 <= first < last:
                 continue  # no words to cut between, as in a stretch of symbols
-            if text.between_tokens:
-                start = next(
-                    (
-                        begin
-                        for begin in range(start, min(first, start + TRIES))
-                        if text.fits(begin, first, last, length - special)
-                    ),
-                    -1,
-                )
-                if start < 0:
-                    continue
-            (begin, _), (split, before), (stop, after) = text.cuts[start], text.cuts[first], text.cuts[last]
+            starts = {room: text.start(first, last, room) for room in rooms}
+            if min(starts.values()) < 0:
+                continue
+            (begin, _), (split, before), (stop, after) = (
+                text.cuts[index] for index in (starts[length - special], first, last)
+            )
             found.append(
                 {
                     "context": text.text[begin:split],

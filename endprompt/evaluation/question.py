@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from endprompt import BadInput
 from endprompt.bases.locating import fingerprint as fingerprint
 from endprompt.bases.model import Base
 from endprompt.evaluation import (
@@ -22,6 +23,7 @@ from endprompt.evaluation import (
     longbench,
     longbench_scores,
     perplexity,
+    prompts,
     ruler,
     ruler_package,
     ruler_samples,
@@ -178,6 +180,10 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _words(found: list[dict]) -> str:
+    return _digest([piece["continuation"] for piece in found])
+
+
 def chat(recipe: Recipe, task: str) -> bool:
     """Whether ``task`` is asked in the model's chat template: what LongBench asks without it is, and
     perplexity and far_gain are those of the text itself.
@@ -203,26 +209,38 @@ class Questions:
         return tokenizer_of(self.tokenizer)
 
     @functools.cached_property
-    def _held_out(self) -> str:
-        """Of the documents that are scored, in their order."""
+    def _held_out(self) -> dict:
+        """{"data": of the documents that are scored, in their order, "words": that are scored of them}."""
         options = self.recipe.eval
+        longest, stride = max(options.lengths), options.perplexity_stride
         found = perplexity.held_out(
             str(self.place("perplexity_corpus")),
             self.tokenizer,
-            max(options.lengths),
-            options.perplexity_stride,
+            longest,
+            stride,
             options.perplexity_tokens,
             self.column,
         )
-        return _digest([text.text for text in found])
+        try:
+            asked = longest, longest, stride, options.perplexity_tokens, self._special, options.lengths
+            words = perplexity.windows(found, *asked)
+        except ValueError:
+            words = []  # scoring says why
+        return {"data": _digest([text.text for text in found]), "words": _words(words)}
+
+    @property
+    def _special(self) -> int:
+        """Tokens that the tokenizer puts before a text."""
+        return len(prompts.frame(self.tokenizer)[0])
 
     @functools.cached_property
     def far_gain(self) -> far_gain.Limits:
         """What the texts of far_gain are.  Raises BadInput if the base's window is not known."""
         options = self.recipe.eval
         original = original_length(self.recipe)
+        beyond = tuple(length for length in options.lengths if length > original)
         return far_gain.Limits(
-            original, max(options.lengths), options.far_gain_tokens, options.far_gain_texts
+            original, max(options.lengths), options.far_gain_tokens, options.far_gain_texts, beyond
         )
 
     @functools.cached_property
@@ -230,6 +248,16 @@ class Questions:
         """The documents of far_gain, in their order."""
         source, limits = str(self.place("perplexity_corpus")), self.far_gain
         return far_gain.documents(source, self.tokenizer, limits.longest, limits.texts, self.column)
+
+    @functools.cached_property
+    def _far_words(self) -> dict:
+        """As ``_held_out``."""
+        found, limits = self.far_documents, self.far_gain
+        try:
+            words = far_gain.pieces(found, limits.longest, limits, self._special)
+        except (ValueError, BadInput):
+            words = []  # scoring says why
+        return {"data": _digest([text.text for text in found]), "words": _words(words)}
 
     @property
     def column(self) -> str:
@@ -248,12 +276,15 @@ class Questions:
         options = self.recipe.eval
         match family(task):
             case "perplexity":
-                return {"data": self._held_out, "longest": max(options.lengths)}
+                return {**self._held_out, "longest": max(options.lengths)}
             case "distance":
                 return {"target": self.recipe.lengths.target}
             case "far_gain":
-                content = _digest([text.text for text in self.far_documents])
-                return {"data": content, "longest": max(options.lengths), "original": self.far_gain.original}
+                return {
+                    **self._far_words,
+                    "longest": max(options.lengths),
+                    "original": self.far_gain.original,
+                }
             case "ruler" if (folder := self.place("ruler_samples")) and length:
                 name = task.removeprefix("ruler_")
                 draw = ruler.Draw(options.samples, options.seed, chat(self.recipe, task))

@@ -258,16 +258,19 @@ def other_words(scored: dict[str, Results], task: str) -> str | None:
     together.
     """
     groups: dict[tuple, list[str]] = {}
+    known: dict[tuple, set[str]] = {}
     for name, one in scored.items():
         for length in one.lengths(task):
             asked = one.found[task, length]["question"]
             if "longest" in asked:
-                words = str(asked["longest"]), str(asked.get("data"))
-                groups.setdefault(words, []).append(f"{name} at {length}")
-    if len(groups) < 2:
+                text, words = (str(asked["longest"]), str(asked.get("data"))), str(asked.get("words", ""))
+                groups.setdefault((*text, words), []).append(f"{name} at {length}")
+                known.setdefault(text, set()).add(words)
+    # Results from before the words were noted are of those that are the only ones known of the same text.
+    if len(known) < 2 and all(len(words - {""}) < 2 for words in known.values()):
         return None
     told = "; ".join(
-        f"{', '.join(cells)} (greatest length {longest})" for (longest, _), cells in groups.items()
+        f"{', '.join(cells)} (greatest length {longest})" for (longest, *_), cells in groups.items()
     )
     return f"{task} is not of the same words everywhere: {told}; score them with the same eval.lengths"
 

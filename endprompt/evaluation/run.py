@@ -92,6 +92,7 @@ class Scorer:
             "stride": options.perplexity_stride,
             "scored_tokens": options.perplexity_tokens,
             "longest": max(options.lengths),
+            "lengths": options.lengths,
             "perplexity_corpus": asks.place("perplexity_corpus") or "",
             "perplexity_column": asks.column,
             "ruler_samples": self.ruler_samples,

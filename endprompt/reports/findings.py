@@ -283,9 +283,10 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
         ("sharpened", findings_tables.sharpened(entries)),
         ("scalings", findings_questions.scalings(entries)),
         ("steps", findings_questions.settings(entries, findings_questions.STEPS.fullmatch)),
+        ("neighbours", findings_questions.neighbours(entries)),
     ):
         chosen = [entry for entry in wanted if entry["scores"]["passkey"]]
-        if all(entry["setting"] == PLAIN for entry in chosen):
+        if not chosen or (name != "neighbours" and all(entry["setting"] == PLAIN for entry in chosen)):
             continue
         if len(chosen) <= CROWDED:
             lines(name, chosen)
@@ -294,8 +295,6 @@ def draw(entries: list[dict], out: Path, title: str | None = None) -> list[Path]
         for entry in chosen:
             by_method.setdefault(entry["method"], {})[entry["setting"]] = entry["scores"]["passkey"]
         figures.panels(by_method, picture(name), title, "passkey: keys found in %")
-    if chosen := findings_questions.neighbours(entries):
-        lines("neighbours", chosen)
     return drawn
 
 

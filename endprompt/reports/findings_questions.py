@@ -46,20 +46,24 @@ def origin(setting: str) -> str:
     return PLAIN
 
 
-def scalings(entries: list[dict]) -> list[dict]:
-    """Methods that were run on several kinds of RoPE."""
-    chosen = [entry for entry in entries if entry["setting"] in SCALINGS]
-    several = {entry["method"] for entry in chosen if entry["setting"] != PLAIN}
+def by_method(entries: list[dict]) -> list[dict]:
+    """The entries of each kind of RoPE, a method's together."""
     return sorted(
-        (entry for entry in chosen if entry["method"] in several),
+        (entry for entry in entries if entry["setting"] in SCALINGS),
         key=lambda entry: list(methods.METHODS).index(entry["method"]),
     )
 
 
+def scalings(entries: list[dict]) -> list[dict]:
+    """Methods that were run on several kinds of RoPE, but for the neighbours, which have tables of their
+    own."""
+    several = {entry["method"] for entry in by_method(entries) if entry["setting"] != PLAIN}
+    return by_method([entry for entry in entries if entry["method"] in several - set(NEIGHBOURS)])
+
+
 def neighbours(entries: list[dict]) -> list[dict]:
-    """The neighbours of the method on any RoPE, after ``pose`` and ``pose_sharp``; none if there is none."""
-    chosen = [entry for entry in entries if entry["method"] in (*NEIGHBOURS, "pose", "pose_sharp")]
-    chosen = [entry for entry in chosen if entry["setting"] in SCALINGS]
+    """The neighbours of the method on any RoPE, beside ``pose`` and ``pose_sharp``; none if there is none."""
+    chosen = by_method([entry for entry in entries if entry["method"] in (*NEIGHBOURS, "pose", "pose_sharp")])
     return chosen if any(entry["method"] in NEIGHBOURS for entry in chosen) else []
 
 

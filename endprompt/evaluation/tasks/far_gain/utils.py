@@ -24,6 +24,7 @@ def texts(
         options.get("longest") or max(max_seq_lengths),
         options.get("far_gain_tokens", 256),
         options.get("far_gain_texts", 64),
+        tuple(length for length in max_seq_lengths if length > original_length),
     )
     column = options.get("perplexity_column", "text")
     found = far_gain.documents(perplexity_corpus, known, limits.longest, limits.texts, column)

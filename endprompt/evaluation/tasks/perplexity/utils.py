@@ -17,11 +17,13 @@ def windows(
     stride=256,
     scored_tokens=65536,
     longest=None,
+    lengths=None,
     perplexity_column="text",
     **_,
 ):
     """``perplexity_corpus``, ``perplexity_column``: as in a recipe's eval section; ``longest``: where scoring
-    starts, the greatest length unless given.
+    starts, the greatest length unless given; ``lengths``: all at which the same words are scored, these
+    lengths unless given.
     """
     tokens = AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False)
     longest = longest or max(max_seq_lengths)
@@ -30,7 +32,9 @@ def windows(
     found = [
         window
         for length in max_seq_lengths
-        for window in perplexity.windows(texts, length, longest, stride, scored_tokens, special)
+        for window in perplexity.windows(
+            texts, length, longest, stride, scored_tokens, special, lengths or max_seq_lengths
+        )
     ]
     return {"test": datasets.Dataset.from_list(found)}
 
