@@ -1,10 +1,13 @@
 """Files that are whole or not there, and JSON that anyone may have written."""
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from endprompt.errors import BadInput
 
 JSON_BYTES = 2**28  # the names and checksums of a million corpus files
 
@@ -20,6 +23,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def output_folder(out: Path) -> None:
+    """Makes the folder ``out`` of a command's --out.  Raises BadInput if there can be none to write into."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise BadInput(f"--out: {out} cannot be written into ({error.strerror}); choose another") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ from endprompt import BadInput
 from endprompt.evaluation import intervals
 from endprompt.recipe import schema
 from endprompt.recipe.experiment import Experiment
-from endprompt.reports import findings, findings_questions, findings_tables, markdown
+from endprompt.reports import findings, findings_questions, findings_tables, laboratory, markdown
 
 
 def passkey_result(folder, method, length, by_depth, total=10, task="passkey"):
@@ -104,7 +104,7 @@ def run_findings(monkeypatch, capsys, *arguments):
 
 
 def test_numbers(runs):
-    found = {entry["name"]: entry for entry in findings.collect(runs)}
+    found = {entry["name"]: entry for entry in laboratory.collect(runs)}
     assert list(found) == ["short", "endprompt", "endprompt, weight-1"]
     assert [entry["different"] for entry in found.values()] == [
         "",
@@ -134,13 +134,13 @@ def test_numbers_of_a_method_are_of_one_model(runs):
     file = json.loads(path.read_text())
     file["question"]["model"], file["date"] = "a later one", "2027-01-01"
     path.write_text(json.dumps(file))
-    found = findings.single([runs / "plain/seed0/small"], "short")["values"]
+    found = laboratory.single([runs / "plain/seed0/small"], "short")["values"]
     assert set(found["passkey"]) == {512} and found["perplexity"] == found["multikey"] == {}
-    assert findings.keys([path.parents[2]], "multikey") == {}
+    assert laboratory.keys([path.parents[2]], "multikey") == {}
 
 
 def test_keys_by_distance(runs):
-    found = {entry["name"]: entry for entry in findings.collect(runs)}
+    found = {entry["name"]: entry for entry in laboratory.collect(runs)}
     prompt = found["endprompt"]
     # 48 and 50 of 60 keys: mean 81.6667, s = 2.3570, t(1) = 12.7062, half 21.1770.
     assert prompt["passkey"]["mean"] == {
@@ -182,7 +182,7 @@ def test_keys_by_distance(runs):
 
 
 def test_tables(runs):
-    entries = findings.collect(runs)
+    entries = laboratory.collect(runs)
     tables = {name: cells(table) for name, table in findings_tables.tables(entries).items()}
     assert tables["passkey"]["`short`"] == {
         "seeds": "2",
@@ -225,7 +225,7 @@ def test_contrasts(runs):
     """endprompt finds 18 and 20 of 30 keys at 512, short one in both seeds: differences 56.67 and 63.33, mean
     60, half 12.7062 x 4.714 / sqrt 2 = 42.35.
     """
-    found = cells(findings_tables.contrasts(findings.collect(runs)))
+    found = cells(findings_tables.contrasts(laboratory.collect(runs)))
     assert found["`endprompt` - `short`"] == {
         "64": "+0 [-6, +6]",
         "512": "**+60 [+18, +100]**",
@@ -249,7 +249,7 @@ def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypa
         passkey_result(new, method, 512, {0.0: 7, 0.5: 7, 1.0: 7})
         passkey_result(new, method, 64, {0.0: 10, 0.5: 10, 1.0: 10})
     old = tmp_path / "old/findings.json"
-    found = {entry["name"]: entry for entry in findings.joined([old, tmp_path / "new"])}
+    found = {entry["name"]: entry for entry in laboratory.joined([old, tmp_path / "new"])}
     assert list(found) == ["short", "endprompt", "lceg", "endprompt, weight-1"]
     assert (
         found["short"]["scores"]["passkey"][512]["mean"]
@@ -257,7 +257,7 @@ def test_new_runs_stand_beside_old_numbers(runs, recipe_file, tmp_path, monkeypa
         == 70
     )
     assert (
-        found["endprompt"] == {entry["name"]: entry for entry in findings.read(old)["entries"]}["endprompt"]
+        found["endprompt"] == {entry["name"]: entry for entry in laboratory.read(old)["entries"]}["endprompt"]
     )
     code, _, err = run_findings(monkeypatch, capsys, old, tmp_path / "new", "--out", tmp_path / "both")
     assert code == 0 and json.loads((tmp_path / "both/findings.json").read_text())["title"] == "two seeds"
@@ -338,7 +338,7 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"tables.md", *pictures}
     for name in pictures:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    tables = findings_tables.tables(findings.collect(runs))
+    tables = findings_tables.tables(laboratory.collect(runs))
     assert (
         page.read_text()
         == f"# A page\n\n<!-- passkey -->\n{tables['passkey']}\n<!-- /passkey -->\n\n<!-- other"
@@ -356,7 +356,7 @@ def test_findings_writes_what_it_prints(runs, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_pages_hold_the_committed_numbers(page, source):
-    entries = findings.read(REPOSITORY / source)["entries"]
+    entries = laboratory.read(REPOSITORY / source)["entries"]
     tables = findings_tables.tables(entries) | findings_questions.tables(entries)
     text = (REPOSITORY / page).read_text()
     assert markdown.filled(REPOSITORY / page, tables) == text, (
@@ -373,7 +373,7 @@ def test_pages_hold_the_committed_numbers(page, source):
     "content, page, complaint",
     [
         ("{", None, "is no findings.json"),
-        ('{"entries": [{}]}', None, "is no findings.json (no 'values')"),
+        ('{"entries": [{}]}', None, "is no findings.json (no 'method')"),
         ('{"entries": 3}', None, "is no findings.json"),
         (None, "no place", "it has no place for a table"),
         (None, "<!-- passkey -->\n", "the page has 0 blocks passkey; one is wanted"),
@@ -403,7 +403,7 @@ def test_unusable_numbers_and_pages(runs, tmp_path, monkeypatch, capsys, content
 def test_runs_without_shards_or_training_are_shown_as_far_as_they_go(runs, tmp_path):
     for seed in (0, 1):
         passkey_result(runs / f"plain/seed{seed}/small", "base", 512, {0.0: 0, 1.0: seed})
-    entry = findings.collect(runs)[0]
+    entry = laboratory.collect(runs)[0]
     assert (
         entry["name"],
         entry["losses"],
@@ -416,7 +416,7 @@ def test_runs_without_shards_or_training_are_shown_as_far_as_they_go(runs, tmp_p
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.just(40)), min_size=1, max_size=6))
 def test_intervals_hold_their_means(counts):
-    cell = findings._over_seeds(counts)
+    cell = laboratory._over_seeds(counts)
     assert (
         0 <= cell["low"] <= cell["mean"] + 1e-9
         and cell["mean"] - 1e-9 <= cell["high"] <= 100
@@ -445,7 +445,7 @@ def spoiled_recipe(runs):
 def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
     spoil(runs)
     with pytest.raises(BadInput, match=complaint):
-        findings.collect(runs)
+        laboratory.collect(runs)
     code, out, err = run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out")
     assert code == 2 and not out and err.count("\n") == 1 and not (tmp_path / "out").exists()
 

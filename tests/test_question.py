@@ -462,7 +462,7 @@ def test_the_number_of_examples_is_held_as_what_it_comes_to(setting):
 
 @pytest.mark.parametrize("task", ["perplexity", "far_gain"])
 def test_lengths_count_where_they_change_the_words(setting, task):
-    """Prose is of the same words whatever lengths are beside; where a shorter one cannot be cut, it is not."""
+    """Prose is of the same words whatever lengths are beside; what a shorter window cannot cut is not."""
     write_jsonl(setting.held, [with_symbols(tiny_documents(3, 40)) + " end"])
     loaded = ruler.load_tokenizer(setting.model)
 

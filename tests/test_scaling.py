@@ -10,12 +10,12 @@ from matplotlib import image
 from test_findings import passkey_result, script  # noqa: F401 (a fixture)
 
 from endprompt.recipe import schema
-from endprompt.reports import findings, markdown, scaling
+from endprompt.reports import laboratory, markdown, scaling
 
 PICTURES = {"targets.png", "targets-multikey.png", "tokens.png", "tokens-multikey.png"}
 
 
-def laboratory(folder, target, tokens, setting="plain", **found):
+def runs_of(folder, target, tokens, setting="plain", **found):
     """Runs of ``found`` {method: keys of ten that are found at ``target``} after ``tokens``, one seed."""
     recipe = folder / setting / "seed0/small"
     for method, keys in found.items():
@@ -31,11 +31,11 @@ def laboratory(folder, target, tokens, setting="plain", **found):
 def laboratories(tmp_path):
     """Three targets after 1000 tokens, two after 4000, and a method that was run once."""
     return [
-        laboratory(tmp_path / "usual", 512, 1000, base=0, short=1, pose=6, endprompt=1),
-        laboratory(tmp_path / "near", 128, 1000, base=2, short=5, pose=9),
-        laboratory(tmp_path / "far", 1024, 1000, short=0, pose=2),
-        laboratory(tmp_path / "more", 512, 4000, short=1, pose=8),
-        laboratory(tmp_path / "more-near", 128, 4000, short=6),
+        runs_of(tmp_path / "usual", 512, 1000, base=0, short=1, pose=6, endprompt=1),
+        runs_of(tmp_path / "near", 128, 1000, base=2, short=5, pose=9),
+        runs_of(tmp_path / "far", 1024, 1000, short=0, pose=2),
+        runs_of(tmp_path / "more", 512, 4000, short=1, pose=8),
+        runs_of(tmp_path / "more-near", 128, 4000, short=6),
     ]
 
 
@@ -77,8 +77,8 @@ def test_a_row_a_method_and_number_of_tokens(laboratories):
 def test_a_setting_is_a_row_of_its_own(laboratories, tmp_path):
     """Of a setting that was run at one target alone, nothing is said."""
     for folder, target, keys in (("usual", 512, 7), ("near", 128, 10)):
-        laboratory(tmp_path / folder, target, 1000, "decay-4", pose=keys)
-    laboratory(tmp_path / "far", 1024, 1000, "yarn", short=3)
+        runs_of(tmp_path / folder, target, 1000, "decay-4", pose=keys)
+    runs_of(tmp_path / "far", 1024, 1000, "yarn", short=3)
     found = rows(scaling.tables(scaling.entries(laboratories))["scaling-passkey"])
     assert found["pose, decay-4", "1,000"] == {"128": "100", "512": "70", "1024": "-"}
     assert list(found)[-1] == ("pose, decay-4", "1,000") and not any("yarn" in name for name, _ in found)
@@ -104,7 +104,7 @@ def test_the_numbers_alone_give_the_same(laboratories, tmp_path, monkeypatch, ca
 
 def test_later_sources_stand_in_the_place_of_earlier_ones(laboratories, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, *laboratories, "--out", tmp_path / "out")[0] == 0
-    newer = laboratory(tmp_path / "newer", 1024, 1000, pose=7)
+    newer = runs_of(tmp_path / "newer", 1024, 1000, pose=7)
     tables = scaling.tables(scaling.entries([tmp_path / "out/scaling.json", newer]))
     assert rows(tables["scaling-passkey"])["pose", "1,000"]["1024"] == "70"
     assert rows(tables["scaling-passkey"])["short", "1,000"]["1024"] == "0"
@@ -145,6 +145,6 @@ def test_the_script_takes_another_corpus(script):  # noqa: F811
 
 
 def test_the_page_holds_the_committed_numbers():
-    found = findings.read(REPOSITORY / "docs/findings/scaling.json")["entries"]
+    found = laboratory.read(REPOSITORY / "docs/findings/scaling.json")["entries"]
     page = REPOSITORY / "docs/findings.md"
     assert markdown.filled(page, scaling.tables(found)) == page.read_text()

@@ -218,6 +218,11 @@ def model_of(result: dict) -> dict | str:
     )
 
 
+def identity(scored: Results) -> str | None:
+    """What the results that count say of their model; None where there are none."""
+    return _identity(next(iter(scored.found.values()))) if scored.found else None
+
+
 def _identity(result: dict) -> str:
     model = model_of(result)
     return json.dumps(
@@ -275,6 +280,18 @@ def other_words(scored: dict[str, Results], task: str) -> str | None:
     return f"{task} is not of the same words everywhere: {told}; score them with the same eval.lengths"
 
 
+FIGURES = (int, float, type(None))  # of a training that may have diverged
+
+
+def _is_step(entry: Any) -> bool:
+    """Whether ``entry`` is what a training logs of a step."""
+    return (
+        isinstance(entry, dict)
+        and number(entry.get("step"))
+        and all(type(value) in FIGURES for key, value in entry.items() if key.endswith("loss"))
+    )
+
+
 def training(run: Path) -> dict | None:
     """The content of train.json, or None without one.  Raises BadInput if it cannot be read."""
     path = run / "train.json"
@@ -282,6 +299,12 @@ def training(run: Path) -> dict | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or type(found.get("seconds")) not in (int, float):
             raise ValueError("it has no seconds")
+        figures = [key for key in found if key == "tokens" or key.startswith("final_")]
+        if wrong := [key for key in figures if type(found[key]) not in FIGURES]:
+            raise ValueError(f"{wrong[0]} is no number")
+        steps = found.get("history", [])
+        if not isinstance(steps, list) or not all(_is_step(step) for step in steps):
+            raise ValueError("its history is no list of steps with their numbers")
         return found
     except FileNotFoundError:
         return None

@@ -79,7 +79,8 @@ def score(benchmark: str, task: str, path: Path) -> float:
     if benchmark == "longbench":
         rows = read(path, {"pred": str, "answers": list})
         classes = rows[-1].get("all_classes")  # the official script keeps the last row's
-        if task in ("trec", "lsht") and not classes:
+        named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        if task in ("trec", "lsht") and not (classes and named):
             raise BadInput(f"{path}: {task} needs 'all_classes', the names of its classes, in each row")
         return longbench_scores.number(
             task, [row["pred"] for row in rows], [row["answers"] for row in rows], classes

@@ -74,15 +74,24 @@ def run_setting(path: Path) -> tuple[int | None, dict]:
     }
 
 
-def check(folders: list[Path]) -> None:
-    """Raises BadInput if two folders are the same, a seed comes twice, runs of a method differ in more than
-    the seed, or any two were asked different questions.
+def check(*settings: list[Path]) -> None:
+    """Raises BadInput if two folders of a setting are the same, a seed comes twice in it, runs of a method
+    differ in it in more than the seed, or any two runs of all ``settings`` were asked different questions.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise BadInput("a folder is named twice; a seed counts once")
     asked: Asked = {}
     scored: dict[str, results.Results] = {}
+    for folders in settings:
+        _check_setting(folders, asked, scored)
+    if said := results.other_words(scored, "perplexity"):
+        raise BadInput(said)
+
+
+def _check_setting(folders: list[Path], asked: Asked, scored: dict[str, results.Results]) -> None:
+    """As ``check`` of one setting; notes in ``scored`` what its runs were."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise BadInput("a folder is named twice; a seed counts once")
     for name in methods.METHODS:
+        models: dict[str, Path] = {}
         seeds: dict[int | None, Path] = {}
         first = None
         for folder in folders:
@@ -104,9 +113,15 @@ def check(folders: list[Path]) -> None:
                 )
             first = first or ((setting, folder / name) if setting else None)
             _check_questions(folder / name, asked)
-            scored[str(folder / name)] = results.read_run(folder / name)
-    if said := results.other_words(scored, "perplexity"):
-        raise BadInput(said)
+            here = scored[str(folder / name)] = results.read_run(folder / name)
+            if not methods.METHODS[name].trained and (identity := results.identity(here)):
+                models.setdefault(identity, folder / name)
+        if len(models) > 1:
+            one, other, *_ = models.values()
+            raise BadInput(
+                f"{one} and {other} are two models, and {name} trains nothing that a seed could change;"
+                " compare runs of one setting"
+            )
 
 
 def _check_questions(run: Path, asked: Asked) -> None:
@@ -209,7 +224,7 @@ def compare(
             else Path(os.path.commonpath([folder.absolute() for folder in folders]))
             / f"comparison-{folders[0].absolute().name}"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    storage.output_folder(out)
     text, found = table(*folders, order=order), order(summary(folders))
     (out / "comparison.md").write_text(text + "\n")
     storage.write_json(

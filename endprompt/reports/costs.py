@@ -69,7 +69,7 @@ def main() -> None:
     except BadInput as error:
         print(f"endprompt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         print(f"endprompt: costs: {arguments.file}: cannot be read: {error!r}", file=sys.stderr)
         raise SystemExit(2) from None
 

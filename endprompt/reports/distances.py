@@ -247,7 +247,7 @@ def report(arguments: argparse.Namespace) -> None:
     arms = gathered(arguments.run)
     found, drawn = tables(arms, arguments.control or ["short"], chosen(arguments.picture, arms))
     pages = {page: markdown.filled(page, found) for page in arguments.page}
-    out.mkdir(parents=True, exist_ok=True)
+    storage.output_folder(out)
     blocks = [
         f"## {_heading(place)}\n\n{table}" for place, table in found.items() if not place.startswith("brief-")
     ]

@@ -221,6 +221,8 @@ def difference(one: dict, other: dict, task: str, length: int | None) -> dict | 
     """``paired`` of two entries at a length, or of the mean over the lengths (None)."""
     a, b = (entry["values"][task] for entry in (one, other))
     if length is None:
+        if a.keys() != b.keys():  # means over other lengths
+            return None
         return paired(mean(a), mean(b), sum(one["samples"][task].values()))
     return paired(a.get(length, {}), b.get(length, {}), one["samples"][task].get(length, 1))
 

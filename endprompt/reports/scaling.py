@@ -10,12 +10,13 @@ sources, what a later one says of a method in a setting, target and number of to
 what an earlier one says.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from endprompt import BadInput, methods, storage
 from endprompt.evaluation import figures, passkey
-from endprompt.reports import findings, markdown
+from endprompt.reports import findings, laboratory, markdown
 from endprompt.reports.findings_questions import MEASURES, PLAIN, value
 from endprompt.reports.findings_tables import cell
 from endprompt.runs import provenance
@@ -31,7 +32,7 @@ def entries(sources: list[Path]) -> list[dict]:
     """
     found: dict[tuple[str, int, int], dict] = {}
     for source in sources:
-        here = findings.read(source)["entries"] if source.is_file() else findings.collect(source)
+        here = laboratory.read(source)["entries"] if source.is_file() else laboratory.collect(source)
         try:
             kept = [_kept(entry) for entry in here]
         except (KeyError, TypeError, AttributeError) as error:
@@ -54,15 +55,23 @@ def entries(sources: list[Path]) -> list[dict]:
 
 
 def _kept(entry: dict) -> dict | None:
-    """What ``entries`` keeps of an entry of ``findings``; None if it has no keys, or its method is gone."""
+    """What ``entries`` keeps of an entry of ``findings``; None if it has no keys, or none at its target, or
+    its method is gone."""
     lengths = entry["scores"]["passkey"] or entry["scores"]["multikey"]
     if not lengths or entry["method"] not in methods.METHODS:
         return None
     setting = entry.get("setting", PLAIN)  # what a scaling.json held before is plain
     name = entry["method"] if setting == PLAIN else f"{entry['method']}, {setting}"
+    target = entry.get("target_length") or max(lengths)
+    if target not in lengths:
+        print(
+            f"scaling: {name} was not scored at its target of {target} tokens, and is left out",
+            file=sys.stderr,
+        )
+        return None
     whole = entry | {"setting": setting, "name": name}
     return {key: whole[key] for key in KEPT} | {
-        "target_length": max(lengths),
+        "target_length": target,
         "tokens": round(entry["scores"]["training"].get("tokens", 0)),
         "scores": entry["scores"],
         **{task: {"mean": entry[task].get("mean")} for task in passkey.TASKS},
@@ -125,11 +134,11 @@ def scaling(sources: list[Path], out: Path, title: str | None = None, pages: Seq
     them; scaling.json is left alone where it is the only source.  Raises BadInput if a source holds no runs,
     or a page is missing or has a place twice.
     """
-    titles = [findings.read(source).get("title") for source in sources if source.is_file()]
+    titles = [laboratory.read(source).get("title") for source in sources if source.is_file()]
     found, title = entries(sources), title or next(iter(titles), None)
     made = tables(found)
     texts = {page: markdown.filled(page, made) for page in pages}
-    out.mkdir(parents=True, exist_ok=True)
+    storage.output_folder(out)
     record = out / "scaling.json"
     if [source.resolve() for source in sources] != [record.resolve()]:
         storage.write_json(record, {"title": title, "entries": found, **provenance.stamp()})
