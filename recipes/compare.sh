@@ -50,7 +50,8 @@ for seed in "${seeds[@]}"; do
     printf 'seed %s  %-18s %5d s\n' "$seed" "$method" $((SECONDS - start))
   done
   # Nothing but untrained methods: only the first seed has results.
-  if compgen -G "$runs/*/eval" >/dev/null; then
+  found=("$runs"/*/eval)
+  if [ -e "${found[0]}" ]; then
     folders+=("$runs")
   fi
 done

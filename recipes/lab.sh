@@ -120,7 +120,7 @@ over() {  # code: ends this run, and has xargs start no more
 }
 
 one() {  # setting method seed differences trained
-  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other='' start=$SECONDS keys key run
+  local setting=$1 method=$2 seed=$3 out=$OUT/$1/seed$3 other='' start=$SECONDS keys key run marker
   run=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$out") || over $?
   [ -z "$5" ] || other=$("$PYTHON" -m endprompt path "$RECIPE" "$method" --out "$OUT/$5/seed$3") || over $?
   local options=(--set "data.seed=$3")
@@ -134,7 +134,9 @@ one() {  # setting method seed differences trained
   options+=(--set "eval.tasks=[$TASKS]")
   IFS='|' read -ra keys <<<"$4"
   for key in "${keys[@]}"; do options+=(--set "$key"); done
-  if [ -f "$run/eval/${TASKS##*[, ]}/$longest.json" ]; then return; fi
+  # The same command after another recipe, corpus or task goes on with what they ask for.
+  marker=$run/.lab-$({ printf '%s ' "${options[@]}" && cat "$RECIPE"; } | cksum | cut -d ' ' -f 1)
+  if [ -f "$marker" ]; then return; fi
   mkdir -p "$run"
   local stages='prepare train evaluate'
   if [[ $setting = *by-position ]]; then
@@ -145,6 +147,7 @@ one() {  # setting method seed differences trained
   fi
   STAGES=$stages OUT=$out bash "$root/recipes/run.sh" "$RECIPE" "$method" "${options[@]}" \
     >>"$run/lab.log" 2>&1 || stopped "$@"
+  touch "$marker"
   printf '%-14s %-18s seed %s %6d s\n' "$setting" "$method" "$seed" $((SECONDS - start))
 }
 
@@ -185,13 +188,21 @@ print(*UNTRAINED)
 print(*lengths, sep=", ")' "$RECIPE" "${TARGET:-}")
 untrained=" ${told%$'\n'*} "
 export lengths=${told##*$'\n'} TARGET TOKENS CORPUS
-export longest=${lengths##*, }
-first=${SEEDS%% *}
+known=" ${METHODS:-} "
 for setting in "${order[@]}"; do
   if [ -z "${methods[$setting]:-}" ]; then
     echo "lab.sh: there is no setting '$setting'; use ${!methods[*]}" >&2
     exit 2
   fi
+  for method in ${methods[$setting]}; do known=${known// $method / }; done
+done
+read -ra known <<<"$known"
+if [ "${#known[@]}" -gt 0 ]; then
+  echo "lab.sh: METHODS: ${known[*]} is in none of the settings ${order[*]}" >&2
+  exit 2
+fi
+first=${SEEDS%% *}
+for setting in "${order[@]}"; do
   for seed in $SEEDS; do
     for method in ${methods[$setting]}; do
       if [ -n "${METHODS:-}" ] && [[ " $METHODS " != *" $method "* ]]; then continue; fi

@@ -106,8 +106,8 @@ one() {  # setting method seed differences
   near+=(--set "eval.tasks=[$real]")
   inside+=(--set "eval.tasks=[$tasks]")
   # The same command after other settings goes on with what they ask for.
-  marker=$(printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" "${inside[@]}" | cksum | cut -d ' ' -f 1)
-  marker=$run/.study-$marker
+  marker=$({ printf '%s ' "${options[@]}" "${far[@]}" "${near[@]}" "${inside[@]}" && cat "$RECIPE"; } | cksum)
+  marker=$run/.study-${marker%% *}
   if [ -f "$marker" ]; then return; fi
   mkdir -p "$run"
   if [ -d "$other/model" ] && [ ! -d "$run/checkpoints" ]; then
@@ -161,6 +161,10 @@ for setting in "${order[@]}"; do
     done
   done
 done
+if [ "${#jobs[@]}" -eq 0 ]; then
+  echo "realmodel.sh: METHODS: none of ${METHODS:-} is in the settings ${order[*]}" >&2
+  exit 2
+fi
 printf '%s\0' "${jobs[@]}" | xargs -0 -r -n 4 -P "$JOBS" bash -c 'one "$@"' one \
   || { code=$(cat "$ended"); exit "${code:-1}"; }
 "$PYTHON" -m endprompt.reports.distances "${shown[@]}" --out "$OUT/distances" \

@@ -222,6 +222,8 @@ def test_bad_input_in_one_line(given, complaint, tmp_path, monkeypatch):
         ("model.revision=v1", "is a folder, which has one content alone"),
         ("model.revision=''", "--set model.revision: it is empty"),
         ("model.name_or_path=elsewhere", "without a recipe --model names the model"),
+        ("eval.tasks=[multikey]", "--set eval.tasks=[multikey]: without a recipe --tasks says it"),
+        ("eval.lengths=[512]", "--set eval.lengths=[512]: without a recipe --lengths says it"),
     ],
 )
 def test_a_key_of_the_model_that_nothing_reads_is_refused(scored, tmp_path, setting, complaint):

@@ -285,6 +285,34 @@ def test_methods_that_were_asked_different_questions_are_not_told_apart(
         compare.check(seeds)
 
 
+def test_two_models_are_no_two_seeds_of_what_trains_nothing(seeds):
+    """A method that is not trained leaves no recipe that could say how its models differ."""
+    for seed, folder in enumerate(seeds):
+        source = seeds[0] / "base/eval/passkey/512.json"
+        file = json.loads(source.read_text())
+        file["question"]["model"] = {"fingerprint": "f", "rope_parameters": {"factor": 1 + seed}}
+        path = folder / "interpolation/eval/passkey/512.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(file))
+    with pytest.raises(BadInput, match="interpolation .* are two models, and interpolation trains nothing"):
+        compare.check(seeds)
+    for folder in seeds:
+        path = folder / "interpolation/eval/passkey/512.json"
+        path.write_text((seeds[0] / "interpolation/eval/passkey/512.json").read_text())
+    compare.check(seeds)
+
+
+def test_a_copy_of_a_result_is_none(seeds):
+    """What someone put aside does not stand in the place of what was scored."""
+    before = compare.summary(seeds)
+    path = seeds[0] / "short/eval/passkey/512.json"
+    file = json.loads(path.read_text())
+    file["scores"]["score"] = 99.0
+    for name in ("512_old.json", "512 (1).json", "z512.json"):
+        (path.parent / name).write_text(json.dumps(file))
+    assert compare.summary(seeds) == before
+
+
 def test_perplexity_of_other_words_is_not_compared(seeds):
     """What is scored is what fits behind the greatest length that was asked for in one call."""
     for length in (512, 2048):

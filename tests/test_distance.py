@@ -944,6 +944,50 @@ def test_results_of_an_earlier_code_stand_beside_new_ones(tmp_path, capsys):
     assert "| before | 40" in said and "| now | 40" in said
 
 
+def asked(folder, **changes):
+    """The run, asked otherwise."""
+    path = folder / "eval/distance/512.json"
+    file = json.loads(path.read_text())
+    file["question"] |= changes
+    path.write_text(json.dumps(file))
+    return folder
+
+
+def test_arms_are_asked_alike(tmp_path, capsys):
+    """Two arms may have other numbers of questions, the seeds of one may not; the haystack is the same."""
+    one, two, other = (scored_run(tmp_path / name, 40.0) for name in ("one", "two", "other"))
+    for folder in (one, two, other):
+        asked(folder, samples=200, distance_haystack=1024)
+
+    def said(*given):
+        with pytest.raises(SystemExit) as ended:
+            distances.main([*given, "--out", str(tmp_path / "out")])
+        out, error = capsys.readouterr()
+        assert (ended.value.code, out, error.count("\n")) == (2, "", 1) and not (tmp_path / "out").exists()
+        return error
+
+    assert "one stands twice in an arm" in said(f"a={one}", f"a={tmp_path}/two/../one")
+    asked(other, samples=64)
+    assert "were asked different questions (distance: samples)" in said(f"a={one}", f"a={other}")
+    asked(two, distance_haystack=512)
+    assert "(distance: distance_haystack)" in said(f"a={one}", f"b={two}")
+    distances.main([f"a={one}", f"b={other}", "--out", str(tmp_path / "out")])
+    assert "| b | 40" in capsys.readouterr().out
+
+
+def test_tasks_of_short_text_alone_stand_beside_the_training(tmp_path):
+    run = scored_run(tmp_path / "run", 40.0)
+    for task, length in (("passkey", 256), ("passkey", 512), ("hellaswag", None)):
+        path = run / f"eval/{task}/{length or 'any'}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = json.loads((run / "eval/distance/512.json").read_text())
+        file["scores"]["length"] = length
+        file["scores"]["cells"] = [{"depth": 0.0, "correct": 1, "total": 2}]
+        path.write_text(json.dumps(file))
+    table = distance_tables.inside({"a": [distances.entry(run)]})
+    assert "hellaswag" in table and "passkey" not in table
+
+
 def test_a_gain_of_other_words_stands_in_no_table(tmp_path, capsys):
     runs = [scored_run(tmp_path / name, 1.0, task="far_gain") for name in ("one", "two")]
     for number, folder in enumerate(runs):

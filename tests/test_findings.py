@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.axes
 import pytest
@@ -431,6 +433,78 @@ def spoiled_recipe(runs):
     path.write_text(yaml.safe_dump(tree))
 
 
+def training(runs, **changes):
+    path = runs / "plain/seed0/small/short/train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def asked_otherwise(runs, setting="weight-1"):
+    for path in runs.glob(f"{setting}/*/*/*/eval/passkey/512.json"):
+        file = json.loads(path.read_text())
+        file["question"]["seed"] = 7
+        path.write_text(json.dumps(file))
+
+
+def test_what_is_no_step_of_a_training_is_left_out(runs):
+    losses = laboratory.collect(runs)[0]["losses"]
+    history = json.loads((runs / "plain/seed0/small/short/train.json").read_text())["history"]
+    training(runs, history=[*history, 3, {"text_loss": 1.0}, {"step": "x"}, {"step": 9, "text_loss": "1"}])
+    assert laboratory.collect(runs)[0]["losses"] == losses
+
+
+def test_means_are_over_the_same_lengths(runs, monkeypatch, capsys, tmp_path):
+    """A seed that lacks a length is none of a mean, and a method that does has none, nor a difference."""
+    whole = {entry["name"]: entry for entry in laboratory.collect(runs)}["short"]["passkey"]["mean"]
+    (runs / "plain/seed1/small/short/eval/passkey/512.json").unlink()
+    found = {entry["name"]: entry for entry in laboratory.collect(runs)}
+    assert (whole["seeds"], found["short"]["passkey"]["mean"]["seeds"]) == (2, 1)
+    (runs / "plain/seed0/small/short/eval/passkey/512.json").unlink()
+    entries = {entry["name"]: entry for entry in laboratory.joined([runs])}
+    assert entries["short"]["passkey"]["mean"] is None and entries["endprompt"]["passkey"]["mean"]
+    assert findings_tables.difference(entries["endprompt"], entries["short"], "passkey", None) is None
+    assert findings_tables.difference(entries["endprompt"], entries["short"], "passkey", 64)
+    assert run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out")[0] == 0
+
+
+def test_new_runs_are_asked_as_old_ones_were(runs, tmp_path, monkeypatch, capsys):
+    """The code and the harness may have changed; what was asked may not."""
+    assert run_findings(monkeypatch, capsys, runs, "--out", tmp_path / "out")[0] == 0
+    for path in runs.glob("*/*/*/*/eval/*/*.json"):
+        file = json.loads(path.read_text())
+        file["question"] |= {"code": "another", "lm_eval": "9.9"}
+        path.write_text(json.dumps(file))
+    old = tmp_path / "out/findings.json"
+    assert run_findings(monkeypatch, capsys, old, runs, "--out", tmp_path / "again")[0] == 0
+    asked_otherwise(runs, "*")
+    code, out, error = run_findings(monkeypatch, capsys, old, runs, "--out", tmp_path / "third")
+    assert (code, out, error.count("\n")) == (2, "", 1) and "was asked otherwise (passkey at 512)" in error
+
+
+@pytest.mark.parametrize(
+    "report", ["findings", "scaling", "compare", "distances"], ids=lambda report: f"{report} --out"
+)
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_where_a_folder_is_due(runs, tmp_path, report, below):
+    (tmp_path / "file").write_text("mine")
+    source = {"compare": runs / "plain/seed0/small", "distances": runs / "plain/seed0/small/short"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"endprompt.reports.{report}", source.get(report, runs)]
+        + ["--out", tmp_path / "file" / below],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.count("\n") == 1 and "--out: " in done.stderr and "choose another" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_scaling_file_is_no_findings_file(tmp_path, monkeypatch, capsys):
+    code, out, error = run_findings(
+        monkeypatch, capsys, REPOSITORY / "docs/findings/scaling.json", "--out", tmp_path / "out"
+    )
+    assert (code, out, error.count("\n")) == (2, "", 1) and "is no findings.json (an entry has no" in error
+
+
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
@@ -440,6 +514,9 @@ def spoiled_recipe(runs):
             lambda runs: (runs / "plain/seed0/small/short/train.json").write_text("[]"),
             "is no training summary",
         ),
+        (lambda runs: training(runs, history=5), "its history is no list of steps"),
+        (lambda runs: training(runs, tokens="many"), "tokens is no number"),
+        (asked_otherwise, r"plain.*weight-1.* were asked different questions \(passkey at 512: seed\)"),
     ],
 )
 def test_unusable_runs(runs, tmp_path, monkeypatch, capsys, spoil, complaint):
@@ -641,19 +718,26 @@ def test_script_runs_every_setting_and_skips_what_is_finished(script, tmp_path):
     assert done.returncode == 0 and len(calls) == 1 and "findings" in calls[0]
 
 
-def test_script_runs_another_recipe(script):
-    """What it holds of batches stays, and its longest length says whether a run is finished."""
-    recipe = str(REPOSITORY / "recipes/novels-cpu.yaml")
+def test_script_runs_another_recipe(script, tmp_path):
+    """What it holds of batches stays, and what it says is what a finished run is known by."""
+    recipe = str(tmp_path / "novels-cpu.yaml")
+    shutil.copy(REPOSITORY / "recipes/novels-cpu.yaml", recipe)
     done, calls = script("plain", SEEDS="0", METHODS="short pose", RECIPE=recipe)
     assert done.returncode == 0, done.stderr
     evaluated = [call for call in calls if "evaluate" in call]
     assert len(evaluated) == 2 and all(f"evaluate {recipe} " in call for call in evaluated)
     assert not any("per_device_train_batch_size" in call for call in calls)
     assert calls[-1].endswith("--title novels-cpu over seeds 0")
-    again = [
-        call for call in script("plain", SEEDS="0", METHODS="short", RECIPE=recipe)[1] if "evaluate" in call
-    ]
-    assert again  # the stand-in scored 2048, and this recipe goes on to 4096
+
+    def again(**asked):
+        found = script("plain", SEEDS="0", METHODS="short", RECIPE=recipe, **asked)[1]
+        return [call for call in found if "evaluate" in call]
+
+    assert not again()
+    assert again(TASKS="passkey") and again(TASKS="multikey, passkey") and not again(TASKS="passkey")
+    text = Path(recipe).read_text()
+    Path(recipe).write_text(text.replace("samples: 60", "samples: 61"))
+    assert again() and not again()
     for call in evaluated:
         schema.load(recipe, call.split(" --set ")[1:])
 
@@ -666,8 +750,18 @@ def test_script_takes_another_target_and_other_tokens(script):
     recipe = schema.load(REPOSITORY / "recipes/tiny.yaml", evaluated)
     assert (recipe.lengths.target, recipe.data.tokens) == (1024, 196608)
     assert recipe.eval.lengths == [256, 512, 1024]
-    other = script("plain", SEEDS="0", METHODS="pose", TARGET="2048")[1]
-    assert len(other) == 1 and "findings" in other[0]  # the stand-in scored 2048
+    again = script("plain", SEEDS="0", METHODS="pose", TARGET="1024", TOKENS="196608")[1]
+    assert len(again) == 1 and "findings" in again[0]
+    for other in ({"TARGET": "2048"}, {"TARGET": "1024", "TOKENS": "98304"}, {"TARGET": "1024"}):
+        calls = script("plain", SEEDS="0", METHODS="pose", **other)[1]
+        assert [call for call in calls if "evaluate" in call], other
+
+
+def test_script_names_methods_that_no_setting_has(script):
+    for methods in ("nosuch", "short nosuch"):
+        done, calls = script("plain", METHODS=methods)
+        assert done.returncode == 2 and "METHODS: nosuch is in none of the settings plain" in done.stderr
+        assert not calls
 
 
 def test_script_asks_only_the_tasks_named(script, tmp_path):

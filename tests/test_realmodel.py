@@ -114,6 +114,13 @@ def test_what_only_saves_otherwise_takes_the_last_checkpoint_if_there_is_one(stu
     assert taken.exists() is there
 
 
+def test_methods_that_no_setting_has_are_one_line(study, tmp_path):
+    done, calls = study("own", METHODS="nosuch")
+    assert done.returncode == 2 and not calls and done.stderr.count("\n") == 1
+    assert "realmodel.sh: METHODS: none of nosuch is in the settings own" in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_an_unknown_setting_is_one_line(study):
     done, calls = study("nowhere")
     assert done.returncode == 2 and not calls and done.stderr.count("\n") == 1

@@ -67,6 +67,8 @@ def without_recipe(arguments) -> Experiment:
             " --model DIR_OR_ID --tasks passkey --lengths 4096 8192"
         )
     for assignment in arguments.overrides:
+        if twice := {"eval.tasks": "--tasks", "eval.lengths": "--lengths"}.get(assignment.partition("=")[0]):
+            raise BadInput(f"--set {assignment[:60]}: without a recipe {twice} says it; drop one of them")
         if not assignment.startswith(("eval.", "model.")):
             raise BadInput(
                 f"--set {assignment[:60]}: without a recipe there are the keys of eval and model alone"

@@ -26,6 +26,7 @@ _PARTS = {
 _LENGTHS = (*_PARTS, "perplexity", task_names.FAR_GAIN)
 
 # The folder of another model's results: its name, and the hash of where it is.
+_NAME = re.compile(r"\d+|any")  # of a result's file; others are copies that someone made
 _OTHER = re.compile(r"eval-(.+)-[0-9a-f]{8}", re.DOTALL)
 
 # Of the harness' own data: MMLU's 57 tests, GSM8K test, HellaSwag validation, HumanEval.
@@ -235,7 +236,8 @@ def read(folder: Path) -> Results:
     """The results in ``folder``/<task>/<length or any>.json.  Raises BadInput for a file that is no
     result.
     """
-    results = [(path.parent.name, check(path)) for path in sorted(folder.glob("*/*.json"))]
+    written = [path for path in sorted(folder.glob("*/*.json")) if _NAME.fullmatch(path.stem)]
+    results = [(path.parent.name, check(path)) for path in written]
     if not results:
         return Results(folder)
     newest = _identity(max((result for _, result in results), key=lambda result: result["date"]))
@@ -293,7 +295,8 @@ def _is_step(entry: Any) -> bool:
 
 
 def training(run: Path) -> dict | None:
-    """The content of train.json, or None without one.  Raises BadInput if it cannot be read."""
+    """The content of train.json, without what is no step in its history; None without one.  Raises BadInput
+    if it cannot be read."""
     path = run / "train.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -303,9 +306,9 @@ def training(run: Path) -> dict | None:
         if wrong := [key for key in figures if type(found[key]) not in FIGURES]:
             raise ValueError(f"{wrong[0]} is no number")
         steps = found.get("history", [])
-        if not isinstance(steps, list) or not all(_is_step(step) for step in steps):
-            raise ValueError("its history is no list of steps with their numbers")
-        return found
+        if not isinstance(steps, list):
+            raise ValueError("its history is no list of steps")
+        return {**found, "history": list(filter(_is_step, steps))}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

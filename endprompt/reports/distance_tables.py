@@ -279,10 +279,8 @@ def _difference(pairs: list[tuple[float, float]]) -> str:
 def inside(arms: dict[str, list[dict]]) -> str | None:
     """What training cost and left within the window: tokens, the text loss of the last logged steps, and
     tasks of short text."""
-    tasks = sorted(
-        {_task(pair) for arm in arms.values() for run in arm for pair in run["results"]}
-        - {*task_names.PIECEWISE, "perplexity"}
-    )
+    found = {_task(pair) for arm in arms.values() for run in arm for pair in run["results"]}
+    tasks = sorted(found & set(task_names.SHORT_TEXT))
     rows = []
     for name, arm in arms.items():
         trained = [run["training"] for run in arm if run.get("training")]

@@ -31,6 +31,13 @@ from endprompt.runs import provenance
 
 Arms = dict[str, list[dict]]
 
+VERSIONS = ("model", "code", "lm_eval")  # in which results of one question may differ
+# In which those of two arms may: other models, more questions, other distances, and what other_words tells.
+UNLIKE = (
+    *VERSIONS,
+    *("tokenizer", "chat_template", "samples", "distances", "target", "length", "original"),
+    *("data", "words", "longest"),
+)
 LAST = 6  # logged steps whose text loss is averaged
 HEADINGS = {
     task_names.NAMED_KEYS: ("Named keys by length: found in %, and loss", distance_tables.keys),
@@ -144,17 +151,41 @@ def read(path: Path) -> Arms:
     return arms
 
 
+def _check(fresh: dict[str, list[Path]], scored: dict[Path, results.Results]) -> None:
+    """Raises BadInput if a run stands twice in an arm, or was asked otherwise than another: within an arm in
+    anything but the model, between arms in more than what UNLIKE names too."""
+    before: dict[str, tuple[dict, Path]] = {}
+    for folders in fresh.values():
+        twice = {folder.resolve() for folder in folders}
+        if len(twice) < len(folders):
+            raise BadInput(f"{folders[0]} stands twice in an arm; a seed counts once")
+        for folder in folders:
+            for (task, length), file in scored[folder].found.items():
+                if task not in task_names.PIECEWISE:
+                    continue
+                for group, left_out in ((f"{folders[0]} {task} {length}", VERSIONS), (task, UNLIKE)):
+                    here = {key: value for key, value in file["question"].items() if key not in left_out}
+                    other, where = before.setdefault(group, (here, folder))
+                    if unlike := sorted(key for key in {**other, **here} if other.get(key) != here.get(key)):
+                        raise BadInput(
+                            f"{where} and {folder} were asked different questions ({task}:"
+                            f" {', '.join(unlike)}); evaluate them alike"
+                        )
+
+
 def gathered(given: list[str]) -> Arms:
-    """The arms of files and of runs.  Raises BadInput if runs were scored on other words."""
+    """The arms of files and of runs.  Raises BadInput if runs were scored on other words, or asked
+    otherwise."""
     files = [Path(text) for text in given if text.endswith(".json")]
     arms: Arms = {}
     for path in files:
         arms |= read(path)
     fresh = named([text for text in given if not text.endswith(".json")])
-    scored = {str(run): results.read_run(run) for folders in fresh.values() for run in folders}
+    scored = {run: results.read_run(run) for folders in fresh.values() for run in folders}
     for task in ("perplexity", task_names.FAR_GAIN):
-        if said := results.other_words(scored, task):
+        if said := results.other_words({str(run): one for run, one in scored.items()}, task):
             raise BadInput(said)
+    _check(fresh, scored)
     for name, folders in fresh.items():
         arms[name] = [entry(folder) for folder in folders]
     return arms
