@@ -190,7 +190,17 @@ def test_what_cannot_be_averaged_is_refused(recipe_file, tmp_path, base):
     (run / "model/config.json").write_text(config.replace('"method"', '"some"'))
     refused("does not name the method")
     (run / "model/config.json").write_text(config)
+    fingerprint = Experiment.of(recipe, "pose_sharp").base.fingerprint
+    (run / "train.json").write_text(json.dumps({"base": "0" * len(fingerprint)}))
+    refused("is another base now than the one that was trained")
+    (run / "train.json").write_text(json.dumps({"base": fingerprint}))
+    shutil.rmtree(shared(run, tmp_path / "copy", 0.5))  # the twin
+    (run / "train.json").unlink()
     resolved = (run / "recipe.yaml").read_text()
+    flash = resolved.replace("attn_implementation: null", "attn_implementation: flash_attention_2")
+    assert flash != resolved
+    (run / "recipe.yaml").write_text(flash)
+    shutil.rmtree(shared(run, tmp_path / "copy", 0.5))  # how attention is computed is nothing to weights
     (run / "recipe.yaml").unlink()
     refused("recipe.yaml")
     (run / "recipe.yaml").write_text(resolved)

@@ -135,6 +135,23 @@ def test_inside_the_window_it_is_the_unsharpened_model(tmp_path, base, model_typ
     assert scale[:2] == [1, 1] and scale[2:] == pytest.approx([math.log(2 * C) / math.log(C), T])
 
 
+def test_a_window_that_llama_does_not_heed_is_not_switched_on(tmp_path, base):
+    """Ministral 3 heeds the key.  What heads learnt stays in the weights, and so in the note."""
+    run = trained(tmp_path / "run", base)
+    learnt = {"least": 0.9, "most": 1.1}
+    edit(
+        run,
+        use_sliding_window=False,
+        sliding_window=16,
+        endprompt={**told(run / "model")["endprompt"], "sharpened_heads": learnt},
+    )
+    export(run, tmp_path / "copy", "--position-dependent")
+    copied = told(tmp_path / "copy")
+    assert copied["sliding_window"] is None and "use_sliding_window" not in copied
+    assert torch.equal(logits(tmp_path / "copy")[:C], logits(run / "checkpoints/checkpoint-2")[:C])
+    assert copied["endprompt"]["sharpened_heads"] == learnt and "sharpened" not in copied["endprompt"]
+
+
 @pytest.mark.parametrize("kind", rope.TYPES)
 def test_beyond_the_window_scores_are_those_of_the_scale(tmp_path, base, kind):
     """Against an attention of our own: queries of the plain model, multiplied by hand."""

@@ -486,6 +486,15 @@ def test_a_method_is_one_registration(recipe_file, tmp_path, ninth):
     assert (out / "small/ninth/coverage.png").stat().st_size > 0
 
 
+def test_a_document_of_one_token_makes_no_row():
+    """Nothing is foretold in it, and a step of such rows alone would divide by 0."""
+    stream = [(str(number), np.arange(count)) for number, count in enumerate((1, 9, 1, 1, 5, 1))]
+    cursor = row_stream.Cursor(iter(stream), 0, 0)
+    taken = [cursor.take_document(6) for _ in range(2)]
+    assert [(len(ids), names) for ids, names in taken] == [(6, ["1"]), (5, ["4"])]
+    assert cursor.take_document(6) is None and cursor.document == 6
+
+
 @pytest.mark.parametrize("method", ["endprompt", "full_length"])
 def test_packing_by_document(make, method, tokenizer, tiny_text):
     texts = ["Short.", *tiny_text[:5], "End."]

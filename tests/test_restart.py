@@ -5,8 +5,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import family_models
 import pytest
-from training import TORCHRUN, assert_same, losses, run, weights
+import torch
+import yaml
+from conftest import run_main, write_jsonl
+from safetensors.torch import load_file, save_file
+from training import TORCHRUN, assert_same, losses, run, train, weights
+from transformers import AutoModelForCausalLM
+
+from endprompt import Failure
+from endprompt.training import checkpoint
 
 # name -> (settings, steps): 64 rows, 8 of them a step on two ranks and 4 on one.
 ENDS = {
@@ -120,3 +129,85 @@ def test_the_twin_asked_only_after_a_step_one_more_is_trained(train_recipe, two_
     assert steps(again) == expected[1] + 1
     with pytest.raises(AssertionError):
         assert_same(weights(again), weights(whole), tolerance=0)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-30B-A3B", "Phi-4-mini"])
+def test_experts_are_read_from_a_checkpoint_as_they_were_trained(name, tmp_path, base):
+    """The files hold each expert apart, and the network all in one tensor."""
+    folder = family_models.saved(tmp_path / "checkpoint", family_models.written(name), base)
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_config(trained.config)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.zero_()
+    files = load_file(folder / "model.safetensors")
+    network.load_state_dict(files, strict=False)  # as the Trainer does
+    lacking = [key for key, weight in network.named_parameters() if not weight.any()]
+    assert bool(lacking) is (name != "Phi-4-mini")
+    checkpoint.load_renamed(network, folder)
+    assert_same(dict(network.named_parameters()), dict(trained.named_parameters()), 0)
+    gone = next((key for key in files if "experts" in key), None)
+    if gone:
+        files.pop(gone)
+        save_file(files, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(Failure, match="does not hold all that is trained"):
+            checkpoint.load_renamed(network, folder)
+
+
+def test_a_run_does_not_go_on_on_other_shards(recipe_file, tmp_path):
+    """Nor does it count as finished; a run from before this was noted is let be."""
+    recipe = recipe_file(data={"tokens": 64 * 16}, train={"deepspeed": None, "save_steps": 2, "max_steps": 2})
+    out, folder = ["--out", tmp_path / "a"], tmp_path / "a/small/short"
+
+    def prepare():
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        code, _, error = run_main("prepare", recipe, "short", *out, "--workers", 1)
+        assert code == 0, error
+
+    prepare()
+    run(train(recipe, "short", tmp_path / "a"))
+    corpus = Path(yaml.safe_load(recipe.read_text())["data"]["corpus"])
+    before = corpus.read_bytes()
+    write_jsonl(corpus, [json.loads(line)["text"] for line in before.decode().splitlines()][::-1])
+    prepare()
+    told = run(train(recipe, "short", tmp_path / "a"), expect=2)
+    assert "model was trained on others than are there now" in told and "Traceback" not in told
+    shutil.move(folder / "model", tmp_path / "model")
+    told = run(train(recipe, "short", tmp_path / "a"), expect=2)
+    assert "checkpoint-2 was trained on others than are there now" in told and "Traceback" not in told
+    shutil.move(tmp_path / "model", folder / "model")
+    whole = (folder / "train.json").read_text()
+    record = json.loads(whole)
+    del record["shards"]
+    (folder / "train.json").write_text(json.dumps(record))
+    assert "nothing to train" in run(train(recipe, "short", tmp_path / "a"))
+    (folder / "train.json").write_text(whole)
+    corpus.write_bytes(before)
+    prepare()  # those again
+    assert "nothing to train" in run(train(recipe, "short", tmp_path / "a"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Mixtral", "Llama-2"])
+def test_a_mixture_of_experts_goes_on_as_if_nothing_had_happened(name, recipe_file, tmp_path, base):
+    model = family_models.saved(tmp_path / "model", family_models.written(name), base)
+    target = family_models.MODELS[name].target
+    recipe = recipe_file(
+        model={"name_or_path": str(model)},
+        lengths={"physical": 64, "target": target},
+        data={"tokens": 64 * 16},
+        train={"deepspeed": None, "save_steps": 2, "max_steps": 4},
+    )
+    code, _, error = run_main("prepare", recipe, "short", "--out", tmp_path / "a", "--workers", 1)
+    assert code == 0, error
+    folder = tmp_path / "a/small/short"
+    run(train(recipe, "short", tmp_path / "a"))
+    whole = weights(folder)
+    for path in ("model", "train.json", "checkpoints/checkpoint-4"):
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+    assert (folder / "checkpoints/checkpoint-2").is_dir()
+    run(train(recipe, "short", tmp_path / "a"))
+    assert_same(whole, weights(folder), 0)
+    shutil.rmtree(folder / "model")  # killed behind the last checkpoint
+    run(train(recipe, "short", tmp_path / "a"))
+    assert_same(whole, weights(folder), 0)

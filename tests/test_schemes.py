@@ -204,6 +204,11 @@ def test_longrope_of_another_attention_factor_is_not_extended():
         rope.extended(asked("longrope"), rope.own_scheme(given), 256, 512)
     unscaled = scaled({**LONGROPE, "attention_factor": 1.0})
     assert rope.extended(asked("longrope"), rope.own_scheme(unscaled), 256, 512).attention_factor == 1.0
+    # The same where the factors of the pairs are given.
+    with pytest.raises(BadInput, match="attention_factor.*1.19.*not known"):
+        rope.extended(asked("longrope", long_factor=LONG), rope.own_scheme(given), 256, 512)
+    found = rope.extended(asked("longrope", long_factor=LONG), rope.own_scheme(unscaled), 256, 512)
+    assert (found.attention_factor, found.long) == (1.0, tuple(LONG))
 
 
 WRONG = [

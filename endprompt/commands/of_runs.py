@@ -80,6 +80,8 @@ def train(arguments, experiment) -> None:
             held.enter_context(runfolder.hold(run / runfolder.TRAIN_LOCK))
             held.enter_context(claim(experiment))
         if (run / "model").exists():
+            if main_rank:
+                _refuse_other_shards(run)
             print(f"{run / 'model'} is there already; nothing to train")
             return
         from endprompt.training.run import train
@@ -96,6 +98,19 @@ def train(arguments, experiment) -> None:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     _leave(0)
+
+
+def _refuse_other_shards(run) -> None:
+    """Raises BadInput if the model in ``run`` was trained on other shards than are there; without shards, or
+    where what they were was not noted, nothing is known."""
+    from endprompt.evaluation import results
+    from endprompt.rows import shards
+    from endprompt.runs import checkpoint_files
+
+    if (run / "shards" / shards.MANIFEST).is_file():
+        before = (results.training(run) or {}).get("shards")
+        now = shards.digest(shards.read_manifest(run / "shards"))
+        checkpoint_files.refuse_other_shards(run / "model", before, now)
 
 
 def _leave(code: int) -> None:

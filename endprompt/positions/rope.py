@@ -7,7 +7,7 @@ built, and the built model's frequencies are compared with those computed here, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -99,8 +99,8 @@ def extended(asked: Asked, own: Scheme, window: int, target_length: int, whole: 
 
 def _longrope(given: tuple[float, ...] | None, own: Scheme, window: int, factor: float) -> LongRope:
     if given is not None:
-        start = own if isinstance(own, LongRope) else LongRope((), window, 1.0)
-        return LongRope(given, start.original_length, start.factor * factor)
+        start = (own if isinstance(own, LongRope) else LongRope((), window, 1.0)).times(factor)
+        return replace(start, long=given)
     if not isinstance(own, LongRope):
         raise BadInput(
             "rope.long_factor is missing: longrope has a factor for every pair of rotary dimensions, found by"

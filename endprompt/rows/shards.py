@@ -1,5 +1,7 @@
 """Shards on disk: the row schema, the manifest, checksums, atomic writes."""
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -86,6 +88,11 @@ def listed(entries: Any) -> bool:
         )
         and len({entry["file"] for entry in entries}) == len(entries)
     )
+
+
+def digest(manifest: dict) -> str:
+    """Of what the shards hold, by their checksums."""
+    return hashlib.sha256(json.dumps(manifest["shards"], sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict:

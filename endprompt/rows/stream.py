@@ -42,9 +42,12 @@ class Cursor:
         return np.concatenate(parts), names
 
     def take_document(self, count: int) -> tuple[np.ndarray, list[str]] | None:
-        """The first ``count`` tokens, or fewer, of the next document; the rest of it is passed over."""
-        if (current := self._load()) is None:
-            return None
-        name, ids = current
-        self._advance(len(ids), len(ids))
-        return ids[:count], [name]
+        """The first ``count`` tokens, or fewer, of the next document; the rest of it is passed over.  So is a
+        document of one token, in which nothing is foretold.
+        """
+        while (current := self._load()) is not None:
+            name, ids = current
+            self._advance(len(ids), len(ids))
+            if len(ids) > 1:
+                return ids[:count], [name]
+        return None

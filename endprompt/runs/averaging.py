@@ -62,7 +62,9 @@ def weights(experiment: Experiment, cuda: bool) -> dict[str, Any]:
     """The base's, by the names that files have."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    base = experiment.base
+    recipe = experiment.recipe
+    section = recipe.model.model_copy(update={"attn_implementation": None})  # which may need a GPU
+    base = model.Base(recipe.model_copy(update={"model": section}))
     with loading.whole_loading():
         network = model.build(base, base.own_scheme, "auto", cuda)
     return revert_weight_conversion(network, dict(network.state_dict()))

@@ -55,6 +55,16 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def refuse_other_shards(trained: Path, before: str | None, now: str) -> None:
+    """Raises BadInput if ``trained``, a checkpoint or a model, is of other shards than those that are there
+    ``now``.  before: the digest of its own, None where that was not noted."""
+    if before not in (None, now):
+        raise BadInput(
+            f"shards: {trained} was trained on others than are there now; prepare those again, choose another"
+            " --out, or delete the run's checkpoints/ and model/ to start anew"
+        )
+
+
 def by_step(folder: Path) -> list[Path]:
     """The checkpoint folders, highest step first."""
     steps = {

@@ -214,10 +214,24 @@ def _average(run: Path, config: dict, share: float, position: Position | None) -
     if not isinstance(method, str):
         raise BadInput("--share: config.json does not name the method, so the base is not known; train again")
     found = experiment.resolve(run / "recipe.yaml", [], method)
+    _same_base(run, found)
     own = sharpen.inherited(found.base.config).get("sharpened", 1.0)
     by = (1.0 if position else note.get("sharpened", own)) / own
     network = AutoConfig.from_pretrained(run / "model", trust_remote_code=False)
     return Average(share, averaging.weights(found, False), sharpen.Queries(network, by) if by != 1 else None)
+
+
+def _same_base(run: Path, found) -> None:
+    """Raises BadInput if the base of the experiment ``found`` is not the one that train.json notes."""
+    try:
+        before = storage.read_json(run / "train.json").get("base")
+    except (OSError, ValueError, AttributeError):
+        return
+    if before is not None and before != found.base.fingerprint:
+        raise BadInput(
+            f"--share: {found.base.name!r} in {run / 'recipe.yaml'} is another base now than the one that was"
+            " trained; put that one back, or start from the folder that training was started from"
+        )
 
 
 def _averaged(tensors: dict[str, Any], average: Average) -> dict[str, Any]:
@@ -316,7 +330,9 @@ def _write_config(folder: Path, config: dict, form: Form) -> None:
     storage.write_json(folder / "config.json", config)
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     without = "_name_or_path attention_bias auto_map mlp_bias pretraining_tp rope_scaling rope_theta".split()
-    note = {key: value for key, value in config["endprompt"].items() if not key.startswith("sharpened")}
+    without.append("use_sliding_window")
+    constant = ("sharpened", "sharpened_from")  # not the factors of heads, which stay in the weights
+    note = {key: value for key, value in config["endprompt"].items() if key not in constant}
     parameters = {
         **config["rope_parameters"],
         "original_max_position_embeddings": position.start,
@@ -329,7 +345,8 @@ def _write_config(folder: Path, config: dict, form: Form) -> None:
         "model_type": "ministral3",
         "architectures": ["Ministral3ForCausalLM"],
         "head_dim": whole.get("head_dim") or whole["hidden_size"] // whole["num_attention_heads"],
-        "sliding_window": whole.get("sliding_window"),
+        # A Llama does not heed the key, which Ministral 3 does.
+        "sliding_window": whole.get("sliding_window") if config["model_type"] == "mistral" else None,
         "rope_parameters": parameters,
         # Where vLLM looks for it.
         "llama_4_scaling": {"original_max_position_embeddings": position.start, "beta": position.beta},

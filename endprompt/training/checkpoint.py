@@ -1,6 +1,7 @@
 """Checkpoints that are known to be whole, and the final model that plain transformers reads."""
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from endprompt import Failure, storage
-from endprompt.bases import model, older_readers, quantized
+from endprompt.bases import loading, model, older_readers, quantized
 from endprompt.positions import rope
 from endprompt.recipe.experiment import Experiment
 from endprompt.runs import averaging, checkpoint_files
@@ -30,6 +31,45 @@ def flush(folder: Path) -> None:
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def load_renamed(network, folder: Path) -> None:
+    """Loads the trained weights that the checkpoint ``folder`` holds under other names than ``network`` has,
+    as transformers writes each expert apart and reads all into one tensor; the Trainer looks for a network's
+    own names alone, and leaves the others as the base has them.
+
+    Raises Failure if a trained weight is not in the checkpoint.
+    """
+    from safetensors import safe_open
+
+    held: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            held |= set(file.keys())
+    lacking = {
+        name: weight
+        for name, weight in network.named_parameters()
+        if weight.requires_grad and name not in held
+    }
+    if not lacking:
+        return
+    config = copy.deepcopy(network.config)
+    read = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        with loading.whole_loading():
+            whole, told = type(network).from_pretrained(folder, **read)
+        found = dict(whole.named_parameters())
+        absent = [name for name in lacking if name not in found or name in told["missing_keys"]]
+    except (RuntimeError, OSError, ValueError):  # experts that are not all there
+        absent = list(lacking)
+    if absent:
+        raise Failure(
+            f"checkpoints: {folder} does not hold all that is trained ({absent[0]} is not whole); start with"
+            " another --out"
+        )
+    with torch.no_grad():
+        for name, weight in lacking.items():
+            weight.copy_(found[name])
 
 
 class MarkComplete(TrainerCallback):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +22,13 @@ from endprompt import BadInput, Failure, storage
 from endprompt.bases import model, sharpen
 from endprompt.recipe.batch import batch_shape
 from endprompt.recipe.experiment import Experiment
+from endprompt.rows import shards
 from endprompt.rows.collate import Collator
 from endprompt.runs import card, checkpoint_files, launch, provenance, runfolder
 from endprompt.training import checkpoint, dealing, heads, lora, loss, precision, sequence, watch, windows
 from endprompt.training.arguments import resumed_shape, set_up_environment, training_arguments
 from endprompt.training.dataset import load_rows, sample
+from endprompt.training.resume import Resume, same_base
 from endprompt.training.trainer import Probe, WeightedTrainer, flops_per_token
 
 CHECKPOINTS_KEPT = 2
@@ -135,57 +136,6 @@ def _explain(error: Exception, experiment: Experiment, rank: int) -> None:
     )
     failure.everywhere = True
     raise failure from error
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Where a run goes on.  newest: the checkpoint, None at the start; before: its marker."""
-
-    newest: Path | None
-    before: dict
-    world_size: int
-
-    @property
-    def name(self) -> str | None:
-        return self.newest.name if self.newest else None
-
-    @property
-    def resized(self) -> bool:
-        """Whether the checkpoint is of another number of ranks."""
-        return self.before["world_size"] != self.world_size
-
-    @classmethod
-    def of(cls, experiment: Experiment, world_size: int, main: bool) -> "Resume":
-        """Raises BadInput if there are checkpoints and none can be gone on with."""
-        newest = checkpoint_files.to_resume(experiment.run / "checkpoints", sys.stderr if main else None)
-        before = (checkpoint_files.marker(newest) if newest else None) or {"world_size": world_size}
-        if newest:
-            checkpoint_files.refuse_foreign(newest)
-        found = cls(newest, before, world_size)
-        if found.resized and experiment.recipe.sequence_parallel > 1:
-            raise BadInput(
-                f"train.sequence_parallel: {newest} is of {before['world_size']} ranks, and a run that shares"
-                f" rows cannot go on with {world_size}; start as many as before"
-            )
-        return found
-
-
-def same_base(experiment: Experiment, resume: Resume) -> dict[str, str]:
-    """What a marker says of the base where checkpoints leave its weights out, since they are in 4 bits.
-
-    All ranks call it, with the processes started.  Raises BadInput if the checkpoint is of another base.
-    """
-    if not (experiment.adapters and experiment.adapters.quantize):
-        return {}
-    said = [experiment.base.fingerprint if int(os.environ["RANK"]) == 0 else ""]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(said)
-    if resume.newest and resume.before.get("base") != said[0]:
-        raise BadInput(
-            f"checkpoints: {resume.newest} is of adapters on other weights than {experiment.base.name} has"
-            " now; restore those, or start with another --out"
-        )
-    return {"base": said[0]}
 
 
 def start_processes(arguments: TrainingArguments, cuda: bool) -> None:
@@ -340,7 +290,8 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
     refuse_base(experiment)
     sequence.check(experiment, experiment.base.attention_implementation(cuda), world_size, manifest)
 
-    resume = Resume.of(experiment, world_size, main)
+    made = shards.digest(manifest)
+    resume = Resume.of(experiment, world_size, main, made)
     shape = resumed_shape(batch_shape(experiment), world_size, resume.before)
     universal = resume.resized and bool(recipe.train.get("deepspeed"))
     arguments = training_arguments(recipe, shape, run, cuda, universal)
@@ -356,7 +307,7 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
     pad = model.pad_token_id(experiment.base.tokenizer, experiment.base.config.vocab_size)
     collator = Collator(pad, experiment.target_length, sharded=shared > 1)
     rows_per_step = shape[0] * shape[1] * world_size
-    marked = {"world_size": world_size, "rows_per_step": rows_per_step, **base}
+    marked = {"world_size": world_size, "rows_per_step": rows_per_step, "shards": made, **base}
     probe, watching = Probe(dataset, collator, shared), watch.Watch(request, run)
     callbacks = [
         probe,
@@ -380,6 +331,7 @@ def _train(experiment: Experiment, cuda: bool, request: watch.StopRequest) -> No
     def finish(folder: Path, merge_difference: float | None) -> None:
         merged = {"merge_difference": merge_difference} if experiment.adapters else {}
         told = {"resumed_from": resume.name, "seconds": round(seconds, 1), "probe": probe.moved, **merged}
+        told |= {"shards": made, "base": experiment.base.fingerprint}
         said = summary(experiment, trainer, manifest, **told)
         card.write(experiment, folder, said)
         storage.write_json(run / "train.json", said)

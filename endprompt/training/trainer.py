@@ -2,13 +2,14 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
 from endprompt.bases import counting
-from endprompt.training import dealing, sequence
+from endprompt.training import checkpoint, dealing, sequence
 from endprompt.training import probe as attention
 from endprompt.training.dataset import first_with_jump
 
@@ -88,6 +89,10 @@ class WeightedTrainer(Trainer):
         self.micro_batches: list[
             tuple[torch.Tensor, torch.Tensor]
         ] = []  # of the step under way, for the watch
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint.load_renamed(model or self.model, Path(resume_from_checkpoint))
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
