@@ -190,7 +190,10 @@ def test_windows_and_cut_prompts_are_those_of_the_tokenizer_that_appends_nothing
     def made(name):
         special = len(prompts.frame(framed[name])[0])
         return perplexity.windows(
-            [perplexity.Text(" ".join(tiny_text[:2]), framed[name])], 64, 128, 16, 200, special
+            [perplexity.Text(" ".join(tiny_text[:2]), framed[name])],
+            64,
+            perplexity.Scored(128, 16, 200),
+            special,
         )
 
     assert made("eos behind") == made("own") == made("two behind") and made("eos alone") == made(
@@ -709,7 +712,10 @@ def test_a_text_without_words_is_cut_between_tokens(base, tokenizer, byte_level,
         loaded = {"tiny": tokenizer, "bytes": byte_level}[kind]
     special, text = len(prompts.frame(loaded)[0]), perplexity.Text(WORDLESS[name], loaded)
     assert text.between_tokens and text.tokens > 384
-    found = {length: perplexity.windows([text], length, 256, 32, 10**6, special) for length in (96, 128, 256)}
+    found = {
+        length: perplexity.windows([text], length, perplexity.Scored(256, 32, 10**6), special)
+        for length in (96, 128, 256)
+    }
     pieces = {length: [window["continuation"] for window in windows] for length, windows in found.items()}
     assert pieces[96] == pieces[128] == pieces[256] and "".join(pieces[96]) in WORDLESS[name]
     assert sum(window["tokens"] for window in found[96]) > (text.tokens - 256) * 0.7
@@ -737,7 +743,10 @@ def test_windows_over_words_are_those_they_were(tokenizer):
     ]
     texts = [perplexity.Text(document, tokenizer) for document in documents]
     made = json.dumps(
-        [perplexity.windows(texts, length, 128, 16, 10**6, special=1) for length in (32, 64, 128)]
+        [
+            perplexity.windows(texts, length, perplexity.Scored(128, 16, 10**6), special=1)
+            for length in (32, 64, 128)
+        ]
     )
     assert (
         hashlib.sha256(made.encode()).hexdigest()
@@ -749,13 +758,13 @@ def test_windows_over_words_are_those_they_were(tokenizer):
 def test_why_there_are_no_windows_is_said_truly(tokenizer, monkeypatch):
     text = perplexity.Text(WORDLESS["Chinese"], tokenizer)
     with pytest.raises(ValueError, match="no document holds 100000 tokens; give longer"):
-        perplexity.windows([text], 96, 100000, 32, 100)
+        perplexity.windows([text], 96, perplexity.Scored(100000, 32, 100))
     monkeypatch.setattr(perplexity.Text, "fits", lambda *_: False)
     with pytest.raises(
         ValueError,
         match="no document that holds 256 tokens has places where it can be cut without changing its tokens",
     ):
-        perplexity.windows([text], 96, 256, 32, 100)
+        perplexity.windows([text], 96, perplexity.Scored(256, 32, 100))
     # The twin: cut between words alone, this text has no window.
     assert not [at for at in range(1, len(text.text) - 1) if text.text[at] == " "]
 

@@ -427,7 +427,10 @@ def texts_of(tokenizer, *documents):
 
 def test_windows_score_the_same_words_at_each_length(tokenizer, tiny_text):
     texts = texts_of(tokenizer, *tiny_text[:2], "Too short.", tiny_text[2])
-    found = {length: perplexity.windows(texts, length, 128, 16, 10**6, special=1) for length in (32, 64, 128)}
+    found = {
+        length: perplexity.windows(texts, length, perplexity.Scored(128, 16, 10**6), special=1)
+        for length in (32, 64, 128)
+    }
     pieces = {length: [window["continuation"] for window in windows] for length, windows in found.items()}
     assert pieces[32] == pieces[64] == pieces[128] and len(pieces[32]) > 10
     assert all(piece.startswith(" ") and not piece.endswith(" ") for piece in pieces[32])
@@ -450,7 +453,10 @@ def test_words_are_the_same_where_a_short_window_cannot_be_cut(tokenizer, tiny_t
 
     def words(*shared):
         return [
-            [one["continuation"] for one in perplexity.windows(texts, length, 128, 16, 300, 1, shared)]
+            [
+                one["continuation"]
+                for one in perplexity.windows(texts, length, perplexity.Scored(128, 16, 300, shared), 1)
+            ]
             for length in lengths
         ]
 
@@ -463,7 +469,7 @@ def test_words_are_the_same_where_a_short_window_cannot_be_cut(tokenizer, tiny_t
 
 def test_windows_keep_to_the_budget(tokenizer, tiny_text):
     texts = texts_of(tokenizer, " ".join(tiny_text[:4]))
-    windows = perplexity.windows(texts, 32, 64, 8, 40)
+    windows = perplexity.windows(texts, 32, perplexity.Scored(64, 8, 40))
     assert 40 <= sum(window["tokens"] for window in windows) < 40 + 16
 
 
@@ -471,10 +477,10 @@ def test_windows_refuse_what_cannot_be_scored(tokenizer, tiny_text):
     texts = texts_of(tokenizer, tiny_text[0])
     for stride in (31, 32, 33):
         with pytest.raises(ValueError, match=f"stride of {stride} leaves no context in windows of 32"):
-            perplexity.windows(texts, 32, 64, stride, 100)
+            perplexity.windows(texts, 32, perplexity.Scored(64, stride, 100))
     for few in ([], texts_of(tokenizer, "The sky is blue.")):
         with pytest.raises(ValueError, match="no document holds 64 tokens"):
-            perplexity.windows(few, 32, 64, 8, 100)
+            perplexity.windows(few, 32, perplexity.Scored(64, 8, 100))
 
 
 @torch.no_grad()

@@ -330,7 +330,7 @@ def test_words_of_perplexity_keep_their_tokens(real):
     text = perplexity.Text(TEXTS[-1], tokenizer)
     pieces = {}
     for length in (64, 256):
-        found = perplexity.windows([text], length, 256, 32, 1000, special)
+        found = perplexity.windows([text], length, perplexity.Scored(256, 32, 1000), special)
         pieces[length] = [(window["continuation"], window["tokens"]) for window in found]
         for window in found:
             whole, context = (

@@ -92,9 +92,10 @@ def pieces(found: list[Text], length: int, limits: Limits, special: int = 0) -> 
     for number, end in _ends(found, limits.longest):
         if len(made) == limits.texts:
             break
+        asked = perplexity.Scored(end, limits.tokens, 1, shared)
         try:
             far, near = (
-                perplexity.windows([found[number]], window, end, limits.tokens, 1, special, shared)[0]
+                perplexity.windows([found[number]], window, asked, special)[0]
                 for window in (length, limits.original)
             )
         except ValueError:

@@ -11,6 +11,7 @@ between, as Chinese is, is cut between tokens, where that leaves the tokens arou
 import bisect
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,32 +138,36 @@ def held_out(
         raise BadInput(message) from None
 
 
-def windows(
-    texts: Iterable[Text],
-    length: int,
-    longest: int,
-    stride: int,
-    budget: int,
-    special: int = 0,
-    lengths: Iterable[int] = (),
-) -> list[dict]:
-    """{"context", "continuation", "tokens" of the continuation, "length"} over ``texts``, in order, up to
-    ``budget`` scored tokens.
+@dataclass(frozen=True)
+class Scored:
+    """What is scored of texts.  longest: tokens of a text before which nothing is; stride: tokens of a piece;
+    budget: tokens in all; lengths: those at which the same words are scored, so that what cannot be cut at
+    one of them is left out."""
 
-    ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  ``lengths``:
-    others at which the same words are scored, so that what cannot be cut at one of them is left out.  Raises
-    ValueError if no document holds ``longest`` tokens, none that does can be cut, or the stride leaves a
-    window without context.
+    longest: int
+    stride: int
+    budget: int
+    lengths: tuple[int, ...] = ()
+
+
+def windows(texts: Iterable[Text], length: int, asked: Scored, special: int = 0) -> list[dict]:
+    """{"context", "continuation", "tokens" of the continuation, "length"} over ``texts``, in order, up to
+    the budget.
+
+    ``special``: tokens that the tokenizer puts before a text, which count into ``length``.  Raises
+    ValueError if no document holds ``asked.longest`` tokens, none that does can be cut, or the stride leaves
+    a window without context.
     """
+    longest, stride = asked.longest, asked.stride
     if stride >= length - special - 1:
         raise ValueError(f"a stride of {stride} leaves no context in windows of {length}")
-    rooms = {each - special for each in lengths if stride < each - special - 1} | {length - special}
+    rooms = {each - special for each in asked.lengths if stride < each - special - 1} | {length - special}
     found: list[dict] = []
     scored, held = 0, False
     for text in texts:
         for end in range(longest, text.tokens + 1, stride):
             held = True
-            if scored >= budget:
+            if scored >= asked.budget:
                 return found
             first, last = text.before(end - stride), text.before(end)
             if not 0 <= first < last:

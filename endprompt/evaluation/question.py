@@ -222,8 +222,8 @@ class Questions:
             self.column,
         )
         try:
-            asked = longest, longest, stride, options.perplexity_tokens, self._special, options.lengths
-            words = perplexity.windows(found, *asked)
+            asked = perplexity.Scored(longest, stride, options.perplexity_tokens, tuple(options.lengths))
+            words = perplexity.windows(found, longest, asked, self._special)
         except ValueError:
             words = []  # scoring says why
         return {"data": _digest([text.text for text in found]), "words": _words(words)}

@@ -450,6 +450,8 @@ def _existing(path: Path, question: dict) -> dict | None:
     """
     if path.is_dir():
         raise BadInput(f"{path} is a folder, where a result is to be written; remove it")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise BadInput(f"{path.parent} is no folder, where results are to be written; remove it")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if same(result["question"], question):

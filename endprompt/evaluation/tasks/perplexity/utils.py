@@ -28,13 +28,10 @@ def windows(
     tokens = AutoTokenizer.from_pretrained(tokenizer or pretrained or model, trust_remote_code=False)
     longest = longest or max(max_seq_lengths)
     texts = perplexity.held_out(perplexity_corpus, tokens, longest, stride, scored_tokens, perplexity_column)
+    asked = perplexity.Scored(longest, stride, scored_tokens, tuple(lengths or max_seq_lengths))
     special = len(prompts.frame(tokens)[0])
     found = [
-        window
-        for length in max_seq_lengths
-        for window in perplexity.windows(
-            texts, length, longest, stride, scored_tokens, special, lengths or max_seq_lengths
-        )
+        window for length in max_seq_lengths for window in perplexity.windows(texts, length, asked, special)
     ]
     return {"test": datasets.Dataset.from_list(found)}
 
