@@ -574,3 +574,14 @@ def test_the_tokenizer_is_its_definition_and_its_special_tokens(base, tmp_path):
     assert question.tokenizer_of(AutoTokenizer.from_pretrained(tmp_path)) == first
     loaded.split_special_tokens = True
     assert question.tokenizer_of(loaded) != first and prompts.PROBE
+
+
+@pytest.mark.parametrize("at", ["passkey", "passkey/64.json"])
+def test_what_stands_where_a_result_belongs_is_named_before_anything_is_scored(tmp_path, at):
+    path = tmp_path / at
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine") if at == "passkey" else path.mkdir()
+    with pytest.raises(BadInput, match=f"{at} is .* to be written; remove it"):
+        run._existing(tmp_path / "passkey/64.json", {})
+    path.unlink() if at == "passkey" else path.rmdir()
+    assert run._existing(tmp_path / "passkey/64.json", {}) is None
